@@ -1,0 +1,150 @@
+//! What one training step starts from: the student's samples and what belongs to them.
+
+use std::ops::Deref;
+
+use tch::Tensor;
+
+use crate::numeric::{check_device, check_samples, check_size};
+use crate::{Error, PreShift, Result};
+
+/// What a network is conditioned on: any tensors, handed to network closures untouched.
+///
+/// The crate never looks inside, so one condition serves token features of unequal length (one
+/// tensor a caption), SDXL's pair of embeddings, or class labels:
+///
+/// ```
+/// # use decoupled_dmd::Condition;
+/// # use tch::Tensor;
+/// let condition = Condition::from(vec![Tensor::from_slice(&[3i64, 7])]);
+/// let [labels] = &*condition else { panic!("one tensor of labels") };
+/// # assert_eq!(labels.size(), [2]);
+/// ```
+#[derive(Debug, Default)]
+pub struct Condition(Vec<Tensor>);
+
+impl Condition {
+    /// No condition, for an unconditional model.
+    #[must_use]
+    pub fn none() -> Self {
+        Self::default()
+    }
+}
+
+impl From<Vec<Tensor>> for Condition {
+    fn from(tensors: Vec<Tensor>) -> Self {
+        Self(tensors)
+    }
+}
+
+impl From<Tensor> for Condition {
+    fn from(tensor: Tensor) -> Self {
+        Self(vec![tensor])
+    }
+}
+
+impl Deref for Condition {
+    type Target = [Tensor];
+    fn deref(&self) -> &[Tensor] {
+        &self.0
+    }
+}
+
+/// The samples of one step, with the condition they were made for and what some terms need besides.
+#[derive(Debug)]
+pub struct Batch<'a> {
+    x: &'a Tensor,
+    cond: &'a Condition,
+    null: Option<&'a Condition>,
+    real: Option<&'a Tensor>,
+    student_time: Option<&'a PreShift>,
+}
+
+impl<'a> Batch<'a> {
+    /// Samples `x` `[B, ..]` with the student's gradient, made for the condition `cond`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless `x` has a batch axis and at least one more, none of them empty;
+    /// [`Error::Kind`] unless it is floating point.
+    pub fn new(x: &'a Tensor, cond: &'a Condition) -> Result<Self> {
+        check_samples("x", x, 2)?;
+        Ok(Self { x, cond, null: None, real: None, student_time: None })
+    }
+
+    /// Adds the null condition (the encoded empty prompt), which CFG Augmentation needs.
+    #[must_use]
+    pub fn null(mut self, null: &'a Condition) -> Self {
+        self.null = Some(null);
+        self
+    }
+
+    /// Adds real samples `[M, ..]`, with the axes of `x` after the first, for terms that use data.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Kind`] or [`Error::Device`] unless they are like `x` but in number.
+    pub fn real(mut self, real: &'a Tensor) -> Result<Self> {
+        check_samples("real samples", real, 2)?;
+        let mut expected = self.x.size();
+        if let (Some(first), Some(&count)) = (expected.first_mut(), real.size().first()) {
+            *first = count;
+        }
+        check_size("real samples", real, &expected)?;
+        check_device("real samples", real, self.x)?;
+        self.real = Some(real);
+        Ok(self)
+    }
+
+    /// Adds the pre-shift times `[B]` at which the student was evaluated; [`AboveStudent`] needs them.
+    ///
+    /// [`AboveStudent`]: crate::AboveStudent
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless there is one time for each sample; [`Error::Device`] if they are
+    /// elsewhere than `x`.
+    pub fn student_time(mut self, time: &'a PreShift) -> Result<Self> {
+        check_size("student time", time.tensor(), &[self.len()])?;
+        check_device("student time", time.tensor(), self.x)?;
+        self.student_time = Some(time);
+        Ok(self)
+    }
+
+    /// The samples, `[B, ..]`, carrying the student's gradient.
+    #[must_use]
+    pub fn x(&self) -> &'a Tensor {
+        self.x
+    }
+
+    /// The condition the samples were made for.
+    #[must_use]
+    pub fn cond(&self) -> &'a Condition {
+        self.cond
+    }
+
+    /// The number of samples, B.
+    #[must_use]
+    #[allow(clippy::len_without_is_empty, reason = "a batch is never empty")]
+    pub fn len(&self) -> i64 {
+        self.x.size().first().copied().unwrap_or_default()
+    }
+
+    /// The pre-shift times of the student's evaluation, where given.
+    #[must_use]
+    pub fn student_times(&self) -> Option<&'a PreShift> {
+        self.student_time
+    }
+
+    /// The null condition.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] if none was given.
+    pub fn null_condition(&self) -> Result<&'a Condition> {
+        self.null.ok_or(Error::Missing { what: "null condition", setter: "null" })
+    }
+
+    /// The real samples, `[M, ..]`.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] if none were given.
+    pub fn real_samples(&self) -> Result<&'a Tensor> {
+        self.real.ok_or(Error::Missing { what: "real samples", setter: "real" })
+    }
+}

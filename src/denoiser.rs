@@ -1,0 +1,173 @@
+//! A network as a predictor of clean samples: the boundary between the user's model and the terms.
+
+use tch::{Kind, Tensor};
+
+use crate::numeric::{check_like, check_size, widen};
+use crate::{Condition, Error, Path, PostShift, Prediction, Result};
+
+type Network<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
+type PairedNetwork<'a> =
+    dyn Fn(&Tensor, &Tensor, &Condition, &Condition) -> Result<(Tensor, Tensor)> + 'a;
+
+/// What a network closure may return: a value, or a `Result` with any error.
+pub trait NetworkOutput<T> {
+    /// The value, the error boxed as [`Error::Network`].
+    ///
+    /// # Errors
+    /// The closure's own error.
+    fn into_result(self) -> Result<T>;
+}
+
+impl NetworkOutput<Tensor> for Tensor {
+    fn into_result(self) -> Result<Tensor> {
+        Ok(self)
+    }
+}
+
+impl NetworkOutput<(Tensor, Tensor)> for (Tensor, Tensor) {
+    fn into_result(self) -> Result<(Tensor, Tensor)> {
+        Ok(self)
+    }
+}
+
+impl<T, E: Into<Box<dyn std::error::Error + Send + Sync>>> NetworkOutput<T> for Result<T, E> {
+    fn into_result(self) -> Result<T> {
+        self.map_err(|error| Error::Network(error.into()))
+    }
+}
+
+/// A network, the path it lives on and what it predicts; every term speaks to it in clean samples.
+///
+/// The network is a closure of the noised sample `[B, ..]`, the time `[B]` on the crate's clock
+/// (0 noise, 1 data) and the condition. What a model does differently is undone in its closure and
+/// nowhere else: a diffusers flow model is fed `1 - t`; Z-Image is fed `t` and its output negated.
+///
+/// ```
+/// # use decoupled_dmd::{Condition, Denoiser, Prediction, RectifiedFlow};
+/// # use tch::Tensor;
+/// # struct Net; impl Net { fn forward(&self, x: &Tensor, sigma: &Tensor, _: &Tensor) -> Tensor { x * sigma } }
+/// # let net = Net;
+/// let teacher = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, |x, t, cond: &Condition| {
+///     net.forward(x, &(1.0 - t), &cond[0])
+/// });
+/// ```
+///
+/// The closure may borrow the network, so a denoiser stays on the thread that trains: `tch` tensors
+/// are not `Sync`.
+pub struct Denoiser<'a> {
+    path: Box<dyn Path + 'a>,
+    prediction: Prediction,
+    network: Box<Network<'a>>,
+    paired: Option<Box<PairedNetwork<'a>>>,
+}
+
+impl<'a> Denoiser<'a> {
+    /// Wraps a network that outputs `prediction` on `path`.
+    pub fn new<O: NetworkOutput<Tensor>>(
+        path: impl Path + 'a,
+        prediction: Prediction,
+        network: impl Fn(&Tensor, &Tensor, &Condition) -> O + 'a,
+    ) -> Self {
+        Self {
+            path: Box::new(path),
+            prediction,
+            network: Box::new(move |x, t, cond| network(x, t, cond).into_result()),
+            paired: None,
+        }
+    }
+
+    /// Adds a closure that answers for two conditions in one batched forward; it gets the noised
+    /// sample, the time, both conditions, and returns both outputs in that order.
+    #[must_use]
+    pub fn paired<O: NetworkOutput<(Tensor, Tensor)>>(
+        mut self,
+        network: impl Fn(&Tensor, &Tensor, &Condition, &Condition) -> O + 'a,
+    ) -> Self {
+        self.paired = Some(Box::new(move |x, t, one, two| network(x, t, one, two).into_result()));
+        self
+    }
+
+    /// The path on which the network lives.
+    #[must_use]
+    pub fn path(&self) -> &dyn Path {
+        &*self.path
+    }
+
+    /// x0-hat: the clean sample that the network predicts, `[B, ..]` in float32 or wider.
+    ///
+    /// # Errors
+    /// [`Error::Network`] from the closure; [`Error::Shape`], [`Error::Kind`] or [`Error::Device`]
+    /// if its output is not like `noised`.
+    pub fn denoise(&self, noised: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
+        self.check_input(noised, time)?;
+        let output = (self.network)(noised, time.tensor(), cond)?;
+        self.sample(noised, time, &output)
+    }
+
+    /// x0-hat for two conditions, in one forward where [`paired`](Self::paired) was given.
+    ///
+    /// # Errors
+    /// As [`denoise`](Self::denoise).
+    pub fn denoise_pair(
+        &self,
+        noised: &Tensor,
+        time: &PostShift,
+        one: &Condition,
+        two: &Condition,
+    ) -> Result<(Tensor, Tensor)> {
+        let Some(paired) = &self.paired else {
+            return Ok((self.denoise(noised, time, one)?, self.denoise(noised, time, two)?));
+        };
+        self.check_input(noised, time)?;
+        let (one, two) = paired(noised, time.tensor(), one, two)?;
+        Ok((self.sample(noised, time, &one)?, self.sample(noised, time, &two)?))
+    }
+
+    /// The denoising loss that trains this network on samples `x`, a scalar:
+    ///
+    /// ```text
+    /// mean (target(x, eps) - output(x_t))^2,    x_t = a x + s eps
+    /// ```
+    /// in the network's own prediction type, over all elements. `x` `[B, ..]` is detached, `noise`
+    /// has its shape and `time` holds B times; the gradient flows into the network alone.
+    ///
+    /// # Errors
+    /// As [`denoise`](Self::denoise), for `noise` and `time` too.
+    pub fn denoising_loss(
+        &self,
+        x: &Tensor,
+        time: &PostShift,
+        noise: &Tensor,
+        cond: &Condition,
+    ) -> Result<Tensor> {
+        self.check_input(x, time)?;
+        check_like("noise", noise, x)?;
+        let x = x.f_detach()?;
+        let noised = self.path.renoise(&x, time, noise)?;
+        let coefficients = self.path.coefficients(time)?.like(&x)?;
+        let target = self.prediction.target(&coefficients, &widen(&x)?, &widen(noise)?)?;
+        let output = (self.network)(&noised, time.tensor(), cond)?;
+        check_like("network output", &output, &noised)?;
+        Ok(widen(&output)?.f_sub(&target)?.f_square()?.f_mean(None::<Kind>)?)
+    }
+
+    fn check_input(&self, noised: &Tensor, time: &PostShift) -> Result<()> {
+        let batch: Vec<i64> = noised.size().into_iter().take(1).collect();
+        check_size("time", time.tensor(), &batch)
+    }
+
+    fn sample(&self, noised: &Tensor, time: &PostShift, output: &Tensor) -> Result<Tensor> {
+        check_like("network output", output, noised)?;
+        let coefficients = self.path.coefficients(time)?.like(noised)?;
+        self.prediction.sample(&coefficients, &widen(noised)?, &widen(output)?)
+    }
+}
+
+impl std::fmt::Debug for Denoiser<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Denoiser")
+            .field("prediction", &self.prediction)
+            .field("paired", &self.paired.is_some())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,85 @@
+//! The spear: what turns a many-step model into a few-step one.
+
+mod cfg_augmentation;
+
+pub use cfg_augmentation::CfgAugmentation;
+use tch::Tensor;
+
+use crate::{Probe, Result};
+
+/// Where the samples should move.
+///
+/// A direction is a difference of clean samples, shaped like x: `x + direction` is better than x.
+/// The objective turns it into a loss with [`surrogate`](crate::surrogate) and evaluates it without
+/// a graph; an engine that differentiates inside wraps itself in `tch::with_grad`.
+///
+/// The smallest engine is a closure, see [`engine_fn`]. An engine of one's own is a struct and one
+/// method; here auto-guidance (Karras et al. 2024), with a weaker model in place of the null branch:
+///
+/// ```
+/// use decoupled_dmd::{Denoiser, Engine, Guidance, Probe, Result};
+/// use tch::Tensor;
+///
+/// struct AutoGuidance<'a> {
+///     weak: Denoiser<'a>,
+///     guidance: Guidance,
+/// }
+///
+/// impl Engine for AutoGuidance<'_> {
+///     fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
+///         let weak = self.weak.denoise(probe.noised(), probe.tau(), probe.batch().cond())?;
+///         let difference = probe.teacher_cond()?.f_sub(&weak)?.f_mul_scalar(self.guidance.w())?;
+///         probe.normalize(&difference)
+///     }
+/// }
+/// ```
+pub trait Engine {
+    /// The direction at this probe, `[B, ..]`, in float32 or wider.
+    ///
+    /// # Errors
+    /// What the networks return, or [`Error::Missing`](crate::Error::Missing) if the batch lacks
+    /// something that the engine needs.
+    fn direction(&self, probe: &Probe<'_>) -> Result<Tensor>;
+}
+
+impl<E: Engine + ?Sized> Engine for &E {
+    fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
+        (**self).direction(probe)
+    }
+}
+
+impl<E: Engine + ?Sized> Engine for Box<E> {
+    fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
+        (**self).direction(probe)
+    }
+}
+
+/// An [`Engine`] from a closure, made by [`engine_fn`].
+#[derive(Clone, Copy)]
+pub struct EngineFn<F>(F);
+
+/// Makes a closure an [`Engine`].
+///
+/// ```
+/// # use decoupled_dmd::engine_fn;
+/// // Guidance without a normaliser of any kind.
+/// let engine = engine_fn(|probe| {
+///     let (cond, null) = probe.teacher_pair()?;
+///     Ok(cond.f_sub(null)?)
+/// });
+/// ```
+pub fn engine_fn<F: Fn(&Probe<'_>) -> Result<Tensor>>(direction: F) -> EngineFn<F> {
+    EngineFn(direction)
+}
+
+impl<F: Fn(&Probe<'_>) -> Result<Tensor>> Engine for EngineFn<F> {
+    fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
+        (self.0)(probe)
+    }
+}
+
+impl<F> std::fmt::Debug for EngineFn<F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("EngineFn")
+    }
+}

@@ -1,0 +1,91 @@
+//! The one error type of the crate.
+
+use tch::{Device, Kind, TchError};
+
+/// What went wrong: which argument, what was expected, what was found.
+///
+/// The data are in the fields, so that callers can match on them; the words are made on display.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A tensor has the wrong shape.
+    #[error("{what}: expected shape {expected}, found {found:?}")]
+    Shape {
+        /// The offending argument.
+        what: &'static str,
+        /// The shape asked for, in words or numbers.
+        expected: String,
+        /// The shape given.
+        found: Vec<i64>,
+    },
+    /// A tensor has the wrong element type.
+    #[error("{what}: expected {expected}, found {found:?}")]
+    Kind {
+        /// The offending argument.
+        what: &'static str,
+        /// The element types that are accepted.
+        expected: &'static str,
+        /// The element type given.
+        found: Kind,
+    },
+    /// Two tensors of one computation are on different devices.
+    #[error("{what}: expected a tensor on {expected:?}, found one on {found:?}")]
+    Device {
+        /// The offending argument.
+        what: &'static str,
+        /// The device of the sample.
+        expected: Device,
+        /// The device given.
+        found: Device,
+    },
+    /// A number lies outside its range, or is not a number.
+    #[error("{what}: must be {requirement}, found {value}")]
+    OutOfRange {
+        /// The offending argument.
+        what: &'static str,
+        /// The range in words.
+        requirement: &'static str,
+        /// The number given.
+        value: f64,
+    },
+    /// A term needs something that the batch does not carry.
+    #[error("the batch has no {what}: add it with Batch::{setter}")]
+    Missing {
+        /// What the term asked for.
+        what: &'static str,
+        /// The method of [`Batch`](crate::Batch) that provides it.
+        setter: &'static str,
+    },
+    /// A term of an objective failed.
+    #[error("term \"{name}\" failed")]
+    Term {
+        /// The name under which the term was added.
+        name: String,
+        /// Why it failed.
+        source: Box<Error>,
+    },
+    /// A network closure returned an error.
+    #[error("the network failed")]
+    Network(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Libtorch refused an operation.
+    #[error("libtorch: {}", first_line(.0))]
+    Torch(#[from] TchError),
+}
+
+/// `Result` with the crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Libtorch's messages end in some twenty lines of C++ stack; the first line says what is wrong.
+fn first_line(error: &TchError) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}
+
+impl Error {
+    pub(crate) fn shape(what: &'static str, expected: impl Into<String>, found: &[i64]) -> Self {
+        Self::Shape { what, expected: expected.into(), found: found.to_vec() }
+    }
+
+    pub(crate) fn in_term(self, name: &str) -> Self {
+        Self::Term { name: name.to_owned(), source: Box::new(self) }
+    }
+}

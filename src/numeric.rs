@@ -1,0 +1,99 @@
+//! Fallible tensor helpers shared by the terms. Kept private: none of them is about distillation.
+
+use tch::{Kind, Tensor};
+
+use crate::{Error, Result};
+
+/// The type to compute in: float32, or float64 where the input has it.
+pub(crate) fn compute_kind(kind: Kind) -> Kind {
+    if kind == Kind::Double { Kind::Double } else { Kind::Float }
+}
+
+/// `tensor` in float32 or wider.
+pub(crate) fn widen(tensor: &Tensor) -> Result<Tensor> {
+    let kind = tensor.f_kind()?;
+    Ok(tensor.f_to_kind(compute_kind(kind))?)
+}
+
+/// One number per sample, `[B]`, as `[B, 1, ..]` with the rank of `like`.
+pub(crate) fn per_sample(values: &Tensor, like: &Tensor) -> Result<Tensor> {
+    let mut shape = vec![1; like.dim()];
+    if let (Some(first), Some(&batch)) = (shape.first_mut(), like.size().first()) {
+        *first = batch;
+    }
+    Ok(values.f_view(shape.as_slice())?)
+}
+
+/// Mean over everything but the batch, `[B]`.
+pub(crate) fn sample_mean(tensor: &Tensor) -> Result<Tensor> {
+    Ok(tensor.f_flatten(1, -1)?.f_mean_dim(&[1i64][..], false, None::<Kind>)?)
+}
+
+/// Root of the mean square over everything but the batch, `[B]`.
+pub(crate) fn sample_rms(tensor: &Tensor) -> Result<Tensor> {
+    Ok(sample_mean(&tensor.f_square()?)?.f_sqrt()?)
+}
+
+/// Inner product over everything but the batch, divided by the number of elements, `[B]`.
+pub(crate) fn sample_dot(left: &Tensor, right: &Tensor) -> Result<Tensor> {
+    sample_mean(&left.f_mul(right)?)
+}
+
+/// Unit Gaussian noise with the shape, type and device of `like`.
+pub(crate) fn noise_like(like: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::f_randn(like.size(), (like.f_kind()?, like.device()))?)
+}
+
+/// Refuses a tensor that is undefined, not floating point, without samples, or below `rank`.
+pub(crate) fn check_samples(what: &'static str, tensor: &Tensor, rank: usize) -> Result<()> {
+    let size = tensor.size();
+    if !tensor.defined() || size.len() < rank || size.contains(&0) {
+        let expected = if rank > 1 { "[B, ..] with B >= 1 and no empty axis" } else { "[B]" };
+        return Err(Error::shape(what, expected, &size));
+    }
+    check_floating(what, tensor)
+}
+
+fn check_floating(what: &'static str, tensor: &Tensor) -> Result<()> {
+    match tensor.f_kind()? {
+        Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16 => Ok(()),
+        found => Err(Error::Kind { what, expected: "a floating-point type", found }),
+    }
+}
+
+/// Refuses a tensor that differs from `like` in shape or device, or is not floating point.
+pub(crate) fn check_like(what: &'static str, tensor: &Tensor, like: &Tensor) -> Result<()> {
+    check_size(what, tensor, &like.size())?;
+    check_device(what, tensor, like)
+}
+
+/// Refuses a tensor that is not floating point of shape `expected`.
+pub(crate) fn check_size(what: &'static str, tensor: &Tensor, expected: &[i64]) -> Result<()> {
+    let found = tensor.size();
+    if !tensor.defined() || found != expected {
+        return Err(Error::shape(what, format!("{expected:?}"), &found));
+    }
+    check_floating(what, tensor)
+}
+
+/// Refuses a tensor that is on another device than `like`.
+pub(crate) fn check_device(what: &'static str, tensor: &Tensor, like: &Tensor) -> Result<()> {
+    let (expected, found) = (like.device(), tensor.device());
+    if expected == found { Ok(()) } else { Err(Error::Device { what, expected, found }) }
+}
+
+/// Refuses numbers outside `[low, high]`, NaN included. Reads the extremes, which synchronises a GPU.
+pub(crate) fn check_range(
+    what: &'static str,
+    requirement: &'static str,
+    tensor: &Tensor,
+    (low, high): (f64, f64),
+) -> Result<()> {
+    let value_of = |t: Tensor| -> Result<f64> { Ok(t.f_double_value(&[])?) };
+    for value in [value_of(tensor.f_min()?)?, value_of(tensor.f_max()?)?] {
+        if !(low..=high).contains(&value) {
+            return Err(Error::OutOfRange { what, requirement, value });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,319 @@
+//! The loss of the student: engines and regularizers, in groups that share a probe.
+
+use tch::{Kind, Tensor, no_grad_guard};
+
+use crate::numeric::{noise_like, sample_rms};
+use crate::value::checked;
+use crate::{
+    AboveStudent, Batch, CfgAugmentation, Denoiser, Engine, Error, Floor, Guidance, Normalizer,
+    Probe, Regularizer, Renoising, Result, Shift, Uniform, surrogate,
+};
+
+/// Terms that look at the same re-noised samples: one tau, one noise, one set of teacher forwards.
+pub struct Group<'a> {
+    renoising: Renoising<'a>,
+    normalizer: Normalizer,
+    terms: Vec<NamedTerm<'a>>,
+}
+
+struct NamedTerm<'a> {
+    name: String,
+    weight: f64,
+    term: Term<'a>,
+}
+
+enum Term<'a> {
+    Engine(Box<dyn Engine + 'a>),
+    Regularizer(Box<dyn Regularizer + 'a>),
+}
+
+impl<'a> Group<'a> {
+    /// A group without terms that draws tau from `renoising`.
+    #[must_use]
+    pub fn new(renoising: Renoising<'a>) -> Self {
+        Self { renoising, normalizer: Normalizer::default(), terms: Vec::new() }
+    }
+
+    /// Sets the normaliser that the terms of this group share.
+    #[must_use]
+    pub fn normalizer(mut self, normalizer: Normalizer) -> Self {
+        self.normalizer = normalizer;
+        self
+    }
+
+    /// Adds an engine. `name` appears in the evaluation and in errors; `weight` scales its loss and
+    /// must be finite, which the evaluation checks.
+    #[must_use]
+    pub fn engine(
+        mut self,
+        name: impl Into<String>,
+        weight: f64,
+        engine: impl Engine + 'a,
+    ) -> Self {
+        let term = Term::Engine(Box::new(engine));
+        self.terms.push(NamedTerm { name: name.into(), weight, term });
+        self
+    }
+
+    /// Adds a regularizer, as [`engine`](Self::engine). Lend it (`&dm`) to train its network beside.
+    #[must_use]
+    pub fn regularizer(
+        mut self,
+        name: impl Into<String>,
+        weight: f64,
+        regularizer: impl Regularizer + 'a,
+    ) -> Self {
+        let term = Term::Regularizer(Box::new(regularizer));
+        self.terms.push(NamedTerm { name: name.into(), weight, term });
+        self
+    }
+}
+
+impl std::fmt::Debug for Group<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names: Vec<_> = self.terms.iter().map(|t| &t.name).collect();
+        f.debug_struct("Group")
+            .field("terms", &names)
+            .field("normalizer", &self.normalizer)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The random numbers that one group consumes in one evaluation.
+#[derive(Debug)]
+pub struct Draw {
+    /// Unit-uniform numbers `[B]`, which the group's sampler turns into tau.
+    pub u: Tensor,
+    /// The re-noising noise, shaped like x.
+    pub noise: Tensor,
+}
+
+/// The value of an objective: tensors, so that reading a number is the caller's choice (it
+/// synchronises a GPU).
+#[derive(Debug)]
+#[non_exhaustive]
+#[must_use = "a loss does nothing until it is propagated"]
+pub struct Evaluation {
+    /// The weighted sum of all terms, a scalar with a graph back to x.
+    pub loss: Tensor,
+    /// The value of each term before its weight, without a graph.
+    pub terms: Vec<(String, Tensor)>,
+    /// What terms observed on the way: scalars, empty unless
+    /// [`Objective::observed`] was called. Names are explained in the guide of the documentation.
+    pub observations: Vec<(&'static str, Tensor)>,
+}
+
+/// Engines and regularizers over one teacher.
+///
+/// ```text
+/// loss = sum of weight_k surrogate(x, direction_k) + sum of weight_j loss_j
+/// ```
+/// The four schedules of the paper (Section 4.2, Table 1) are constructors; any other arrangement is
+/// a sum of [`Group`]s. They cost these network forwards for each update of the student:
+///
+/// | constructor | tau_CA | tau_DM | teacher | fake |
+/// |---|---|---|---|---|
+/// | [`coupled_shared`](Self::coupled_shared) | = tau_DM | U(0, 1) | 2 | 1 |
+/// | [`decoupled_full`](Self::decoupled_full) | U(0, 1) | U(0, 1) | 3 | 1 |
+/// | [`decoupled_constrained`](Self::decoupled_constrained) | U(t, 1) | U(t, 1) | 3 | 1 |
+/// | [`decoupled_hybrid`](Self::decoupled_hybrid), the paper's choice | U(t, 1) | U(0, 1) | 3 | 1 |
+///
+/// A neutral guidance leaves one teacher forward in each of them.
+pub struct Objective<'a> {
+    teacher: Denoiser<'a>,
+    groups: Vec<Group<'a>>,
+    observed: bool,
+}
+
+impl<'a> Objective<'a> {
+    /// An objective without terms, over `teacher`.
+    #[must_use]
+    pub fn new(teacher: Denoiser<'a>) -> Self {
+        Self { teacher, groups: Vec::new(), observed: false }
+    }
+
+    /// Adds a group of terms.
+    #[must_use]
+    pub fn with(mut self, group: Group<'a>) -> Self {
+        self.groups.push(group);
+        self
+    }
+
+    /// Keeps the observations of the terms in every [`Evaluation`].
+    #[must_use]
+    pub fn observed(mut self) -> Self {
+        self.observed = true;
+        self
+    }
+
+    /// Schedule 1, DMD and DMD2: both terms at one tau over the full range, both normalised by the
+    /// guided prediction.
+    #[must_use]
+    pub fn coupled_shared(
+        teacher: Denoiser<'a>,
+        guidance: Guidance,
+        regularizer: impl Regularizer + 'a,
+        shift: Shift,
+    ) -> Self {
+        Self::new(teacher).with(
+            Group::new(Renoising::new(Uniform::FULL).shifted(shift))
+                .normalizer(Normalizer::Guided(guidance, Floor::default()))
+                .engine("ca", 1.0, CfgAugmentation::new(guidance))
+                .regularizer("dm", 1.0, regularizer),
+        )
+    }
+
+    /// Schedule 2: independent tau, both over the full range.
+    #[must_use]
+    pub fn decoupled_full(
+        teacher: Denoiser<'a>,
+        guidance: Guidance,
+        regularizer: impl Regularizer + 'a,
+        shift: Shift,
+    ) -> Self {
+        let times = || Renoising::new(Uniform::FULL).shifted(shift);
+        Self::decoupled(teacher, (times(), guidance), (times(), regularizer))
+    }
+
+    /// Schedule 3: independent tau, both above the student's time, which the batch must carry.
+    #[must_use]
+    pub fn decoupled_constrained(
+        teacher: Denoiser<'a>,
+        guidance: Guidance,
+        regularizer: impl Regularizer + 'a,
+        shift: Shift,
+    ) -> Self {
+        let times = || Renoising::new(AboveStudent::FULL).shifted(shift);
+        Self::decoupled(teacher, (times(), guidance), (times(), regularizer))
+    }
+
+    /// Schedule 4, the paper's: tau_CA above the student's time, which the batch must carry, and
+    /// tau_DM over the full range.
+    #[must_use]
+    pub fn decoupled_hybrid(
+        teacher: Denoiser<'a>,
+        guidance: Guidance,
+        regularizer: impl Regularizer + 'a,
+        shift: Shift,
+    ) -> Self {
+        let ca = Renoising::new(AboveStudent::FULL).shifted(shift);
+        let dm = Renoising::new(Uniform::FULL).shifted(shift);
+        Self::decoupled(teacher, (ca, guidance), (dm, regularizer))
+    }
+
+    /// CFG Augmentation and a regularizer, each with its own re-noising (Eq. 8), each normalised by
+    /// the conditional prediction at its own tau.
+    #[must_use]
+    pub fn decoupled(
+        teacher: Denoiser<'a>,
+        (ca_times, guidance): (Renoising<'a>, Guidance),
+        (dm_times, regularizer): (Renoising<'a>, impl Regularizer + 'a),
+    ) -> Self {
+        Self::new(teacher)
+            .with(Group::new(ca_times).engine("ca", 1.0, CfgAugmentation::new(guidance)))
+            .with(Group::new(dm_times).regularizer("dm", 1.0, regularizer))
+    }
+
+    /// The random numbers of one evaluation, one draw a group, from libtorch's global generator.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if libtorch fails.
+    pub fn draw(&self, batch: &Batch<'_>) -> Result<Vec<Draw>> {
+        let x = batch.x();
+        let draw = |_| {
+            let u = Tensor::f_rand([batch.len()], (Kind::Float, x.device()))?;
+            Ok(Draw { u, noise: noise_like(x)? })
+        };
+        self.groups.iter().map(draw).collect()
+    }
+
+    /// The loss on a batch, with fresh draws.
+    ///
+    /// # Errors
+    /// [`Error::Term`] with the name of the term that failed and why; [`Error::Missing`] if a
+    /// schedule needs the student's times.
+    pub fn evaluate(&self, batch: &Batch<'_>) -> Result<Evaluation> {
+        self.evaluate_at(batch, self.draw(batch)?)
+    }
+
+    /// The loss on a batch for given draws, one for each group in order.
+    ///
+    /// # Errors
+    /// As [`evaluate`](Self::evaluate), and [`Error::OutOfRange`] if the draws are not as many as
+    /// the groups, or there is no term at all.
+    pub fn evaluate_at(&self, batch: &Batch<'_>, draws: Vec<Draw>) -> Result<Evaluation> {
+        let count = draws.len();
+        let one_each = count == self.groups.len();
+        checked("number of draws", "the number of groups", count as f64, one_each)?;
+        let mut total: Option<Tensor> = None;
+        let mut terms = Vec::new();
+        let mut observations = Vec::new();
+        for (group, Draw { u, noise }) in self.groups.iter().zip(draws) {
+            let tau = group.renoising.at(&u, batch.student_times())?;
+            let mut probe =
+                Probe::at(&self.teacher, batch, tau, noise)?.normalizer(group.normalizer);
+            if self.observed {
+                probe = probe.observed();
+            }
+            for NamedTerm { name, weight, term } in &group.terms {
+                checked("weight of a term", "finite", *weight, weight.is_finite())
+                    .map_err(|error| error.in_term(name))?;
+                let loss = term.loss(&probe).map_err(|error| error.in_term(name))?;
+                let weighted = loss.f_mul_scalar(*weight)?;
+                total = Some(match total {
+                    Some(total) => total.f_add(&weighted)?,
+                    None => weighted,
+                });
+                terms.push((name.clone(), loss.f_detach()?));
+            }
+            observations.append(&mut probe.into_observations());
+        }
+        let loss = total.ok_or(Error::OutOfRange {
+            what: "number of terms",
+            requirement: "at least 1",
+            value: 0.0,
+        })?;
+        Ok(Evaluation { loss, terms, observations })
+    }
+
+    /// The losses of the regularizers' own networks, by the name of the term.
+    ///
+    /// # Errors
+    /// [`Error::Term`] with the name of the term that failed and why.
+    pub fn own_losses(&self, batch: &Batch<'_>) -> Result<Vec<(String, Tensor)>> {
+        let mut losses = Vec::new();
+        for NamedTerm { name, term, .. } in self.groups.iter().flat_map(|group| &group.terms) {
+            if let Term::Regularizer(regularizer) = term {
+                let loss = regularizer.own_loss(batch).map_err(|error| error.in_term(name))?;
+                losses.extend(loss.map(|loss| (name.clone(), loss)));
+            }
+        }
+        Ok(losses)
+    }
+}
+
+impl Term<'_> {
+    fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
+        match self {
+            Self::Engine(engine) => {
+                let direction = {
+                    let _no_grad = no_grad_guard();
+                    engine.direction(probe)?
+                };
+                probe.observe("ca_update_rms", || Ok(sample_rms(&direction)?.f_mean(None)?))?;
+                surrogate(probe.x(), &direction)
+            }
+            Self::Regularizer(regularizer) => regularizer.loss(probe),
+        }
+    }
+}
+
+impl std::fmt::Debug for Objective<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Objective")
+            .field("teacher", &self.teacher)
+            .field("groups", &self.groups)
+            .field("observed", &self.observed)
+            .finish()
+    }
+}

@@ -1,0 +1,125 @@
+//! Distribution Matching (DM): the teacher's score against the score of the student's own samples.
+
+use tch::{Tensor, no_grad_guard};
+
+use crate::numeric::{noise_like, sample_dot, sample_mean, sample_rms};
+use crate::{
+    Batch, Denoiser, PostShift, Probe, Regularizer, Renoising, Result, Uniform, surrogate,
+};
+
+/// Distribution Matching: moves the samples to where the teacher finds them likelier than they are.
+///
+/// ```text
+/// direction = (x0_cond - x0_fake) / n        at tau_DM
+/// ```
+/// Eq. 2 and Algorithm 1 of Decoupled DMD (arXiv 2511.22677), in clean-sample space; n is the
+/// probe's [`Normalizer`](crate::Normalizer). The *fake score* is a denoiser of the student's own
+/// samples; it owes its accuracy to [`denoising_loss`](Self::denoising_loss), which the caller
+/// minimises on every step, usually several times for each update of the student.
+///
+/// | parameter | meaning | default |
+/// |---|---|---|
+/// | `fake` | the fake score, a copy of the teacher at first, without guidance | |
+/// | [`renoising`](Self::renoising) | the times at which the fake score is trained | U(0, 1), Algorithm 1 |
+///
+/// # Shapes
+/// x `[B, ..]` to a scalar, whose gradient in x is `-direction / numel`; see [`surrogate`].
+///
+/// # Forwards
+/// Teacher: conditional. Fake score: one, without a graph. Its own loss: one, with a graph.
+///
+/// # Errors
+/// What the networks return.
+///
+/// # Example
+/// ```
+/// use decoupled_dmd::{Denoiser, DistributionMatching, Prediction, RectifiedFlow, Shift};
+/// use decoupled_dmd::{Renoising, Uniform};
+/// # let network = |x: &tch::Tensor, _: &tch::Tensor, _: &decoupled_dmd::Condition| x * 0.5;
+/// let fake = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
+/// let dm = DistributionMatching::new(fake)
+///     .renoising(Renoising::new(Uniform::FULL).shifted(Shift::new(3.0)?));
+/// # Ok::<(), decoupled_dmd::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct DistributionMatching<'a> {
+    fake: Denoiser<'a>,
+    renoising: Renoising<'a>,
+}
+
+impl<'a> DistributionMatching<'a> {
+    /// With the fake score; it must live on the teacher's path.
+    #[must_use]
+    pub fn new(fake: Denoiser<'a>) -> Self {
+        Self { fake, renoising: Renoising::new(Uniform::FULL) }
+    }
+
+    /// Sets the times at which the fake score is trained. Give them the shift of the model.
+    #[must_use]
+    pub fn renoising(mut self, renoising: Renoising<'a>) -> Self {
+        self.renoising = renoising;
+        self
+    }
+
+    /// The direction `(x0_cond - x0_fake) / n`, `[B, ..]`, without a graph.
+    ///
+    /// # Errors
+    /// What the networks return.
+    pub fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
+        let _no_grad = no_grad_guard();
+        let real = probe.teacher_cond()?;
+        let fake = self.fake.denoise(probe.noised(), probe.tau(), probe.batch().cond())?;
+        let difference = real.f_sub(&fake)?;
+        probe.observe("dm_rel_gap", || {
+            let residual = sample_rms(&probe.noised().f_sub(real)?)?;
+            Ok(sample_rms(&difference)?.f_div(&residual)?.f_mean(None)?)
+        })?;
+        probe.observe("dm_cos", || {
+            let (real, fake) = (probe.noised().f_sub(real)?, probe.noised().f_sub(&fake)?);
+            let norms = sample_rms(&real)?.f_mul(&sample_rms(&fake)?)?;
+            Ok(sample_dot(&real, &fake)?.f_div(&norms)?.f_mean(None)?)
+        })?;
+        let direction = probe.normalize(&difference)?;
+        probe.observe("dm_update_rms", || {
+            Ok(sample_mean(&direction.f_square()?)?.f_sqrt()?.f_mean(None)?)
+        })?;
+        Ok(direction)
+    }
+
+    /// The loss that trains the fake score on the samples of the batch, a scalar; x is detached.
+    ///
+    /// Algorithm 1, fake step, in the fake score's own prediction type
+    /// ([`Denoiser::denoising_loss`]), with times from [`renoising`](Self::renoising) and fresh noise.
+    ///
+    /// # Errors
+    /// What the network returns.
+    pub fn denoising_loss(&self, batch: &Batch<'_>) -> Result<Tensor> {
+        let time =
+            self.renoising.draw(batch.len(), batch.x().device(), batch.student_times())?;
+        self.denoising_loss_at(batch, &time, &noise_like(batch.x())?)
+    }
+
+    /// [`denoising_loss`](Self::denoising_loss) at given times (B of them) and noise (shaped like x).
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) and the like if they do not fit, or what the network
+    /// returns.
+    pub fn denoising_loss_at(
+        &self,
+        batch: &Batch<'_>,
+        time: &PostShift,
+        noise: &Tensor,
+    ) -> Result<Tensor> {
+        self.fake.denoising_loss(batch.x(), time, noise, batch.cond())
+    }
+}
+
+impl Regularizer for DistributionMatching<'_> {
+    fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
+        surrogate(probe.x(), &self.direction(probe)?)
+    }
+
+    fn own_loss(&self, batch: &Batch<'_>) -> Result<Option<Tensor>> {
+        self.denoising_loss(batch).map(Some)
+    }
+}
