@@ -44,10 +44,7 @@ fn open(library: OsString) -> bool {
     const RTLD_NOW: i32 = 2;
     const RTLD_GLOBAL: i32 = 0x100;
     unsafe extern "C" {
-        fn dlopen(
-            file: *const std::ffi::c_char,
-            mode: std::ffi::c_int,
-        ) -> *mut std::ffi::c_void;
+        fn dlopen(file: *const std::ffi::c_char, mode: std::ffi::c_int) -> *mut std::ffi::c_void;
     }
     let Ok(name) = CString::new(library.into_vec()) else { return false };
     // SAFETY: `name` is a C string that outlives the call. Opening runs the constructors of

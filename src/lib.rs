@@ -15,7 +15,7 @@
 //! - [`Engine::direction`]: where the samples should move; [`CfgAugmentation`].
 //! - [`Regularizer::loss`]: what keeps them in place; [`DistributionMatching`], [`MeanVariance`].
 //! - [`Objective`]: [`Group`]s of terms, each group with one [`Probe`] of the samples; the paper's
-//!   four schedules are its constructors.
+//!   four arrangements are ready-made in [`Schedule`].
 //!
 //! Around them: [`Denoiser`] makes any network a predictor of clean samples, [`Batch`] carries what
 //! the student made, [`Sampler`] is backward simulation and few-step sampling, and [`Renoising`] says
@@ -24,6 +24,14 @@
 //! Losses are means over all elements of the batch; directions are differences of clean samples; time
 //! runs from 0, noise, to 1, data. Nothing here panics on bad input: every function on user input
 //! returns an [`Error`] that names the argument.
+#![warn(
+    missing_docs,
+    missing_debug_implementations,
+    unreachable_pub,
+    clippy::missing_errors_doc,
+    clippy::must_use_candidate,
+    clippy::float_cmp
+)]
 #![cfg_attr(
     not(test),
     deny(
@@ -48,6 +56,7 @@ mod prediction;
 mod probe;
 mod regularizer;
 mod rollout;
+mod schedule;
 mod time;
 mod value;
 
@@ -65,7 +74,10 @@ pub use regularizer::{
     surrogate,
 };
 pub use rollout::{FewStepGrid, Sampler, Simulation, Transition};
-pub use time::{AboveStudent, LogitNormal, PostShift, PreShift, Renoising, Shift, TimeSampler, Uniform};
+pub use schedule::Schedule;
+pub use time::{
+    AboveStudent, LogitNormal, PostShift, PreShift, Renoising, Shift, TimeSampler, Uniform,
+};
 pub use value::{Floor, Guidance};
 
 /// The code of the README, compiled and run.

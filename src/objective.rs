@@ -5,8 +5,7 @@ use tch::{Kind, Tensor, no_grad_guard};
 use crate::numeric::{noise_like, sample_rms};
 use crate::value::checked;
 use crate::{
-    AboveStudent, Batch, CfgAugmentation, Denoiser, Engine, Error, Floor, Guidance, Normalizer,
-    Probe, Regularizer, Renoising, Result, Shift, Uniform, surrogate,
+    Batch, Denoiser, Engine, Error, Normalizer, Probe, Regularizer, Renoising, Result, surrogate,
 };
 
 /// Terms that look at the same re-noised samples: one tau, one noise, one set of teacher forwards.
@@ -108,17 +107,8 @@ pub struct Evaluation {
 /// ```text
 /// loss = sum of weight_k surrogate(x, direction_k) + sum of weight_j loss_j
 /// ```
-/// The four schedules of the paper (Section 4.2, Table 1) are constructors; any other arrangement is
-/// a sum of [`Group`]s. They cost these network forwards for each update of the student:
-///
-/// | constructor | tau_CA | tau_DM | teacher | fake |
-/// |---|---|---|---|---|
-/// | [`coupled_shared`](Self::coupled_shared) | = tau_DM | U(0, 1) | 2 | 1 |
-/// | [`decoupled_full`](Self::decoupled_full) | U(0, 1) | U(0, 1) | 3 | 1 |
-/// | [`decoupled_constrained`](Self::decoupled_constrained) | U(t, 1) | U(t, 1) | 3 | 1 |
-/// | [`decoupled_hybrid`](Self::decoupled_hybrid), the paper's choice | U(t, 1) | U(0, 1) | 3 | 1 |
-///
-/// A neutral guidance leaves one teacher forward in each of them.
+/// The paper's four schedules are ready-made, see [`Schedule`](crate::Schedule); any other arrangement
+/// is a sum of [`Group`]s.
 pub struct Objective<'a> {
     teacher: Denoiser<'a>,
     groups: Vec<Group<'a>>,
@@ -144,74 +134,6 @@ impl<'a> Objective<'a> {
     pub fn observed(mut self) -> Self {
         self.observed = true;
         self
-    }
-
-    /// Schedule 1, DMD and DMD2: both terms at one tau over the full range, both normalised by the
-    /// guided prediction.
-    #[must_use]
-    pub fn coupled_shared(
-        teacher: Denoiser<'a>,
-        guidance: Guidance,
-        regularizer: impl Regularizer + 'a,
-        shift: Shift,
-    ) -> Self {
-        Self::new(teacher).with(
-            Group::new(Renoising::new(Uniform::FULL).shifted(shift))
-                .normalizer(Normalizer::Guided(guidance, Floor::default()))
-                .engine("ca", 1.0, CfgAugmentation::new(guidance))
-                .regularizer("dm", 1.0, regularizer),
-        )
-    }
-
-    /// Schedule 2: independent tau, both over the full range.
-    #[must_use]
-    pub fn decoupled_full(
-        teacher: Denoiser<'a>,
-        guidance: Guidance,
-        regularizer: impl Regularizer + 'a,
-        shift: Shift,
-    ) -> Self {
-        let times = || Renoising::new(Uniform::FULL).shifted(shift);
-        Self::decoupled(teacher, (times(), guidance), (times(), regularizer))
-    }
-
-    /// Schedule 3: independent tau, both above the student's time, which the batch must carry.
-    #[must_use]
-    pub fn decoupled_constrained(
-        teacher: Denoiser<'a>,
-        guidance: Guidance,
-        regularizer: impl Regularizer + 'a,
-        shift: Shift,
-    ) -> Self {
-        let times = || Renoising::new(AboveStudent::FULL).shifted(shift);
-        Self::decoupled(teacher, (times(), guidance), (times(), regularizer))
-    }
-
-    /// Schedule 4, the paper's: tau_CA above the student's time, which the batch must carry, and
-    /// tau_DM over the full range.
-    #[must_use]
-    pub fn decoupled_hybrid(
-        teacher: Denoiser<'a>,
-        guidance: Guidance,
-        regularizer: impl Regularizer + 'a,
-        shift: Shift,
-    ) -> Self {
-        let ca = Renoising::new(AboveStudent::FULL).shifted(shift);
-        let dm = Renoising::new(Uniform::FULL).shifted(shift);
-        Self::decoupled(teacher, (ca, guidance), (dm, regularizer))
-    }
-
-    /// CFG Augmentation and a regularizer, each with its own re-noising (Eq. 8), each normalised by
-    /// the conditional prediction at its own tau.
-    #[must_use]
-    pub fn decoupled(
-        teacher: Denoiser<'a>,
-        (ca_times, guidance): (Renoising<'a>, Guidance),
-        (dm_times, regularizer): (Renoising<'a>, impl Regularizer + 'a),
-    ) -> Self {
-        Self::new(teacher)
-            .with(Group::new(ca_times).engine("ca", 1.0, CfgAugmentation::new(guidance)))
-            .with(Group::new(dm_times).regularizer("dm", 1.0, regularizer))
     }
 
     /// The random numbers of one evaluation, one draw a group, from libtorch's global generator.

@@ -2,8 +2,8 @@
 
 use tch::Tensor;
 
-use crate::path::Coefficients;
 use crate::Result;
+use crate::path::Coefficients;
 
 /// The quantity that a network is trained to output, on a path `x_t = a x0 + s eps`.
 ///

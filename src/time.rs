@@ -341,9 +341,11 @@ mod tests {
     fn above_the_student_is_cleaner_than_the_student() -> Result<()> {
         let student = PreShift::new(Tensor::from_slice(&[0.0, 0.5, 0.875, 0.99]))?;
         let sampler = AboveStudent::new(0.05, 0.98)?;
-        let lowest = sampler.times(&Tensor::zeros([4], (Kind::Double, Device::Cpu)), Some(&student))?;
+        let lowest =
+            sampler.times(&Tensor::zeros([4], (Kind::Double, Device::Cpu)), Some(&student))?;
         assert_eq!(values(lowest.tensor()), [0.05, 0.55, 0.925, 0.98]);
-        let highest = sampler.times(&Tensor::ones([4], (Kind::Double, Device::Cpu)), Some(&student))?;
+        let highest =
+            sampler.times(&Tensor::ones([4], (Kind::Double, Device::Cpu)), Some(&student))?;
         for value in values(highest.tensor()) {
             approx::assert_abs_diff_eq!(value, 0.98, epsilon = 1e-12);
         }
@@ -369,7 +371,10 @@ mod tests {
     fn bad_times_are_refused() {
         let nan = Tensor::from_slice(&[0.5, f64::NAN]);
         assert!(matches!(PreShift::new(nan), Err(Error::OutOfRange { .. })));
-        assert!(matches!(PostShift::new(Tensor::from_slice(&[1.5])), Err(Error::OutOfRange { .. })));
+        assert!(matches!(
+            PostShift::new(Tensor::from_slice(&[1.5])),
+            Err(Error::OutOfRange { .. })
+        ));
         assert!(matches!(PostShift::new(Tensor::from_slice(&[1i64])), Err(Error::Kind { .. })));
         let matrix = Tensor::zeros([2, 2], (Kind::Float, Device::Cpu));
         assert!(matches!(PreShift::new(matrix), Err(Error::Shape { .. })));

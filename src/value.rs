@@ -132,10 +132,8 @@ mod tests {
     fn out_of_range_numbers_are_named() {
         for alpha in [0.999, -1.0, f64::NAN, f64::INFINITY] {
             let error = Guidance::new(alpha).unwrap_err();
-            assert!(
-                matches!(error, Error::OutOfRange { what: "guidance scale alpha", value, .. }
-                    if value.to_bits() == alpha.to_bits())
-            );
+            assert!(matches!(error, Error::OutOfRange { what: "guidance scale alpha", value, .. }
+                    if value.to_bits() == alpha.to_bits()));
         }
         for w in [-0.1, f64::NAN, f64::NEG_INFINITY] {
             assert!(matches!(Guidance::from_w(w), Err(Error::OutOfRange { .. })));

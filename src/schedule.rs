@@ -1,0 +1,75 @@
+//! The paper's four re-noising schedules, ready-made.
+
+use crate::{
+    AboveStudent, CfgAugmentation, Denoiser, Floor, Group, Guidance, Normalizer, Objective,
+    Regularizer, Renoising, Shift, Uniform,
+};
+
+/// Where CFG Augmentation and the regularizer look at the samples (Section 4.2 and Table 1 of
+/// arXiv 2511.22677), with the network forwards of one update of the student:
+///
+/// | schedule | tau_CA | tau_DM | normaliser | teacher | fake |
+/// |---|---|---|---|---|---|
+/// | [`CoupledShared`](Self::CoupledShared) | = tau_DM | U(0, 1) | guided prediction, common | 2 | 1 |
+/// | [`DecoupledFull`](Self::DecoupledFull) | U(0, 1) | U(0, 1) | conditional, each its own | 3 | 1 |
+/// | [`DecoupledConstrained`](Self::DecoupledConstrained) | U(t, 1) | U(t, 1) | conditional, each its own | 3 | 1 |
+/// | [`DecoupledHybrid`](Self::DecoupledHybrid) | U(t, 1) | U(0, 1) | conditional, each its own | 3 | 1 |
+///
+/// t is the student's own time, which the batch must carry for the last two. All times are drawn
+/// before the shift. A neutral guidance leaves one teacher forward in each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+pub enum Schedule {
+    /// Both terms at one tau with one noise: DMD and DMD2, whose gradient it equals.
+    CoupledShared,
+    /// Independent tau, both over the full range.
+    DecoupledFull,
+    /// Independent tau, both cleaner than what the student was given.
+    DecoupledConstrained,
+    /// The paper's choice: the engine only where the student has yet to go, the shield everywhere.
+    #[default]
+    DecoupledHybrid,
+}
+
+impl Schedule {
+    /// All four, in the order of the paper's table.
+    pub const ALL: [Self; 4] = [
+        Self::CoupledShared,
+        Self::DecoupledFull,
+        Self::DecoupledConstrained,
+        Self::DecoupledHybrid,
+    ];
+
+    /// The objective of this schedule: CFG Augmentation under the name `ca` and `regularizer`,
+    /// usually `&dm`, under the name `dm`, both of weight 1.
+    ///
+    /// `shift` is the one that the model is run with at inference.
+    #[must_use]
+    pub fn objective<'a>(
+        self,
+        teacher: Denoiser<'a>,
+        guidance: Guidance,
+        regularizer: impl Regularizer + 'a,
+        shift: Shift,
+    ) -> Objective<'a> {
+        let full = || Group::new(Renoising::new(Uniform::FULL).shifted(shift));
+        let above = || Group::new(Renoising::new(AboveStudent::FULL).shifted(shift));
+        let (ca, dm) = match self {
+            Self::CoupledShared => {
+                let normalizer = Normalizer::Guided(guidance, Floor::default());
+                let group = full()
+                    .normalizer(normalizer)
+                    .engine("ca", 1.0, CfgAugmentation::new(guidance))
+                    .regularizer("dm", 1.0, regularizer);
+                return Objective::new(teacher).with(group);
+            }
+            Self::DecoupledFull => (full(), full()),
+            Self::DecoupledConstrained => (above(), above()),
+            Self::DecoupledHybrid => (above(), full()),
+        };
+        Objective::new(teacher)
+            .with(ca.engine("ca", 1.0, CfgAugmentation::new(guidance)))
+            .with(dm.regularizer("dm", 1.0, regularizer))
+    }
+}

@@ -1,0 +1,88 @@
+//! Closed-form networks for the tests: the exact denoisers of Gaussian data.
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use std::cell::RefCell;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use decoupled_dmd::{Condition, Denoiser, Prediction, RectifiedFlow};
+use tch::{Device, Kind, Tensor};
+
+/// Libtorch's generator is one for the whole process: tests that draw hold this lock.
+pub fn seeded(seed: i64) -> MutexGuard<'static, ()> {
+    static GENERATOR: Mutex<()> = Mutex::new(());
+    let guard = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    tch::manual_seed(seed);
+    guard
+}
+
+/// E[x0 | x_t] of data N(mean, variance I) on rectified flow, with t [B] and x_t [B, ..].
+pub fn gaussian_denoiser(x: &Tensor, t: &Tensor, mean: &Tensor, variance: f64) -> Tensor {
+    let mut shape = vec![1i64; x.dim()];
+    shape[0] = x.size()[0];
+    let a = t.view(shape.as_slice());
+    let s: Tensor = 1.0 - &a;
+    let gain = &a * variance / (a.square() * variance + s.square());
+    mean + gain * (x - a * mean)
+}
+
+/// A teacher of N(condition, variance I), which predicts the clean sample itself.
+pub fn gaussian_teacher<'a>(variance: f64) -> Denoiser<'a> {
+    Denoiser::new(
+        RectifiedFlow,
+        Prediction::Sample,
+        move |x: &Tensor, t: &Tensor, c: &Condition| gaussian_denoiser(x, t, &c[0], variance),
+    )
+}
+
+/// What a network was asked.
+#[derive(Default)]
+pub struct Calls {
+    /// The times of each forward, one vector a call.
+    pub times: RefCell<Vec<Vec<f64>>>,
+    pub paired: RefCell<usize>,
+}
+
+impl Calls {
+    pub fn record(&self, t: &Tensor) {
+        self.times.borrow_mut().push(values(t));
+    }
+    pub fn count(&self) -> usize {
+        self.times.borrow().len()
+    }
+}
+
+/// [`gaussian_teacher`] that records its calls.
+pub fn counting_teacher(calls: &Calls, variance: f64) -> Denoiser<'_> {
+    Denoiser::new(
+        RectifiedFlow,
+        Prediction::Sample,
+        move |x: &Tensor, t: &Tensor, c: &Condition| {
+            calls.record(t);
+            gaussian_denoiser(x, t, &c[0], variance)
+        },
+    )
+}
+
+pub fn values(tensor: &Tensor) -> Vec<f64> {
+    Vec::try_from(tensor.to_kind(Kind::Double).flatten(0, -1)).unwrap()
+}
+
+pub fn value(tensor: &Tensor) -> f64 {
+    tensor.double_value(&[])
+}
+
+pub fn max_difference(left: &Tensor, right: &Tensor) -> f64 {
+    (left.to_kind(Kind::Double) - right.to_kind(Kind::Double)).abs().max().double_value(&[])
+}
+
+/// A smooth, asymmetric tensor that needs no generator.
+pub fn wave(shape: &[i64], phase: f64, kind: Kind) -> Tensor {
+    let count: i64 = shape.iter().product();
+    let index = Tensor::arange(count, (Kind::Double, Device::Cpu));
+    (index * 0.7 + phase).sin().view(shape).to_kind(kind)
+}
+
+/// The gradient of a scalar in one leaf.
+pub fn gradient(loss: &Tensor, leaf: &Tensor) -> Tensor {
+    Tensor::run_backward(&[loss], &[leaf], true, false).remove(0)
+}

@@ -1,0 +1,307 @@
+//! The identities of the paper, each against a computation of its own.
+
+mod common;
+
+use common::{
+    Calls, counting_teacher, gaussian_denoiser, gaussian_teacher, gradient, max_difference, seeded,
+    value, values, wave,
+};
+use decoupled_dmd::{
+    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Draw, Engine, Floor, Group,
+    Guidance, MeanVariance, Normalizer, Objective, PostShift, PreShift, Prediction, Probe,
+    RectifiedFlow, Regularizer, Renoising, Result, Schedule, Shift, Statistics, Uniform, surrogate,
+};
+use tch::{Kind, Tensor};
+
+const SHAPE: [i64; 4] = [3, 2, 4, 4];
+const TEACHER_VARIANCE: f64 = 0.5;
+const FAKE_VARIANCE: f64 = 0.8;
+const ALPHA: f64 = 4.0;
+
+struct Setting {
+    x: Tensor,
+    cond: Condition,
+    null: Condition,
+    u: Tensor,
+    noise: Tensor,
+}
+
+/// Samples with a gradient, and one draw, away from both ends of the path.
+fn setting(kind: Kind) -> Setting {
+    Setting {
+        x: wave(&SHAPE, 0.3, kind).set_requires_grad(true),
+        cond: wave(&SHAPE, 1.1, kind).into(),
+        null: wave(&SHAPE, 2.9, kind).into(),
+        u: Tensor::from_slice(&[0.2, 0.5, 0.7]).to_kind(kind),
+        noise: wave(&SHAPE, 5.0, kind),
+    }
+}
+
+impl Setting {
+    fn batch(&self) -> Batch<'_> {
+        Batch::new(&self.x, &self.cond).unwrap().null(&self.null)
+    }
+    fn draw(&self) -> Draw {
+        Draw { u: self.u.shallow_clone(), noise: self.noise.shallow_clone() }
+    }
+    /// Noised samples, and the clean predictions: conditional, null, fake.
+    fn predictions(&self) -> [Tensor; 4] {
+        let t = self.u.view([3, 1, 1, 1]);
+        let level: Tensor = 1.0 - &t;
+        let noised = (&t * &self.x + level * &self.noise).detach();
+        let predict = |c: &Condition, v| gaussian_denoiser(&noised, &self.u, &c[0], v);
+        let cond = predict(&self.cond, TEACHER_VARIANCE);
+        let null = predict(&self.null, TEACHER_VARIANCE);
+        let fake = predict(&self.cond, FAKE_VARIANCE);
+        [noised, cond, null, fake]
+    }
+}
+
+fn mean_abs(tensor: &Tensor) -> Tensor {
+    tensor.abs().mean_dim(&[1i64, 2, 3][..], true, None)
+}
+
+/// DMD2's loss (`guidance/sd_guidance.py`), written from its formula.
+fn dmd2(x: &Tensor, guided: &Tensor, fake: &Tensor) -> Tensor {
+    let factor = mean_abs(&(x - guided));
+    let step = ((fake - guided) / factor).detach();
+    0.5 * (x - (x - step).detach()).square().mean(None)
+}
+
+#[test]
+fn equation_2_dm_follows_teacher_minus_fake() -> Result<()> {
+    let s = setting(Kind::Double);
+    let teacher = gaussian_teacher(TEACHER_VARIANCE);
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE));
+    let batch = s.batch();
+    let tau = PostShift::new(s.u.shallow_clone())?;
+    let probe = Probe::at(&teacher, &batch, tau, s.noise.shallow_clone())?;
+    let [_, cond, _, fake] = s.predictions();
+    let expected = (&cond - fake) / mean_abs(&(&s.x - &cond)).clamp_min(0.05);
+    assert!(max_difference(&dm.direction(&probe)?, &expected) < 1e-14);
+    let slope = gradient(&dm.loss(&probe)?, &s.x);
+    assert!(max_difference(&slope, &(-expected / s.x.numel() as f64)) < 1e-16);
+    Ok(())
+}
+
+#[test]
+fn equation_6_ca_is_the_guidance_direction_times_alpha_minus_one() -> Result<()> {
+    let s = setting(Kind::Double);
+    let teacher = gaussian_teacher(TEACHER_VARIANCE);
+    let batch = s.batch();
+    let [_, cond, null, _] = s.predictions();
+    for (normalizer, scale) in [
+        (Normalizer::Off, Tensor::from(1.0)),
+        (Normalizer::Conditional(Floor::new(1e-8)?), mean_abs(&(&s.x - &cond))),
+        (Normalizer::Conditional(Floor::new(1e3)?), Tensor::from(1e3)),
+    ] {
+        let tau = PostShift::new(s.u.shallow_clone())?;
+        let probe = Probe::at(&teacher, &batch, tau, s.noise.shallow_clone())?;
+        let probe = probe.normalizer(normalizer);
+        let direction = CfgAugmentation::new(Guidance::new(ALPHA)?).direction(&probe)?;
+        let expected = (ALPHA - 1.0) * (&cond - &null) / scale;
+        assert!(max_difference(&direction, &expected) < 1e-14, "{normalizer:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn equations_4_to_6_coupled_ca_and_dm_with_the_common_normaliser_are_dmd2() -> Result<()> {
+    for (kind, tolerance) in [(Kind::Double, 1e-16), (Kind::Float, 2e-8)] {
+        let s = setting(kind);
+        let guidance = Guidance::new(ALPHA)?;
+        let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE));
+        let teacher = gaussian_teacher(TEACHER_VARIANCE);
+        let objective = Schedule::CoupledShared.objective(teacher, guidance, &dm, Shift::NONE);
+        let evaluation = objective.evaluate_at(&s.batch(), vec![s.draw()])?;
+        let [_, cond, null, fake] = s.predictions();
+        let guided = &null + ALPHA * (&cond - &null);
+        let reference = gradient(&dmd2(&s.x, &guided, &fake), &s.x);
+        let difference = max_difference(&gradient(&evaluation.loss, &s.x), &reference);
+        assert!(difference < tolerance, "{kind:?}: {difference}");
+        assert!(value(&reference.abs().max()) > 1e-3);
+    }
+    Ok(())
+}
+
+#[test]
+fn with_separate_normalisers_the_coupled_sum_is_not_dmd2() -> Result<()> {
+    let s = setting(Kind::Double);
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE));
+    let objective = Objective::new(gaussian_teacher(TEACHER_VARIANCE)).with(
+        Group::new(Renoising::new(Uniform::FULL))
+            .engine("ca", 1.0, CfgAugmentation::new(Guidance::new(ALPHA)?))
+            .regularizer("dm", 1.0, &dm),
+    );
+    let evaluation = objective.evaluate_at(&s.batch(), vec![s.draw()])?;
+    let [_, cond, null, fake] = s.predictions();
+    let guided = &null + ALPHA * (&cond - &null);
+    let reference = gradient(&dmd2(&s.x, &guided, &fake), &s.x);
+    assert!(max_difference(&gradient(&evaluation.loss, &s.x), &reference) > 1e-3);
+    Ok(())
+}
+
+#[test]
+fn algorithm_1_the_surrogate_is_half_the_mean_square_with_gradient_minus_direction() -> Result<()> {
+    for kind in [Kind::Double, Kind::Float, Kind::BFloat16] {
+        let x = wave(&SHAPE, 0.3, kind).set_requires_grad(true);
+        let wide = if kind == Kind::Double { Kind::Double } else { Kind::Float };
+        let direction = wave(&SHAPE, 2.0, wide) * 0.01;
+        let loss = surrogate(&x, &direction)?;
+        assert_eq!(loss.size(), [0i64; 0]);
+        let expected = 0.5 * value(&direction.square().mean(Kind::Double));
+        approx::assert_relative_eq!(value(&loss), expected, max_relative = 1e-4);
+        let expected = (-direction / x.numel() as f64).to_kind(kind);
+        let slope = gradient(&loss, &x);
+        assert!(
+            max_difference(&slope, &expected) < 1e-3 * value(&expected.abs().max()),
+            "{kind:?}"
+        );
+        if kind != Kind::BFloat16 {
+            assert!(max_difference(&slope, &expected) < 1e-10, "{kind:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn algorithm_1_the_fake_score_learns_the_sample_in_its_own_prediction_type() -> Result<()> {
+    let s = setting(Kind::Double);
+    let t = s.u.view([3, 1, 1, 1]);
+    let x = s.x.detach();
+    let scale = Tensor::from(0.7).set_requires_grad(true);
+    let level: Tensor = 1.0 - &t;
+    let noised = &t * &x + &level * &s.noise;
+    for (prediction, target) in [
+        (Prediction::Sample, x.shallow_clone()),
+        (Prediction::Noise, s.noise.shallow_clone()),
+        (Prediction::FlowVelocity, &s.noise - &x),
+        (Prediction::Velocity, &t * &s.noise - &level * &x),
+        (Prediction::Score, -&s.noise / &level),
+    ] {
+        let network = |x: &Tensor, _: &Tensor, _: &Condition| x * &scale;
+        let dm = DistributionMatching::new(Denoiser::new(RectifiedFlow, prediction, network));
+        let time = PostShift::new(s.u.shallow_clone())?;
+        let loss = dm.denoising_loss_at(&s.batch(), &time, &s.noise)?;
+        let expected = (target - &noised * &scale).square().mean(None);
+        assert!(max_difference(&loss, &expected) < 1e-13, "{prediction:?}");
+        let gradients = Tensor::run_backward(&[&loss], &[&s.x, &scale], true, false);
+        assert!(!gradients[0].defined(), "the student must receive nothing");
+        assert!(value(&gradients[1]).abs() > 1e-3);
+    }
+    Ok(())
+}
+
+/// KL between Gaussians, Eq. 7, sample by sample in plain numbers.
+fn equation_7(samples: &[Vec<f64>], mu: f64, var: f64) -> f64 {
+    let divergence = |x: &Vec<f64>| {
+        let n = x.len() as f64;
+        let m = x.iter().sum::<f64>() / n;
+        let v = x.iter().map(|x| (x - m).powi(2)).sum::<f64>() / n;
+        0.5 * ((v + (m - mu).powi(2)) / var - 1.0 - (v / var).ln())
+    };
+    samples.iter().map(divergence).sum::<f64>() / samples.len() as f64
+}
+
+#[test]
+fn equation_7_mean_variance_is_the_divergence_of_the_statistics() -> Result<()> {
+    let s = setting(Kind::Double);
+    let teacher = gaussian_teacher(1.0);
+    let batch = s.batch();
+    let probe = Probe::draw(&teacher, &batch, &Renoising::new(Uniform::FULL))?;
+    let rows = |groups: i64| -> Vec<Vec<f64>> {
+        (0..groups).map(|i| values(&s.x.detach().view([groups, -1]).get(i))).collect()
+    };
+
+    let loss = MeanVariance::per_sample(0.075, 0.81)?.loss(&probe)?;
+    approx::assert_relative_eq!(value(&loss), equation_7(&rows(3), 0.075, 0.81), epsilon = 1e-12);
+
+    let same = Tensor::from_slice(&[0.075, 0.075]);
+    let loss =
+        MeanVariance::per_channel(&same, &Tensor::from_slice(&[0.81, 0.81]))?.loss(&probe)?;
+    approx::assert_relative_eq!(value(&loss), equation_7(&rows(6), 0.075, 0.81), epsilon = 1e-12);
+
+    // dL/dx = 1/(B N) [ (x - mu)/var - (x - m)/v ]
+    let term = MeanVariance::per_sample(0.075, 0.81)?;
+    let slope = gradient(&term.loss(&probe)?, &s.x);
+    let x = s.x.detach();
+    let m = x.mean_dim(&[1i64, 2, 3][..], true, None);
+    let v = (&x - &m).square().mean_dim(&[1i64, 2, 3][..], true, None);
+    let expected = ((&x - 0.075) / 0.81 - (&x - m) / v) / x.numel() as f64;
+    assert!(max_difference(&slope, &expected) < 1e-15);
+    Ok(())
+}
+
+#[test]
+fn equation_7_vanishes_with_its_gradient_at_the_target() -> Result<()> {
+    let teacher = gaussian_teacher(1.0);
+    let cond = Condition::from(wave(&[1, 2, 4, 4], 1.0, Kind::Double));
+    let x = wave(&[1, 2, 4, 4], 0.3, Kind::Double).set_requires_grad(true);
+    let batch = Batch::new(&x, &cond)?;
+    let probe = Probe::draw(&teacher, &batch, &Renoising::new(Uniform::FULL))?;
+    for statistics in [Statistics::PerSample, Statistics::PerChannel] {
+        let loss = MeanVariance::measured(&x, statistics)?.loss(&probe)?;
+        assert!(value(&loss).abs() < 1e-15, "{statistics:?}");
+        assert!(value(&gradient(&loss, &x).abs().max()) < 1e-16, "{statistics:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn equation_8_the_terms_of_decoupled_groups_use_their_own_tau_and_noise() -> Result<()> {
+    let ca_draw = setting(Kind::Double);
+    let dm_draw = Setting {
+        u: Tensor::from_slice(&[0.9, 0.1, 0.3]),
+        noise: wave(&SHAPE, 9.0, Kind::Double),
+        ..setting(Kind::Double)
+    };
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE));
+    let (teacher, guidance) = (gaussian_teacher(TEACHER_VARIANCE), Guidance::new(ALPHA)?);
+    let objective = Schedule::DecoupledFull.objective(teacher, guidance, &dm, Shift::NONE);
+    let batch = ca_draw.batch();
+    let evaluation = objective.evaluate_at(&batch, vec![ca_draw.draw(), dm_draw.draw()])?;
+    let normalise = |difference: Tensor, cond: &Tensor| {
+        difference / mean_abs(&(&ca_draw.x - cond)).clamp_min(Floor::default().get())
+    };
+    let [_, cond, null, _] = ca_draw.predictions();
+    let ca = normalise((ALPHA - 1.0) * (&cond - null), &cond);
+    let [_, cond, _, fake] = dm_draw.predictions();
+    let dm = normalise(&cond - fake, &cond);
+    let expected = -(ca + dm) / ca_draw.x.numel() as f64;
+    let slope = gradient(&evaluation.loss, &ca_draw.x);
+    assert!(max_difference(&slope, &expected) < 1e-16);
+    Ok(())
+}
+
+#[test]
+fn the_four_schedules_draw_tau_from_the_stated_side() -> Result<()> {
+    let _guard = seeded(1);
+    let student = [0.0, 0.5, 0.875];
+    let shift = Shift::new(3.0)?;
+    let above = [[false, false], [false, false], [true, true], [true, false]];
+    for (schedule, above) in Schedule::ALL.into_iter().zip(above) {
+        let calls = Calls::default();
+        let s = setting(Kind::Float);
+        let time = PreShift::new(Tensor::from_slice(&student))?;
+        let batch = s.batch().student_time(&time)?;
+        let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE));
+        let teacher = counting_teacher(&calls, TEACHER_VARIANCE);
+        let objective = schedule.objective(teacher, Guidance::new(ALPHA)?, &dm, shift);
+        for _ in 0..200 {
+            let _ = objective.evaluate(&batch)?;
+        }
+        let times = calls.times.borrow();
+        let per_step = times.len() / 200;
+        assert_eq!(per_step, if schedule == Schedule::CoupledShared { 2 } else { 3 });
+        // The first two forwards are CA's, the last one is DM's.
+        for (term, offset) in [(0, 0), (1, per_step - 1)] {
+            let below = times
+                .iter()
+                .skip(offset)
+                .step_by(per_step)
+                .any(|row| row.iter().zip(student).any(|(tau, t)| *tau < shift.of(t) - 1e-6));
+            assert_eq!(below, !above[term], "{schedule:?}, term {term}");
+        }
+    }
+    Ok(())
+}

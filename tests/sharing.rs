@@ -1,0 +1,143 @@
+//! How many network forwards a step costs.
+
+mod common;
+
+use common::{Calls, counting_teacher, gaussian_denoiser, gaussian_teacher, seeded, value, wave};
+use decoupled_dmd::{
+    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Error, Group, Guidance,
+    Objective, PreShift, Prediction, RectifiedFlow, Renoising, Result, Schedule, Shift, Uniform,
+};
+use tch::{Device, Kind, Tensor};
+
+fn inputs() -> (Tensor, Condition, Condition) {
+    let x = wave(&[2, 3, 4, 4], 0.0, Kind::Float).set_requires_grad(true);
+    let condition = |phase| wave(&[2, 3, 4, 4], phase, Kind::Float).into();
+    (x, condition(1.0), condition(2.0))
+}
+
+/// Teacher and fake forwards of one evaluation.
+fn forwards(schedule: Schedule, alpha: f64) -> Result<(usize, usize)> {
+    let _guard = seeded(3);
+    let (x, cond, null) = inputs();
+    let time = PreShift::all(0.25, 2, Device::Cpu)?;
+    let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
+    let (teacher, fake) = (Calls::default(), Calls::default());
+    let dm = DistributionMatching::new(counting_teacher(&fake, 0.8));
+    let teacher_net = counting_teacher(&teacher, 0.5);
+    let objective = schedule.objective(teacher_net, Guidance::new(alpha)?, &dm, Shift::new(3.0)?);
+    let evaluation = objective.evaluate(&batch)?;
+    assert!(value(&evaluation.loss).is_finite());
+    Ok((teacher.count(), fake.count()))
+}
+
+#[test]
+fn coupled_costs_two_teacher_forwards_and_decoupled_three() -> Result<()> {
+    assert_eq!(forwards(Schedule::CoupledShared, 4.0)?, (2, 1));
+    assert_eq!(forwards(Schedule::DecoupledFull, 4.0)?, (3, 1));
+    assert_eq!(forwards(Schedule::DecoupledConstrained, 4.0)?, (3, 1));
+    assert_eq!(forwards(Schedule::DecoupledHybrid, 4.0)?, (3, 1));
+    Ok(())
+}
+
+#[test]
+fn neutral_guidance_costs_one() -> Result<()> {
+    assert_eq!(forwards(Schedule::CoupledShared, 1.0)?, (1, 1));
+    assert_eq!(forwards(Schedule::DecoupledHybrid, 1.0)?, (1, 1));
+    Ok(())
+}
+
+#[test]
+fn neutral_guidance_gives_an_exactly_zero_term_and_needs_no_null_condition() -> Result<()> {
+    let _guard = seeded(4);
+    let (x, cond, _) = inputs();
+    let calls = Calls::default();
+    let objective = Objective::new(counting_teacher(&calls, 0.5)).with(
+        Group::new(Renoising::new(Uniform::FULL)).engine(
+            "ca",
+            1.0,
+            CfgAugmentation::new(Guidance::NEUTRAL),
+        ),
+    );
+    let evaluation = objective.evaluate(&Batch::new(&x, &cond)?)?;
+    evaluation.loss.backward();
+    assert_eq!(value(&x.grad().abs().max()).to_bits(), 0.0f64.to_bits());
+    assert_eq!(calls.count(), 0);
+    Ok(())
+}
+
+#[test]
+fn a_paired_teacher_answers_both_conditions_in_one_forward() -> Result<()> {
+    let (x, cond, null) = inputs();
+    let calls = Calls::default();
+    let evaluate = |teacher| -> Result<f64> {
+        let _guard = seeded(5);
+        let dm = DistributionMatching::new(gaussian_teacher(0.8));
+        let guidance = Guidance::new(4.0)?;
+        let objective = Schedule::CoupledShared.objective(teacher, guidance, &dm, Shift::NONE);
+        let evaluation = objective.evaluate(&Batch::new(&x, &cond)?.null(&null))?;
+        Ok(value(&evaluation.loss))
+    };
+    let single = |x: &Tensor, t: &Tensor, c: &Condition| {
+        calls.record(t);
+        gaussian_denoiser(x, t, &c[0], 0.5)
+    };
+    let plain = evaluate(Denoiser::new(RectifiedFlow, Prediction::Sample, single))?;
+    assert_eq!(calls.count(), 2);
+    let teacher = Denoiser::new(RectifiedFlow, Prediction::Sample, single).paired(
+        |x: &Tensor, t: &Tensor, one: &Condition, two: &Condition| {
+            *calls.paired.borrow_mut() += 1;
+            (gaussian_denoiser(x, t, &one[0], 0.5), gaussian_denoiser(x, t, &two[0], 0.5))
+        },
+    );
+    approx::assert_relative_eq!(evaluate(teacher)?, plain);
+    assert_eq!((calls.count(), *calls.paired.borrow()), (2, 1));
+    Ok(())
+}
+
+#[test]
+fn observing_costs_no_forward_and_changes_no_loss() -> Result<()> {
+    let (x, cond, null) = inputs();
+    let evaluate = |observed: bool| -> Result<(f64, usize, Vec<(&'static str, f64)>)> {
+        let _guard = seeded(6);
+        let calls = Calls::default();
+        let dm = DistributionMatching::new(gaussian_teacher(0.8));
+        let teacher = counting_teacher(&calls, 0.5);
+        let mut objective =
+            Schedule::DecoupledFull.objective(teacher, Guidance::new(4.0)?, &dm, Shift::NONE);
+        if observed {
+            objective = objective.observed();
+        }
+        let evaluation = objective.evaluate(&Batch::new(&x, &cond)?.null(&null))?;
+        let observations = evaluation.observations.iter().map(|(n, t)| (*n, value(t))).collect();
+        Ok((value(&evaluation.loss), calls.count(), observations))
+    };
+    let (plain, plain_calls, nothing) = evaluate(false)?;
+    let (loss, calls, observations) = evaluate(true)?;
+    assert!(nothing.is_empty());
+    approx::assert_relative_eq!(plain, loss);
+    assert_eq!(plain_calls, calls);
+    for name in ["dm_rel_gap", "dm_cos", "dm_update_rms", "ca_update_rms", "share_on_floor"] {
+        assert!(observations.iter().any(|(n, v)| *n == name && v.is_finite()), "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_failing_term_is_named() -> Result<()> {
+    let (x, cond, _) = inputs();
+    let dm = DistributionMatching::new(gaussian_teacher(0.8));
+    let objective = Schedule::DecoupledHybrid.objective(
+        gaussian_teacher(0.5),
+        Guidance::new(4.0)?,
+        &dm,
+        Shift::NONE,
+    );
+    let missing_time = objective.evaluate(&Batch::new(&x, &cond)?).unwrap_err();
+    assert!(matches!(missing_time, Error::Missing { what: "student time", .. }));
+    let time = PreShift::all(0.0, 2, Device::Cpu)?;
+    let error = objective.evaluate(&Batch::new(&x, &cond)?.student_time(&time)?).unwrap_err();
+    let Error::Term { name, source } = error else { panic!("{error}") };
+    assert_eq!(name, "ca");
+    assert!(matches!(*source, Error::Missing { what: "null condition", setter: "null" }));
+    Ok(())
+}
