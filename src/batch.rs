@@ -108,26 +108,22 @@ impl<'a> Batch<'a> {
     }
 
     /// The samples, `[B, ..]`, carrying the student's gradient.
-    #[must_use]
     pub fn x(&self) -> &'a Tensor {
         self.x
     }
 
     /// The condition the samples were made for.
-    #[must_use]
     pub fn cond(&self) -> &'a Condition {
         self.cond
     }
 
     /// The number of samples, B.
-    #[must_use]
     #[allow(clippy::len_without_is_empty, reason = "a batch is never empty")]
     pub fn len(&self) -> i64 {
         self.x.size().first().copied().unwrap_or_default()
     }
 
     /// The pre-shift times of the student's evaluation, where given.
-    #[must_use]
     pub fn student_times(&self) -> Option<&'a PreShift> {
         self.student_time
     }

@@ -88,7 +88,6 @@ impl<'a> Denoiser<'a> {
     }
 
     /// The path on which the network lives.
-    #[must_use]
     pub fn path(&self) -> &dyn Path {
         &*self.path
     }

@@ -29,7 +29,6 @@
     missing_debug_implementations,
     unreachable_pub,
     clippy::missing_errors_doc,
-    clippy::must_use_candidate,
     clippy::float_cmp
 )]
 #![cfg_attr(

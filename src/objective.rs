@@ -1,8 +1,9 @@
 //! The loss of the student: engines and regularizers, in groups that share a probe.
 
-use tch::{Kind, Tensor, no_grad_guard};
+use tch::{Tensor, no_grad_guard};
 
 use crate::numeric::{noise_like, sample_rms};
+use crate::time::unit_uniform;
 use crate::value::checked;
 use crate::{
     Batch, Denoiser, Engine, Error, Normalizer, Probe, Regularizer, Renoising, Result, surrogate,
@@ -142,10 +143,7 @@ impl<'a> Objective<'a> {
     /// [`Error::Torch`] if libtorch fails.
     pub fn draw(&self, batch: &Batch<'_>) -> Result<Vec<Draw>> {
         let x = batch.x();
-        let draw = |_| {
-            let u = Tensor::f_rand([batch.len()], (Kind::Float, x.device()))?;
-            Ok(Draw { u, noise: noise_like(x)? })
-        };
+        let draw = |_| Ok(Draw { u: unit_uniform(x)?, noise: noise_like(x)? });
         self.groups.iter().map(draw).collect()
     }
 

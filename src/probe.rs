@@ -88,7 +88,7 @@ impl<'a> Probe<'a> {
         batch: &'a Batch<'a>,
         renoising: &Renoising<'_>,
     ) -> Result<Self> {
-        let tau = renoising.draw(batch.len(), batch.x().device(), batch.student_times())?;
+        let tau = renoising.draw(batch.x(), batch.student_times())?;
         Self::at(teacher, batch, tau, noise_like(batch.x())?)
     }
 
@@ -107,31 +107,26 @@ impl<'a> Probe<'a> {
     }
 
     /// The samples, `[B, ..]`, carrying the student's gradient.
-    #[must_use]
     pub fn x(&self) -> &'a Tensor {
         self.batch.x()
     }
 
     /// The batch behind the samples.
-    #[must_use]
     pub fn batch(&self) -> &'a Batch<'a> {
         self.batch
     }
 
     /// The noise level of this probe, B times.
-    #[must_use]
     pub fn tau(&self) -> &PostShift {
         &self.tau
     }
 
     /// The noise of this probe, shaped like x.
-    #[must_use]
     pub fn noise(&self) -> &Tensor {
         &self.noise
     }
 
     /// `a(tau) x + s(tau) noise`, `[B, ..]`, without a graph.
-    #[must_use]
     pub fn noised(&self) -> &Tensor {
         &self.noised
     }

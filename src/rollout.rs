@@ -1,8 +1,8 @@
 //! Few-step generation, and its simulation while training.
 
-use tch::{Kind, Tensor, no_grad_guard};
+use tch::{Device, Kind, Tensor, no_grad_guard};
 
-use crate::numeric::{check_samples, noise_like};
+use crate::numeric::{check_samples, compute_kind, noise_like};
 use crate::value::checked;
 use crate::{Condition, Denoiser, Guidance, PostShift, PreShift, Result, Shift};
 
@@ -43,19 +43,16 @@ impl FewStepGrid {
     }
 
     /// The number of steps, which is the number of network evaluations of one sample.
-    #[must_use]
     pub fn steps(&self) -> usize {
         self.times.len()
     }
 
     /// The pre-shift times.
-    #[must_use]
     pub fn times(&self) -> &[f64] {
         &self.times
     }
 
     /// The shift of the grid.
-    #[must_use]
     pub fn shift(&self) -> Shift {
         self.shift
     }
@@ -106,7 +103,6 @@ impl<'a> Sampler<'a> {
     }
 
     /// The grid.
-    #[must_use]
     pub fn grid(&self) -> &FewStepGrid {
         &self.grid
     }
@@ -118,7 +114,7 @@ impl<'a> Sampler<'a> {
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
     pub fn draw_step(&self) -> Result<usize> {
         let high = i64::try_from(self.grid.steps()).unwrap_or(i64::MAX);
-        let step = Tensor::f_randint(high, [1], (Kind::Int64, tch::Device::Cpu))?;
+        let step = Tensor::f_randint(high, [1], (Kind::Int64, Device::Cpu))?;
         Ok(usize::try_from(step.f_int64_value(&[0])?).unwrap_or_default())
     }
 
@@ -176,7 +172,7 @@ impl<'a> Sampler<'a> {
         let student_time = PreShift::all(
             self.grid.times.get(step).copied().unwrap_or_default(),
             noise.size().first().copied().unwrap_or_default(),
-            noise.device(),
+            options(noise)?,
         )?;
         Ok(Simulation { x: self.predict(&x, &time, cond)?, student_time })
     }
@@ -184,7 +180,7 @@ impl<'a> Sampler<'a> {
     fn time(&self, step: usize, like: &Tensor) -> Result<PostShift> {
         let pre_shift = self.grid.times.get(step).copied().unwrap_or_default();
         let batch = like.size().first().copied().unwrap_or_default();
-        PostShift::all(self.grid.shift.of(pre_shift), batch, like.device())
+        PostShift::all(self.grid.shift.of(pre_shift), batch, options(like)?)
     }
 
     fn predict(&self, x: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
@@ -200,4 +196,9 @@ impl<'a> Sampler<'a> {
         let coefficients = self.denoiser.path().coefficients(time)?.like(x)?;
         Ok(x.f_sub(&x0.f_mul(&coefficients.data)?)?.f_div(&coefficients.noise)?)
     }
+}
+
+/// The type and device of the times that belong to `x`.
+fn options(x: &Tensor) -> Result<(Kind, Device)> {
+    Ok((compute_kind(x.f_kind()?), x.device()))
 }

@@ -10,7 +10,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::numeric::{check_range, check_samples};
+use crate::numeric::{check_range, check_samples, compute_kind};
 use crate::value::checked;
 use crate::{Error, Result};
 
@@ -40,23 +40,21 @@ macro_rules! time_methods {
                 Ok(Self(times))
             }
 
-            /// The same time for `batch` samples, in float32.
+            /// The same time for `batch` samples, of the given type on the given device.
             ///
             /// # Errors
             /// [`Error::OutOfRange`] if `time` is outside [0, 1] or not a number.
-            pub fn all(time: f64, batch: i64, device: Device) -> Result<Self> {
+            pub fn all(time: f64, batch: i64, options: (Kind, Device)) -> Result<Self> {
                 checked($what, "in [0, 1]", time, (0.0..=1.0).contains(&time))?;
-                Ok(Self(Tensor::f_full([batch], time, (Kind::Float, device))?))
+                Ok(Self(Tensor::f_full([batch], time, options)?))
             }
 
             /// The times, `[B]`.
-            #[must_use]
             pub fn tensor(&self) -> &Tensor {
                 &self.0
             }
 
             /// Another handle on the same times.
-            #[must_use]
             pub fn shallow_clone(&self) -> Self {
                 Self(self.0.shallow_clone())
             }
@@ -91,7 +89,6 @@ impl Shift {
     }
 
     /// The factor k.
-    #[must_use]
     pub fn get(self) -> f64 {
         self.0
     }
@@ -286,18 +283,19 @@ impl<'a> Renoising<'a> {
         self.shift.apply(&self.sampler.times(u, student)?)
     }
 
-    /// Draws `batch` post-shift times with libtorch's global generator.
+    /// Draws B post-shift times for samples `x` `[B, ..]` with libtorch's global generator.
     ///
     /// # Errors
     /// As [`at`](Self::at).
-    pub fn draw(
-        &self,
-        batch: i64,
-        device: Device,
-        student: Option<&PreShift>,
-    ) -> Result<PostShift> {
-        self.at(&Tensor::f_rand([batch], (Kind::Float, device))?, student)
+    pub fn draw(&self, x: &Tensor, student: Option<&PreShift>) -> Result<PostShift> {
+        self.at(&unit_uniform(x)?, student)
     }
+}
+
+/// One draw from [0, 1) for each sample of `x`, on its device, in float32 or wider.
+pub(crate) fn unit_uniform(x: &Tensor) -> Result<Tensor> {
+    let batch = x.size().first().copied().unwrap_or_default();
+    Ok(Tensor::f_rand([batch], (compute_kind(x.f_kind()?), x.device()))?)
 }
 
 impl std::fmt::Debug for Renoising<'_> {

@@ -69,19 +69,16 @@ impl Guidance {
     }
 
     /// The scale in the alpha-form.
-    #[must_use]
     pub fn get(self) -> f64 {
         self.0
     }
 
     /// `alpha - 1`: the scale in the w-form, and the weight of CFG Augmentation (Eq. 6).
-    #[must_use]
     pub fn w(self) -> f64 {
         self.0 - 1.0
     }
 
     /// Whether the null branch has no weight.
-    #[must_use]
     pub fn is_neutral(self) -> bool {
         self.w() <= 0.0
     }
@@ -109,7 +106,6 @@ impl Floor {
     }
 
     /// The floor.
-    #[must_use]
     pub fn get(self) -> f64 {
         self.0
     }

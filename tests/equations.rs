@@ -205,6 +205,7 @@ fn equation_7(samples: &[Vec<f64>], mu: f64, var: f64) -> f64 {
 
 #[test]
 fn equation_7_mean_variance_is_the_divergence_of_the_statistics() -> Result<()> {
+    let _guard = seeded(2);
     let s = setting(Kind::Double);
     let teacher = gaussian_teacher(1.0);
     let batch = s.batch();
@@ -234,6 +235,7 @@ fn equation_7_mean_variance_is_the_divergence_of_the_statistics() -> Result<()> 
 
 #[test]
 fn equation_7_vanishes_with_its_gradient_at_the_target() -> Result<()> {
+    let _guard = seeded(2);
     let teacher = gaussian_teacher(1.0);
     let cond = Condition::from(wave(&[1, 2, 4, 4], 1.0, Kind::Double));
     let x = wave(&[1, 2, 4, 4], 0.3, Kind::Double).set_requires_grad(true);

@@ -19,7 +19,7 @@ fn inputs() -> (Tensor, Condition, Condition) {
 fn forwards(schedule: Schedule, alpha: f64) -> Result<(usize, usize)> {
     let _guard = seeded(3);
     let (x, cond, null) = inputs();
-    let time = PreShift::all(0.25, 2, Device::Cpu)?;
+    let time = PreShift::all(0.25, 2, (Kind::Float, Device::Cpu))?;
     let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
     let (teacher, fake) = (Calls::default(), Calls::default());
     let dm = DistributionMatching::new(counting_teacher(&fake, 0.8));
@@ -124,6 +124,7 @@ fn observing_costs_no_forward_and_changes_no_loss() -> Result<()> {
 
 #[test]
 fn a_failing_term_is_named() -> Result<()> {
+    let _guard = seeded(7);
     let (x, cond, _) = inputs();
     let dm = DistributionMatching::new(gaussian_teacher(0.8));
     let objective = Schedule::DecoupledHybrid.objective(
@@ -134,7 +135,7 @@ fn a_failing_term_is_named() -> Result<()> {
     );
     let missing_time = objective.evaluate(&Batch::new(&x, &cond)?).unwrap_err();
     assert!(matches!(missing_time, Error::Missing { what: "student time", .. }));
-    let time = PreShift::all(0.0, 2, Device::Cpu)?;
+    let time = PreShift::all(0.0, 2, (Kind::Float, Device::Cpu))?;
     let error = objective.evaluate(&Batch::new(&x, &cond)?.student_time(&time)?).unwrap_err();
     let Error::Term { name, source } = error else { panic!("{error}") };
     assert_eq!(name, "ca");

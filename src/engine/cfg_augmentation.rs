@@ -47,7 +47,6 @@ impl CfgAugmentation {
     }
 
     /// The guidance scale.
-    #[must_use]
     pub fn guidance(&self) -> Guidance {
         self.guidance
     }

@@ -94,7 +94,7 @@ impl<'a> DistributionMatching<'a> {
     /// # Errors
     /// What the network returns.
     pub fn denoising_loss(&self, batch: &Batch<'_>) -> Result<Tensor> {
-        let time = self.renoising.draw(batch.len(), batch.x().device(), batch.student_times())?;
+        let time = self.renoising.draw(batch.x(), batch.student_times())?;
         self.denoising_loss_at(batch, &time, &noise_like(batch.x())?)
     }
 

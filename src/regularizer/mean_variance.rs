@@ -102,7 +102,6 @@ impl MeanVariance {
     }
 
     /// The target mean and variance, `[]` or `[C]`.
-    #[must_use]
     pub fn target(&self) -> (&Tensor, &Tensor) {
         (&self.mean, &self.variance)
     }

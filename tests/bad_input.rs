@@ -1,0 +1,202 @@
+//! Wrong arguments come back as the documented error that names them; nothing panics.
+
+mod common;
+
+use common::{gaussian_teacher, seeded, wave};
+use decoupled_dmd::{
+    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Error, Floor, Group,
+    Guidance, MeanVariance, Normalizer, Objective, PostShift, PreShift, Prediction, Probe,
+    RectifiedFlow, Regularizer, Renoising, Result, Statistics, Uniform, engine_fn, regularizer_fn,
+    surrogate,
+};
+use tch::{Device, Kind, Tensor};
+
+const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+fn samples() -> Tensor {
+    wave(&[2, 3, 4], 0.0, Kind::Float).set_requires_grad(true)
+}
+
+fn is_shape<T>(result: Result<T>, argument: &str) -> bool {
+    matches!(result, Err(Error::Shape { what, .. }) if what == argument)
+}
+
+fn is_kind<T>(result: Result<T>, argument: &str) -> bool {
+    matches!(result, Err(Error::Kind { what, .. }) if what == argument)
+}
+
+#[test]
+fn a_batch_checks_what_it_is_given() -> Result<()> {
+    let (x, cond) = (samples(), Condition::none());
+    for bad in [Tensor::new(), Tensor::from(1.0), wave(&[3], 0.0, Kind::Float)] {
+        assert!(is_shape(Batch::new(&bad, &cond), "x"));
+    }
+    assert!(is_shape(Batch::new(&Tensor::zeros([0, 3], FLOAT), &cond), "x"));
+    let integers = Tensor::zeros([2, 3], (Kind::Int64, Device::Cpu));
+    assert!(is_kind(Batch::new(&integers, &cond), "x"));
+
+    let batch = || Batch::new(&x, &cond);
+    assert!(batch()?.real(&wave(&[5, 3, 4], 0.0, Kind::Float)).is_ok());
+    assert!(is_shape(batch()?.real(&wave(&[5, 3, 5], 0.0, Kind::Float)), "real samples"));
+    assert!(is_kind(batch()?.real(&integers.unsqueeze(2)), "real samples"));
+    let time = PreShift::all(0.5, 3, FLOAT)?;
+    assert!(is_shape(batch()?.student_time(&time), "student time"));
+
+    let missing = batch()?.null_condition().unwrap_err();
+    assert_eq!(missing.to_string(), "the batch has no null condition: add it with Batch::null");
+    let missing = batch()?.real_samples().unwrap_err();
+    assert!(matches!(missing, Error::Missing { what: "real samples", setter: "real" }));
+    Ok(())
+}
+
+#[test]
+fn a_probe_checks_tau_and_noise() -> Result<()> {
+    let (x, cond, teacher) = (samples(), Condition::none(), gaussian_teacher(0.5));
+    let batch = Batch::new(&x, &cond)?;
+    let at = |tau: f64, count, noise| {
+        Probe::at(&teacher, &batch, PostShift::all(tau, count, FLOAT)?, noise)
+    };
+    assert!(at(0.5, 2, x.detach()).is_ok());
+    assert!(is_shape(at(0.5, 3, x.detach()), "tau"));
+    assert!(is_shape(at(0.5, 2, wave(&[2, 3], 0.0, Kind::Float)), "noise"));
+    for tau in [-0.1, 1.1, f64::NAN] {
+        assert!(matches!(at(tau, 2, x.detach()), Err(Error::OutOfRange { .. })));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_network_that_fails_or_answers_in_the_wrong_shape_is_reported() -> Result<()> {
+    let (x, cond) = (samples(), Condition::none());
+    let time = PostShift::all(0.5, 2, FLOAT)?;
+    let flat = Denoiser::new(
+        RectifiedFlow,
+        Prediction::Sample,
+        |x: &Tensor, _: &Tensor, _: &Condition| x.flatten(1, -1),
+    );
+    assert!(is_shape(flat.denoise(&x, &time, &cond), "network output"));
+    assert!(is_shape(flat.denoising_loss(&x, &time, &x, &cond), "network output"));
+    assert!(is_shape(flat.denoise(&x, &PostShift::all(0.5, 5, FLOAT)?, &cond), "time"));
+
+    let failing = Denoiser::new(
+        RectifiedFlow,
+        Prediction::Sample,
+        |x: &Tensor, _: &Tensor, _: &Condition| x.f_view([-7]),
+    );
+    let error = failing.denoise(&x, &time, &cond).unwrap_err();
+    assert!(matches!(&error, Error::Network(_)), "{error}");
+    let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+    assert!(source.contains("invalid shape dimension -7"), "{source}");
+    Ok(())
+}
+
+#[test]
+fn directions_must_be_like_the_samples() -> Result<()> {
+    let _guard = seeded(1);
+    let (x, cond) = (samples(), Condition::none());
+    assert!(is_shape(surrogate(&x, &wave(&[2, 3], 0.0, Kind::Float)), "direction"));
+    let scalar = engine_fn(|probe| Ok(probe.noised().f_mean(None)?));
+    let objective = Objective::new(gaussian_teacher(0.5))
+        .with(Group::new(Renoising::new(Uniform::FULL)).engine("scalar", 1.0, scalar));
+    let error = objective.evaluate(&Batch::new(&x, &cond)?).unwrap_err();
+    let Error::Term { name, source } = error else { panic!("{error}") };
+    assert_eq!(name, "scalar");
+    assert!(matches!(*source, Error::Shape { what: "direction", .. }));
+    Ok(())
+}
+
+#[test]
+fn an_objective_refuses_bad_weights_no_terms_and_missing_draws() -> Result<()> {
+    let _guard = seeded(2);
+    let (x, cond) = (samples(), Condition::none());
+    let batch = Batch::new(&x, &cond)?;
+    let empty = Objective::new(gaussian_teacher(0.5)).evaluate(&batch);
+    assert!(matches!(empty, Err(Error::OutOfRange { what: "number of terms", .. })));
+    let term = || regularizer_fn(|probe| Ok(probe.x().f_square()?.f_mean(None)?));
+    let group =
+        |weight| Group::new(Renoising::new(Uniform::FULL)).regularizer("l2", weight, term());
+    let objective = Objective::new(gaussian_teacher(0.5)).with(group(f64::NAN));
+    let error = objective.evaluate(&batch).unwrap_err();
+    assert!(matches!(error, Error::Term { ref name, .. } if name == "l2"), "{error}");
+    let objective = Objective::new(gaussian_teacher(0.5)).with(group(2.0));
+    let error = objective.evaluate_at(&batch, Vec::new()).unwrap_err();
+    assert!(matches!(error, Error::OutOfRange { what: "number of draws", .. }));
+    Ok(())
+}
+
+#[test]
+fn mean_variance_checks_its_target_and_the_channels() -> Result<()> {
+    let _guard = seeded(3);
+    for (mean, variance) in [(f64::NAN, 1.0), (0.0, 0.0), (0.0, -1.0), (0.0, f64::INFINITY)] {
+        let target = MeanVariance::per_sample(mean, variance);
+        assert!(matches!(target, Err(Error::OutOfRange { .. })), "{mean} {variance}");
+    }
+    let ones = Tensor::ones([3], FLOAT);
+    assert!(is_shape(MeanVariance::per_channel(&ones, &ones.narrow(0, 0, 2)), "target variance"));
+    assert!(matches!(
+        MeanVariance::per_channel(&ones, &Tensor::from_slice(&[1.0f32, f32::NAN, 1.0])),
+        Err(Error::OutOfRange { what: "target variance", .. })
+    ));
+    assert!(is_shape(
+        MeanVariance::measured(&Tensor::from(1.0), Statistics::PerSample),
+        "real samples"
+    ));
+    assert!(MeanVariance::per_sample(0.0, 1.0)?.floor(0.0).is_err());
+
+    let (cond, teacher) = (Condition::none(), gaussian_teacher(0.5));
+    let four_channels = wave(&[2, 4, 3], 0.0, Kind::Float);
+    let batch = Batch::new(&four_channels, &cond)?;
+    let probe = Probe::draw(&teacher, &batch, &Renoising::new(Uniform::FULL))?;
+    assert!(is_shape(MeanVariance::per_channel(&ones, &ones)?.loss(&probe), "x"));
+    Ok(())
+}
+
+#[test]
+fn a_constant_sample_on_the_teachers_prediction_stays_finite() -> Result<()> {
+    let _guard = seeded(4);
+    // The teacher returns x exactly: difference and normaliser are both zero.
+    let x = Tensor::full([2, 3, 4], 0.5, FLOAT).set_requires_grad(true);
+    let cond = Condition::none();
+    let fixed = x.detach();
+    let same = |_: &Tensor, _: &Tensor, _: &Condition| fixed.shallow_clone();
+    let dm = DistributionMatching::new(Denoiser::new(RectifiedFlow, Prediction::Sample, same));
+    let normalizer = Normalizer::Guided(Guidance::new(4.0)?, Floor::default());
+    let objective = Objective::new(Denoiser::new(RectifiedFlow, Prediction::Sample, same)).with(
+        Group::new(Renoising::new(Uniform::FULL))
+            .normalizer(normalizer)
+            .engine("ca", 1.0, CfgAugmentation::new(Guidance::new(4.0)?))
+            .regularizer("dm", 1.0, &dm)
+            .regularizer("statistics", 1.0, MeanVariance::per_sample(0.0, 1.0)?),
+    );
+    let evaluation = objective.evaluate(&Batch::new(&x, &cond)?.null(&cond))?;
+    evaluation.loss.backward();
+    assert!(evaluation.loss.double_value(&[]).is_finite());
+    assert!(x.grad().isfinite().all().int64_value(&[]) == 1);
+    Ok(())
+}
+
+#[test]
+fn a_bad_sample_does_not_touch_the_others() -> Result<()> {
+    let cond = Condition::from(wave(&[2, 3, 4], 2.0, Kind::Float));
+    let null = Condition::from(wave(&[2, 3, 4], 4.0, Kind::Float));
+    let gradient = |poison: bool| -> Result<Tensor> {
+        let _guard = seeded(5);
+        let x = wave(&[2, 3, 4], 0.0, Kind::Float);
+        if poison {
+            let _ = x.get(0).fill_(f64::NAN);
+        }
+        let x = x.set_requires_grad(true);
+        let dm = DistributionMatching::new(gaussian_teacher(0.8));
+        let guidance = Guidance::new(4.0)?;
+        let objective = decoupled_dmd::Schedule::CoupledShared.objective(
+            gaussian_teacher(0.5),
+            guidance,
+            &dm,
+            decoupled_dmd::Shift::NONE,
+        );
+        objective.evaluate(&Batch::new(&x, &cond)?.null(&null))?.loss.backward();
+        Ok(x.grad().get(1))
+    };
+    assert!(gradient(true)?.equal(&gradient(false)?));
+    Ok(())
+}
