@@ -39,7 +39,7 @@ from tokenizers import Tokenizer
 
 TILE, COLUMNS, DIMS = 32, 64, 64
 VENDORS = ["google", "twitter"]
-CATEGORIES = ["Smileys & Emotion", "Animals & Nature", "Food & Drink", "Activities", "Travel & Places", "Objects"]
+CATEGORIES = ["Smileys & Emotion", "Animals & Nature", "Food & Drink"]
 SPECIAL = ["<start>", "<end>"]
 MAX_NAME_WORDS, HELD_OUT = 10, 0.06  # HELD_OUT: share of the (name, vendor) pairs
 
@@ -76,7 +76,7 @@ def select(metadata, pictures):
     kept, seen = [], set()
     for entry in sorted(metadata, key=lambda e: (e["sort_order"], e["unified"])):
         title = entry["name"] or entry["short_name"]
-        if entry["category"] not in CATEGORIES or entry.get("obsoleted_by") or title.startswith("CLOCK FACE"):
+        if entry["category"] not in CATEGORIES or entry.get("obsoleted_by"):
             continue
         if not all(entry[f"has_img_{v}"] and entry["image"] in pictures[v] for v in VENDORS):
             continue
