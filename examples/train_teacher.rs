@@ -1,0 +1,402 @@
+//! Trains the small Z-Image model on the emoji pictures by flow matching: the teacher of the
+//! distillation examples.
+//!
+//! ```sh
+//! cargo run --release --example train_teacher -- --out teacher-run --steps 12000 --bf16
+//! ```
+//! An interrupted run goes on from its last checkpoint in `--out`, with the same numbers.
+
+mod zimage;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use tch::{Device, Kind, Tensor};
+use zimage::blocks::Parameters;
+use zimage::checkpoint::{read_tensors, write_tensors};
+use zimage::data::EmojiData;
+use zimage::ema::Ema;
+use zimage::optimizer::{AdamW, AdamWSettings, copy_into};
+use zimage::picture::write_grid;
+use zimage::sampler::{Sampling, sample};
+use zimage::{Config, ZImageTransformer};
+
+/// Steps between two progress lines.
+const REPORT_EVERY: u64 = 50;
+/// Steps between two checkpoints.
+const SAVE_EVERY: u64 = 200;
+/// Captions of a preview.
+const PREVIEWS: usize = 48;
+/// Noise levels are drawn as the sampler spaces them.
+const SHIFT: f64 = 3.0;
+/// Chance that an item is shown with the empty caption, which guidance needs.
+const EMPTY_CAPTION: f64 = 0.1;
+/// Chance that an item is shown without its vendor's name.
+const PLAIN_CAPTION: f64 = 0.1;
+
+/// Trains the teacher by flow matching.
+#[derive(Parser)]
+struct Arguments {
+    /// Folder for checkpoints, previews and the finished model
+    #[arg(long)]
+    out: PathBuf,
+    /// Folder with emoji.png, captions.json, vocabulary.txt and vectors.safetensors
+    #[arg(long, default_value = "assets/emoji")]
+    data: PathBuf,
+    /// Optimizer steps in all
+    #[arg(long, default_value_t = 12_000)]
+    steps: u64,
+    /// Pictures in a step
+    #[arg(long, default_value_t = 64)]
+    batch: i64,
+    /// Learning rate between warm-up and decay
+    #[arg(long, default_value_t = 1e-3)]
+    lr: f64,
+    /// Steps of linear warm-up
+    #[arg(long, default_value_t = 300)]
+    warmup: u64,
+    /// Step at which the linear decay to zero starts; four fifths of the way by default
+    #[arg(long)]
+    decay_from: Option<u64>,
+    /// Weight decay
+    #[arg(long, default_value_t = 0.01)]
+    weight_decay: f64,
+    /// Decay of the weights' moving average
+    #[arg(long, default_value_t = 0.999)]
+    ema: f64,
+    /// Compute in bfloat16; weights, moments and average stay in float32
+    #[arg(long)]
+    bf16: bool,
+    /// Threads of libtorch
+    #[arg(long, default_value_t = 2)]
+    threads: i32,
+    /// Seed of weights, order, noise and dropout
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Steps between two previews; 0 for none
+    #[arg(long, default_value_t = 1000)]
+    preview: u64,
+    /// Transformer config to use in place of the embedded one (a config.json)
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Run this many steps, print their mean time, and save nothing
+    #[arg(long)]
+    measure: Option<u64>,
+}
+
+impl Arguments {
+    fn kind(&self) -> Kind {
+        if self.bf16 { Kind::BFloat16 } else { Kind::Float }
+    }
+
+    /// Warm-up, constant, linear decay to zero.
+    fn learning_rate(&self, step: u64) -> f64 {
+        let decay_from = self.decay_from.unwrap_or(self.steps / 5 * 4).min(self.steps);
+        let warm = ((step + 1) as f64 / self.warmup.max(1) as f64).min(1.0);
+        let left = self.steps.saturating_sub(step) as f64;
+        let span = (self.steps - decay_from).max(1) as f64;
+        self.lr * warm * (left / span).min(1.0)
+    }
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    ensure!(arguments.batch > 0, "--batch must be positive");
+    tch::set_num_threads(arguments.threads);
+    let config = match &arguments.config {
+        Some(path) => serde_json::from_str(&fs::read_to_string(path)?)
+            .with_context(|| format!("parsing {}", path.display()))?,
+        None => Config::embedded(),
+    };
+    let data = EmojiData::load(&arguments.data)?;
+    let mut trainer = Trainer::new(&arguments, config, &data)?;
+    if let Some(steps) = arguments.measure {
+        return trainer.measure(steps);
+    }
+    fs::create_dir_all(&arguments.out)
+        .with_context(|| format!("creating {}", arguments.out.display()))?;
+    trainer.resume()?;
+    trainer.run()
+}
+
+/// The seed of everything drawn at one step, so that a resumed run draws the same.
+fn step_seed(seed: u64, step: u64) -> i64 {
+    // SplitMix64's mixing.
+    let mut z = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(step.wrapping_add(1));
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    ((z ^ (z >> 31)) >> 1) as i64
+}
+
+/// Noise levels `[B]`: one from each of B equal strata, shifted.
+fn draw_noise_levels(batch: i64) -> Result<Tensor> {
+    let options = (Kind::Float, Device::Cpu);
+    let u = Tensor::f_arange(batch, options)?
+        .f_add(&Tensor::f_rand([batch], options)?)?
+        .f_div_scalar(batch)?;
+    let denominator = u.f_mul_scalar(SHIFT - 1.0)?.f_add_scalar(1.0)?;
+    Ok(u.f_mul_scalar(SHIFT)?.f_div(&denominator)?)
+}
+
+/// Mean squared error of the velocity on images `[B, 3, H, W]`, drawing noise and noise levels.
+fn flow_matching_loss(
+    model: &ZImageTransformer,
+    images: &Tensor,
+    captions: &[Tensor],
+) -> Result<Tensor> {
+    let sigma = draw_noise_levels(images.size()[0])?;
+    let noise = images.f_randn_like()?;
+    let target = images.f_sub(&noise)?;
+    let weight = sigma.f_view([-1, 1, 1, 1])?;
+    // x0 - sigma (x0 - eps) = (1 - sigma) x0 + sigma eps
+    let noisy = images.f_sub(&target.f_mul(&weight)?)?;
+    let t = sigma.f_neg()?.f_add_scalar(1.0)?;
+    let output = model.forward(&noisy, &t, captions)?;
+    Ok(output.f_mse_loss(&target, tch::Reduction::Mean)?)
+}
+
+struct Trainer<'a> {
+    arguments: &'a Arguments,
+    data: &'a EmojiData,
+    /// Features of every item's caption, with and without the vendor's name.
+    captions: Vec<[Tensor; 2]>,
+    empty: Tensor,
+    train: Vec<i64>,
+    model: ZImageTransformer,
+    ema: Ema,
+    optimizer: AdamW,
+    step: u64,
+}
+
+impl<'a> Trainer<'a> {
+    fn new(arguments: &'a Arguments, config: Config, data: &'a EmojiData) -> Result<Self> {
+        tch::manual_seed(step_seed(arguments.seed, u64::MAX - 1));
+        let model = ZImageTransformer::init(config, Device::Cpu)?;
+        model.set_requires_grad(true)?;
+        let settings = AdamWSettings {
+            betas: (0.9, 0.99),
+            weight_decay: arguments.weight_decay,
+            max_gradient_norm: Some(1.0),
+            ..AdamWSettings::default()
+        };
+        let encode = |caption: &str| data.vocabulary.encode_caption(caption);
+        let captions = data
+            .items
+            .iter()
+            .map(|item| Ok([encode(&item.caption)?, encode(item.plain_caption())?]))
+            .collect::<Result<_>>()?;
+        let count: usize = model.parameters().values().map(Tensor::numel).sum();
+        let train = data.indices(false);
+        ensure!(!train.is_empty(), "every item is held out");
+        println!("{count} parameters, {} pictures to train on", train.len());
+        Ok(Self {
+            empty: encode("")?,
+            captions,
+            train,
+            ema: Ema::new(&model, arguments.ema)?,
+            optimizer: AdamW::new(model.named_parameters(), settings)?,
+            model,
+            step: 0,
+            arguments,
+            data,
+        })
+    }
+
+    /// Items `[B]` and their captions, some of them dropped or shortened.
+    fn draw_batch(&self) -> Result<(Tensor, Vec<Tensor>)> {
+        let batch = self.arguments.batch;
+        let picks = Tensor::f_randint(self.train.len() as i64, [batch], (Kind::Int64, Device::Cpu))?;
+        let chances = Tensor::f_rand([batch], (Kind::Double, Device::Cpu))?;
+        let picks: Vec<i64> =
+            Vec::<i64>::try_from(&picks)?.into_iter().map(|pick| self.train[pick as usize]).collect();
+        let captions = picks
+            .iter()
+            .zip(Vec::<f64>::try_from(&chances)?)
+            .map(|(item, chance)| {
+                let [full, plain] = &self.captions[*item as usize];
+                if chance < EMPTY_CAPTION {
+                    &self.empty
+                } else if chance < EMPTY_CAPTION + PLAIN_CAPTION {
+                    plain
+                } else {
+                    full
+                }
+                .shallow_clone()
+            })
+            .collect();
+        Ok((self.data.images.f_index_select(0, &Tensor::f_from_slice(&picks)?)?, captions))
+    }
+
+    /// One optimizer step; returns loss and gradient norm as scalar tensors.
+    fn train_step(&mut self) -> Result<(Tensor, Tensor)> {
+        tch::manual_seed(step_seed(self.arguments.seed, self.step));
+        self.optimizer.settings.learning_rate = self.arguments.learning_rate(self.step);
+        let (images, captions) = self.draw_batch()?;
+        let loss = if self.arguments.bf16 {
+            flow_matching_loss(&self.model.cast(Kind::BFloat16)?, &images, &captions)?
+        } else {
+            flow_matching_loss(&self.model, &images, &captions)?
+        };
+        self.optimizer.zero_grad();
+        loss.f_backward()?;
+        let norm = self.optimizer.step()?;
+        self.step += 1;
+        self.ema.update(&self.model, self.step)?;
+        Ok((loss.f_detach()?, norm))
+    }
+
+    fn measure(&mut self, steps: u64) -> Result<()> {
+        for _ in 0..3 {
+            let _ = self.train_step()?;
+        }
+        let start = Instant::now();
+        for _ in 0..steps {
+            let _ = self.train_step()?;
+        }
+        println!("{:.3} s/step", start.elapsed().as_secs_f64() / steps as f64);
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let (mut start, mut since) = (Instant::now(), self.step);
+        let mut sums = [0.0, 0.0];
+        while self.step < self.arguments.steps {
+            let (loss, norm) = self.train_step()?;
+            for (sum, value) in sums.iter_mut().zip([loss, norm]) {
+                *sum += f64::try_from(&value)?;
+            }
+            ensure!(sums[0].is_finite(), "the loss is not finite at step {}", self.step);
+            if self.step.is_multiple_of(REPORT_EVERY) {
+                let count = (self.step - since) as f64;
+                let pace = start.elapsed().as_secs_f64() / count;
+                println!(
+                    "step {}  loss {:.4}  gradient {:.3}  lr {:.2e}  {pace:.3} s/step  {:.0} min left",
+                    self.step,
+                    sums[0] / count,
+                    sums[1] / count,
+                    self.optimizer.settings.learning_rate,
+                    (self.arguments.steps - self.step) as f64 * pace / 60.0
+                );
+                (start, since, sums) = (Instant::now(), self.step, [0.0, 0.0]);
+            }
+            if self.step.is_multiple_of(SAVE_EVERY) {
+                self.save()?;
+            }
+            if self.arguments.preview > 0 && self.step.is_multiple_of(self.arguments.preview) {
+                self.preview()?;
+                (start, since, sums) = (Instant::now(), self.step, [0.0, 0.0]);
+            }
+        }
+        self.save()?;
+        self.preview()
+    }
+
+    /// The averaged model, in the dtype of the forward pass.
+    fn averaged(&self) -> Result<ZImageTransformer> {
+        self.ema.model.cast(self.arguments.kind())
+    }
+
+    /// Prints the averaged model's loss on items trained on and held out, and draws a fixed choice of
+    /// captions: picture, unguided sample, guided sample.
+    fn preview(&self) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        let model = self.averaged()?;
+        let held_out = self.data.indices(true);
+        for (name, indices) in [("trained on", &self.train), ("held out", &held_out)] {
+            let count = indices.len().min(256);
+            let mut total = 0.0;
+            tch::manual_seed(step_seed(self.arguments.seed, u64::MAX - 2));
+            let spread: Vec<i64> =
+                (0..count).map(|i| indices[i * indices.len() / count]).collect();
+            for chunk in spread.chunks(64) {
+                let images = self.data.images.f_index_select(0, &Tensor::f_from_slice(chunk)?)?;
+                let loss = flow_matching_loss(&model, &images, &self.full_captions(chunk))?;
+                total += f64::try_from(&loss)? * chunk.len() as f64;
+            }
+            if count > 0 {
+                println!("step {}  loss on pictures {name} {:.4}", self.step, total / count as f64);
+            }
+        }
+
+        let held_out_share = held_out.len().min(PREVIEWS / 4);
+        let trained = PREVIEWS - held_out_share;
+        let mut picks: Vec<i64> =
+            (0..trained).map(|i| self.train[i * self.train.len() / trained]).collect();
+        picks.extend((0..held_out_share).map(|i| held_out[i * held_out.len() / held_out_share]));
+        let captions = model.encode_captions(&self.full_captions(&picks))?;
+        let empty = model.encode_captions(std::slice::from_ref(&self.empty))?;
+        let real = self.data.images.f_index_select(0, &Tensor::f_from_slice(&picks)?)?;
+        tch::manual_seed(step_seed(self.arguments.seed, u64::MAX - 3));
+        let noise = real.f_randn_like()?;
+        let mut columns = vec![real];
+        for guidance in [1.0, 3.0] {
+            let sampling = Sampling { steps: 30, shift: SHIFT, guidance };
+            columns.push(sample(&model, &noise, &captions, &empty, sampling)?);
+        }
+        let grid = Tensor::f_stack(&columns, 1)?.f_flatten(0, 1)?;
+        write_grid(&self.arguments.out.join(format!("preview-{:06}.png", self.step)), &grid, 12, 2)?;
+        let list: Vec<&str> =
+            picks.iter().map(|pick| self.data.items[*pick as usize].caption.as_str()).collect();
+        Ok(fs::write(self.arguments.out.join("preview.txt"), list.join("\n") + "\n")?)
+    }
+
+    fn full_captions(&self, items: &[i64]) -> Vec<Tensor> {
+        items.iter().map(|item| self.captions[*item as usize][0].shallow_clone()).collect()
+    }
+
+    fn state_path(&self) -> PathBuf {
+        self.arguments.out.join("state.safetensors")
+    }
+
+    /// Writes everything needed to go on, and the averaged model as a diffusers folder.
+    fn save(&self) -> Result<()> {
+        let mut state = Parameters::new();
+        let optimizer = self.optimizer.state();
+        for (prefix, tensors) in [
+            ("weights", self.model.parameters()),
+            ("average", self.ema.model.parameters()),
+            ("adamw", &optimizer),
+        ] {
+            for (name, tensor) in tensors {
+                state.insert(format!("{prefix}.{name}"), tensor.shallow_clone());
+            }
+        }
+        state.insert("step".into(), Tensor::from(self.step as i64));
+        write_tensors(&self.state_path(), &state)?;
+        self.ema.model.save(&self.arguments.out.join("teacher"))
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        let path = self.state_path();
+        if !path.exists() {
+            return Ok(());
+        }
+        let state = read_tensors(&path)?;
+        restore(self.model.parameters(), &state, "weights", &path)?;
+        restore(self.ema.model.parameters(), &state, "average", &path)?;
+        let optimizer = state
+            .iter()
+            .filter_map(|(name, tensor)| {
+                Some((name.strip_prefix("adamw.")?.to_owned(), tensor.shallow_clone()))
+            })
+            .collect();
+        self.optimizer.load_state(&optimizer)?;
+        let step = state.get("step").context("the checkpoint has no step")?;
+        self.step = u64::try_from(i64::try_from(step)?)?;
+        println!("going on from step {}", self.step);
+        Ok(())
+    }
+}
+
+/// Copies the tensors under `prefix` into `parameters`.
+fn restore(parameters: &Parameters, state: &Parameters, prefix: &str, path: &Path) -> Result<()> {
+    for (name, parameter) in parameters {
+        let name = format!("{prefix}.{name}");
+        let saved = state.get(&name).with_context(|| format!("{} lacks {name}", path.display()))?;
+        copy_into(&mut parameter.shallow_clone(), saved).with_context(|| format!("restoring {name}"))?;
+    }
+    Ok(())
+}

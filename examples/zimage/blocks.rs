@@ -1,0 +1,246 @@
+//! The layers of the transformer.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use tch::{Kind, Tensor};
+
+use super::config::{Config, TIME_FEATURES};
+use super::rope::rotate;
+
+/// Tensors by their diffusers name.
+pub type Parameters = BTreeMap<String, Tensor>;
+
+/// A handle on the named tensor; storage is shared.
+pub(super) fn parameter(parameters: &Parameters, name: &str) -> Result<Tensor> {
+    let tensor = parameters.get(name).with_context(|| format!("parameter {name} is missing"))?;
+    Ok(tensor.shallow_clone())
+}
+
+/// `x W^T + b`.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// `{name}.weight` and, where `bias` says so, `{name}.bias`.
+    pub(super) fn new(parameters: &Parameters, name: &str, bias: bool) -> Result<Self> {
+        Ok(Self {
+            weight: parameter(parameters, &format!("{name}.weight"))?,
+            bias: bias.then(|| parameter(parameters, &format!("{name}.bias"))).transpose()?,
+        })
+    }
+
+    /// `[.., in]` to `[.., out]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(x.f_linear(&self.weight, self.bias.as_ref())?)
+    }
+
+    /// The dtype this layer computes in.
+    pub fn kind(&self) -> Kind {
+        self.weight.kind()
+    }
+}
+
+/// Root-mean-square normalisation of the last axis.
+#[derive(Debug)]
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    pub(super) fn new(parameters: &Parameters, name: &str, eps: f64) -> Result<Self> {
+        Ok(Self { weight: parameter(parameters, &format!("{name}.weight"))?, eps })
+    }
+
+    /// Same shape as `x`; the mean square is taken in float32.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let width = self.weight.size();
+        match x.f_kind()? {
+            Kind::BFloat16 | Kind::Half => {
+                let normed = x.f_to_kind(Kind::Float)?.f_rms_norm(&width, None::<&Tensor>, self.eps)?;
+                Ok(normed.f_to_kind(x.f_kind()?)?.f_mul(&self.weight)?)
+            }
+            _ => Ok(x.f_rms_norm(&width, Some(&self.weight), self.eps)?),
+        }
+    }
+}
+
+/// Sinusoidal time features and the MLP over them.
+#[derive(Debug)]
+pub struct TimeEmbedder {
+    first: Linear,
+    second: Linear,
+    scale: f64,
+}
+
+impl TimeEmbedder {
+    pub(super) fn new(parameters: &Parameters, config: &Config) -> Result<Self> {
+        Ok(Self {
+            first: Linear::new(parameters, "t_embedder.mlp.0", true)?,
+            second: Linear::new(parameters, "t_embedder.mlp.2", true)?,
+            scale: config.t_scale,
+        })
+    }
+
+    /// `t` `[B]` to `[B, E]`.
+    pub fn forward(&self, t: &Tensor) -> Result<Tensor> {
+        let features = time_features(&t.f_to_kind(Kind::Float)?.f_mul_scalar(self.scale)?)?;
+        let hidden = self.first.forward(&features.f_to_kind(self.first.kind())?)?.f_silu()?;
+        self.second.forward(&hidden)
+    }
+}
+
+/// Cosines, then sines, of `tau` `[B]` at 128 frequencies: `[B, 256]`, all in float32, because
+/// rounding a time near 1000 to bfloat16 moves it by several units.
+///
+/// # Errors
+/// If `tau` is not one-dimensional.
+pub fn time_features(tau: &Tensor) -> Result<Tensor> {
+    let half = TIME_FEATURES / 2;
+    let frequencies = Tensor::f_arange(half, (Kind::Float, tau.device()))?
+        .f_mul_scalar(-(10_000f64.ln()))?
+        .f_div_scalar(half)?
+        .f_exp()?;
+    let angles = tau.f_unsqueeze(1)?.f_mul(&frequencies)?;
+    Ok(Tensor::f_cat(&[angles.f_cos()?, angles.f_sin()?], 1)?)
+}
+
+/// Multi-head attention over the whole sequence.
+#[derive(Debug)]
+struct Attention {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    out: Linear,
+    query_norm: RmsNorm,
+    key_norm: RmsNorm,
+    heads: i64,
+}
+
+impl Attention {
+    fn new(parameters: &Parameters, name: &str, config: &Config) -> Result<Self> {
+        let linear = |part: &str| Linear::new(parameters, &format!("{name}.{part}"), false);
+        let norm = |part: &str| RmsNorm::new(parameters, &format!("{name}.{part}"), config.norm_eps);
+        Ok(Self {
+            query: linear("to_q")?,
+            key: linear("to_k")?,
+            value: linear("to_v")?,
+            out: linear("to_out.0")?,
+            query_norm: norm("norm_q")?,
+            key_norm: norm("norm_k")?,
+            heads: config.n_heads,
+        })
+    }
+
+    /// `[B, S, D]` to `[B, S, D]`; `rotary` `[S, 1, d/2]` or `[B, S, 1, d/2]`.
+    fn forward(&self, x: &Tensor, rotary: &Tensor) -> Result<Tensor> {
+        let (batch, length, dim) = x.size3()?;
+        let split = [batch, length, self.heads, dim / self.heads];
+        let query = self.query_norm.forward(&self.query.forward(x)?.f_view(split)?)?;
+        let key = self.key_norm.forward(&self.key.forward(x)?.f_view(split)?)?;
+        let value = self.value.forward(x)?.f_view(split)?;
+        let mixed = Tensor::f_scaled_dot_product_attention(
+            &rotate(&query, rotary)?.f_transpose(1, 2)?,
+            &rotate(&key, rotary)?.f_transpose(1, 2)?,
+            &value.f_transpose(1, 2)?,
+            None::<&Tensor>,
+            0.0,
+            false,
+            None,
+            false,
+        )?;
+        self.out.forward(&mixed.f_transpose(1, 2)?.f_reshape([batch, length, dim])?)
+    }
+}
+
+/// SwiGLU: `w2(silu(w1 x) * w3 x)`.
+#[derive(Debug)]
+struct FeedForward {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl FeedForward {
+    fn new(parameters: &Parameters, name: &str) -> Result<Self> {
+        let linear = |part: &str| Linear::new(parameters, &format!("{name}.{part}"), false);
+        Ok(Self { gate: linear("w1")?, up: linear("w3")?, down: linear("w2")? })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let hidden = self.gate.forward(x)?.f_silu()?.f_mul(&self.up.forward(x)?)?;
+        self.down.forward(&hidden)
+    }
+}
+
+/// Attention and feed-forward, each between two norms, scaled and gated by time where modulated.
+#[derive(Debug)]
+pub struct Block {
+    attention: Attention,
+    feed_forward: FeedForward,
+    attention_norms: [RmsNorm; 2],
+    feed_forward_norms: [RmsNorm; 2],
+    modulation: Option<Linear>,
+}
+
+impl Block {
+    pub(super) fn new(
+        parameters: &Parameters,
+        name: &str,
+        config: &Config,
+        modulated: bool,
+    ) -> Result<Self> {
+        let norm = |part: &str| RmsNorm::new(parameters, &format!("{name}.{part}"), config.norm_eps);
+        let modulation = || Linear::new(parameters, &format!("{name}.adaLN_modulation.0"), true);
+        Ok(Self {
+            attention: Attention::new(parameters, &format!("{name}.attention"), config)?,
+            feed_forward: FeedForward::new(parameters, &format!("{name}.feed_forward"))?,
+            attention_norms: [norm("attention_norm1")?, norm("attention_norm2")?],
+            feed_forward_norms: [norm("ffn_norm1")?, norm("ffn_norm2")?],
+            modulation: modulated.then(modulation).transpose()?,
+        })
+    }
+
+    /// `x` `[B, S, D]`, rotary factors as in [`rotate`], `time` `[B, E]` (ignored by blocks that are
+    /// not modulated).
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn forward(&self, x: &Tensor, rotary: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
+        let attend = |x: &Tensor| self.attention.forward(x, rotary);
+        let feed = |x: &Tensor| self.feed_forward.forward(x);
+        let Some(modulation) = &self.modulation else {
+            let x = residual(x, &self.attention_norms, None, attend)?;
+            return residual(&x, &self.feed_forward_norms, None, feed);
+        };
+        let time = time.context("a modulated block needs the time embedding")?;
+        // Order: scale and gate of attention, scale and gate of the feed-forward; no shifts.
+        let parts = modulation.forward(time)?.f_unsqueeze(1)?.f_chunk(4, 2)?;
+        let scale_gate = |i: usize| -> Result<(Tensor, Tensor)> {
+            Ok((parts[i].f_add_scalar(1.0)?, parts[i + 1].f_tanh()?))
+        };
+        let x = residual(x, &self.attention_norms, Some(scale_gate(0)?), attend)?;
+        residual(&x, &self.feed_forward_norms, Some(scale_gate(2)?), feed)
+    }
+}
+
+/// `x + gate * norm2(layer(norm1(x) * scale))`, scale and gate `[B, 1, D]`.
+fn residual(
+    x: &Tensor,
+    norms: &[RmsNorm; 2],
+    scale_gate: Option<(Tensor, Tensor)>,
+    layer: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let input = norms[0].forward(x)?;
+    Ok(match scale_gate {
+        None => x.f_add(&norms[1].forward(&layer(&input)?)?)?,
+        Some((scale, gate)) => {
+            let output = norms[1].forward(&layer(&input.f_mul(&scale)?)?)?;
+            x.f_addcmul(&gate, &output)?
+        }
+    })
+}

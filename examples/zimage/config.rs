@@ -1,0 +1,232 @@
+//! The model's shape, as `transformer/config.json` of a diffusers folder states it.
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+/// Sequences are padded to a multiple of this many tokens.
+pub const SEQUENCE_MULTIPLE: i64 = 32;
+
+/// Width of the sinusoidal time features.
+pub const TIME_FEATURES: i64 = 256;
+
+/// Hidden width of the time MLP; it does not grow with the model.
+const TIME_HIDDEN: i64 = 1024;
+
+/// Hyper-parameters of a Z-Image transformer. Fields of the file that are not listed are ignored.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    /// Patch sizes in pixels; one only is supported.
+    pub all_patch_size: Vec<i64>,
+    /// Patch sizes in frames; `[1]`, as images have one frame.
+    pub all_f_patch_size: Vec<i64>,
+    pub in_channels: i64,
+    /// Width D of the token stream.
+    pub dim: i64,
+    /// Blocks over image and caption together.
+    pub n_layers: i64,
+    /// Blocks over the image alone, and again over the caption alone.
+    pub n_refiner_layers: i64,
+    pub n_heads: i64,
+    pub n_kv_heads: i64,
+    pub norm_eps: f64,
+    pub qk_norm: bool,
+    /// Width of the caption features.
+    pub cap_feat_dim: i64,
+    pub rope_theta: f64,
+    /// Times in [0, 1] are multiplied by this before the sinusoids.
+    pub t_scale: f64,
+    /// Head channels that rotate with caption position, row and column.
+    pub axes_dims: Vec<i64>,
+    /// Position limits of the three axes.
+    pub axes_lens: Vec<i64>,
+}
+
+impl Default for Config {
+    /// The released 6B model.
+    fn default() -> Self {
+        Self {
+            all_patch_size: vec![2],
+            all_f_patch_size: vec![1],
+            in_channels: 16,
+            dim: 3840,
+            n_layers: 30,
+            n_refiner_layers: 2,
+            n_heads: 30,
+            n_kv_heads: 30,
+            norm_eps: 1e-5,
+            qk_norm: true,
+            cap_feat_dim: 2560,
+            rope_theta: 256.0,
+            t_scale: 1000.0,
+            axes_dims: vec![32, 48, 48],
+            axes_lens: vec![1536, 512, 512],
+        }
+    }
+}
+
+impl Config {
+    /// The small model of the repository: 32x32 RGB images, captions of word vectors.
+    pub fn embedded() -> Self {
+        Self {
+            all_patch_size: vec![4],
+            in_channels: 3,
+            dim: 192,
+            n_layers: 4,
+            n_refiner_layers: 1,
+            n_heads: 3,
+            n_kv_heads: 3,
+            cap_feat_dim: 64,
+            axes_dims: vec![16, 24, 24],
+            axes_lens: vec![128, 16, 16],
+            ..Self::default()
+        }
+    }
+
+    /// Checks what the forward pass relies on.
+    ///
+    /// # Errors
+    /// Names the first field that does not fit.
+    pub fn validate(&self) -> Result<()> {
+        ensure!(
+            self.all_patch_size.len() == 1 && self.all_patch_size[0] > 0,
+            "all_patch_size must hold one positive size, found {:?}",
+            self.all_patch_size
+        );
+        ensure!(
+            self.all_f_patch_size == [1],
+            "all_f_patch_size must be [1] for images, found {:?}",
+            self.all_f_patch_size
+        );
+        for (name, value) in [
+            ("in_channels", self.in_channels),
+            ("dim", self.dim),
+            ("n_heads", self.n_heads),
+            ("cap_feat_dim", self.cap_feat_dim),
+        ] {
+            ensure!(value > 0, "{name} must be positive, found {value}");
+        }
+        ensure!(
+            self.n_layers >= 0 && self.n_refiner_layers >= 0,
+            "n_layers and n_refiner_layers must not be negative"
+        );
+        ensure!(
+            self.dim % self.n_heads == 0,
+            "dim ({}) must be a multiple of n_heads ({})",
+            self.dim,
+            self.n_heads
+        );
+        ensure!(
+            self.n_kv_heads == self.n_heads,
+            "n_kv_heads ({}) must equal n_heads ({})",
+            self.n_kv_heads,
+            self.n_heads
+        );
+        ensure!(self.qk_norm, "qk_norm must be true");
+        ensure!(
+            self.axes_dims.len() == 3 && self.axes_dims.iter().all(|d| *d > 0 && d % 2 == 0),
+            "axes_dims must be three positive even numbers, found {:?}",
+            self.axes_dims
+        );
+        ensure!(
+            self.axes_dims.iter().sum::<i64>() == self.head_dim(),
+            "axes_dims {:?} must sum to dim / n_heads = {}",
+            self.axes_dims,
+            self.head_dim()
+        );
+        ensure!(
+            self.axes_lens.len() == 3 && self.axes_lens.iter().all(|n| *n > 0),
+            "axes_lens must be three positive numbers, found {:?}",
+            self.axes_lens
+        );
+        ensure!(
+            self.norm_eps > 0.0 && self.rope_theta > 0.0 && self.t_scale > 0.0,
+            "norm_eps, rope_theta and t_scale must be positive"
+        );
+        Ok(())
+    }
+
+    /// Channels of one attention head.
+    pub fn head_dim(&self) -> i64 {
+        self.dim / self.n_heads
+    }
+
+    /// Side of a patch in pixels (latent pixels, where there is an autoencoder).
+    pub fn patch_size(&self) -> i64 {
+        self.all_patch_size[0]
+    }
+
+    /// Values in one patch.
+    pub fn patch_dim(&self) -> i64 {
+        self.patch_size().pow(2) * self.in_channels
+    }
+
+    /// Width of the feed-forward's hidden layer: `dim / 3 * 8`, truncated.
+    pub fn feed_forward_dim(&self) -> i64 {
+        // The reference divides in floating point and then truncates.
+        (self.dim as f64 / 3.0 * 8.0) as i64
+    }
+
+    /// Width of the time embedding that modulates the blocks.
+    pub fn time_dim(&self) -> i64 {
+        self.dim.min(TIME_FEATURES)
+    }
+
+    /// The part of parameter names that tells patch sizes apart.
+    pub fn patch_key(&self) -> String {
+        format!("{}-{}", self.patch_size(), self.all_f_patch_size[0])
+    }
+
+    /// Name and shape of every parameter, sorted by name.
+    pub fn parameters(&self) -> Vec<(String, Vec<i64>)> {
+        let (dim, time) = (self.dim, self.time_dim());
+        let key = self.patch_key();
+        let mut list: Vec<(String, Vec<i64>)> = Vec::new();
+        let mut add = |name: String, shape: &[i64]| list.push((name, shape.to_vec()));
+
+        add(format!("all_x_embedder.{key}.weight"), &[dim, self.patch_dim()]);
+        add(format!("all_x_embedder.{key}.bias"), &[dim]);
+        add("cap_embedder.0.weight".into(), &[self.cap_feat_dim]);
+        add("cap_embedder.1.weight".into(), &[dim, self.cap_feat_dim]);
+        add("cap_embedder.1.bias".into(), &[dim]);
+        add("t_embedder.mlp.0.weight".into(), &[TIME_HIDDEN, TIME_FEATURES]);
+        add("t_embedder.mlp.0.bias".into(), &[TIME_HIDDEN]);
+        add("t_embedder.mlp.2.weight".into(), &[time, TIME_HIDDEN]);
+        add("t_embedder.mlp.2.bias".into(), &[time]);
+        add("x_pad_token".into(), &[1, dim]);
+        add("cap_pad_token".into(), &[1, dim]);
+        let last = format!("all_final_layer.{key}");
+        add(format!("{last}.linear.weight"), &[self.patch_dim(), dim]);
+        add(format!("{last}.linear.bias"), &[self.patch_dim()]);
+        add(format!("{last}.adaLN_modulation.1.weight"), &[dim, time]);
+        add(format!("{last}.adaLN_modulation.1.bias"), &[dim]);
+
+        for (stack, count, modulated) in [
+            ("noise_refiner", self.n_refiner_layers, true),
+            ("context_refiner", self.n_refiner_layers, false),
+            ("layers", self.n_layers, true),
+        ] {
+            for block in (0..count).map(|i| format!("{stack}.{i}")) {
+                for linear in ["to_q", "to_k", "to_v", "to_out.0"] {
+                    add(format!("{block}.attention.{linear}.weight"), &[dim, dim]);
+                }
+                for norm in ["norm_q", "norm_k"] {
+                    add(format!("{block}.attention.{norm}.weight"), &[self.head_dim()]);
+                }
+                for norm in ["attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"] {
+                    add(format!("{block}.{norm}.weight"), &[dim]);
+                }
+                let hidden = self.feed_forward_dim();
+                add(format!("{block}.feed_forward.w1.weight"), &[hidden, dim]);
+                add(format!("{block}.feed_forward.w2.weight"), &[dim, hidden]);
+                add(format!("{block}.feed_forward.w3.weight"), &[hidden, dim]);
+                if modulated {
+                    add(format!("{block}.adaLN_modulation.0.weight"), &[4 * dim, time]);
+                    add(format!("{block}.adaLN_modulation.0.bias"), &[4 * dim]);
+                }
+            }
+        }
+        list.sort();
+        list
+    }
+}

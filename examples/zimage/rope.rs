@@ -1,0 +1,113 @@
+//! Rotary position embedding over three axes: caption position, row, column.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use anyhow::{Result, ensure};
+use tch::{Device, Kind, Tensor};
+
+use super::config::{Config, SEQUENCE_MULTIPLE};
+
+/// Unit complex factors for the tokens of one image size and padded caption length,
+/// as interleaved (re, im) pairs in float32.
+#[derive(Debug)]
+pub struct RotaryTable {
+    /// Image tokens, padding included: complex `[S_image, 1, d/2]`.
+    pub image: Tensor,
+    /// Caption tokens, padding included: complex `[S_caption, 1, d/2]`.
+    pub caption: Tensor,
+    /// Image tokens followed by caption tokens.
+    pub unified: Tensor,
+}
+
+impl RotaryTable {
+    /// The table for `rows` x `columns` patches and a caption padded to `caption` tokens.
+    ///
+    /// # Errors
+    /// If a position lies outside `axes_lens`.
+    pub fn new(config: &Config, caption: i64, rows: i64, columns: i64, device: Device) -> Result<Self> {
+        for (axis, needed) in [caption + 2, rows, columns].into_iter().enumerate() {
+            ensure!(
+                needed <= config.axes_lens[axis],
+                "axis {axis} needs {needed} positions but axes_lens allows {}",
+                config.axes_lens[axis]
+            );
+        }
+        let caption_ids: Vec<[i64; 3]> = (1..=caption).map(|j| [j, 0, 0]).collect();
+        let mut image_ids: Vec<[i64; 3]> = (0..rows)
+            .flat_map(|h| (0..columns).map(move |w| [caption + 1, h, w]))
+            .collect();
+        // Image padding sits at the origin, where nothing is rotated.
+        image_ids.resize(padded(rows * columns) as usize, [0, 0, 0]);
+
+        let image = rotary_factors(config, &image_ids, device)?;
+        let caption = rotary_factors(config, &caption_ids, device)?;
+        let unified = Tensor::f_cat(&[&image, &caption], 0)?;
+        Ok(Self { image, caption, unified })
+    }
+}
+
+/// Tables by (padded caption length, rows, columns), made when first asked for.
+#[derive(Debug, Default)]
+pub struct RotaryCache(RefCell<HashMap<(i64, i64, i64), std::rc::Rc<RotaryTable>>>);
+
+impl RotaryCache {
+    /// The table of a size; see [`RotaryTable::new`].
+    ///
+    /// # Errors
+    /// If a position lies outside `axes_lens`.
+    pub fn get(
+        &self,
+        config: &Config,
+        (caption, rows, columns): (i64, i64, i64),
+        device: Device,
+    ) -> Result<std::rc::Rc<RotaryTable>> {
+        if let Some(table) = self.0.borrow().get(&(caption, rows, columns)) {
+            return Ok(table.clone());
+        }
+        let table = std::rc::Rc::new(RotaryTable::new(config, caption, rows, columns, device)?);
+        self.0.borrow_mut().insert((caption, rows, columns), table.clone());
+        Ok(table)
+    }
+}
+
+/// Length after padding to the next multiple of [`SEQUENCE_MULTIPLE`].
+pub fn padded(length: i64) -> i64 {
+    (length + SEQUENCE_MULTIPLE - 1) / SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
+}
+
+/// Complex factors `[S, 1, d/2]` for position ids `[S][3]`.
+///
+/// # Errors
+/// If libtorch fails.
+pub fn rotary_factors(config: &Config, ids: &[[i64; 3]], device: Device) -> Result<Tensor> {
+    let mut factors = Vec::with_capacity(ids.len() * config.head_dim() as usize);
+    for id in ids {
+        for (position, width) in id.iter().zip(&config.axes_dims) {
+            for k in 0..width / 2 {
+                // Angles in float64, then rounded: the reference's order.
+                let frequency = config.rope_theta.powf(-(2.0 * k as f64) / *width as f64);
+                let angle = (*position as f64 * frequency) as f32;
+                factors.extend([angle.cos(), angle.sin()]);
+            }
+        }
+    }
+    let shape = [ids.len() as i64, 1, config.head_dim() / 2, 2];
+    let pairs = Tensor::f_from_slice(&factors)?.f_reshape(shape)?.f_to_device(device)?;
+    Ok(pairs.f_view_as_complex()?)
+}
+
+/// Rotates adjacent channel pairs of `x` `[B, S, heads, d]` by `factors` `[S, 1, d/2]` in float32.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn rotate(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
+    let kind = x.f_kind()?;
+    let size = x.size();
+    let pairs = x
+        .f_to_kind(Kind::Float)?
+        .f_reshape([size[0], size[1], size[2], size[3] / 2, 2])?
+        .f_view_as_complex()?;
+    let rotated = pairs.f_mul(factors)?.f_view_as_real()?;
+    Ok(rotated.f_reshape(&size)?.f_to_kind(kind)?)
+}

@@ -1,0 +1,272 @@
+//! The Z-Image transformer against numbers from the reference implementation, and its files.
+
+#[path = "../examples/zimage/mod.rs"]
+mod zimage;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use approx::assert_abs_diff_eq;
+use tch::{Device, Kind, Tensor};
+use zimage::blocks::time_features;
+use zimage::checkpoint::{read_tensors, write_tensors};
+use zimage::rope::rotary_factors;
+use zimage::sampler::noise_levels;
+use zimage::transformer::{patchify, unpatchify};
+use zimage::{Config, ZImageTransformer};
+
+fn tiny() -> Config {
+    Config {
+        in_channels: 4,
+        dim: 24,
+        n_layers: 1,
+        n_refiner_layers: 1,
+        n_heads: 2,
+        n_kv_heads: 2,
+        cap_feat_dim: 8,
+        axes_dims: vec![4, 4, 4],
+        axes_lens: vec![96, 16, 16],
+        ..Config::default()
+    }
+}
+
+/// `f(i)` for i = 0, 1, .. in row-major order, rounded to float32.
+fn filled(shape: &[i64], f: impl Fn(f64) -> f64) -> Tensor {
+    let count = shape.iter().product::<i64>();
+    let values: Vec<f32> = (0..count).map(|i| f(i as f64) as f32).collect();
+    Tensor::from_slice(&values).reshape(shape)
+}
+
+/// The tiny model with every parameter a known wave.
+fn wave_model() -> Result<ZImageTransformer> {
+    let config = tiny();
+    let parameters = config
+        .parameters()
+        .into_iter()
+        .enumerate()
+        .map(|(k, (name, shape))| {
+            let wave = |i: f64| (1.7 * i + 0.9 * k as f64 + 0.3).sin();
+            let tensor = if name.ends_with("pad_token") {
+                filled(&shape, |i| 0.5 * wave(i))
+            } else if name.ends_with("bias") {
+                filled(&shape, |i| 0.1 * wave(i))
+            } else if let [_, columns] = shape[..] {
+                filled(&shape, |i| wave(i) / (columns as f64).sqrt())
+            } else {
+                filled(&shape, |i| 1.0 + 0.1 * wave(i))
+            };
+            (name, tensor)
+        })
+        .collect();
+    ZImageTransformer::from_parameters(config, parameters)
+}
+
+fn values(tensor: &Tensor) -> Vec<f64> {
+    Vec::try_from(tensor.flatten(0, -1).to_kind(Kind::Double)).expect("a float tensor")
+}
+
+fn assert_values(found: &[f64], expected: &[f64]) {
+    for (found, expected) in found.iter().zip(expected) {
+        assert_abs_diff_eq!(found, expected, epsilon = 1e-5);
+    }
+}
+
+fn folder(name: &str) -> PathBuf {
+    let folder = std::env::temp_dir().join(format!("zimage-model-{}-{name}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).expect("a temporary folder");
+    folder
+}
+
+/// Expected numbers: diffusers 0.42.1 on the same weights and inputs, one batch of two items of
+/// unequal size (each of which equals its own batch of one).
+#[test]
+fn output_equals_the_reference() -> Result<()> {
+    let model = wave_model()?;
+    assert_eq!(model.parameters().len(), 58);
+    let cases = [
+        (
+            ([4, 4, 6], [3, 8], 0.25, 0.0),
+            (0.661607, 0.73878, 0.109932),
+            [-0.422635, -0.539549, -0.314322, -0.329953, 0.870274, 0.876516],
+        ),
+        (
+            ([4, 8, 4], [33, 8], 0.9, 1.0),
+            (0.532054, 2.61677, -0.085302),
+            [0.570208, 0.399121, 0.802771, 0.653573, 0.205716, 0.006681],
+        ),
+    ];
+    for ((size, caption, t, j), (rms, sum, last), first) in cases {
+        let latents = filled(&size, |i| (0.7 * i + 0.1 + 0.5 * j).cos()).unsqueeze(0);
+        let caption = filled(&caption, |i| (0.3 * i + 0.2 * j).sin());
+        let output = model.forward(&latents, &Tensor::from_slice(&[t as f32]), &[caption])?;
+        assert_eq!(output.size(), latents.size());
+        let output = values(&output);
+        assert_values(&output, &first);
+        assert_abs_diff_eq!(output[output.len() - 1], last, epsilon = 1e-5);
+        let mean_square = output.iter().map(|v| v * v).sum::<f64>() / output.len() as f64;
+        assert_abs_diff_eq!(mean_square.sqrt(), rms, epsilon = 1e-5);
+        assert_abs_diff_eq!(output.iter().sum::<f64>(), sum, epsilon = 2e-5);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_batch_equals_its_items() -> Result<()> {
+    let model = wave_model()?;
+    let latents = filled(&[2, 4, 4, 6], |i| (0.7 * i).cos());
+    let t = Tensor::from_slice(&[0.3f32, 0.8]);
+    let captions = [filled(&[5, 8], f64::sin), filled(&[9, 8], f64::cos)];
+    let together = model.forward(&latents, &t, &captions)?;
+    for (i, caption) in (0..).zip(&captions) {
+        let alone = model.forward(
+            &latents.narrow(0, i, 1),
+            &t.narrow(0, i, 1),
+            std::slice::from_ref(caption),
+        )?;
+        assert_values(&values(&alone), &values(&together.select(0, i)));
+    }
+    let states = model.encode_captions(&captions)?;
+    assert_eq!(model.forward_encoded(&latents, &t, &states)?, together);
+    let swapped = states.select(&Tensor::from_slice(&[1i64, 0]))?;
+    let swapped = model.forward_encoded(&latents.flip([0]), &t.flip([0]), &swapped)?;
+    assert_values(&values(&swapped.flip([0])), &values(&together));
+    Ok(())
+}
+
+#[test]
+fn captions_of_unequal_padded_length_are_refused() -> Result<()> {
+    let model = wave_model()?;
+    let captions = [filled(&[5, 8], f64::sin), filled(&[33, 8], f64::cos)];
+    let error = model.encode_captions(&captions).expect_err("unequal lengths");
+    assert!(error.to_string().contains("pad to one length"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn bfloat16_stays_close_and_carries_gradients_to_the_master() -> Result<()> {
+    let model = wave_model()?;
+    model.set_requires_grad(true)?;
+    let latents = filled(&[1, 4, 4, 6], |i| (0.7 * i).cos());
+    let t = Tensor::from_slice(&[0.999f32]);
+    let captions = [filled(&[5, 8], f64::sin)];
+    let exact = model.forward(&latents, &t, &captions)?;
+    let rough = model.cast(Kind::BFloat16)?.forward(&latents, &t, &captions)?;
+    assert_eq!(rough.kind(), Kind::Float);
+    let error = f64::try_from((&rough - &exact).norm())? / f64::try_from(exact.norm())?;
+    assert!(error < 0.05, "relative error {error}");
+    rough.square().sum(Kind::Float).backward();
+    for (name, parameter) in model.parameters() {
+        let gradient = parameter.grad();
+        assert_eq!(gradient.kind(), Kind::Float, "{name}");
+        assert!(f64::try_from(gradient.abs().sum(Kind::Float))? > 0.0, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn released_config_has_the_released_size() {
+    let parameters = Config::default().parameters();
+    let count: i64 = parameters.iter().map(|(_, shape)| shape.iter().product::<i64>()).sum();
+    assert_eq!((parameters.len(), count), (521, 6_154_908_736));
+    assert_eq!(Config { dim: 44, ..Config::default() }.feed_forward_dim(), 117);
+}
+
+#[test]
+fn configs_are_checked() {
+    assert!(Config::default().validate().is_ok());
+    assert!(Config::embedded().validate().is_ok());
+    let error = Config { axes_dims: vec![32, 48, 32], ..Config::default() }.validate();
+    assert!(error.expect_err("head_dim").to_string().contains("axes_dims"));
+    assert!(Config { n_heads: 7, ..Config::default() }.validate().is_err());
+    assert!(Config { all_patch_size: vec![2, 4], ..Config::default() }.validate().is_err());
+}
+
+#[test]
+fn time_features_put_cosines_first() -> Result<()> {
+    let features = values(&time_features(&Tensor::from_slice(&[300f32]))?);
+    let at = |indices: [usize; 4]| indices.map(|i| features[i]);
+    assert_values(&at([0, 1, 2, 127]), &[-0.022097, -0.908905, -0.571130, 0.999480]);
+    assert_values(&at([128, 129, 130, 255]), &[-0.999756, 0.417003, 0.820859, 0.032233]);
+    Ok(())
+}
+
+#[test]
+fn patches_run_row_major_with_channels_fastest() -> Result<()> {
+    let latents = filled(&[1, 4, 4, 4], |i| i);
+    let tokens = patchify(&latents, 2)?;
+    let found = values(&tokens.select(1, 0));
+    let expected = [0, 16, 32, 48, 1, 17, 33, 49, 4, 20, 36, 52, 5, 21, 37, 53].map(f64::from);
+    assert_values(&found, &expected);
+    assert_values(&values(&tokens.select(1, 1))[..4], &[2.0, 18.0, 34.0, 50.0]);
+    assert_eq!(unpatchify(&tokens, 2, (2, 2))?, latents);
+    Ok(())
+}
+
+#[test]
+fn rotary_factors_equal_the_reference() -> Result<()> {
+    let factors = rotary_factors(&Config::default(), &[[33, 5, 7]], Device::Cpu)?;
+    let factors = values(&factors.view_as_real());
+    for (k, re, im) in [
+        (0, -0.013277, 0.999912),
+        (1, -0.225465, -0.974251),
+        (16, 0.283662, -0.958924),
+        (40, 0.753902, 0.656987),
+        (63, 0.999407, 0.034444),
+    ] {
+        assert_values(&factors[2 * k..2 * k + 2], &[re, im]);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_saved_model_loads_and_a_broken_one_does_not() -> Result<()> {
+    let folder = folder("load");
+    let model = wave_model()?;
+    model.save(&folder)?;
+    let loaded = ZImageTransformer::load(&folder, Kind::Float, Device::Cpu)?;
+    assert_eq!(loaded.config(), model.config());
+    for (name, tensor) in model.parameters() {
+        assert_eq!(&loaded.parameters()[name], tensor, "{name}");
+    }
+    let rough = ZImageTransformer::load(&folder, Kind::BFloat16, Device::Cpu)?;
+    assert_eq!(rough.kind(), Kind::BFloat16);
+
+    let path = folder.join("transformer/diffusion_pytorch_model.safetensors");
+    let mut tensors = read_tensors(&path)?;
+    tensors.remove("layers.0.attention.to_q.weight");
+    tensors.insert("layers.0.attention.to_z.weight".into(), Tensor::from(1.0));
+    // This shape would broadcast.
+    tensors.insert("cap_embedder.1.bias".into(), Tensor::zeros([1], (Kind::Float, Device::Cpu)));
+    write_tensors(&path, &tensors)?;
+    let error = ZImageTransformer::load(&folder, Kind::Float, Device::Cpu).expect_err("broken");
+    let error = format!("{error:#}");
+    for part in [
+        "layers.0.attention.to_q.weight is missing",
+        "layers.0.attention.to_z.weight is unexpected",
+        "cap_embedder.1.bias has shape [1], expected [24]",
+    ] {
+        assert!(error.contains(part), "{error}");
+    }
+    std::fs::remove_dir_all(&folder)?;
+    Ok(())
+}
+
+#[test]
+fn a_duplicate_does_not_share_storage() -> Result<()> {
+    let model = wave_model()?;
+    let copy = model.duplicate()?;
+    let _ = model.parameters()["x_pad_token"].shallow_clone().fill_(7.0);
+    assert_ne!(copy.parameters()["x_pad_token"], model.parameters()["x_pad_token"]);
+    Ok(())
+}
+
+#[test]
+fn noise_levels_follow_the_shift() {
+    let expected = [1.0, 0.9545454, 0.9, 0.8333333, 0.75, 0.6428571, 0.5, 0.3, 0.0];
+    let found = noise_levels(8, 3.0);
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.iter().zip(expected) {
+        assert_abs_diff_eq!(*found, expected, epsilon = 1e-6);
+    }
+}

@@ -1,0 +1,124 @@
+//! The examples' AdamW: exact when resumed, and equal to libtorch's own.
+
+#[path = "../examples/zimage/mod.rs"]
+mod zimage;
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor, nn, nn::OptimizerConfig};
+use zimage::checkpoint::{read_tensors, write_tensors};
+use zimage::optimizer::{AdamW, AdamWSettings};
+
+fn wave(shape: &[i64]) -> Tensor {
+    let values: Vec<f32> = (0..shape.iter().product::<i64>()).map(|i| (0.3 * i as f32).sin()).collect();
+    Tensor::from_slice(&values).reshape(shape)
+}
+
+/// Leaves to optimise.
+fn leaves() -> Vec<(String, Tensor)> {
+    [("matrix", &[4, 3][..]), ("vector", &[3])]
+        .map(|(name, shape)| (name.to_owned(), wave(shape).set_requires_grad(true)))
+        .into()
+}
+
+fn handles(parameters: &[(String, Tensor)]) -> Vec<(String, Tensor)> {
+    parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+}
+
+/// A loss that depends on the step and, at the start, has a long gradient.
+fn loss(parameters: &[(String, Tensor)], step: usize) -> Tensor {
+    let (matrix, vector) = (&parameters[0].1, &parameters[1].1);
+    (matrix.mv(vector).sum(Kind::Float) - step as f64).square()
+        + matrix.pow_tensor_scalar(4.0).sum(Kind::Float)
+}
+
+fn run(
+    parameters: &[(String, Tensor)],
+    optimizer: &mut AdamW,
+    steps: std::ops::Range<usize>,
+) -> Result<()> {
+    for step in steps {
+        optimizer.zero_grad();
+        loss(parameters, step).backward();
+        let _ = optimizer.step()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_resumed_optimizer_continues_bitwise() -> Result<()> {
+    let settings = AdamWSettings { max_gradient_norm: Some(0.5), ..AdamWSettings::default() };
+    let straight = leaves();
+    run(&straight, &mut AdamW::new(handles(&straight), settings)?, 0..10)?;
+
+    let first = leaves();
+    let mut optimizer = AdamW::new(handles(&first), settings)?;
+    run(&first, &mut optimizer, 0..5)?;
+    let mut state = optimizer.state();
+    state.extend(handles(&first));
+    let path = std::env::temp_dir().join(format!("adamw-{}.safetensors", std::process::id()));
+    write_tensors(&path, &state)?;
+
+    let state = read_tensors(&path)?;
+    let second: Vec<(String, Tensor)> = leaves()
+        .into_iter()
+        .map(|(name, _)| (name.clone(), state[&name].copy().set_requires_grad(true)))
+        .collect();
+    let mut optimizer = AdamW::new(handles(&second), settings)?;
+    optimizer.load_state(&state)?;
+    run(&second, &mut optimizer, 5..10)?;
+    for ((name, expected), (_, found)) in straight.iter().zip(&second) {
+        assert_eq!(expected, found, "{name}");
+        assert_ne!(found, &wave(&found.size()), "{name}");
+    }
+    std::fs::remove_file(&path)?;
+    Ok(())
+}
+
+#[test]
+fn incomplete_state_is_refused() -> Result<()> {
+    let mut optimizer = AdamW::new(leaves(), AdamWSettings::default())?;
+    let mut state = optimizer.state();
+    state.remove("vector.exp_avg_sq");
+    let error = optimizer.load_state(&state).expect_err("an entry is missing");
+    assert!(error.to_string().contains("vector.exp_avg_sq"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn the_step_returns_the_norm_and_clips_by_it() -> Result<()> {
+    let parameters = leaves();
+    let settings = AdamWSettings { max_gradient_norm: Some(0.5), ..AdamWSettings::default() };
+    let mut optimizer = AdamW::new(handles(&parameters), settings)?;
+    loss(&parameters, 0).backward();
+    let norm = |parameters: &[(String, Tensor)]| -> Result<f64> {
+        let squares = parameters.iter().map(|(_, p)| f64::try_from(p.grad().square().sum(Kind::Float)));
+        Ok(squares.sum::<Result<f64, _>>()?.sqrt())
+    };
+    let before = norm(&parameters)?;
+    let returned = f64::try_from(optimizer.step()?)?;
+    assert!(before > 1.0 && (returned - before).abs() < 1e-5 * before);
+    assert!((norm(&parameters)? - 0.5).abs() < 1e-5);
+    Ok(())
+}
+
+#[test]
+fn adamw_agrees_with_libtorch() -> Result<()> {
+    let settings =
+        AdamWSettings { learning_rate: 0.05, weight_decay: 0.1, ..AdamWSettings::default() };
+    // Without the vector, whose weights do not decay here.
+    let ours = leaves().swap_remove(0).1;
+    let mut optimizer = AdamW::new(vec![("matrix".into(), ours.shallow_clone())], settings)?;
+
+    let store = nn::VarStore::new(Device::Cpu);
+    let theirs = store.root().var_copy("matrix", &ours.detach());
+    let mut reference = nn::AdamW { wd: 0.1, ..nn::AdamW::default() }.build(&store, 0.05)?;
+    for _ in 0..5 {
+        optimizer.zero_grad();
+        ours.pow_tensor_scalar(4.0).sum(Kind::Float).backward();
+        let _ = optimizer.step()?;
+        reference.backward_step(&theirs.pow_tensor_scalar(4.0).sum(Kind::Float));
+    }
+    let difference = f64::try_from((&ours - theirs).abs().max())?;
+    assert!(difference < 1e-6, "{difference}");
+    Ok(())
+}
