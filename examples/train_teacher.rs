@@ -19,6 +19,7 @@ use zimage::blocks::Parameters;
 use zimage::checkpoint::{read_tensors, write_tensors};
 use zimage::data::EmojiData;
 use zimage::ema::Ema;
+use zimage::flow_matching::{SHIFT, flow_matching_loss, step_seed};
 use zimage::optimizer::{AdamW, AdamWSettings, copy_into};
 use zimage::picture::write_grid;
 use zimage::sampler::{Sampling, sample};
@@ -30,8 +31,6 @@ const REPORT_EVERY: u64 = 50;
 const SAVE_EVERY: u64 = 200;
 /// Captions of a preview.
 const PREVIEWS: usize = 48;
-/// Noise levels are drawn as the sampler spaces them.
-const SHIFT: f64 = 3.0;
 /// Chance that an item is shown with the empty caption, which guidance needs.
 const EMPTY_CAPTION: f64 = 0.1;
 /// Chance that an item is shown without its vendor's name.
@@ -122,42 +121,6 @@ fn main() -> Result<()> {
     trainer.run()
 }
 
-/// The seed of everything drawn at one step, so that a resumed run draws the same.
-fn step_seed(seed: u64, step: u64) -> i64 {
-    // SplitMix64's mixing.
-    let mut z = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(step.wrapping_add(1));
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    ((z ^ (z >> 31)) >> 1) as i64
-}
-
-/// Noise levels `[B]`: one from each of B equal strata, shifted.
-fn draw_noise_levels(batch: i64) -> Result<Tensor> {
-    let options = (Kind::Float, Device::Cpu);
-    let u = Tensor::f_arange(batch, options)?
-        .f_add(&Tensor::f_rand([batch], options)?)?
-        .f_div_scalar(batch)?;
-    let denominator = u.f_mul_scalar(SHIFT - 1.0)?.f_add_scalar(1.0)?;
-    Ok(u.f_mul_scalar(SHIFT)?.f_div(&denominator)?)
-}
-
-/// Mean squared error of the velocity on images `[B, 3, H, W]`, drawing noise and noise levels.
-fn flow_matching_loss(
-    model: &ZImageTransformer,
-    images: &Tensor,
-    captions: &[Tensor],
-) -> Result<Tensor> {
-    let sigma = draw_noise_levels(images.size()[0])?;
-    let noise = images.f_randn_like()?;
-    let target = images.f_sub(&noise)?;
-    let weight = sigma.f_view([-1, 1, 1, 1])?;
-    // x0 - sigma (x0 - eps) = (1 - sigma) x0 + sigma eps
-    let noisy = images.f_sub(&target.f_mul(&weight)?)?;
-    let t = sigma.f_neg()?.f_add_scalar(1.0)?;
-    let output = model.forward(&noisy, &t, captions)?;
-    Ok(output.f_mse_loss(&target, tch::Reduction::Mean)?)
-}
-
 struct Trainer<'a> {
     arguments: &'a Arguments,
     data: &'a EmojiData,
@@ -208,10 +171,13 @@ impl<'a> Trainer<'a> {
     /// Items `[B]` and their captions, some of them dropped or shortened.
     fn draw_batch(&self) -> Result<(Tensor, Vec<Tensor>)> {
         let batch = self.arguments.batch;
-        let picks = Tensor::f_randint(self.train.len() as i64, [batch], (Kind::Int64, Device::Cpu))?;
+        let picks =
+            Tensor::f_randint(self.train.len() as i64, [batch], (Kind::Int64, Device::Cpu))?;
         let chances = Tensor::f_rand([batch], (Kind::Double, Device::Cpu))?;
-        let picks: Vec<i64> =
-            Vec::<i64>::try_from(&picks)?.into_iter().map(|pick| self.train[pick as usize]).collect();
+        let picks: Vec<i64> = Vec::<i64>::try_from(&picks)?
+            .into_iter()
+            .map(|pick| self.train[pick as usize])
+            .collect();
         let captions = picks
             .iter()
             .zip(Vec::<f64>::try_from(&chances)?)
@@ -282,16 +248,17 @@ impl<'a> Trainer<'a> {
                 );
                 (start, since, sums) = (Instant::now(), self.step, [0.0, 0.0]);
             }
-            if self.step.is_multiple_of(SAVE_EVERY) {
+            let is_last = self.step == self.arguments.steps;
+            if is_last || self.step.is_multiple_of(SAVE_EVERY) {
                 self.save()?;
             }
-            if self.arguments.preview > 0 && self.step.is_multiple_of(self.arguments.preview) {
+            let preview = self.arguments.preview;
+            if preview > 0 && (is_last || self.step.is_multiple_of(preview)) {
                 self.preview()?;
                 (start, since, sums) = (Instant::now(), self.step, [0.0, 0.0]);
             }
         }
-        self.save()?;
-        self.preview()
+        Ok(())
     }
 
     /// The averaged model, in the dtype of the forward pass.
@@ -309,8 +276,7 @@ impl<'a> Trainer<'a> {
             let count = indices.len().min(256);
             let mut total = 0.0;
             tch::manual_seed(step_seed(self.arguments.seed, u64::MAX - 2));
-            let spread: Vec<i64> =
-                (0..count).map(|i| indices[i * indices.len() / count]).collect();
+            let spread: Vec<i64> = (0..count).map(|i| indices[i * indices.len() / count]).collect();
             for chunk in spread.chunks(64) {
                 let images = self.data.images.f_index_select(0, &Tensor::f_from_slice(chunk)?)?;
                 let loss = flow_matching_loss(&model, &images, &self.full_captions(chunk))?;
@@ -337,7 +303,12 @@ impl<'a> Trainer<'a> {
             columns.push(sample(&model, &noise, &captions, &empty, sampling)?);
         }
         let grid = Tensor::f_stack(&columns, 1)?.f_flatten(0, 1)?;
-        write_grid(&self.arguments.out.join(format!("preview-{:06}.png", self.step)), &grid, 12, 2)?;
+        write_grid(
+            &self.arguments.out.join(format!("preview-{:06}.png", self.step)),
+            &grid,
+            12,
+            2,
+        )?;
         let list: Vec<&str> =
             picks.iter().map(|pick| self.data.items[*pick as usize].caption.as_str()).collect();
         Ok(fs::write(self.arguments.out.join("preview.txt"), list.join("\n") + "\n")?)
@@ -396,7 +367,8 @@ fn restore(parameters: &Parameters, state: &Parameters, prefix: &str, path: &Pat
     for (name, parameter) in parameters {
         let name = format!("{prefix}.{name}");
         let saved = state.get(&name).with_context(|| format!("{} lacks {name}", path.display()))?;
-        copy_into(&mut parameter.shallow_clone(), saved).with_context(|| format!("restoring {name}"))?;
+        copy_into(&mut parameter.shallow_clone(), saved)
+            .with_context(|| format!("restoring {name}"))?;
     }
     Ok(())
 }

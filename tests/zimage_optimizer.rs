@@ -9,7 +9,8 @@ use zimage::checkpoint::{read_tensors, write_tensors};
 use zimage::optimizer::{AdamW, AdamWSettings};
 
 fn wave(shape: &[i64]) -> Tensor {
-    let values: Vec<f32> = (0..shape.iter().product::<i64>()).map(|i| (0.3 * i as f32).sin()).collect();
+    let values: Vec<f32> =
+        (0..shape.iter().product::<i64>()).map(|i| (0.3 * i as f32).sin()).collect();
     Tensor::from_slice(&values).reshape(shape)
 }
 
@@ -91,7 +92,8 @@ fn the_step_returns_the_norm_and_clips_by_it() -> Result<()> {
     let mut optimizer = AdamW::new(handles(&parameters), settings)?;
     loss(&parameters, 0).backward();
     let norm = |parameters: &[(String, Tensor)]| -> Result<f64> {
-        let squares = parameters.iter().map(|(_, p)| f64::try_from(p.grad().square().sum(Kind::Float)));
+        let squares =
+            parameters.iter().map(|(_, p)| f64::try_from(p.grad().square().sum(Kind::Float)));
         Ok(squares.sum::<Result<f64, _>>()?.sqrt())
     };
     let before = norm(&parameters)?;

@@ -3,10 +3,13 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::config::{Config, TIME_FEATURES};
 use super::rope::rotate;
+
+/// Longest sequence for which attention scores are kept whole on the CPU.
+const SHORT_SEQUENCE: i64 = 512;
 
 /// Tensors by their diffusers name.
 pub type Parameters = BTreeMap<String, Tensor>;
@@ -61,7 +64,8 @@ impl RmsNorm {
         let width = self.weight.size();
         match x.f_kind()? {
             Kind::BFloat16 | Kind::Half => {
-                let normed = x.f_to_kind(Kind::Float)?.f_rms_norm(&width, None::<&Tensor>, self.eps)?;
+                let normed =
+                    x.f_to_kind(Kind::Float)?.f_rms_norm(&width, None::<&Tensor>, self.eps)?;
                 Ok(normed.f_to_kind(x.f_kind()?)?.f_mul(&self.weight)?)
             }
             _ => Ok(x.f_rms_norm(&width, Some(&self.weight), self.eps)?),
@@ -124,7 +128,8 @@ struct Attention {
 impl Attention {
     fn new(parameters: &Parameters, name: &str, config: &Config) -> Result<Self> {
         let linear = |part: &str| Linear::new(parameters, &format!("{name}.{part}"), false);
-        let norm = |part: &str| RmsNorm::new(parameters, &format!("{name}.{part}"), config.norm_eps);
+        let norm =
+            |part: &str| RmsNorm::new(parameters, &format!("{name}.{part}"), config.norm_eps);
         Ok(Self {
             query: linear("to_q")?,
             key: linear("to_k")?,
@@ -143,18 +148,28 @@ impl Attention {
         let query = self.query_norm.forward(&self.query.forward(x)?.f_view(split)?)?;
         let key = self.key_norm.forward(&self.key.forward(x)?.f_view(split)?)?;
         let value = self.value.forward(x)?.f_view(split)?;
-        let mixed = Tensor::f_scaled_dot_product_attention(
+        let mixed = attend(
             &rotate(&query, rotary)?.f_transpose(1, 2)?,
             &rotate(&key, rotary)?.f_transpose(1, 2)?,
             &value.f_transpose(1, 2)?,
-            None::<&Tensor>,
-            0.0,
-            false,
-            None,
-            false,
         )?;
         self.out.forward(&mixed.f_transpose(1, 2)?.f_reshape([batch, length, dim])?)
     }
+}
+
+/// `softmax(q k^T / sqrt(d)) v` for `[B, heads, S, d]`.
+///
+/// libtorch's fused kernel is left out for short sequences on the CPU, where its backward pass in
+/// bfloat16 takes three times as long as these products (and cannot be differentiated again).
+fn attend(query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+    let (length, width) = (query.size()[2], query.size()[3]);
+    if query.device() == Device::Cpu && length <= SHORT_SEQUENCE {
+        let scale = 1.0 / (width as f64).sqrt();
+        let scores = query.f_mul_scalar(scale)?.f_matmul(&key.f_transpose(2, 3)?)?;
+        return Ok(scores.f_softmax(-1, query.f_kind()?)?.f_matmul(value)?);
+    }
+    let no_mask = None::<&Tensor>;
+    Ok(Tensor::f_scaled_dot_product_attention(query, key, value, no_mask, 0.0, false, None, false)?)
 }
 
 /// SwiGLU: `w2(silu(w1 x) * w3 x)`.
@@ -194,7 +209,8 @@ impl Block {
         config: &Config,
         modulated: bool,
     ) -> Result<Self> {
-        let norm = |part: &str| RmsNorm::new(parameters, &format!("{name}.{part}"), config.norm_eps);
+        let norm =
+            |part: &str| RmsNorm::new(parameters, &format!("{name}.{part}"), config.norm_eps);
         let modulation = || Linear::new(parameters, &format!("{name}.adaLN_modulation.0"), true);
         Ok(Self {
             attention: Attention::new(parameters, &format!("{name}.attention"), config)?,

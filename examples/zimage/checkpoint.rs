@@ -40,7 +40,8 @@ impl ZImageTransformer {
     pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
         let folder = folder.join("transformer");
         let path = folder.join("config.json");
-        let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         let config: Config =
             serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
         config.validate().with_context(|| format!("checking {}", path.display()))?;

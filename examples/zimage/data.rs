@@ -57,7 +57,8 @@ impl EmojiData {
             items: Vec<Item>,
         }
         let path = folder.join("captions.json");
-        let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         let Captions { items } =
             serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
         let images = read_atlas(&folder.join("emoji.png"), items.len() as i64)?;
@@ -106,7 +107,8 @@ impl Vocabulary {
     /// If a file is missing or the two do not match.
     pub fn load(folder: &Path) -> Result<Self> {
         let path = folder.join("vocabulary.txt");
-        let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         let rows: HashMap<String, i64> = text.lines().map(str::to_owned).zip(0..).collect();
         for word in [START, END] {
             ensure!(rows.contains_key(word), "{} lacks {word}", path.display());

@@ -112,7 +112,9 @@ fn tensor_handle(tensor: &Tensor) -> Result<u64> {
     ensure!(tensor.defined(), "an undefined tensor cannot be passed to an operator");
     let mut handle = std::ptr::null_mut();
     // SAFETY: a defined `Tensor` holds a live `at::Tensor`, which the call copies (sharing storage).
-    check(unsafe { aoti_torch_new_tensor_handle(tensor.as_ptr().cast_mut().cast(), &raw mut handle) })?;
+    check(unsafe {
+        aoti_torch_new_tensor_handle(tensor.as_ptr().cast_mut().cast(), &raw mut handle)
+    })?;
     Ok(handle as u64)
 }
 

@@ -28,7 +28,8 @@ impl Ema {
     pub fn update(&mut self, model: &ZImageTransformer, step: u64) -> Result<()> {
         let _guard = tch::no_grad_guard();
         let decay = self.decay.min((1 + step) as f64 / (10 + step) as f64);
-        for (average, current) in self.model.parameters().values().zip(model.parameters().values()) {
+        for (average, current) in self.model.parameters().values().zip(model.parameters().values())
+        {
             let _ = average.shallow_clone().f_lerp_(current, 1.0 - decay)?;
         }
         Ok(())

@@ -9,6 +9,7 @@ pub mod config;
 pub mod data;
 pub mod dispatcher;
 pub mod ema;
+pub mod flow_matching;
 pub mod optimizer;
 pub mod picture;
 pub mod rope;

@@ -124,8 +124,11 @@ impl AdamW {
     pub fn load_state(&mut self, state: &Parameters) -> Result<()> {
         let _guard = tch::no_grad_guard();
         for slot in &mut self.slots {
-            let targets =
-                [("exp_avg", &mut slot.first), ("exp_avg_sq", &mut slot.second), ("step", &mut slot.step)];
+            let targets = [
+                ("exp_avg", &mut slot.first),
+                ("exp_avg_sq", &mut slot.second),
+                ("step", &mut slot.step),
+            ];
             for (part, target) in targets {
                 let name = format!("{}.{part}", slot.name);
                 let saved =

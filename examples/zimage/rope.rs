@@ -25,7 +25,13 @@ impl RotaryTable {
     ///
     /// # Errors
     /// If a position lies outside `axes_lens`.
-    pub fn new(config: &Config, caption: i64, rows: i64, columns: i64, device: Device) -> Result<Self> {
+    pub fn new(
+        config: &Config,
+        caption: i64,
+        rows: i64,
+        columns: i64,
+        device: Device,
+    ) -> Result<Self> {
         for (axis, needed) in [caption + 2, rows, columns].into_iter().enumerate() {
             ensure!(
                 needed <= config.axes_lens[axis],
@@ -34,9 +40,8 @@ impl RotaryTable {
             );
         }
         let caption_ids: Vec<[i64; 3]> = (1..=caption).map(|j| [j, 0, 0]).collect();
-        let mut image_ids: Vec<[i64; 3]> = (0..rows)
-            .flat_map(|h| (0..columns).map(move |w| [caption + 1, h, w]))
-            .collect();
+        let mut image_ids: Vec<[i64; 3]> =
+            (0..rows).flat_map(|h| (0..columns).map(move |w| [caption + 1, h, w])).collect();
         // Image padding sits at the origin, where nothing is rotated.
         image_ids.resize(padded(rows * columns) as usize, [0, 0, 0]);
 

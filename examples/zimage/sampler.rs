@@ -41,7 +41,7 @@ pub fn velocity(
     let batch = x.size()[0];
     // The model's time runs the other way, and its output has the other sign.
     let t = |n: i64| Tensor::f_full([n], 1.0 - sigma, (tch::Kind::Float, x.device()));
-    if guidance == 1.0 {
+    if (guidance - 1.0).abs() < f64::EPSILON {
         return Ok(model.forward_encoded(x, &t(batch)?, captions)?.f_neg()?);
     }
     let pair = CaptionStates::cat(&[captions, &empty.expand(batch)?])?;

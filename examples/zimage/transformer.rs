@@ -124,7 +124,10 @@ impl ZImageTransformer {
 
     /// Names and handles, sorted by name.
     pub fn named_parameters(&self) -> Vec<(String, Tensor)> {
-        self.parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+        self.parameters
+            .iter()
+            .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
+            .collect()
     }
 
     /// The dtype the model computes in.
@@ -217,7 +220,8 @@ impl ZImageTransformer {
             .zip(&lengths)
             .map(|(caption, own)| Ok(caption.f_constant_pad_nd([0, 0, 0, length - own])?))
             .collect::<Result<Vec<_>>>()?;
-        let features = Tensor::f_stack(&rows, 0)?.f_to_device(self.device())?.f_to_kind(self.kind())?;
+        let features =
+            Tensor::f_stack(&rows, 0)?.f_to_device(self.device())?.f_to_kind(self.kind())?;
         let lengths = Tensor::f_from_slice(&lengths)?.f_to_device(self.device())?;
         let is_padding = Tensor::f_arange(length, (Kind::Int64, self.device()))?
             .f_ge_tensor(&lengths.f_unsqueeze(1)?)?
@@ -270,10 +274,10 @@ impl ZImageTransformer {
         let mut image = self.patch_embedder.forward(&patches)?;
         let image_length = padded(tokens);
         if image_length > tokens {
-            let rows = self.patch_padding.f_unsqueeze(0)?.f_expand(
-                [batch, image_length - tokens, -1],
-                false,
-            )?;
+            let rows = self
+                .patch_padding
+                .f_unsqueeze(0)?
+                .f_expand([batch, image_length - tokens, -1], false)?;
             image = Tensor::f_cat(&[image, rows], 1)?;
         }
         for block in &self.noise_refiner {
@@ -332,16 +336,18 @@ pub(super) fn check_parameters(config: &Config, parameters: &Parameters) -> Resu
     for (name, shape) in &expected {
         match parameters.get(name) {
             None => faults.push(format!("{name} is missing")),
-            Some(tensor) if tensor.size() != *shape => faults.push(format!(
-                "{name} has shape {:?}, expected {shape:?}",
-                tensor.size()
-            )),
+            Some(tensor) if tensor.size() != *shape => {
+                faults.push(format!("{name} has shape {:?}, expected {shape:?}", tensor.size()))
+            }
             Some(_) => {}
         }
     }
     let is_known = |name: &String| expected.binary_search_by(|(known, _)| known.cmp(name)).is_ok();
     faults.extend(
-        parameters.keys().filter(|name| !is_known(name)).map(|name| format!("{name} is unexpected")),
+        parameters
+            .keys()
+            .filter(|name| !is_known(name))
+            .map(|name| format!("{name} is unexpected")),
     );
     ensure!(faults.is_empty(), "parameters do not fit the config: {}", faults.join("; "));
     Ok(())
