@@ -71,13 +71,13 @@ impl Config {
         Self {
             all_patch_size: vec![4],
             in_channels: 3,
-            dim: 192,
+            dim: 144,
             n_layers: 4,
             n_refiner_layers: 1,
             n_heads: 3,
             n_kv_heads: 3,
             cap_feat_dim: 64,
-            axes_dims: vec![16, 24, 24],
+            axes_dims: vec![16, 16, 16],
             axes_lens: vec![128, 16, 16],
             ..Self::default()
         }
