@@ -14,7 +14,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use decoupled_dmd::{Condition, FewStepGrid, Guidance, Sampler, Shift, Transition};
 use tch::{Device, Kind, Tensor};
+use zimage::adapter::denoiser;
 use zimage::blocks::Parameters;
 use zimage::checkpoint::{read_tensors, write_tensors};
 use zimage::data::EmojiData;
@@ -22,7 +24,6 @@ use zimage::ema::Ema;
 use zimage::flow_matching::{SHIFT, flow_matching_loss, step_seed};
 use zimage::optimizer::{AdamW, AdamWSettings, copy_into};
 use zimage::picture::write_grid;
-use zimage::sampler::{Sampling, sample};
 use zimage::{Config, ZImageTransformer};
 
 /// Steps between two progress lines.
@@ -292,15 +293,19 @@ impl<'a> Trainer<'a> {
         let mut picks: Vec<i64> =
             (0..trained).map(|i| self.train[i * self.train.len() / trained]).collect();
         picks.extend((0..held_out_share).map(|i| held_out[i * held_out.len() / held_out_share]));
-        let captions = model.encode_captions(&self.full_captions(&picks))?;
+        let captions = Condition::from(model.encode_captions(&self.full_captions(&picks))?);
         let empty = model.encode_captions(std::slice::from_ref(&self.empty))?;
+        let null = Condition::from(empty.f_expand([picks.len() as i64, -1, -1], false)?);
         let real = self.data.images.f_index_select(0, &Tensor::f_from_slice(&picks)?)?;
         tch::manual_seed(step_seed(self.arguments.seed, u64::MAX - 3));
         let noise = real.f_randn_like()?;
+        let denoiser = denoiser(&model);
+        let grid = FewStepGrid::even(30, Shift::new(SHIFT)?)?;
         let mut columns = vec![real];
         for guidance in [1.0, 3.0] {
-            let sampling = Sampling { steps: 30, shift: SHIFT, guidance };
-            columns.push(sample(&model, &noise, &captions, &empty, sampling)?);
+            let sampler = Sampler::new(&denoiser, grid.clone(), Transition::Euler)
+                .guided(Guidance::new(guidance)?, &null);
+            columns.push(sampler.sample(&noise, &captions)?);
         }
         let grid = Tensor::f_stack(&columns, 1)?.f_flatten(0, 1)?;
         write_grid(

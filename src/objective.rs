@@ -98,9 +98,9 @@ pub struct Evaluation {
     pub loss: Tensor,
     /// The value of each term before its weight, without a graph.
     pub terms: Vec<(String, Tensor)>,
-    /// What terms observed on the way: scalars, empty unless
-    /// [`Objective::observed`] was called. Names are explained in the guide of the documentation.
-    pub observations: Vec<(&'static str, Tensor)>,
+    /// What terms observed on the way, scalars named `{term}_{observation}`, such as `dm_cos`;
+    /// empty unless [`Objective::observed`] was called.
+    pub observations: Vec<(String, Tensor)>,
 }
 
 /// Engines and regularizers over one teacher.
@@ -185,8 +185,9 @@ impl<'a> Objective<'a> {
                     None => weighted,
                 });
                 terms.push((name.clone(), loss.f_detach()?));
+                let of_term = |(what, value)| (format!("{name}_{what}"), value);
+                observations.extend(probe.take_observations().into_iter().map(of_term));
             }
-            observations.append(&mut probe.into_observations());
         }
         let loss = total.ok_or(Error::OutOfRange {
             what: "number of terms",
@@ -220,7 +221,7 @@ impl Term<'_> {
                     let _no_grad = no_grad_guard();
                     engine.direction(probe)?
                 };
-                probe.observe("ca_update_rms", || Ok(sample_rms(&direction)?.f_mean(None)?))?;
+                probe.observe("update_rms", || Ok(sample_rms(&direction)?.f_mean(None)?))?;
                 surrogate(probe.x(), &direction)
             }
             Self::Regularizer(regularizer) => regularizer.loss(probe),

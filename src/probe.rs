@@ -189,8 +189,8 @@ impl<'a> Probe<'a> {
         Ok(())
     }
 
-    pub(crate) fn into_observations(self) -> Vec<(&'static str, Tensor)> {
-        self.observations.map(RefCell::into_inner).unwrap_or_default()
+    pub(crate) fn take_observations(&self) -> Vec<(&'static str, Tensor)> {
+        self.observations.as_ref().map(RefCell::take).unwrap_or_default()
     }
 
     /// Mean distance between the samples and the teacher's prediction, floored, `[B]`.

@@ -97,7 +97,8 @@ fn a_paired_teacher_answers_both_conditions_in_one_forward() -> Result<()> {
 #[test]
 fn observing_costs_no_forward_and_changes_no_loss() -> Result<()> {
     let (x, cond, null) = inputs();
-    let evaluate = |observed: bool| -> Result<(f64, usize, Vec<(&'static str, f64)>)> {
+    #[allow(clippy::type_complexity)]
+    let evaluate = |observed: bool| -> Result<(f64, usize, Vec<(String, f64)>)> {
         let _guard = seeded(6);
         let calls = Calls::default();
         let dm = DistributionMatching::new(gaussian_teacher(0.8));
@@ -108,7 +109,8 @@ fn observing_costs_no_forward_and_changes_no_loss() -> Result<()> {
             objective = objective.observed();
         }
         let evaluation = objective.evaluate(&Batch::new(&x, &cond)?.null(&null))?;
-        let observations = evaluation.observations.iter().map(|(n, t)| (*n, value(t))).collect();
+        let observations =
+            evaluation.observations.iter().map(|(n, t)| (n.clone(), value(t))).collect();
         Ok((value(&evaluation.loss), calls.count(), observations))
     };
     let (plain, plain_calls, nothing) = evaluate(false)?;
@@ -116,8 +118,15 @@ fn observing_costs_no_forward_and_changes_no_loss() -> Result<()> {
     assert!(nothing.is_empty());
     approx::assert_relative_eq!(plain, loss);
     assert_eq!(plain_calls, calls);
-    for name in ["dm_rel_gap", "dm_cos", "dm_update_rms", "ca_update_rms", "share_on_floor"] {
-        assert!(observations.iter().any(|(n, v)| *n == name && v.is_finite()), "{name}");
+    for name in [
+        "dm_rel_gap",
+        "dm_cos",
+        "dm_update_rms",
+        "ca_update_rms",
+        "ca_share_on_floor",
+        "dm_share_on_floor",
+    ] {
+        assert!(observations.iter().any(|(n, v)| n == name && v.is_finite()), "{name}");
     }
     Ok(())
 }

@@ -11,7 +11,6 @@ use tch::{Device, Kind, Tensor};
 use zimage::blocks::time_features;
 use zimage::checkpoint::{read_tensors, write_tensors};
 use zimage::rope::rotary_factors;
-use zimage::sampler::noise_levels;
 use zimage::transformer::{patchify, unpatchify};
 use zimage::{Config, ZImageTransformer};
 
@@ -259,14 +258,4 @@ fn a_duplicate_does_not_share_storage() -> Result<()> {
     let _ = model.parameters()["x_pad_token"].shallow_clone().fill_(7.0);
     assert_ne!(copy.parameters()["x_pad_token"], model.parameters()["x_pad_token"]);
     Ok(())
-}
-
-#[test]
-fn noise_levels_follow_the_shift() {
-    let expected = [1.0, 0.9545454, 0.9, 0.8333333, 0.75, 0.6428571, 0.5, 0.3, 0.0];
-    let found = noise_levels(8, 3.0);
-    assert_eq!(found.len(), expected.len());
-    for (found, expected) in found.iter().zip(expected) {
-        assert_abs_diff_eq!(*found, expected, epsilon = 1e-6);
-    }
 }

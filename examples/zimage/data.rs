@@ -128,6 +128,11 @@ impl Vocabulary {
         Ok(Self { rows, vectors })
     }
 
+    /// The width of a word vector, F.
+    pub fn width(&self) -> i64 {
+        self.vectors.size()[1]
+    }
+
     /// `[L, F]`: the start mark, the caption's words, the end mark.
     ///
     /// # Errors

@@ -1,8 +1,10 @@
-//! Flow matching: the training loss of the base model, and what it draws.
+//! Flow matching: the training loss of the base model.
 
 use anyhow::Result;
-use tch::{Device, Kind, Tensor};
+use decoupled_dmd::{Condition, Renoising, Shift, Uniform};
+use tch::{Kind, Tensor};
 
+use super::adapter::denoiser;
 use super::transformer::ZImageTransformer;
 
 /// Shift of the embedded model's noise levels, in training and in sampling.
@@ -17,29 +19,23 @@ pub fn step_seed(seed: u64, step: u64) -> i64 {
     ((z ^ (z >> 31)) >> 1) as i64
 }
 
-/// Noise levels `[B]`: one from each of B equal strata, shifted.
-pub fn draw_noise_levels(batch: i64, device: Device) -> Result<Tensor> {
-    let options = (Kind::Float, device);
-    let u = Tensor::f_arange(batch, options)?
-        .f_add(&Tensor::f_rand([batch], options)?)?
-        .f_div_scalar(batch)?;
-    let denominator = u.f_mul_scalar(SHIFT - 1.0)?.f_add_scalar(1.0)?;
-    Ok(u.f_mul_scalar(SHIFT)?.f_div(&denominator)?)
-}
-
-/// Mean squared error of the velocity on images `[B, 3, H, W]`, drawing noise and noise levels.
+/// Mean squared error of the velocity on images `[B, 3, H, W]`, drawing noise and times: one time
+/// from each of B equal strata before the shift.
+///
+/// # Errors
+/// If there are not as many captions as images.
 pub fn flow_matching_loss(
     model: &ZImageTransformer,
     images: &Tensor,
     captions: &[Tensor],
 ) -> Result<Tensor> {
-    let sigma = draw_noise_levels(images.size()[0], images.device())?;
+    let batch = images.size()[0];
+    let options = (Kind::Float, images.device());
+    let u = Tensor::f_arange(batch, options)?
+        .f_add(&Tensor::f_rand([batch], options)?)?
+        .f_div_scalar(batch)?;
+    let time = Renoising::new(Uniform::FULL).shifted(Shift::new(SHIFT)?).at(&u, None)?;
     let noise = images.f_randn_like()?;
-    let target = images.f_sub(&noise)?;
-    let weight = sigma.f_view([-1, 1, 1, 1])?;
-    // x0 - sigma (x0 - eps) = (1 - sigma) x0 + sigma eps
-    let noisy = images.f_sub(&target.f_mul(&weight)?)?;
-    let t = sigma.f_neg()?.f_add_scalar(1.0)?;
-    let output = model.forward(&noisy, &t, captions)?;
-    Ok(output.f_mse_loss(&target, tch::Reduction::Mean)?)
+    let condition = Condition::from(model.encode_captions(captions)?);
+    Ok(denoiser(model).denoising_loss(images, &time, &noise, &condition)?)
 }

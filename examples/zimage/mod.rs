@@ -3,17 +3,25 @@
 //! Each program that includes this folder uses a part of it, hence these lints.
 #![allow(dead_code, unreachable_pub, unused_imports)]
 
+pub mod adapter;
 pub mod blocks;
 pub mod checkpoint;
+pub mod classifier;
 pub mod config;
 pub mod data;
 pub mod dispatcher;
+pub mod distillation;
 pub mod ema;
+pub mod evaluation;
 pub mod flow_matching;
+pub mod metrics;
 pub mod optimizer;
+pub mod options;
 pub mod picture;
+pub mod pipeline;
+pub mod prompts;
+pub mod report;
 pub mod rope;
-pub mod sampler;
 pub mod transformer;
 
 pub use config::Config;

@@ -17,15 +17,7 @@ pub fn write_grid(path: &Path, images: &Tensor, columns: i64, zoom: i64) -> Resu
     ensure!(channels == 3 && columns > 0 && count > 0, "nothing to draw in {:?}", images.size());
     let rows = (count + columns - 1) / columns;
     let (cell_h, cell_w) = (height * zoom + 1, width * zoom + 1);
-    let bytes = images
-        .f_clamp(-1.0, 1.0)?
-        .f_add_scalar(1.0)?
-        .f_mul_scalar(127.5)?
-        .f_round()?
-        .f_to_device(tch::Device::Cpu)?
-        .f_to_kind(Kind::Uint8)?
-        .f_repeat_interleave_self_int(zoom, 2, None)?
-        .f_repeat_interleave_self_int(zoom, 3, None)?;
+    let bytes = to_bytes(images, zoom)?;
     let grid = Tensor::f_full(
         [3, rows * cell_h - 1, columns * cell_w - 1],
         255,
@@ -37,11 +29,95 @@ pub fn write_grid(path: &Path, images: &Tensor, columns: i64, zoom: i64) -> Resu
             grid.f_narrow(1, row * cell_h, cell_h - 1)?.f_narrow(2, column * cell_w, cell_w - 1)?;
         cell.f_copy_(&bytes.f_select(0, index)?)?;
     }
-    let (_, height, width) = grid.size3()?;
-    let pixels = grid.f_permute([1, 2, 0])?.f_contiguous()?.f_reshape([-1])?;
+    save(path, &grid)
+}
+
+/// [-1, 1] to bytes, every pixel `zoom` times as large.
+fn to_bytes(images: &Tensor, zoom: i64) -> Result<Tensor> {
+    Ok(images
+        .f_clamp(-1.0, 1.0)?
+        .f_add_scalar(1.0)?
+        .f_mul_scalar(127.5)?
+        .f_round()?
+        .f_to_device(tch::Device::Cpu)?
+        .f_to_kind(Kind::Uint8)?
+        .f_repeat_interleave_self_int(zoom, 2, None)?
+        .f_repeat_interleave_self_int(zoom, 3, None)?)
+}
+
+/// Writes bytes `[3, H, W]` as a PNG.
+fn save(path: &Path, picture: &Tensor) -> Result<()> {
+    let (_, height, width) = picture.size3()?;
+    let pixels = picture.f_permute([1, 2, 0])?.f_contiguous()?.f_reshape([-1])?;
     let buffer = image::RgbImage::from_raw(width as u32, height as u32, Vec::try_from(&pixels)?)
         .context("picture size")?;
     write_atomically(path, |temporary| {
         Ok(buffer.save_with_format(temporary, image::ImageFormat::Png)?)
     })
+}
+
+/// Side of a letter.
+const LETTER: i64 = 8;
+
+/// Writes a table of pictures: one row for each caption, one headed column for each tensor
+/// `[N, 3, H, W]` in [-1, 1], the caption under its row.
+///
+/// # Errors
+/// If a column does not hold one picture a caption, or the file cannot be written.
+pub fn write_comparison(
+    path: &Path,
+    headings: &[&str],
+    columns: &[Tensor],
+    captions: &[&str],
+) -> Result<()> {
+    const ZOOM: i64 = 3;
+    const GAP: i64 = 4;
+    /// Tables side by side.
+    const BLOCKS: i64 = 3;
+    let (count, _, height, width) = columns.first().context("no column")?.size4()?;
+    ensure!(headings.len() == columns.len(), "one heading a column");
+    ensure!(captions.len() as i64 == count, "one caption a picture");
+    let (cell_h, cell_w) = (height * ZOOM + LETTER + 2 * GAP, width * ZOOM + GAP);
+    let block_w = cell_w * columns.len() as i64 + 4 * GAP;
+    let rows = (count + BLOCKS - 1) / BLOCKS;
+    let top = LETTER + 2 * GAP;
+    let options = (Kind::Uint8, tch::Device::Cpu);
+    let page = Tensor::f_full([3, top + rows * cell_h, BLOCKS * block_w], 255, options)?;
+    for block in 0..BLOCKS {
+        for (heading, x) in headings.iter().zip((block * block_w..).step_by(cell_w as usize)) {
+            write_text(&page, heading, (GAP, x), cell_w)?;
+        }
+    }
+    for (column, images) in (0..).zip(columns) {
+        let bytes = to_bytes(images, ZOOM)?;
+        for index in 0..count {
+            let (block, row) = (index / rows, index % rows);
+            let (x, y) = (block * block_w + column * cell_w, top + row * cell_h);
+            let mut cell = page.f_narrow(1, y, height * ZOOM)?.f_narrow(2, x, width * ZOOM)?;
+            cell.f_copy_(&bytes.f_select(0, index)?)?;
+        }
+    }
+    for (index, caption) in (0..).zip(captions) {
+        let (block, row) = (index / rows, index % rows);
+        let y = top + row * cell_h + height * ZOOM + GAP / 2;
+        write_text(&page, caption, (y, block * block_w), block_w)?;
+    }
+    save(path, &page)
+}
+
+/// Draws black letters on `[3, H, W]` bytes; what does not fit into `width` is left out.
+fn write_text(page: &Tensor, text: &str, (y, x): (i64, i64), width: i64) -> Result<()> {
+    use font8x8::UnicodeFonts;
+
+    for (index, letter) in (0..width / LETTER).zip(text.chars()) {
+        let Some(rows) = font8x8::BASIC_FONTS.get(letter) else { continue };
+        let dark: Vec<u8> = rows
+            .iter()
+            .flat_map(|row| (0..LETTER).map(move |bit| if row >> bit & 1 == 1 { 0 } else { 255 }))
+            .collect();
+        let glyph = Tensor::f_from_slice(&dark)?.f_view([1, LETTER, LETTER])?;
+        let mut cell = page.f_narrow(1, y, LETTER)?.f_narrow(2, x + index * LETTER, LETTER)?;
+        cell.f_copy_(&glyph)?;
+    }
+    Ok(())
 }

@@ -12,48 +12,6 @@ use super::rope::{RotaryCache, padded};
 /// Epsilon of the final layer norm; the other norms take theirs from the config.
 const FINAL_NORM_EPS: f64 = 1e-6;
 
-/// Captions after embedding and context refiner: what [`ZImageTransformer::forward_encoded`] needs.
-/// They depend on the captions alone, not on time or image.
-#[derive(Debug)]
-pub struct CaptionStates {
-    /// `[B, L, D]`, padding included (padding takes part in attention).
-    hidden: Tensor,
-}
-
-impl CaptionStates {
-    /// Number of captions.
-    pub fn batch(&self) -> i64 {
-        self.hidden.size()[0]
-    }
-
-    /// Caption tokens, padding included.
-    pub fn length(&self) -> i64 {
-        self.hidden.size()[1]
-    }
-
-    /// The captions at the positions of an integer tensor `[N]`.
-    pub fn select(&self, index: &Tensor) -> Result<Self> {
-        Ok(Self { hidden: self.hidden.f_index_select(0, index)? })
-    }
-
-    /// The first caption, `batch` times.
-    pub fn expand(&self, batch: i64) -> Result<Self> {
-        ensure!(self.batch() == 1, "only a single caption can be expanded, found {}", self.batch());
-        Ok(Self { hidden: self.hidden.f_expand([batch, -1, -1], false)? })
-    }
-
-    /// Captions of equal length, one batch after the other.
-    pub fn cat(parts: &[&Self]) -> Result<Self> {
-        let hidden: Vec<&Tensor> = parts.iter().map(|part| &part.hidden).collect();
-        Ok(Self { hidden: Tensor::f_cat(&hidden, 0)? })
-    }
-
-    /// The same states outside the graph.
-    pub fn detach(&self) -> Result<Self> {
-        Ok(Self { hidden: self.hidden.f_detach()? })
-    }
-}
-
 /// The transformer over named tensors, which it shares with whoever gave them.
 #[derive(Debug)]
 pub struct ZImageTransformer {
@@ -179,11 +137,12 @@ impl ZImageTransformer {
         Ok(())
     }
 
-    /// Embeds and refines captions, each `[L_i, cap_feat_dim]`.
+    /// Embeds and refines captions, each `[L_i, cap_feat_dim]`, to `[B, L, D]`, padding included
+    /// (padding takes part in attention). This depends on the captions alone, not on time or image.
     ///
     /// # Errors
     /// If there is no caption, or their padded lengths differ.
-    pub fn encode_captions(&self, captions: &[Tensor]) -> Result<CaptionStates> {
+    pub fn encode_captions(&self, captions: &[Tensor]) -> Result<Tensor> {
         let (features, is_padding) = self.pad_captions(captions)?;
         let embedded = self.caption_embedder.forward(&self.caption_norm.forward(&features)?)?;
         let mut hidden = self.caption_padding.f_where_self(&is_padding, &embedded)?;
@@ -192,7 +151,7 @@ impl ZImageTransformer {
         for block in &self.context_refiner {
             hidden = block.forward(&hidden, &rotary.caption, None)?;
         }
-        Ok(CaptionStates { hidden })
+        Ok(hidden)
     }
 
     /// `[B, L, F]` features, zero where padded, and the selector `[B, L, 1]` of the padding.
@@ -240,7 +199,7 @@ impl ZImageTransformer {
         self.forward_encoded(latents, t, &self.encode_captions(captions)?)
     }
 
-    /// [`Self::forward`] with captions already encoded.
+    /// [`Self::forward`] with captions already encoded, `[B, L, D]`.
     ///
     /// # Errors
     /// If shapes do not fit.
@@ -248,7 +207,7 @@ impl ZImageTransformer {
         &self,
         latents: &Tensor,
         t: &Tensor,
-        captions: &CaptionStates,
+        captions: &Tensor,
     ) -> Result<Tensor> {
         let (batch, channels, height, width) = latents.size4()?;
         let patch = self.config.patch_size();
@@ -258,16 +217,16 @@ impl ZImageTransformer {
             self.config.in_channels,
             latents.size()
         );
+        let (count, caption_length, _) = captions.size3()?;
         ensure!(
-            t.size() == [batch] && captions.batch() == batch,
-            "{batch} latents need as many times and captions, found {:?} and {}",
-            t.size(),
-            captions.batch()
+            t.size() == [batch] && count == batch,
+            "{batch} latents need as many times and captions, found {:?} and {count}",
+            t.size()
         );
         let size = (height / patch, width / patch);
         let tokens = size.0 * size.1;
         let rotary =
-            self.rotary.get(&self.config, (captions.length(), size.0, size.1), self.device())?;
+            self.rotary.get(&self.config, (caption_length, size.0, size.1), self.device())?;
         let time = self.time_embedder.forward(t)?;
 
         let patches = patchify(&latents.f_to_kind(self.kind())?, patch)?;
@@ -284,7 +243,7 @@ impl ZImageTransformer {
             image = block.forward(&image, &rotary.image, Some(&time))?;
         }
 
-        let mut stream = Tensor::f_cat(&[&image, &captions.hidden], 1)?;
+        let mut stream = Tensor::f_cat(&[&image, captions], 1)?;
         for block in &self.layers {
             stream = block.forward(&stream, &rotary.unified, Some(&time))?;
         }

@@ -70,17 +70,17 @@ impl<'a> DistributionMatching<'a> {
         let real = probe.teacher_cond()?;
         let fake = self.fake.denoise(probe.noised(), probe.tau(), probe.batch().cond())?;
         let difference = real.f_sub(&fake)?;
-        probe.observe("dm_rel_gap", || {
+        probe.observe("rel_gap", || {
             let residual = sample_rms(&probe.noised().f_sub(real)?)?;
             Ok(sample_rms(&difference)?.f_div(&residual)?.f_mean(None)?)
         })?;
-        probe.observe("dm_cos", || {
+        probe.observe("cos", || {
             let (real, fake) = (probe.noised().f_sub(real)?, probe.noised().f_sub(&fake)?);
             let norms = sample_rms(&real)?.f_mul(&sample_rms(&fake)?)?;
             Ok(sample_dot(&real, &fake)?.f_div(&norms)?.f_mean(None)?)
         })?;
         let direction = probe.normalize(&difference)?;
-        probe.observe("dm_update_rms", || {
+        probe.observe("update_rms", || {
             Ok(sample_mean(&direction.f_square()?)?.f_sqrt()?.f_mean(None)?)
         })?;
         Ok(direction)

@@ -1,0 +1,245 @@
+//! Decoupled DMD on a Z-Image model: the teacher stays, a student and a fake score start as copies.
+
+use anyhow::Result;
+use decoupled_dmd::{
+    Batch, DistributionMatching, FewStepGrid, Guidance, Renoising, Sampler, Schedule, Shift,
+    Simulation, Transition, Uniform,
+};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use super::adapter::denoiser;
+use super::ema::Ema;
+use super::flow_matching::step_seed;
+use super::optimizer::{AdamW, AdamWSettings};
+use super::prompts::{Prompts, is_caption_side};
+use super::transformer::ZImageTransformer;
+
+/// The recipe of a distillation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Recipe {
+    pub schedule: Schedule,
+    pub guidance: Guidance,
+    /// Steps of the student, in training and in sampling.
+    pub steps: usize,
+    pub transition: Transition,
+    pub shift: Shift,
+    /// Updates of the student.
+    pub updates: u64,
+    /// Updates of the fake score for each update of the student, each on fresh samples.
+    pub fake_updates: u64,
+    /// Updates of the fake score before the first update of the student.
+    pub fake_warmup: u64,
+    pub batch: usize,
+    pub student_learning_rate: f64,
+    pub fake_learning_rate: f64,
+    /// Updates over which the student's learning rate rises from zero.
+    pub warmup: u64,
+    /// Decay of the moving average of the student's weights, which is the result.
+    pub ema: f64,
+    pub seed: u64,
+}
+
+/// One trainable copy of the teacher.
+struct Role {
+    model: ZImageTransformer,
+    optimizer: AdamW,
+}
+
+impl Role {
+    fn new(teacher: &ZImageTransformer, learning_rate: f64) -> Result<Self> {
+        let model = teacher.duplicate()?;
+        let trainable: Vec<_> = model
+            .named_parameters()
+            .into_iter()
+            .filter(|(name, _)| !is_caption_side(name))
+            .map(|(name, tensor)| (name, tensor.set_requires_grad(true)))
+            .collect();
+        let settings = AdamWSettings {
+            learning_rate,
+            // No momentum over the moving target of two networks that chase one another, as in
+            // Self-Forcing and rCM.
+            betas: (0.0, 0.99),
+            weight_decay: 0.01,
+            max_gradient_norm: Some(1.0),
+            ..AdamWSettings::default()
+        };
+        Ok(Self { model, optimizer: AdamW::new(trainable, settings)? })
+    }
+
+    /// Descends along a loss; returns the norm of its gradient.
+    fn descend(&mut self, loss: &Tensor) -> Result<Tensor> {
+        self.optimizer.zero_grad();
+        loss.f_backward()?;
+        self.optimizer.step()
+    }
+}
+
+/// What one update of the student has shown: names and values.
+pub type Record = Vec<(String, f64)>;
+
+/// A distillation under way.
+pub struct Distillation<'a> {
+    recipe: Recipe,
+    teacher: &'a ZImageTransformer,
+    prompts: &'a Prompts,
+    /// Captions to draw from.
+    items: &'a [i64],
+    /// Mean variance of a real picture: the reference of the variance drift.
+    data_variance: f64,
+    /// Size of one sample, `[C, H, W]`.
+    size: [i64; 3],
+    student: Role,
+    fake: Role,
+    average: Ema,
+    update: u64,
+}
+
+impl<'a> Distillation<'a> {
+    /// Student and fake score as copies of `teacher`, to be trained on the captions `items` of
+    /// `prompts`. `images` `[N, C, H, W]` are used for the reference of the variance drift alone.
+    ///
+    /// # Errors
+    /// If libtorch cannot allocate the copies.
+    pub fn new(
+        recipe: Recipe,
+        teacher: &'a ZImageTransformer,
+        prompts: &'a Prompts,
+        items: &'a [i64],
+        images: &Tensor,
+    ) -> Result<Self> {
+        let (_, channels, height, width) = images.size4()?;
+        let student = Role::new(teacher, recipe.student_learning_rate)?;
+        Ok(Self {
+            teacher,
+            prompts,
+            items,
+            data_variance: mean_variance(images)?,
+            size: [channels, height, width],
+            fake: Role::new(teacher, recipe.fake_learning_rate)?,
+            average: Ema::new(&student.model, recipe.ema)?,
+            student,
+            update: 0,
+            recipe,
+        })
+    }
+
+    /// The moving average of the student: what to sample with and to keep.
+    pub fn student(&self) -> &ZImageTransformer {
+        &self.average.model
+    }
+
+    /// Updates of the student so far.
+    pub fn updates(&self) -> u64 {
+        self.update
+    }
+
+    /// Trains the fake score alone on the student's first samples.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn warm_up(&mut self) -> Result<()> {
+        for step in 0..self.recipe.fake_warmup {
+            tch::manual_seed(step_seed(self.recipe.seed, 1_000_000_000 + step));
+            self.train_fake()?;
+        }
+        Ok(())
+    }
+
+    /// One update of the student and those of the fake score that go with it. With `observe`, the
+    /// record holds the diagnostics of the terms besides the losses.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn step(&mut self, observe: bool) -> Result<Record> {
+        tch::manual_seed(step_seed(self.recipe.seed, self.update));
+        let warm = (self.update + 1) as f64 / self.recipe.warmup.max(1) as f64;
+        self.student.optimizer.settings.learning_rate =
+            self.recipe.student_learning_rate * warm.min(1.0);
+        let mut record = self.train_student(observe)?;
+        let mut fake_loss = 0.0;
+        for _ in 0..self.recipe.fake_updates {
+            fake_loss += self.train_fake()?;
+        }
+        record.push(("fake".into(), fake_loss / self.recipe.fake_updates.max(1) as f64));
+        self.update += 1;
+        self.average.update(&self.student.model, self.update)?;
+        Ok(record)
+    }
+
+    fn train_student(&mut self, observe: bool) -> Result<Record> {
+        let (cond, null) = self.prompts.conditions(&self.draw_items()?)?;
+        let (teacher, fake) = (denoiser(self.teacher), denoiser(&self.fake.model));
+        let dm = DistributionMatching::new(fake);
+        let mut objective =
+            self.recipe.schedule.objective(teacher, self.recipe.guidance, &dm, self.recipe.shift);
+        if observe {
+            objective = objective.observed();
+        }
+
+        let Simulation { x, student_time } = self.simulate(&cond)?;
+        let batch = Batch::new(&x, &cond)?.null(&null).student_time(&student_time)?;
+        let evaluation = objective.evaluate(&batch)?;
+        let mut record = vec![("loss".to_owned(), f64::try_from(&evaluation.loss)?)];
+        for (name, value) in evaluation.terms.iter().chain(&evaluation.observations) {
+            record.push((name.clone(), f64::try_from(value)?));
+        }
+        if observe {
+            let drift = (mean_variance(&x.detach())? / self.data_variance).ln();
+            record.push(("variance_drift".into(), drift));
+            let of = |name: &str| record.iter().find(|(n, _)| n == name).map(|(_, v)| *v);
+            if let (Some(dm), Some(ca)) = (of("dm_update_rms"), of("ca_update_rms")) {
+                record.push(("dm_to_ca".into(), dm / ca));
+            }
+        }
+        let norm = self.student.descend(&evaluation.loss)?;
+        if observe {
+            record.push(("student_gradient".into(), f64::try_from(&norm)?));
+        }
+        Ok(record)
+    }
+
+    fn train_fake(&mut self) -> Result<f64> {
+        let (cond, _) = self.prompts.conditions(&self.draw_items()?)?;
+        let Simulation { x, student_time } = {
+            let _guard = tch::no_grad_guard();
+            self.simulate(&cond)?
+        };
+        let loss = {
+            let times = Renoising::new(Uniform::FULL).shifted(self.recipe.shift);
+            let dm = DistributionMatching::new(denoiser(&self.fake.model)).renoising(times);
+            dm.denoising_loss(&Batch::new(&x, &cond)?.student_time(&student_time)?)?
+        };
+        let _norm = self.fake.descend(&loss)?;
+        Ok(f64::try_from(&loss)?)
+    }
+
+    /// Samples of the student at a random step of its grid.
+    fn simulate(&self, cond: &decoupled_dmd::Condition) -> Result<Simulation> {
+        let denoiser = denoiser(&self.student.model);
+        let grid = FewStepGrid::even(self.recipe.steps, self.recipe.shift)?;
+        let sampler = Sampler::new(&denoiser, grid, self.recipe.transition);
+        let [channels, height, width] = self.size;
+        let shape = [self.recipe.batch as i64, channels, height, width];
+        let noise = Tensor::f_randn(shape, (Kind::Float, self.teacher.device()))?;
+        Ok(sampler.simulate(&noise, cond, sampler.draw_step()?)?)
+    }
+
+    fn draw_items(&self) -> Result<Vec<i64>> {
+        let picks = Tensor::f_randint(
+            self.items.len() as i64,
+            [self.recipe.batch as i64],
+            (Kind::Int64, tch::Device::Cpu),
+        )?;
+        Ok(Vec::<i64>::try_from(&picks)?
+            .into_iter()
+            .map(|pick| self.items[pick as usize])
+            .collect())
+    }
+}
+
+/// Mean over the images of the variance of one image.
+fn mean_variance(images: &Tensor) -> Result<f64> {
+    let variance = images.f_flatten(1, -1)?.f_var_dim(&[1i64][..], false, false)?;
+    Ok(f64::try_from(variance.f_mean(Kind::Double)?)?)
+}

@@ -1,0 +1,120 @@
+//! Teacher and student side by side, on the same captions and noise.
+
+use anyhow::Result;
+use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Shift, Transition};
+use serde::Serialize;
+use tch::{Kind, Tensor};
+
+use super::adapter::denoiser;
+use super::data::EmojiData;
+use super::metrics::{Judge, variance_drift};
+use super::prompts::Prompts;
+use super::transformer::ZImageTransformer;
+
+/// Seed of the noise that every generator starts from.
+const NOISE_SEED: i64 = 20_251_127;
+/// Samples generated at once.
+const CHUNK: usize = 64;
+
+/// How a model is run.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Run {
+    pub steps: usize,
+    pub guidance: Guidance,
+    pub transition: Transition,
+}
+
+impl Run {
+    /// Network evaluations for one image.
+    pub fn evaluations(self) -> usize {
+        self.steps * if self.guidance.is_neutral() { 1 } else { 2 }
+    }
+}
+
+/// One generator's figures.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    pub name: String,
+    #[serde(flatten)]
+    pub run: Run,
+    pub evaluations_per_image: usize,
+    /// Share of samples whose nearest real picture, in the classifier's features, has the caption.
+    pub alignment: f64,
+    /// The same by pixels at 16x16.
+    pub alignment_at_16: f64,
+    pub frechet_distance: f64,
+    /// ln of the mean variance of a sample over that of the guided teacher's.
+    pub variance_drift: f64,
+    pub saturation: f64,
+}
+
+/// Captions to compare generators on.
+pub struct Evaluator<'a> {
+    judge: Judge,
+    prompts: &'a Prompts,
+    shift: Shift,
+    /// Indices of the captions.
+    pub items: Vec<i64>,
+    noise: Tensor,
+}
+
+impl<'a> Evaluator<'a> {
+    /// Compares on `count` captions: those held out of training, and others at even distances.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn new(
+        judge: Judge,
+        prompts: &'a Prompts,
+        data: &EmojiData,
+        shift: Shift,
+        count: usize,
+    ) -> Result<Self> {
+        let (mut items, trained) = (data.indices(true), data.indices(false));
+        items.truncate(count);
+        let rest = (count - items.len()).min(trained.len());
+        items.extend((0..rest).map(|i| trained[i * trained.len() / rest]));
+        items.sort_unstable();
+        tch::manual_seed(NOISE_SEED);
+        let (_, channels, height, width) = data.images.size4()?;
+        let shape = [items.len() as i64, channels, height, width];
+        let noise = Tensor::f_randn(shape, (Kind::Float, tch::Device::Cpu))?;
+        Ok(Self { judge, prompts, shift, items, noise })
+    }
+
+    /// Samples `[N, C, H, W]` on the CPU, one a caption.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn generate(&self, model: &ZImageTransformer, run: Run) -> Result<Tensor> {
+        let denoiser = denoiser(model);
+        let grid = FewStepGrid::even(run.steps, self.shift)?;
+        let mut samples = Vec::new();
+        for (index, items) in self.items.chunks(CHUNK).enumerate() {
+            let (cond, null) = self.prompts.conditions(items)?;
+            let noise = self.noise.f_narrow(0, (index * CHUNK) as i64, items.len() as i64)?;
+            let sampler =
+                Sampler::new(&denoiser, grid.clone(), run.transition).guided(run.guidance, &null);
+            let sample = sampler.sample(&noise.f_to_device(model.device())?, &cond)?;
+            samples.push(sample.f_to_device(tch::Device::Cpu)?);
+        }
+        Ok(Tensor::f_cat(&samples, 0)?)
+    }
+
+    /// The figures of samples made by `run`; `reference` are those of the guided teacher.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn row(&self, name: &str, run: Run, samples: &Tensor, reference: &Tensor) -> Result<Row> {
+        Ok(Row {
+            name: name.to_owned(),
+            run,
+            evaluations_per_image: run.evaluations(),
+            alignment: self.judge.alignment(samples, &self.items)?,
+            alignment_at_16: self.judge.alignment_at_16(samples, &self.items)?,
+            frechet_distance: self.judge.frechet_distance(samples, &self.items)?,
+            variance_drift: variance_drift(samples, reference)?,
+            saturation: super::metrics::saturation(samples)?,
+        })
+    }
+}

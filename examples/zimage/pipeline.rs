@@ -1,0 +1,85 @@
+//! A diffusers folder: the transformer and the shift of its scheduler.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use decoupled_dmd::Shift;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind};
+
+use super::checkpoint::write_atomically;
+use super::transformer::ZImageTransformer;
+
+/// What is needed to sample in latent space.
+#[derive(Debug)]
+pub struct Pipeline {
+    pub transformer: ZImageTransformer,
+    pub shift: Shift,
+}
+
+/// `scheduler/scheduler_config.json`, as diffusers writes it.
+#[derive(Serialize, Deserialize)]
+struct Scheduler {
+    #[serde(rename = "_class_name")]
+    class_name: String,
+    num_train_timesteps: u32,
+    shift: f64,
+    #[serde(default)]
+    use_dynamic_shifting: bool,
+}
+
+impl Pipeline {
+    /// Reads `transformer/` and `scheduler/` of a folder, the weights in the dtype asked for.
+    ///
+    /// # Errors
+    /// Names what is missing, broken or not supported.
+    pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
+        let path = folder.join("scheduler/scheduler_config.json");
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let scheduler: Scheduler =
+            serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
+        if scheduler.use_dynamic_shifting {
+            bail!(
+                "{}: use_dynamic_shifting is not supported, Z-Image does not use it",
+                path.display()
+            );
+        }
+        let shift = Shift::new(scheduler.shift).with_context(|| path.display().to_string())?;
+        Ok(Self { transformer: ZImageTransformer::load(folder, kind, device)?, shift })
+    }
+
+    /// Writes the folder: `model_index.json`, `scheduler/` and `transformer/`.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        let scheduler = Scheduler {
+            class_name: "FlowMatchEulerDiscreteScheduler".into(),
+            num_train_timesteps: 1000,
+            shift: self.shift.get(),
+            use_dynamic_shifting: false,
+        };
+        let index = serde_json::json!({
+            "_class_name": "ZImagePipeline",
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "transformer": ["diffusers", "ZImageTransformer2DModel"],
+        });
+        fs::create_dir_all(folder.join("scheduler"))
+            .with_context(|| format!("creating {}", folder.display()))?;
+        write_json(&folder.join("model_index.json"), &index)?;
+        write_json(&folder.join("scheduler/scheduler_config.json"), &scheduler)?;
+        self.transformer.save(folder)
+    }
+}
+
+/// Writes a value as indented JSON; a crash leaves the old file or the new one.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    write_atomically(path, |temporary| {
+        Ok(fs::write(temporary, serde_json::to_string_pretty(value)? + "\n")?)
+    })
+}
