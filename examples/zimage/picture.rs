@@ -85,7 +85,7 @@ pub fn write_comparison(
     let page = Tensor::f_full([3, top + rows * cell_h, BLOCKS * block_w], 255, options)?;
     for block in 0..BLOCKS {
         for (heading, x) in headings.iter().zip((block * block_w..).step_by(cell_w as usize)) {
-            write_text(&page, heading, (GAP, x), cell_w)?;
+            write_text(&page, heading, (GAP, x), cell_w - GAP)?;
         }
     }
     for (column, images) in (0..).zip(columns) {
@@ -100,7 +100,7 @@ pub fn write_comparison(
     for (index, caption) in (0..).zip(captions) {
         let (block, row) = (index / rows, index % rows);
         let y = top + row * cell_h + height * ZOOM + GAP / 2;
-        write_text(&page, caption, (y, block * block_w), block_w)?;
+        write_text(&page, caption, (y, block * block_w), block_w - GAP)?;
     }
     save(path, &page)
 }

@@ -1,0 +1,198 @@
+//! The distillation of the example on a model of a few thousand parameters.
+
+#[path = "../examples/zimage/mod.rs"]
+mod zimage;
+
+mod common;
+
+use anyhow::Result;
+use clap::Parser;
+use common::{max_difference, seeded, wave};
+use decoupled_dmd::{Condition, Guidance, PostShift, Shift, Transition};
+use tch::{Device, Kind, Tensor};
+use zimage::adapter::denoiser;
+use zimage::data::Vocabulary;
+use zimage::distillation::{Distillation, Recipe, Record};
+use zimage::options::Options;
+use zimage::pipeline::Pipeline;
+use zimage::prompts::{Prompts, is_caption_side};
+use zimage::{Config, ZImageTransformer};
+
+/// A teacher whose zero-initialised parts are filled, so that captions and time matter.
+fn teacher() -> Result<ZImageTransformer> {
+    let config = Config {
+        all_patch_size: vec![4],
+        in_channels: 3,
+        dim: 24,
+        n_layers: 1,
+        n_refiner_layers: 1,
+        n_heads: 2,
+        n_kv_heads: 2,
+        cap_feat_dim: 64,
+        axes_dims: vec![4, 4, 4],
+        axes_lens: vec![96, 16, 16],
+        ..Config::default()
+    };
+    let model = ZImageTransformer::init(config, Device::Cpu)?;
+    let _guard = tch::no_grad_guard();
+    for (phase, tensor) in (0..).zip(model.parameters().values()) {
+        let _ = tensor
+            .shallow_clone()
+            .f_add_(&(wave(&tensor.size(), phase as f64, Kind::Float) * 0.05))?;
+    }
+    Ok(model)
+}
+
+fn recipe() -> Recipe {
+    Recipe {
+        schedule: Default::default(),
+        guidance: Guidance::new(3.0).unwrap(),
+        steps: 4,
+        transition: Transition::Euler,
+        shift: Shift::new(3.0).unwrap(),
+        updates: 3,
+        fake_updates: 2,
+        fake_warmup: 1,
+        batch: 4,
+        student_learning_rate: 1e-3,
+        fake_learning_rate: 1e-3,
+        warmup: 1,
+        ema: 0.5,
+        seed: 7,
+    }
+}
+
+fn prompts(teacher: &ZImageTransformer) -> Result<Prompts> {
+    let vocabulary = Vocabulary::load("assets/emoji".as_ref())?;
+    let captions = ["google cat face", "twitter pizza", "google red heart"];
+    Prompts::encode(teacher, &vocabulary, captions.into_iter())
+}
+
+fn parameters(model: &ZImageTransformer) -> Result<Vec<(String, Tensor)>> {
+    Ok(model.duplicate()?.named_parameters())
+}
+
+/// Three updates; the records and the student.
+fn run(teacher: &ZImageTransformer) -> Result<(Vec<Record>, Vec<(String, Tensor)>)> {
+    let prompts = prompts(teacher)?;
+    let images = wave(&[5, 3, 16, 16], 0.2, Kind::Float);
+    let mut distillation = Distillation::new(recipe(), teacher, &prompts, &[0, 1, 2], &images)?;
+    distillation.warm_up()?;
+    let records = (0..3).map(|_| distillation.step(true)).collect::<Result<_>>()?;
+    Ok((records, parameters(distillation.student())?))
+}
+
+#[test]
+fn updates_move_the_student_alone_and_repeat_under_a_seed() -> Result<()> {
+    let _guard = seeded(0);
+    let teacher = teacher()?;
+    let before = parameters(&teacher)?;
+    let (records, student) = run(&teacher)?;
+    for ((name, start), (_, now)) in before.iter().zip(teacher.named_parameters()) {
+        assert_eq!(max_difference(start, &now), 0.0, "the teacher's {name} moved");
+    }
+    let mut moved = 0;
+    for ((name, start), (_, end)) in before.iter().zip(&student) {
+        let changed = max_difference(start, end) > 0.0;
+        assert!(!(changed && is_caption_side(name)), "the caption side's {name} moved");
+        moved += usize::from(changed);
+    }
+    assert!(moved > 20, "only {moved} parameters moved");
+    for name in ["loss", "ca", "dm", "fake", "dm_cos", "dm_rel_gap", "dm_to_ca", "variance_drift"] {
+        let found = records[2].iter().find(|(n, _)| n == name);
+        assert!(found.is_some_and(|(_, value)| value.is_finite()), "{name}: {found:?}");
+    }
+
+    let (again, same_student) = run(&teacher)?;
+    assert_eq!(records, again);
+    for ((name, one), (_, two)) in student.iter().zip(&same_student) {
+        assert_eq!(max_difference(one, two), 0.0, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_adapter_turns_the_sign_and_pairs_conditions() -> Result<()> {
+    let _guard = seeded(1);
+    let teacher = teacher()?;
+    let (one, two) = prompts(&teacher)?.conditions(&[0, 1])?;
+    let noised = wave(&[2, 3, 16, 16], 0.7, Kind::Float);
+    let time = PostShift::new(Tensor::from_slice(&[0.25f32, 0.75]))?;
+    let captions: &Condition = &one;
+    let raw = teacher.forward_encoded(&noised, time.tensor(), &captions[0])?;
+    // raw = x0 - eps, so x0 = x_t + (1 - t) raw.
+    let level: Tensor = 1.0 - time.tensor().view([2, 1, 1, 1]);
+    let expected = &noised + level * raw;
+    let denoiser = denoiser(&teacher);
+    assert!(max_difference(&denoiser.denoise(&noised, &time, &one)?, &expected) < 1e-6);
+    let (cond, null) = denoiser.denoise_pair(&noised, &time, &one, &two)?;
+    assert!(max_difference(&cond, &expected) < 1e-5);
+    let expected = denoiser.denoise(&noised, &time, &two)?;
+    assert!(max_difference(&null, &expected) < 1e-5);
+    assert!(max_difference(&cond, &null) > 1e-3, "the condition must matter");
+    Ok(())
+}
+
+#[test]
+fn a_pipeline_folder_keeps_weights_and_shift() -> Result<()> {
+    let _guard = seeded(2);
+    let folder = std::env::temp_dir().join(format!("pipeline-{}", std::process::id()));
+    let pipeline = Pipeline { transformer: teacher()?, shift: Shift::new(6.0)? };
+    pipeline.save(&folder)?;
+    let loaded = Pipeline::load(&folder, Kind::Float, Device::Cpu)?;
+    assert_eq!(loaded.shift, pipeline.shift);
+    for ((name, one), (_, two)) in
+        parameters(&pipeline.transformer)?.iter().zip(loaded.transformer.named_parameters())
+    {
+        assert_eq!(max_difference(one, &two), 0.0, "{name}");
+    }
+    let scheduler = folder.join("scheduler/scheduler_config.json");
+    for (text, complaint) in [
+        ("{", "parsing"),
+        (r#"{"_class_name": "x", "num_train_timesteps": 1000, "shift": -1.0}"#, "shift: must be"),
+        (
+            r#"{"_class_name": "x", "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": true}"#,
+            "use_dynamic_shifting",
+        ),
+    ] {
+        std::fs::write(&scheduler, text)?;
+        let error = Pipeline::load(&folder, Kind::Float, Device::Cpu).unwrap_err();
+        assert!(format!("{error:#}").contains(complaint), "{error:#}");
+    }
+    std::fs::remove_dir_all(&folder)?;
+    let error = Pipeline::load(&folder, Kind::Float, Device::Cpu).unwrap_err();
+    assert!(format!("{error:#}").contains("scheduler_config.json"), "{error:#}");
+    Ok(())
+}
+
+#[test]
+fn bad_options_are_refused_by_name() -> Result<()> {
+    let parse = |arguments: &[&str]| {
+        Options::try_parse_from(std::iter::once("zimage_8step").chain(arguments.iter().copied()))
+    };
+    for (arguments, complaint) in [
+        (&["--schedule", "coupled"][..], "expected one of"),
+        (&["--transition", "ddim"], "expected"),
+        (&["--guidance", "0.5"], "guidance scale alpha"),
+        (&["--device", "gpu"], "expected auto, cpu, cuda or cuda:N"),
+        (&["--updates", "many"], "invalid digit"),
+        (&["--nonsense"], "unexpected argument"),
+    ] {
+        let error = parse(arguments).unwrap_err().to_string();
+        assert!(error.contains(complaint), "{arguments:?}: {error}");
+    }
+    let shift = Shift::new(3.0)?;
+    for (arguments, complaint) in [
+        (["--batch", "0"], "--batch"),
+        (["--steps", "0"], "--steps"),
+        (["--student-lr", "-1"], "--student-lr"),
+        (["--fake-lr", "NaN"], "--fake-lr"),
+        (["--ema", "1"], "--ema"),
+    ] {
+        let joined = format!("{}={}", arguments[0], arguments[1]);
+        let error = parse(&[&joined])?.recipe(shift).unwrap_err().to_string();
+        assert!(error.contains(complaint), "{arguments:?}: {error}");
+    }
+    assert_eq!(parse(&[])?.recipe(shift)?.steps, 8);
+    Ok(())
+}
