@@ -5,11 +5,13 @@
 
 pub mod blocks;
 pub mod checkpoint;
+pub mod classifier;
 pub mod config;
 pub mod data;
 pub mod dispatcher;
 pub mod ema;
 pub mod flow_matching;
+pub mod metrics;
 pub mod optimizer;
 pub mod picture;
 pub mod rope;
