@@ -47,7 +47,7 @@ fn terms(criterion: &mut Criterion) {
     let batch = Batch::new(&x, &cond)
         .and_then(|batch| batch.null(&null).student_time(&time))
         .expect("a batch of samples");
-    let dm = DistributionMatching::new(stub());
+    let dm = DistributionMatching::new(stub(), Shift::NONE);
     let mut group = criterion.benchmark_group("terms");
     group.sample_size(10);
     for (name, objective) in objectives(&dm).expect("valid settings") {

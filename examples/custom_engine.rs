@@ -11,7 +11,7 @@ use std::cell::RefCell;
 use anyhow::Result;
 use decoupled_dmd::{
     AboveStudent, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Engine, Group,
-    Guidance, Objective, PreShift, Prediction, Probe, RectifiedFlow, Renoising, Uniform,
+    Guidance, Objective, PreShift, Prediction, Probe, RectifiedFlow, Renoising, Shift, Uniform,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -57,7 +57,7 @@ fn train(engine: Option<&dyn Engine>) -> Result<(Vec<f32>, Vec<f32>)> {
         let [mean, spread] = &*student.borrow();
         gaussian(x, t, mean, spread)
     });
-    let dm = DistributionMatching::new(fake);
+    let dm = DistributionMatching::new(fake, Shift::NONE);
     let mut objective = Objective::new(model(0.5))
         .with(Group::new(Renoising::new(Uniform::FULL)).regularizer("dm", 1.0, &dm));
     if let Some(engine) = engine {

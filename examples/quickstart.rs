@@ -60,8 +60,8 @@ fn main() -> anyhow::Result<()> {
     let teacher = Denoiser::new(RectifiedFlow, Prediction::Sample, |x, t, c: &Condition| {
         mixture_denoiser(x, t, &c[0])
     });
-    let dm = DistributionMatching::new(fake);
     let (guidance, shift) = (Guidance::new(1.5)?, Shift::NONE);
+    let dm = DistributionMatching::new(fake, shift);
     let objective = Schedule::DecoupledHybrid.objective(teacher, guidance, &dm, shift);
     let sampler = Sampler::new(&student, FewStepGrid::even(2, shift)?, Transition::Renoise);
     let mut student_optimizer = nn::Adam::default().build(&student_vs, 3e-3)?;

@@ -6,8 +6,8 @@ use common::{gaussian_teacher, seeded, wave};
 use decoupled_dmd::{
     Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Error, Floor, Group,
     Guidance, MeanVariance, Normalizer, Objective, PostShift, PreShift, Prediction, Probe,
-    RectifiedFlow, Regularizer, Renoising, Result, Statistics, Uniform, engine_fn, regularizer_fn,
-    surrogate,
+    RectifiedFlow, Regularizer, Renoising, Result, Shift, Statistics, Uniform, engine_fn,
+    regularizer_fn, surrogate,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -159,7 +159,10 @@ fn a_constant_sample_on_the_teachers_prediction_stays_finite() -> Result<()> {
     let cond = Condition::none();
     let fixed = x.detach();
     let same = |_: &Tensor, _: &Tensor, _: &Condition| fixed.shallow_clone();
-    let dm = DistributionMatching::new(Denoiser::new(RectifiedFlow, Prediction::Sample, same));
+    let dm = DistributionMatching::new(
+        Denoiser::new(RectifiedFlow, Prediction::Sample, same),
+        Shift::NONE,
+    );
     let normalizer = Normalizer::Guided(Guidance::new(4.0)?, Floor::default());
     let objective = Objective::new(Denoiser::new(RectifiedFlow, Prediction::Sample, same)).with(
         Group::new(Renoising::new(Uniform::FULL))
@@ -186,13 +189,13 @@ fn a_bad_sample_does_not_touch_the_others() -> Result<()> {
             let _ = x.get(0).fill_(f64::NAN);
         }
         let x = x.set_requires_grad(true);
-        let dm = DistributionMatching::new(gaussian_teacher(0.8));
+        let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
         let guidance = Guidance::new(4.0)?;
         let objective = decoupled_dmd::Schedule::CoupledShared.objective(
             gaussian_teacher(0.5),
             guidance,
             &dm,
-            decoupled_dmd::Shift::NONE,
+            Shift::NONE,
         );
         objective.evaluate(&Batch::new(&x, &cond)?.null(&null))?.loss.backward();
         Ok(x.grad().get(1))

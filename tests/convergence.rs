@@ -65,7 +65,7 @@ fn distribution_matching_alone_reaches_the_mean_and_spread_of_the_data() -> Resu
     let vs = nn::VarStore::new(Device::Cpu);
     let network = fake_network(&vs.root());
     let fake = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
-    let dm = DistributionMatching::new(fake);
+    let dm = DistributionMatching::new(fake, Shift::NONE);
     let objective = Objective::new(gaussian_teacher(VARIANCE))
         .with(Group::new(Renoising::new(Uniform::new(0.02, 0.98)?)).regularizer("dm", 1.0, &dm));
     let mut fake_optimizer = nn::Adam::default().build(&vs, 2e-3).map_err(Error::from)?;
@@ -111,7 +111,7 @@ fn train(
             &mean + gain * (x - a * &mean)
         },
     );
-    let dm = DistributionMatching::new(fake);
+    let dm = DistributionMatching::new(fake, Shift::NONE);
     let objective = build(gaussian_teacher(VARIANCE), &dm)?;
     let mut history = Vec::new();
     for step in 0..1500 {

@@ -72,7 +72,7 @@ fn dmd2(x: &Tensor, guided: &Tensor, fake: &Tensor) -> Tensor {
 fn equation_2_dm_follows_teacher_minus_fake() -> Result<()> {
     let s = setting(Kind::Double);
     let teacher = gaussian_teacher(TEACHER_VARIANCE);
-    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE));
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
     let batch = s.batch();
     let tau = PostShift::new(s.u.shallow_clone())?;
     let probe = Probe::at(&teacher, &batch, tau, s.noise.shallow_clone())?;
@@ -110,7 +110,7 @@ fn equations_4_to_6_coupled_ca_and_dm_with_the_common_normaliser_are_dmd2() -> R
     for (kind, tolerance) in [(Kind::Double, 1e-16), (Kind::Float, 2e-8)] {
         let s = setting(kind);
         let guidance = Guidance::new(ALPHA)?;
-        let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE));
+        let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
         let teacher = gaussian_teacher(TEACHER_VARIANCE);
         let objective = Schedule::CoupledShared.objective(teacher, guidance, &dm, Shift::NONE);
         let evaluation = objective.evaluate_at(&s.batch(), vec![s.draw()])?;
@@ -127,7 +127,7 @@ fn equations_4_to_6_coupled_ca_and_dm_with_the_common_normaliser_are_dmd2() -> R
 #[test]
 fn with_separate_normalisers_the_coupled_sum_is_not_dmd2() -> Result<()> {
     let s = setting(Kind::Double);
-    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE));
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
     let objective = Objective::new(gaussian_teacher(TEACHER_VARIANCE)).with(
         Group::new(Renoising::new(Uniform::FULL))
             .engine("ca", 1.0, CfgAugmentation::new(Guidance::new(ALPHA)?))
@@ -180,7 +180,10 @@ fn algorithm_1_the_fake_score_learns_the_sample_in_its_own_prediction_type() -> 
         (Prediction::Score, -&s.noise / &level),
     ] {
         let network = |x: &Tensor, _: &Tensor, _: &Condition| x * &scale;
-        let dm = DistributionMatching::new(Denoiser::new(RectifiedFlow, prediction, network));
+        let dm = DistributionMatching::new(
+            Denoiser::new(RectifiedFlow, prediction, network),
+            Shift::NONE,
+        );
         let time = PostShift::new(s.u.shallow_clone())?;
         let loss = dm.denoising_loss_at(&s.batch(), &time, &s.noise)?;
         let expected = (target - &noised * &scale).square().mean(None);
@@ -257,7 +260,7 @@ fn equation_8_the_terms_of_decoupled_groups_use_their_own_tau_and_noise() -> Res
         noise: wave(&SHAPE, 9.0, Kind::Double),
         ..setting(Kind::Double)
     };
-    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE));
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
     let (teacher, guidance) = (gaussian_teacher(TEACHER_VARIANCE), Guidance::new(ALPHA)?);
     let objective = Schedule::DecoupledFull.objective(teacher, guidance, &dm, Shift::NONE);
     let batch = ca_draw.batch();
@@ -286,7 +289,7 @@ fn the_four_schedules_draw_tau_from_the_stated_side() -> Result<()> {
         let s = setting(Kind::Float);
         let time = PreShift::new(Tensor::from_slice(&student))?;
         let batch = s.batch().student_time(&time)?;
-        let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE));
+        let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
         let teacher = counting_teacher(&calls, TEACHER_VARIANCE);
         let objective = schedule.objective(teacher, Guidance::new(ALPHA)?, &dm, shift);
         for _ in 0..200 {

@@ -22,7 +22,7 @@ fn forwards(schedule: Schedule, alpha: f64) -> Result<(usize, usize)> {
     let time = PreShift::all(0.25, 2, (Kind::Float, Device::Cpu))?;
     let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
     let (teacher, fake) = (Calls::default(), Calls::default());
-    let dm = DistributionMatching::new(counting_teacher(&fake, 0.8));
+    let dm = DistributionMatching::new(counting_teacher(&fake, 0.8), Shift::NONE);
     let teacher_net = counting_teacher(&teacher, 0.5);
     let objective = schedule.objective(teacher_net, Guidance::new(alpha)?, &dm, Shift::new(3.0)?);
     let evaluation = objective.evaluate(&batch)?;
@@ -71,7 +71,7 @@ fn a_paired_teacher_answers_both_conditions_in_one_forward() -> Result<()> {
     let calls = Calls::default();
     let evaluate = |teacher| -> Result<f64> {
         let _guard = seeded(5);
-        let dm = DistributionMatching::new(gaussian_teacher(0.8));
+        let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
         let guidance = Guidance::new(4.0)?;
         let objective = Schedule::CoupledShared.objective(teacher, guidance, &dm, Shift::NONE);
         let evaluation = objective.evaluate(&Batch::new(&x, &cond)?.null(&null))?;
@@ -101,7 +101,7 @@ fn observing_costs_no_forward_and_changes_no_loss() -> Result<()> {
     let evaluate = |observed: bool| -> Result<(f64, usize, Vec<(String, f64)>)> {
         let _guard = seeded(6);
         let calls = Calls::default();
-        let dm = DistributionMatching::new(gaussian_teacher(0.8));
+        let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
         let teacher = counting_teacher(&calls, 0.5);
         let mut objective =
             Schedule::DecoupledFull.objective(teacher, Guidance::new(4.0)?, &dm, Shift::NONE);
@@ -135,7 +135,7 @@ fn observing_costs_no_forward_and_changes_no_loss() -> Result<()> {
 fn a_failing_term_is_named() -> Result<()> {
     let _guard = seeded(7);
     let (x, cond, _) = inputs();
-    let dm = DistributionMatching::new(gaussian_teacher(0.8));
+    let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
     let objective = Schedule::DecoupledHybrid.objective(
         gaussian_teacher(0.5),
         Guidance::new(4.0)?,

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use decoupled_dmd::{
-    Batch, DistributionMatching, FewStepGrid, Guidance, Renoising, Sampler, Schedule, Shift,
-    Simulation, Transition, Uniform,
+    Batch, DistributionMatching, FewStepGrid, Guidance, Sampler, Schedule, Shift, Simulation,
+    Transition,
 };
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -170,7 +170,7 @@ impl<'a> Distillation<'a> {
     fn train_student(&mut self, observe: bool) -> Result<Record> {
         let (cond, null) = self.prompts.conditions(&self.draw_items()?)?;
         let (teacher, fake) = (denoiser(self.teacher), denoiser(&self.fake.model));
-        let dm = DistributionMatching::new(fake);
+        let dm = DistributionMatching::new(fake, self.recipe.shift);
         let mut objective =
             self.recipe.schedule.objective(teacher, self.recipe.guidance, &dm, self.recipe.shift);
         if observe {
@@ -206,8 +206,7 @@ impl<'a> Distillation<'a> {
             self.simulate(&cond)?
         };
         let loss = {
-            let times = Renoising::new(Uniform::FULL).shifted(self.recipe.shift);
-            let dm = DistributionMatching::new(denoiser(&self.fake.model)).renoising(times);
+            let dm = DistributionMatching::new(denoiser(&self.fake.model), self.recipe.shift);
             dm.denoising_loss(&Batch::new(&x, &cond)?.student_time(&student_time)?)?
         };
         let _norm = self.fake.descend(&loss)?;

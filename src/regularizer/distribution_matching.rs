@@ -4,8 +4,11 @@ use tch::{Tensor, no_grad_guard};
 
 use crate::numeric::{noise_like, sample_dot, sample_mean, sample_rms};
 use crate::{
-    Batch, Denoiser, PostShift, Probe, Regularizer, Renoising, Result, Uniform, surrogate,
+    Batch, Denoiser, PostShift, Probe, Regularizer, Renoising, Result, Shift, Uniform, surrogate,
 };
+
+/// Keeps observed ratios finite where the teacher returns its input, at the clean end of the path.
+const TINY: f64 = 1e-12;
 
 /// Distribution Matching: moves the samples to where the teacher finds them likelier than they are.
 ///
@@ -20,7 +23,8 @@ use crate::{
 /// | parameter | meaning | default |
 /// |---|---|---|
 /// | `fake` | the fake score, a copy of the teacher at first, without guidance | |
-/// | [`renoising`](Self::renoising) | the times at which the fake score is trained | U(0, 1), Algorithm 1 |
+/// | `shift` | the shift of the model, [`Shift::NONE`] where it has none | |
+/// | [`renoising`](Self::renoising) | the times at which the fake score is trained | U(0, 1), then the shift; Algorithm 1 |
 ///
 /// # Shapes
 /// x `[B, ..]` to a scalar, whose gradient in x is `-direction / numel`; see [`surrogate`].
@@ -34,11 +38,9 @@ use crate::{
 /// # Example
 /// ```
 /// use decoupled_dmd::{Denoiser, DistributionMatching, Prediction, RectifiedFlow, Shift};
-/// use decoupled_dmd::{Renoising, Uniform};
 /// # let network = |x: &tch::Tensor, _: &tch::Tensor, _: &decoupled_dmd::Condition| x * 0.5;
 /// let fake = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
-/// let dm = DistributionMatching::new(fake)
-///     .renoising(Renoising::new(Uniform::FULL).shifted(Shift::new(3.0)?));
+/// let dm = DistributionMatching::new(fake, Shift::new(3.0)?);
 /// # Ok::<(), decoupled_dmd::Error>(())
 /// ```
 #[derive(Debug)]
@@ -48,13 +50,14 @@ pub struct DistributionMatching<'a> {
 }
 
 impl<'a> DistributionMatching<'a> {
-    /// With the fake score; it must live on the teacher's path.
+    /// With the fake score, which must live on the teacher's path, and the shift of the model, which
+    /// applies to the times at which the fake score is trained.
     #[must_use]
-    pub fn new(fake: Denoiser<'a>) -> Self {
-        Self { fake, renoising: Renoising::new(Uniform::FULL) }
+    pub fn new(fake: Denoiser<'a>, shift: Shift) -> Self {
+        Self { fake, renoising: Renoising::new(Uniform::FULL).shifted(shift) }
     }
 
-    /// Sets the times at which the fake score is trained. Give them the shift of the model.
+    /// Replaces the times at which the fake score is trained, their shift included.
     #[must_use]
     pub fn renoising(mut self, renoising: Renoising<'a>) -> Self {
         self.renoising = renoising;
@@ -71,12 +74,12 @@ impl<'a> DistributionMatching<'a> {
         let fake = self.fake.denoise(probe.noised(), probe.tau(), probe.batch().cond())?;
         let difference = real.f_sub(&fake)?;
         probe.observe("rel_gap", || {
-            let residual = sample_rms(&probe.noised().f_sub(real)?)?;
+            let residual = sample_rms(&probe.noised().f_sub(real)?)?.f_clamp_min(TINY)?;
             Ok(sample_rms(&difference)?.f_div(&residual)?.f_mean(None)?)
         })?;
         probe.observe("cos", || {
             let (real, fake) = (probe.noised().f_sub(real)?, probe.noised().f_sub(&fake)?);
-            let norms = sample_rms(&real)?.f_mul(&sample_rms(&fake)?)?;
+            let norms = sample_rms(&real)?.f_mul(&sample_rms(&fake)?)?.f_clamp_min(TINY)?;
             Ok(sample_dot(&real, &fake)?.f_div(&norms)?.f_mean(None)?)
         })?;
         let direction = probe.normalize(&difference)?;
