@@ -174,7 +174,7 @@ fn report(arguments: &Arguments, classifier: Classifier, data: &EmojiData) -> Re
     let judge = Judge::new(classifier, data)?;
     println!("\n{:<20} accuracy  alignment  at 16x16  Fréchet  drift", "pictures");
     for ((name, images), right) in rows.iter().zip(rights) {
-        let scores = judge.scores(images, &items, 0)?;
+        let scores = judge.scores(images, &items, &data.images)?;
         println!(
             "{name:<20} {:8.3}  {:9.3}  {:8.3}  {:7.3}  {:5.2}",
             right,

@@ -23,7 +23,7 @@ use zimage::classifier::Classifier;
 use zimage::data::{EmojiData, Item};
 use zimage::distillation::{Distillation, Recipe, Record};
 use zimage::evaluation::{Evaluator, Row, Run};
-use zimage::metrics::Judge;
+use zimage::metrics::{Judge, Scores};
 use zimage::options::Options;
 use zimage::picture::{write_comparison, write_grid};
 use zimage::pipeline::{Pipeline, write_json};
@@ -106,7 +106,7 @@ fn distil(options: &Options) -> Result<()> {
     println!("Distilling {} on {device:?}, {threads} threads", options.checkpoint.display());
     let start = Instant::now();
     let run = |steps, guidance, transition| Run { steps, guidance, transition };
-    let guided = run(TEACHER_STEPS, recipe.guidance, Transition::Euler);
+    let guided = run(TEACHER_STEPS, options.teacher_guidance, Transition::Euler);
     let reference = evaluator.generate(&teacher.transformer, guided)?;
     let mut evaluation_seconds = start.elapsed().as_secs_f64();
 
@@ -144,7 +144,7 @@ fn distil(options: &Options) -> Result<()> {
     let _ = add(
         "teacher",
         &teacher.transformer,
-        run(recipe.steps, recipe.guidance, Transition::Euler),
+        run(recipe.steps, options.teacher_guidance, Transition::Euler),
     )?;
     let (unguided, unguided_samples) = add("teacher", &teacher.transformer, teacher_few)?;
     let (student, student_samples) = add("student", distillation.student(), few)?;
@@ -155,7 +155,7 @@ fn distil(options: &Options) -> Result<()> {
     }
     evaluation_seconds += start.elapsed().as_secs_f64();
 
-    let summary = Summary::new(&rows[0], &unguided, &student);
+    let summary = Summary::new(&rows[0].scores, &unguided.scores, &student.scores);
     write_pictures(
         options,
         &evaluator,
@@ -246,12 +246,14 @@ fn train_student(
         }
         if options.evaluate_every > 0 && update.is_multiple_of(options.evaluate_every) {
             let row = evaluate(distillation)?;
-            bar.println(format!(
-                "update {update}: alignment {:.1}%, Fréchet {:.3}, drift {:+.3}",
-                100.0 * row.alignment,
-                row.frechet_distance,
-                row.variance_drift
-            ));
+            let Scores { alignment, frechet_distance, variance_drift, .. } = row.scores;
+            bar.suspend(|| {
+                println!(
+                    "update {update}: alignment {:.1}%, Fréchet {frechet_distance:.3}, drift \
+                     {variance_drift:+.3}",
+                    100.0 * alignment
+                );
+            });
             writeln!(metrics, "{}", serde_json::json!({ "update": update, "student": row }))?;
         }
     }

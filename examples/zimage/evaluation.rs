@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 
 use super::adapter::denoiser;
 use super::data::EmojiData;
-use super::metrics::{Judge, variance_drift};
+use super::metrics::{Judge, Scores};
 use super::prompts::Prompts;
 use super::transformer::ZImageTransformer;
 
@@ -38,14 +38,9 @@ pub struct Row {
     #[serde(flatten)]
     pub run: Run,
     pub evaluations_per_image: usize,
-    /// Share of samples whose nearest real picture, in the classifier's features, has the caption.
-    pub alignment: f64,
-    /// The same by pixels at 16x16.
-    pub alignment_at_16: f64,
-    pub frechet_distance: f64,
-    /// ln of the mean variance of a sample over that of the guided teacher's.
-    pub variance_drift: f64,
-    pub saturation: f64,
+    /// Against the real pictures, and the variance against the guided teacher's.
+    #[serde(flatten)]
+    pub scores: Scores,
 }
 
 /// Captions to compare generators on.
@@ -110,11 +105,7 @@ impl<'a> Evaluator<'a> {
             name: name.to_owned(),
             run,
             evaluations_per_image: run.evaluations(),
-            alignment: self.judge.alignment(samples, &self.items)?,
-            alignment_at_16: self.judge.alignment_at_16(samples, &self.items)?,
-            frechet_distance: self.judge.frechet_distance(samples, &self.items)?,
-            variance_drift: variance_drift(samples, reference)?,
-            saturation: super::metrics::saturation(samples)?,
+            scores: self.judge.scores(samples, &self.items, reference)?,
         })
     }
 }

@@ -23,19 +23,15 @@ pub struct Scores {
     pub alignment_at_16: f64,
     /// Between the classifier's features of the images and of the pictures asked for.
     pub frechet_distance: f64,
-    /// Log ratio of the images' mean variance to that of the pictures asked for.
+    /// Log ratio of the images' mean variance to that of the reference.
     pub variance_drift: f64,
     pub saturation: f64,
-    /// How often the network ran to draw one image.
-    pub evaluations_per_image: u64,
 }
 
 /// Compares generated images with the real ones.
 #[derive(Debug)]
 pub struct Judge {
     classifier: Classifier,
-    /// `[N, 3, 32, 32]`.
-    real: Tensor,
     /// `[N, 64]`.
     features: Tensor,
     /// `[N, 64]`, rows of length one.
@@ -64,7 +60,7 @@ impl Judge {
             radius.is_finite() && radius > 0.0,
             "the features of the real images spread by {radius}"
         );
-        Ok(Self { classifier, real, features, directions, small, radius })
+        Ok(Self { classifier, features, directions, small, radius })
     }
 
     /// Share of images `[M, 3, 32, 32]` whose nearest real image, by the cosine of the features, is
@@ -112,24 +108,17 @@ impl Judge {
         Ok(frechet_distance(&generated, &real)? / self.radius.powi(2))
     }
 
-    /// All scores of images `[M, 3, 32, 32]`.
+    /// All scores of images `[M, 3, 32, 32]`, the variance against that of `reference`.
     ///
     /// # Errors
     /// As [`Self::frechet_distance`].
-    pub fn scores(
-        &self,
-        images: &Tensor,
-        items: &[i64],
-        evaluations_per_image: u64,
-    ) -> Result<Scores> {
-        let reference = self.real.f_index_select(0, &self.index(images, items)?)?;
+    pub fn scores(&self, images: &Tensor, items: &[i64], reference: &Tensor) -> Result<Scores> {
         Ok(Scores {
             alignment: self.alignment(images, items)?,
             alignment_at_16: self.alignment_at_16(images, items)?,
             frechet_distance: self.frechet_distance(images, items)?,
-            variance_drift: variance_drift(images, &reference)?,
+            variance_drift: variance_drift(images, reference)?,
             saturation: saturation(images)?,
-            evaluations_per_image,
         })
     }
 
@@ -158,7 +147,7 @@ impl Judge {
 
     /// `items` as a tensor `[M]`, one for each image.
     fn index(&self, images: &Tensor, items: &[i64]) -> Result<Tensor> {
-        let count = self.real.size()[0];
+        let count = self.features.size()[0];
         ensure!(
             images.size().first() == Some(&(items.len() as i64)) && !items.is_empty(),
             "{} items do not describe images {:?}",
@@ -168,7 +157,7 @@ impl Judge {
         if let Some(item) = items.iter().find(|item| !(0..count).contains(*item)) {
             anyhow::bail!("item {item} is not among the {count} real images");
         }
-        Ok(Tensor::f_from_slice(items)?.f_to_device(self.real.device())?)
+        Ok(Tensor::f_from_slice(items)?.f_to_device(self.features.device())?)
     }
 }
 

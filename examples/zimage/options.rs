@@ -87,6 +87,9 @@ pub struct Options {
     #[arg(long, default_value_t = 0.95, help_heading = "Recipe")]
     pub ema: f64,
 
+    /// Guidance scale of the teacher that the student is measured against
+    #[arg(long, default_value = "3", value_parser = parse_guidance, help_heading = "Evaluation")]
+    pub teacher_guidance: Guidance,
     /// Captions on which teacher and student are compared
     #[arg(long, default_value_t = 256, help_heading = "Evaluation")]
     pub prompts: usize,

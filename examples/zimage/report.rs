@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::distillation::{Recipe, Record};
 use super::evaluation::Row;
+use super::metrics::Scores;
 
 /// `report.json`.
 #[derive(Debug, Serialize)]
@@ -36,8 +37,8 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// From the rows of guided teacher, unguided few-step teacher and student.
-    pub fn new(guided: &Row, unguided: &Row, student: &Row) -> Self {
+    /// From the scores of guided teacher, unguided few-step teacher and student.
+    pub fn new(guided: &Scores, unguided: &Scores, student: &Scores) -> Self {
         Self {
             alignment_ratio: student.alignment / guided.alignment,
             gap_closed: (student.alignment - unguided.alignment)
@@ -55,16 +56,17 @@ pub fn table(rows: &[Row]) -> String {
         "", "evaluations", "alignment", "at 16px", "Fréchet", "drift", "saturation"
     );
     for row in rows {
+        let scores = &row.scores;
         let _ = writeln!(
             text,
             "{:<28} {:>11} {:>9.1}% {:>7.1}% {:>8.3} {:>+8.3} {:>10.3}",
             row.name,
             row.evaluations_per_image,
-            100.0 * row.alignment,
-            100.0 * row.alignment_at_16,
-            row.frechet_distance,
-            row.variance_drift,
-            row.saturation
+            100.0 * scores.alignment,
+            100.0 * scores.alignment_at_16,
+            scores.frechet_distance,
+            scores.variance_drift,
+            scores.saturation
         );
     }
     text
