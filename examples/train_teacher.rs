@@ -24,6 +24,7 @@ use zimage::ema::Ema;
 use zimage::flow_matching::{SHIFT, flow_matching_loss, step_seed};
 use zimage::optimizer::{AdamW, AdamWSettings, copy_into};
 use zimage::picture::write_grid;
+use zimage::pipeline::Pipeline;
 use zimage::{Config, ZImageTransformer};
 
 /// Steps between two progress lines.
@@ -342,7 +343,8 @@ impl<'a> Trainer<'a> {
         }
         state.insert("step".into(), Tensor::from(self.step as i64));
         write_tensors(&self.state_path(), &state)?;
-        self.ema.model.save(&self.arguments.out.join("teacher"))
+        Pipeline { transformer: self.ema.model.duplicate()?, shift: Shift::new(SHIFT)? }
+            .save(&self.arguments.out.join("teacher"))
     }
 
     fn resume(&mut self) -> Result<()> {

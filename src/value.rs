@@ -112,9 +112,9 @@ impl Floor {
 }
 
 impl Default for Floor {
-    /// 0.05: for data of unit scale it acts only where the noise level is below about 0.06.
+    /// 0.1, the clamp of CDM (arXiv 2605.06376), in units of data of unit scale.
     fn default() -> Self {
-        Self(0.05)
+        Self(0.1)
     }
 }
 
