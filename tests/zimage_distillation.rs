@@ -68,12 +68,14 @@ fn prompts(teacher: &ZImageTransformer) -> Result<Prompts> {
     Prompts::encode(teacher, &vocabulary, captions.into_iter())
 }
 
-fn parameters(model: &ZImageTransformer) -> Result<Vec<(String, Tensor)>> {
+type Parameters = Vec<(String, Tensor)>;
+
+fn parameters(model: &ZImageTransformer) -> Result<Parameters> {
     Ok(model.duplicate()?.named_parameters())
 }
 
 /// Three updates; the records and the student.
-fn run(teacher: &ZImageTransformer) -> Result<(Vec<Record>, Vec<(String, Tensor)>)> {
+fn run(teacher: &ZImageTransformer) -> Result<(Vec<Record>, Parameters)> {
     let prompts = prompts(teacher)?;
     let images = wave(&[5, 3, 16, 16], 0.2, Kind::Float);
     let mut distillation = Distillation::new(recipe(), teacher, &prompts, &[0, 1, 2], &images)?;
