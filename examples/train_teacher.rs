@@ -38,6 +38,8 @@ const EMPTY_CAPTION: f64 = 0.1;
 /// Chance that an item is shown without its vendor's name.
 const PLAIN_CAPTION: f64 = 0.1;
 
+const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
+
 /// Trains the teacher by flow matching.
 #[derive(Parser)]
 struct Arguments {
@@ -74,6 +76,13 @@ struct Arguments {
     /// Threads of libtorch
     #[arg(long, default_value_t = 2)]
     threads: i32,
+    /// Share of pictures shown with the caption of another one, as in captions from the web: what the
+    /// model then draws without guidance often has nothing to do with the caption
+    #[arg(long, default_value_t = 0.0)]
+    wrong_captions: f64,
+    /// Start from the weights of this model (a diffusers folder) in place of random ones
+    #[arg(long)]
+    from: Option<PathBuf>,
     /// Seed of weights, order, noise and dropout
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -106,6 +115,15 @@ impl Arguments {
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     ensure!(arguments.batch > 0, "--batch must be positive");
+    ensure!(
+        (0.0..=1.0).contains(&arguments.wrong_captions),
+        "--wrong-captions must be in [0, 1], found {}",
+        arguments.wrong_captions
+    );
+    ensure!(
+        arguments.from.is_none() || arguments.config.is_none(),
+        "--from brings its own config: leave --config out"
+    );
     tch::set_num_threads(arguments.threads);
     let config = match &arguments.config {
         Some(path) => serde_json::from_str(&fs::read_to_string(path)?)
@@ -139,7 +157,10 @@ struct Trainer<'a> {
 impl<'a> Trainer<'a> {
     fn new(arguments: &'a Arguments, config: Config, data: &'a EmojiData) -> Result<Self> {
         tch::manual_seed(step_seed(arguments.seed, u64::MAX - 1));
-        let model = ZImageTransformer::init(config, Device::Cpu)?;
+        let model = match &arguments.from {
+            Some(folder) => Pipeline::load(folder, Kind::Float, Device::Cpu)?.transformer,
+            None => ZImageTransformer::init(config, Device::Cpu)?,
+        };
         model.set_requires_grad(true)?;
         let settings = AdamWSettings {
             betas: (0.9, 0.99),
@@ -170,21 +191,27 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// Items `[B]` and their captions, some of them dropped or shortened.
+    /// As many items to train on as a batch has, at random.
+    fn draw_items(&self) -> Result<Vec<i64>> {
+        let options = (Kind::Int64, Device::Cpu);
+        let picks = Tensor::f_randint(self.train.len() as i64, [self.arguments.batch], options)?;
+        let picks = Vec::<i64>::try_from(&picks)?;
+        Ok(picks.into_iter().map(|pick| self.train[pick as usize]).collect())
+    }
+
+    /// Pictures `[B, 3, 32, 32]` and their captions, some of them dropped, shortened or exchanged.
     fn draw_batch(&self) -> Result<(Tensor, Vec<Tensor>)> {
         let batch = self.arguments.batch;
-        let picks =
-            Tensor::f_randint(self.train.len() as i64, [batch], (Kind::Int64, Device::Cpu))?;
-        let chances = Tensor::f_rand([batch], (Kind::Double, Device::Cpu))?;
-        let picks: Vec<i64> = Vec::<i64>::try_from(&picks)?
-            .into_iter()
-            .map(|pick| self.train[pick as usize])
-            .collect();
-        let captions = picks
-            .iter()
-            .zip(Vec::<f64>::try_from(&chances)?)
-            .map(|(item, chance)| {
-                let [full, plain] = &self.captions[*item as usize];
+        let items = self.draw_items()?;
+        let others = self.draw_items()?;
+        let chances = Vec::<f64>::try_from(Tensor::f_rand([2, batch], DOUBLE)?.f_flatten(0, 1)?)?;
+        let (shortened, exchanged) = chances.split_at(batch as usize);
+        let captions = (0..batch as usize)
+            .map(|i| {
+                let is_wrong = exchanged[i] < self.arguments.wrong_captions;
+                let item = if is_wrong { others[i] } else { items[i] };
+                let [full, plain] = &self.captions[item as usize];
+                let chance = shortened[i];
                 if chance < EMPTY_CAPTION {
                     &self.empty
                 } else if chance < EMPTY_CAPTION + PLAIN_CAPTION {
@@ -195,7 +222,7 @@ impl<'a> Trainer<'a> {
                 .shallow_clone()
             })
             .collect();
-        Ok((self.data.images.f_index_select(0, &Tensor::f_from_slice(&picks)?)?, captions))
+        Ok((self.data.images.f_index_select(0, &Tensor::f_from_slice(&items)?)?, captions))
     }
 
     /// One optimizer step; returns loss and gradient norm as scalar tensors.
