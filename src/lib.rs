@@ -57,6 +57,7 @@ mod regularizer;
 mod rollout;
 mod schedule;
 mod time;
+mod trajectory;
 mod value;
 
 pub use batch::{Batch, Condition};
@@ -77,6 +78,7 @@ pub use schedule::Schedule;
 pub use time::{
     AboveStudent, LogitNormal, PostShift, PreShift, Renoising, Shift, TimeSampler, Uniform,
 };
+pub use trajectory::Trajectory;
 pub use value::{Floor, Guidance};
 
 /// The code of the README, compiled and run.

@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use crate::numeric::{check_samples, compute_kind, noise_like};
 use crate::value::checked;
-use crate::{Condition, Denoiser, Guidance, PostShift, PreShift, Result, Shift};
+use crate::{Condition, Denoiser, Guidance, PostShift, PreShift, Result, Shift, Trajectory};
 
 /// The times at which a few-step generator is evaluated, starting at pure noise.
 ///
@@ -175,6 +175,54 @@ impl<'a> Sampler<'a> {
             options(noise)?,
         )?;
         Ok(Simulation { x: self.predict(&x, &time, cond)?, student_time })
+    }
+
+    /// The whole rollout from unit noise `[B, ..]`, every step kept, without a graph.
+    ///
+    /// # Errors
+    /// As [`sample`](Self::sample).
+    pub fn trajectory(&self, noise: &Tensor, cond: &Condition) -> Result<Trajectory> {
+        check_samples("noise", noise, 2)?;
+        let _no_grad = no_grad_guard();
+        let (mut inputs, mut samples) = (vec![noise.f_detach()?], Vec::new());
+        for step in 0..self.grid.steps() {
+            let time = self.time(step, noise)?;
+            let Some(x) = inputs.last() else { break };
+            let x0 = self.predict(x, &time, cond)?;
+            if step.saturating_add(1) < self.grid.steps() {
+                let fresh = match self.transition {
+                    Transition::Renoise => noise_like(x)?,
+                    Transition::Euler => self.implied_noise(x, &x0, &time)?,
+                };
+                let next = self.time(step.saturating_add(1), noise)?;
+                let x = self.denoiser.path().renoise(&x0, &next, &fresh)?;
+                inputs.push(x);
+            }
+            samples.push(x0);
+        }
+        Ok(Trajectory {
+            noised: Tensor::f_stack(&inputs, 0)?,
+            samples: Tensor::f_stack(&samples, 0)?,
+            times: Tensor::f_from_slice(&self.grid.times)?
+                .f_to_device(noise.device())?
+                .f_to_kind(compute_kind(noise.f_kind()?))?,
+        })
+    }
+
+    /// The student's predictions on a kept rollout, each sample at its own step of `steps` `[B]`, in
+    /// one forward with a graph.
+    ///
+    /// # Errors
+    /// As [`Trajectory::samples_at`]; what the network returns.
+    pub fn simulate_on(
+        &self,
+        trajectory: &Trajectory,
+        cond: &Condition,
+        steps: &Tensor,
+    ) -> Result<Simulation> {
+        let (noised, student_time) = trajectory.inputs_at(steps)?;
+        let time = self.grid.shift.apply(&student_time)?;
+        Ok(Simulation { x: self.predict(&noised, &time, cond)?, student_time })
     }
 
     fn time(&self, step: usize, like: &Tensor) -> Result<PostShift> {

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use decoupled_dmd::{
-    Batch, DistributionMatching, FewStepGrid, Guidance, Sampler, Schedule, Shift, Simulation,
-    Transition,
+    Batch, Condition, Denoiser, DistributionMatching, FewStepGrid, Guidance, Sampler, Schedule,
+    Shift, Simulation, Trajectory, Transition,
 };
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -26,7 +26,7 @@ pub struct Recipe {
     pub shift: Shift,
     /// Updates of the student.
     pub updates: u64,
-    /// Updates of the fake score for each update of the student, each on fresh samples.
+    /// Updates of the fake score for each update of the student, all on the samples of one rollout.
     pub fake_updates: u64,
     /// Updates of the fake score before the first update of the student.
     pub fake_warmup: u64,
@@ -77,6 +77,13 @@ impl Role {
 
 /// What one update of the student has shown: names and values.
 pub type Record = Vec<(String, f64)>;
+
+/// A rollout of the student and the conditions that it was made for.
+struct Rollout {
+    trajectory: Trajectory,
+    cond: Condition,
+    null: Condition,
+}
 
 /// A distillation under way.
 pub struct Distillation<'a> {
@@ -139,9 +146,16 @@ impl<'a> Distillation<'a> {
     /// # Errors
     /// If libtorch fails.
     pub fn warm_up(&mut self) -> Result<()> {
+        let mut rollout = None;
         for step in 0..self.recipe.fake_warmup {
             tch::manual_seed(step_seed(self.recipe.seed, 1_000_000_000 + step));
-            self.train_fake()?;
+            // As many updates on one rollout as there are in training.
+            if step % self.recipe.fake_updates.max(1) == 0 {
+                rollout = Some(self.roll_out()?);
+            }
+            if let Some(rollout) = &rollout {
+                self.train_fake(rollout)?;
+            }
         }
         Ok(())
     }
@@ -156,10 +170,11 @@ impl<'a> Distillation<'a> {
         let warm = (self.update + 1) as f64 / self.recipe.warmup.max(1) as f64;
         self.student.optimizer.settings.learning_rate =
             self.recipe.student_learning_rate * warm.min(1.0);
-        let mut record = self.train_student(observe)?;
+        let rollout = self.roll_out()?;
+        let mut record = self.train_student(&rollout, observe)?;
         let mut fake_loss = 0.0;
         for _ in 0..self.recipe.fake_updates {
-            fake_loss += self.train_fake()?;
+            fake_loss += self.train_fake(&rollout)?;
         }
         record.push(("fake".into(), fake_loss / self.recipe.fake_updates.max(1) as f64));
         self.update += 1;
@@ -167,8 +182,8 @@ impl<'a> Distillation<'a> {
         Ok(record)
     }
 
-    fn train_student(&mut self, observe: bool) -> Result<Record> {
-        let (cond, null) = self.prompts.conditions(&self.draw_items()?)?;
+    fn train_student(&mut self, rollout: &Rollout, observe: bool) -> Result<Record> {
+        let Rollout { trajectory, cond, null } = rollout;
         let (teacher, fake) = (denoiser(self.teacher), denoiser(&self.fake.model));
         let dm = DistributionMatching::new(fake, self.recipe.shift);
         let mut objective =
@@ -177,8 +192,12 @@ impl<'a> Distillation<'a> {
             objective = objective.observed();
         }
 
-        let Simulation { x, student_time } = self.simulate(&cond)?;
-        let batch = Batch::new(&x, &cond)?.null(&null).student_time(&student_time)?;
+        let Simulation { x, student_time } = {
+            let student = denoiser(&self.student.model);
+            let steps = trajectory.draw_steps()?;
+            self.sampler(&student)?.simulate_on(trajectory, cond, &steps)?
+        };
+        let batch = Batch::new(&x, cond)?.null(null).student_time(&student_time)?;
         let evaluation = objective.evaluate(&batch)?;
         let mut record = vec![("loss".to_owned(), f64::try_from(&evaluation.loss)?)];
         for (name, value) in evaluation.terms.iter().chain(&evaluation.observations) {
@@ -199,29 +218,30 @@ impl<'a> Distillation<'a> {
         Ok(record)
     }
 
-    fn train_fake(&mut self) -> Result<f64> {
-        let (cond, _) = self.prompts.conditions(&self.draw_items()?)?;
-        let Simulation { x, student_time } = {
-            let _guard = tch::no_grad_guard();
-            self.simulate(&cond)?
-        };
+    fn train_fake(&mut self, rollout: &Rollout) -> Result<f64> {
+        let x = rollout.trajectory.samples_at(&rollout.trajectory.draw_steps()?)?;
         let loss = {
             let dm = DistributionMatching::new(denoiser(&self.fake.model), self.recipe.shift);
-            dm.denoising_loss(&Batch::new(&x, &cond)?.student_time(&student_time)?)?
+            dm.denoising_loss(&Batch::new(&x, &rollout.cond)?)?
         };
         let _norm = self.fake.descend(&loss)?;
         Ok(f64::try_from(&loss)?)
     }
 
-    /// Samples of the student at a random step of its grid.
-    fn simulate(&self, cond: &decoupled_dmd::Condition) -> Result<Simulation> {
-        let denoiser = denoiser(&self.student.model);
-        let grid = FewStepGrid::even(self.recipe.steps, self.recipe.shift)?;
-        let sampler = Sampler::new(&denoiser, grid, self.recipe.transition);
+    /// The student's way from fresh noise over its whole grid, for fresh captions.
+    fn roll_out(&self) -> Result<Rollout> {
+        let (cond, null) = self.prompts.conditions(&self.draw_items()?)?;
         let [channels, height, width] = self.size;
         let shape = [self.recipe.batch as i64, channels, height, width];
         let noise = Tensor::f_randn(shape, (Kind::Float, self.teacher.device()))?;
-        Ok(sampler.simulate(&noise, cond, sampler.draw_step()?)?)
+        let student = denoiser(&self.student.model);
+        let trajectory = self.sampler(&student)?.trajectory(&noise, &cond)?;
+        Ok(Rollout { trajectory, cond, null })
+    }
+
+    fn sampler<'d>(&self, student: &'d Denoiser<'d>) -> Result<Sampler<'d>> {
+        let grid = FewStepGrid::even(self.recipe.steps, self.recipe.shift)?;
+        Ok(Sampler::new(student, grid, self.recipe.transition))
     }
 
     fn draw_items(&self) -> Result<Vec<i64>> {
