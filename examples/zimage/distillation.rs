@@ -8,7 +8,7 @@ use decoupled_dmd::{
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::adapter::denoiser;
+use super::adapter::{denoiser, fake_denoiser};
 use super::ema::Ema;
 use super::flow_matching::step_seed;
 use super::optimizer::{AdamW, AdamWSettings};
@@ -47,12 +47,18 @@ struct Role {
 }
 
 impl Role {
-    fn new(teacher: &ZImageTransformer, learning_rate: f64) -> Result<Self> {
+    /// A copy of `teacher`; `more` parameters are trained beside its own.
+    fn new(
+        teacher: &ZImageTransformer,
+        learning_rate: f64,
+        more: impl IntoIterator<Item = (String, Tensor)>,
+    ) -> Result<Self> {
         let model = teacher.duplicate()?;
         let trainable: Vec<_> = model
             .named_parameters()
             .into_iter()
             .filter(|(name, _)| !is_caption_side(name))
+            .chain(more)
             .map(|(name, tensor)| (name, tensor.set_requires_grad(true)))
             .collect();
         let settings = AdamWSettings {
@@ -85,6 +91,13 @@ struct Rollout {
     null: Condition,
 }
 
+impl Rollout {
+    /// The condition for the fake score too, which wants to know the student's step.
+    fn cond_at(&self, steps: &Tensor) -> Condition {
+        Condition::from(vec![self.cond[0].shallow_clone(), steps.shallow_clone()])
+    }
+}
+
 /// A distillation under way.
 pub struct Distillation<'a> {
     recipe: Recipe,
@@ -98,6 +111,8 @@ pub struct Distillation<'a> {
     size: [i64; 3],
     student: Role,
     fake: Role,
+    /// What tells the fake score the student's step, `[K, D]`.
+    fake_steps: Tensor,
     average: Ema,
     update: u64,
 }
@@ -116,14 +131,19 @@ impl<'a> Distillation<'a> {
         images: &Tensor,
     ) -> Result<Self> {
         let (_, channels, height, width) = images.size4()?;
-        let student = Role::new(teacher, recipe.student_learning_rate)?;
+        let student = Role::new(teacher, recipe.student_learning_rate, None)?;
+        let dim = teacher.config().dim;
+        let options = (Kind::Float, teacher.device());
+        let fake_steps = Tensor::f_zeros([recipe.steps as i64, dim], options)?;
+        let more = ("student_steps".to_owned(), fake_steps.shallow_clone());
         Ok(Self {
             teacher,
             prompts,
             items,
             data_variance: mean_variance(images)?,
             size: [channels, height, width],
-            fake: Role::new(teacher, recipe.fake_learning_rate)?,
+            fake: Role::new(teacher, recipe.fake_learning_rate, Some(more))?,
+            fake_steps,
             average: Ema::new(&student.model, recipe.ema)?,
             student,
             update: 0,
@@ -183,8 +203,9 @@ impl<'a> Distillation<'a> {
     }
 
     fn train_student(&mut self, rollout: &Rollout, observe: bool) -> Result<Record> {
-        let Rollout { trajectory, cond, null } = rollout;
-        let (teacher, fake) = (denoiser(self.teacher), denoiser(&self.fake.model));
+        let Rollout { trajectory, cond, .. } = rollout;
+        let teacher = denoiser(self.teacher);
+        let fake = fake_denoiser(&self.fake.model, &self.fake_steps);
         let dm = DistributionMatching::new(fake, self.recipe.shift);
         let mut objective =
             self.recipe.schedule.objective(teacher, self.recipe.guidance, &dm, self.recipe.shift);
@@ -192,12 +213,13 @@ impl<'a> Distillation<'a> {
             objective = objective.observed();
         }
 
+        let steps = trajectory.draw_steps()?;
         let Simulation { x, student_time } = {
             let student = denoiser(&self.student.model);
-            let steps = trajectory.draw_steps()?;
             self.sampler(&student)?.simulate_on(trajectory, cond, &steps)?
         };
-        let batch = Batch::new(&x, cond)?.null(null).student_time(&student_time)?;
+        let cond = rollout.cond_at(&steps);
+        let batch = Batch::new(&x, &cond)?.null(&rollout.null).student_time(&student_time)?;
         let evaluation = objective.evaluate(&batch)?;
         let mut record = vec![("loss".to_owned(), f64::try_from(&evaluation.loss)?)];
         for (name, value) in evaluation.terms.iter().chain(&evaluation.observations) {
@@ -219,10 +241,12 @@ impl<'a> Distillation<'a> {
     }
 
     fn train_fake(&mut self, rollout: &Rollout) -> Result<f64> {
-        let x = rollout.trajectory.samples_at(&rollout.trajectory.draw_steps()?)?;
+        let steps = rollout.trajectory.draw_steps()?;
+        let x = rollout.trajectory.samples_at(&steps)?;
         let loss = {
-            let dm = DistributionMatching::new(denoiser(&self.fake.model), self.recipe.shift);
-            dm.denoising_loss(&Batch::new(&x, &rollout.cond)?)?
+            let fake = fake_denoiser(&self.fake.model, &self.fake_steps);
+            let dm = DistributionMatching::new(fake, self.recipe.shift);
+            dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps))?)?
         };
         let _norm = self.fake.descend(&loss)?;
         Ok(f64::try_from(&loss)?)
