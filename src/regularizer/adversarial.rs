@@ -185,6 +185,7 @@ impl<'a> Adversarial<'a> {
         Ok(self.path.renoise(&x.f_detach()?, time, noise)?.f_detach()?)
     }
 
+    /// `[B, K]`, in float32 or wider.
     fn logits(&self, noised: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
         let logits = (self.critic)(noised, time.tensor(), cond)?;
         let (found, batch) = (logits.size(), noised.size().first().copied());
@@ -193,7 +194,7 @@ impl<'a> Adversarial<'a> {
             return Err(Error::shape("critic logits", expected, &found));
         }
         check_size("critic logits", &logits, &found)?;
-        widen(&logits)
+        Ok(widen(&logits)?.f_unsqueeze(-1)?.f_flatten(1, -1)?)
     }
 }
 
@@ -207,10 +208,7 @@ fn paired_real(batch: &Batch<'_>) -> Result<Tensor> {
 /// Mean over samples of the squared slope of their mean logit, with a graph.
 fn slope(logits: &Tensor, at: &Tensor) -> Result<Tensor> {
     // Samples do not mix, so the slope of the sum holds that of each.
-    let sum = logits
-        .f_flatten(1, -1)?
-        .f_mean_dim(&[1i64][..], false, None::<Kind>)?
-        .f_sum(None::<Kind>)?;
+    let sum = logits.f_mean_dim(&[1i64][..], false, None::<Kind>)?.f_sum(None::<Kind>)?;
     let gradients = Tensor::f_run_backward(&[&sum], &[at], true, true)?;
     match gradients.into_iter().next().filter(Tensor::defined) {
         Some(slope) => {

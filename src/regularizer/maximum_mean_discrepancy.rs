@@ -12,6 +12,8 @@ use crate::{Error, NetworkOutput, Probe, Regularizer, Result};
 /// Elements of the largest intermediate tensor, unless one row of pairs needs more.
 const BLOCK: i64 = 1 << 22;
 
+type Features<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
+
 /// How the expectations over pairs are estimated from samples.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -77,7 +79,7 @@ pub enum Estimator {
 pub struct MaximumMeanDiscrepancy<'a> {
     kernel: Kernel,
     estimator: Estimator,
-    features: Option<Box<dyn Fn(&Tensor) -> Result<Tensor> + 'a>>,
+    features: Option<Box<Features<'a>>>,
 }
 
 impl<'a> MaximumMeanDiscrepancy<'a> {
