@@ -13,8 +13,8 @@ use crate::value::checked;
 /// logit = mean over positions of  w . SiLU(GroupNorm(W h + b)) + c
 /// ```
 /// with h the C features at one position of a level. The logits stay apart, `[B, K]`, so that each
-/// head meets the loss alone: summing heads before a hinge would let one cover for another. What the
-/// loss averages over positions is the logit, so a level counts the same whatever its resolution.
+/// head meets the loss alone: summing heads before a hinge would let one cover for another. Positions
+/// are averaged before the loss, so a level counts the same whatever its resolution.
 ///
 /// In spirit LADD (Sauer et al. 2024), whose heads are larger and see the condition. Here time and
 /// condition reach the heads through the trunk alone.
@@ -58,8 +58,8 @@ impl CriticHeads {
     /// as `0.mix`, `0.bias`, .. (initialised with libtorch's global generator). 256 is a common width.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] unless there is a level and all sizes are positive;
-    /// [`Error::Torch`] if a parameter cannot be created.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless there is a level and all sizes are
+    /// positive; [`Error::Torch`](crate::Error::Torch) if a parameter cannot be created.
     pub fn new(path: &nn::Path, channels: &[i64], width: i64) -> Result<Self> {
         checked("number of feature levels", "at least 1", 0.0, !channels.is_empty())?;
         checked("width of the heads", "at least 1", width as f64, width > 0)?;
@@ -88,8 +88,9 @@ impl CriticHeads {
     /// must be transposed. Features are converted to the type of the parameters.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] unless there are as many levels as heads; [`Error::Shape`] or
-    /// [`Error::Kind`] unless each level has the channels of its head.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless there are as many levels as heads;
+    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless each level
+    /// has the channels of its head.
     pub fn logits(&self, features: &[Tensor]) -> Result<Tensor> {
         let levels = features.len();
         let fits = levels == self.heads.len();
