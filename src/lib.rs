@@ -13,7 +13,8 @@
 //! Two open traits, and an objective that adds them up:
 //!
 //! - [`Engine::direction`]: where the samples should move; [`CfgAugmentation`].
-//! - [`Regularizer::loss`]: what keeps them in place; [`DistributionMatching`], [`MeanVariance`].
+//! - [`Regularizer::loss`]: what keeps them in place; [`DistributionMatching`], [`MeanVariance`],
+//!   [`MaximumMeanDiscrepancy`], [`Adversarial`].
 //! - [`Objective`]: [`Group`]s of terms, each group with one [`Probe`] of the samples; the paper's
 //!   four arrangements are ready-made in [`Schedule`].
 //!
@@ -70,8 +71,9 @@ pub use path::{Coefficients, Path, RectifiedFlow};
 pub use prediction::Prediction;
 pub use probe::{Normalizer, Probe};
 pub use regularizer::{
-    DistributionMatching, MeanVariance, Regularizer, RegularizerFn, Statistics, regularizer_fn,
-    surrogate,
+    Adversarial, Bandwidth, CriticHeads, CriticPenalty, DistributionMatching, Estimator, GanLoss,
+    Kernel, MaximumMeanDiscrepancy, MeanVariance, Regularizer, RegularizerFn, Statistics,
+    regularizer_fn, surrogate,
 };
 pub use rollout::{FewStepGrid, Sampler, Simulation, Transition};
 pub use schedule::Schedule;
