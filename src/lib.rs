@@ -48,12 +48,14 @@ mod cuda;
 mod denoiser;
 mod engine;
 mod error;
+mod grid;
 mod numeric;
 mod objective;
 mod path;
 mod prediction;
 mod probe;
 mod regularizer;
+mod renoising;
 mod rollout;
 mod schedule;
 mod time;
@@ -64,19 +66,21 @@ pub use cuda::{default_device, load_cuda};
 pub use denoiser::{Denoiser, NetworkOutput};
 pub use engine::{CfgAugmentation, Engine, EngineFn, engine_fn};
 pub use error::{Error, Result};
+pub use grid::FewStepGrid;
 pub use objective::{Draw, Evaluation, Group, Objective};
-pub use path::{Coefficients, Path, RectifiedFlow};
+pub use path::{
+    Coefficients, Edm, Path, Preconditioning, RectifiedFlow, TrigFlow, VariancePreserving,
+};
 pub use prediction::Prediction;
 pub use probe::{Normalizer, Probe};
 pub use regularizer::{
     DistributionMatching, MeanVariance, Regularizer, RegularizerFn, Statistics, regularizer_fn,
     surrogate,
 };
-pub use rollout::{FewStepGrid, Sampler, Simulation, Transition};
+pub use renoising::{AboveStudent, LogNormal, LogitNormal, Renoising, TimeSampler, Uniform};
+pub use rollout::{Sampler, Simulation, Transition};
 pub use schedule::Schedule;
-pub use time::{
-    AboveStudent, LogitNormal, PostShift, PreShift, Renoising, Shift, TimeSampler, Uniform,
-};
+pub use time::{PostShift, PreShift, Shift};
 pub use value::{Floor, Guidance};
 
 /// The code of the README, compiled and run.
