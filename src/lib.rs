@@ -17,9 +17,9 @@
 //! - [`Objective`]: [`Group`]s of terms, each group with one [`Probe`] of the samples; the paper's
 //!   four arrangements are ready-made in [`Schedule`].
 //!
-//! Around them: [`Denoiser`] makes any network a predictor of clean samples, [`Batch`] carries what
-//! the student made, [`Sampler`] is backward simulation and few-step sampling, and [`Renoising`] says
-//! how tau is drawn. Networks, optimizers and the loop stay the user's.
+//! Around them: [`Denoiser`] makes any network a predictor of clean samples on its [`Path`], [`Batch`]
+//! carries what the student made, [`Sampler`] is backward simulation and few-step sampling, and
+//! [`Renoising`] says how tau is drawn. Networks, optimizers and the loop stay the user's.
 //!
 //! Losses are means over all elements of the batch; directions are differences of clean samples; time
 //! runs from 0, noise, to 1, data. Nothing here panics on bad input: every function on user input

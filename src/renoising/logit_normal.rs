@@ -1,8 +1,8 @@
 //! Logit-normal re-noising times.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-use crate::numeric::widen;
+use crate::numeric::compute_kind;
 use crate::renoising::{TimeSampler, Z_MAX, normal_quantile};
 use crate::value::checked;
 use crate::{PreShift, Result};
@@ -37,20 +37,20 @@ impl LogitNormal {
 
 impl TimeSampler for LogitNormal {
     fn times(&self, u: &Tensor, _student: Option<&PreShift>) -> Result<PreShift> {
-        let logit = normal_quantile(&widen(u)?)?.f_mul_scalar(self.std)?.f_add_scalar(self.mean)?;
+        let z = normal_quantile(&u.f_to_kind(Kind::Double)?)?;
+        let logit = z.f_mul_scalar(self.std)?.f_add_scalar(self.mean)?;
         let times = logit.f_sigmoid()?.f_clamp(OPEN_END, 1.0 - OPEN_END)?;
         let end = |z: f64| {
             let logit = self.mean + self.std * z;
             (1.0 / (1.0 + (-logit).exp())).clamp(OPEN_END, 1.0 - OPEN_END)
         };
+        let times = times.f_to_kind(compute_kind(u.f_kind()?))?;
         Ok(PreShift::within(times, (end(-Z_MAX), end(Z_MAX))))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use tch::Kind;
-
     use super::*;
 
     fn values(tensor: &Tensor) -> Vec<f64> {
