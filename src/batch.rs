@@ -56,6 +56,7 @@ pub struct Batch<'a> {
     cond: &'a Condition,
     null: Option<&'a Condition>,
     real: Option<&'a Tensor>,
+    real_cond: Option<&'a Condition>,
     student_time: Option<&'a PreShift>,
 }
 
@@ -67,7 +68,7 @@ impl<'a> Batch<'a> {
     /// [`Error::Kind`] unless it is floating point.
     pub fn new(x: &'a Tensor, cond: &'a Condition) -> Result<Self> {
         check_samples("x", x, 2)?;
-        Ok(Self { x, cond, null: None, real: None, student_time: None })
+        Ok(Self { x, cond, null: None, real: None, real_cond: None, student_time: None })
     }
 
     /// Adds the null condition (the encoded empty prompt), which CFG Augmentation needs.
@@ -91,6 +92,14 @@ impl<'a> Batch<'a> {
         check_device("real samples", real, self.x)?;
         self.real = Some(real);
         Ok(self)
+    }
+
+    /// Adds the condition of the real samples, such as their own captions; without it they are taken
+    /// to share that of the student's.
+    #[must_use]
+    pub fn real_cond(mut self, cond: &'a Condition) -> Self {
+        self.real_cond = Some(cond);
+        self
     }
 
     /// Adds the pre-shift times `[B]` at which the student was evaluated; [`AboveStudent`] needs them.
@@ -142,5 +151,9 @@ impl<'a> Batch<'a> {
     /// [`Error::Missing`] if none were given.
     pub fn real_samples(&self) -> Result<&'a Tensor> {
         self.real.ok_or(Error::Missing { what: "real samples", setter: "real" })
+    }
+    /// The condition of the real samples: their own, or else that of the student's.
+    pub fn real_condition(&self) -> &'a Condition {
+        self.real_cond.unwrap_or(self.cond)
     }
 }

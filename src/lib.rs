@@ -13,7 +13,8 @@
 //! Two open traits, and an objective that adds them up:
 //!
 //! - [`Engine::direction`]: where the samples should move; [`CfgAugmentation`].
-//! - [`Regularizer::loss`]: what keeps them in place; [`DistributionMatching`], [`MeanVariance`].
+//! - [`Regularizer::loss`]: what keeps them in place; [`DistributionMatching`], [`MeanVariance`],
+//!   [`MaximumMeanDiscrepancy`], [`Adversarial`].
 //! - [`Objective`]: [`Group`]s of terms, each group with one [`Probe`] of the samples; the paper's
 //!   four arrangements are ready-made in [`Schedule`].
 //!
@@ -59,6 +60,7 @@ mod renoising;
 mod rollout;
 mod schedule;
 mod time;
+mod trajectory;
 mod value;
 
 pub use batch::{Batch, Condition};
@@ -74,13 +76,15 @@ pub use path::{
 pub use prediction::Prediction;
 pub use probe::{Normalizer, Probe};
 pub use regularizer::{
-    DistributionMatching, MeanVariance, Regularizer, RegularizerFn, Statistics, regularizer_fn,
-    surrogate,
+    Adversarial, Bandwidth, CriticHeads, CriticPenalty, DistributionMatching, Estimator, GanLoss,
+    Kernel, MaximumMeanDiscrepancy, MeanVariance, Regularizer, RegularizerFn, Statistics,
+    regularizer_fn, surrogate,
 };
 pub use renoising::{AboveStudent, LogNormal, LogitNormal, Renoising, TimeSampler, Uniform};
 pub use rollout::{Sampler, Simulation, Transition};
 pub use schedule::Schedule;
 pub use time::{PostShift, PreShift, Shift};
+pub use trajectory::Trajectory;
 pub use value::{Floor, Guidance};
 
 /// The code of the README, compiled and run.

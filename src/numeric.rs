@@ -39,6 +39,31 @@ pub(crate) fn sample_dot(left: &Tensor, right: &Tensor) -> Result<Tensor> {
     sample_mean(&left.f_mul(right)?)
 }
 
+/// The scalar `value`, with `gradient` as its gradient in `at`, whatever `value` was computed from.
+pub(crate) fn with_gradient(value: &Tensor, at: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+    let slope = widen(at)?.f_mul(&widen(&gradient.f_detach()?)?)?.f_sum(None::<Kind>)?;
+    // The bracket is exactly zero, so the value keeps all its bits.
+    Ok(value.f_detach()?.f_add(&slope.f_sub(&slope.f_detach()?)?)?)
+}
+
+/// The scalar `loss(x)` with its gradient in `x` and in nothing else: parameters of the networks that
+/// `loss` calls receive none, though the gradient runs through them.
+///
+/// The gradient is taken here and now, on a copy of `x` without a past, so there is no second one.
+pub(crate) fn only_in(x: &Tensor, loss: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    let leaf = x.f_detach()?.f_set_requires_grad(x.requires_grad())?;
+    let value = loss(&leaf)?;
+    // Without a graph (no_grad, or a loss that ignores x) there is a value and no gradient.
+    if !(leaf.requires_grad() && value.requires_grad()) {
+        return Ok(value.f_detach()?);
+    }
+    let gradients = Tensor::f_run_backward(&[&value], &[&leaf], false, false)?;
+    match gradients.into_iter().next().filter(Tensor::defined) {
+        Some(gradient) => with_gradient(&value, x, &gradient),
+        None => Ok(value.f_detach()?),
+    }
+}
+
 /// Unit Gaussian noise with the shape, type and device of `like`.
 pub(crate) fn noise_like(like: &Tensor) -> Result<Tensor> {
     Ok(Tensor::f_randn(like.size(), (like.f_kind()?, like.device()))?)

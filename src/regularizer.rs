@@ -1,9 +1,13 @@
 //! The shield: what keeps the samples of the student in place while an engine pulls them.
 
+mod adversarial;
 mod distribution_matching;
+mod maximum_mean_discrepancy;
 mod mean_variance;
 
+pub use adversarial::{Adversarial, CriticHeads, CriticPenalty, GanLoss};
 pub use distribution_matching::DistributionMatching;
+pub use maximum_mean_discrepancy::{Bandwidth, Estimator, Kernel, MaximumMeanDiscrepancy};
 pub use mean_variance::{MeanVariance, Statistics};
 use tch::{Kind, Tensor};
 

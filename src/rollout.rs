@@ -3,7 +3,10 @@
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use crate::numeric::{check_like, check_samples, compute_kind, noise_like, per_sample};
-use crate::{Condition, Denoiser, Error, FewStepGrid, Guidance, PostShift, PreShift, Result};
+use crate::trajectory::{check_steps, spread_steps};
+use crate::{
+    Condition, Denoiser, Error, FewStepGrid, Guidance, PostShift, PreShift, Result, Trajectory,
+};
 
 /// How a sampler gets from a clean prediction to the next time. Train and sample with the same one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -63,14 +66,8 @@ impl<'a> Sampler<'a> {
     /// # Errors
     /// [`Error::Torch`] if libtorch fails.
     pub fn draw_step(&self) -> Result<usize> {
-        Ok(self.draw_steps(1)?.first().copied().unwrap_or_default())
-    }
-
-    fn draw_steps(&self, count: i64) -> Result<Vec<usize>> {
-        let high = i64::try_from(self.grid.steps()).unwrap_or(i64::MAX);
-        let steps = Tensor::f_randint(high, [count], (Kind::Int64, Device::Cpu))?;
-        let steps = Vec::<i64>::try_from(steps)?;
-        Ok(steps.into_iter().filter_map(|step| usize::try_from(step).ok()).collect())
+        let step = Tensor::f_randint(self.steps(), [1], (Kind::Int64, Device::Cpu))?;
+        Ok(usize::try_from(step.f_int64_value(&[0])?).unwrap_or_default())
     }
 
     /// Clean samples `[B, ..]` from unit noise of that shape, without a graph.
@@ -127,6 +124,52 @@ impl<'a> Sampler<'a> {
         Ok(Simulation { x: self.predict(&x, &time, cond)?, student_time })
     }
 
+    /// The whole rollout from unit noise `[B, ..]`, every step kept, without a graph.
+    ///
+    /// # Errors
+    /// As [`sample`](Self::sample).
+    pub fn trajectory(&self, noise: &Tensor, cond: &Condition) -> Result<Trajectory> {
+        check_samples("noise", noise, 2)?;
+        let _no_grad = no_grad_guard();
+        let (mut inputs, mut samples) = (vec![self.denoiser.path().start(noise)?], Vec::new());
+        for step in 0..self.grid.steps() {
+            let time = self.time(step, noise)?;
+            let Some(x) = inputs.last() else { break };
+            let x0 = self.predict(x, &time, cond)?;
+            if step.saturating_add(1) < self.grid.steps() {
+                let fresh = match self.transition {
+                    Transition::Renoise => noise_like(x)?,
+                    Transition::Euler => self.implied_noise(x, &x0, &time)?,
+                };
+                let next = self.time(step.saturating_add(1), noise)?;
+                let x = self.denoiser.path().renoise(&x0, &next, &fresh)?;
+                inputs.push(x);
+            }
+            samples.push(x0);
+        }
+        Ok(Trajectory {
+            noised: Tensor::f_stack(&inputs, 0)?,
+            samples: Tensor::f_stack(&samples, 0)?,
+            times: self.times_like(noise)?,
+        })
+    }
+
+    /// The student's predictions on a kept rollout, each sample at its own step of `steps` `[B]`, in
+    /// one forward with a graph.
+    ///
+    /// # Errors
+    /// As [`Trajectory::samples_at`]; what the network returns.
+    pub fn simulate_on(
+        &self,
+        trajectory: &Trajectory,
+        cond: &Condition,
+        steps: &Tensor,
+    ) -> Result<Simulation> {
+        let (noised, student_time) = trajectory.inputs_at(steps)?;
+        let time = self.grid.shift().apply(&student_time)?;
+        Ok(Simulation { x: self.predict(&noised, &time, cond)?, student_time })
+    }
+
     /// The other way to give a student its input: real samples `[B, ..]`, each noised to a time of the
     /// grid drawn for it, then one evaluation with a graph. No rollout, so it costs one forward; but it
     /// needs data, and the student meets samples in training that are better than its own (FastGen's
@@ -137,10 +180,11 @@ impl<'a> Sampler<'a> {
     /// As [`from_real_at`](Self::from_real_at).
     pub fn from_real(&self, real: &Tensor, cond: &Condition) -> Result<Simulation> {
         check_samples("real samples", real, 2)?;
-        self.from_real_at(real, cond, &self.draw_steps(batch(real))?, &noise_like(real)?)
+        let steps = spread_steps(self.steps(), batch(real), real.device())?;
+        self.from_real_at(real, cond, &steps, &noise_like(real)?)
     }
 
-    /// [`from_real`](Self::from_real) at given steps, one a sample, counted from 0, and unit noise
+    /// [`from_real`](Self::from_real) at given steps `[B]`, whole numbers from 0, and unit noise
     /// `[B, ..]`.
     ///
     /// # Errors
@@ -150,28 +194,32 @@ impl<'a> Sampler<'a> {
         &self,
         real: &Tensor,
         cond: &Condition,
-        steps: &[usize],
+        steps: &Tensor,
         noise: &Tensor,
     ) -> Result<Simulation> {
         check_samples("real samples", real, 2)?;
         check_like("noise", noise, real)?;
-        let count = i64::try_from(steps.len()).unwrap_or(i64::MAX);
-        if count != batch(real) {
-            return Err(Error::shape("steps", format!("[{}]", batch(real)), &[count]));
-        }
-        let times = steps.iter().map(|&step| self.grid_time(step)).collect::<Result<Vec<_>>>()?;
-        let times = Tensor::f_from_slice(&times)?.f_to_kind(options(real)?.0)?;
-        // Checked on the host, then moved.
-        let student_time = PreShift::new(times)?.to_device(real.device())?;
+        check_steps(steps, self.steps(), batch(real), real)?;
+        let student_time = PreShift::new(self.times_like(real)?.f_index_select(0, steps)?)?;
         let time = self.grid.shift().apply(&student_time)?;
         let input = {
             let _no_grad = no_grad_guard();
             let path = self.denoiser.path();
             let noised = path.renoise(real, &time, noise)?;
-            let first = per_sample(&student_time.tensor().f_eq(0.0)?, real)?;
+            let first = per_sample(&steps.f_eq(0)?, real)?;
             path.start(noise)?.f_where_self(&first, &noised)?
         };
         Ok(Simulation { x: self.predict(&input, &time, cond)?, student_time })
+    }
+
+    fn steps(&self) -> i64 {
+        i64::try_from(self.grid.steps()).unwrap_or(i64::MAX)
+    }
+
+    /// The pre-shift times of the grid, `[K]`, in the type and on the device of the times of `x`.
+    fn times_like(&self, x: &Tensor) -> Result<Tensor> {
+        let (kind, device) = options(x)?;
+        Ok(Tensor::f_from_slice(self.grid.times())?.f_to_device(device)?.f_to_kind(kind)?)
     }
 
     /// The pre-shift time of a step.

@@ -141,13 +141,6 @@ impl Shift {
     }
 }
 
-impl PreShift {
-    /// The same times on another device.
-    pub(crate) fn to_device(&self, device: Device) -> Result<Self> {
-        Ok(Self::within(self.times.f_to_device(device)?, self.range))
-    }
-}
-
 impl TryFrom<f64> for Shift {
     type Error = Error;
     fn try_from(k: f64) -> Result<Self> {

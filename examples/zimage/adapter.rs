@@ -6,6 +6,9 @@ use tch::Tensor;
 
 use super::transformer::ZImageTransformer;
 
+/// Makes the rows of a step table learn faster than the weights that they start beside.
+const STEP_SCALE: f64 = 10.0;
+
 /// `model` as a denoiser of `[B, C, H, W]` whose condition is one tensor of encoded captions
 /// `[B, L, D]`.
 ///
@@ -29,7 +32,26 @@ pub fn denoiser(model: &ZImageTransformer) -> Denoiser<'_> {
     })
 }
 
+/// `model` as a fake score that tells the student's steps apart: its condition is the encoded captions
+/// and the student's step `[B]`, and `steps` `[K, D]` holds what is added to the captions for each.
+///
+/// The K outputs of a rollout are K distributions. A fake score that does not know which one it sees
+/// models their mixture, and then the samples of one step may be too faint where those of another
+/// are too bold.
+pub fn fake_denoiser<'a>(model: &'a ZImageTransformer, steps: &'a Tensor) -> Denoiser<'a> {
+    Denoiser::new(
+        RectifiedFlow,
+        Prediction::FlowVelocity,
+        move |x: &Tensor, t: &Tensor, condition: &Condition| -> Result<Tensor> {
+            ensure!(condition.len() == 2, "expected encoded captions and the student's steps");
+            let step = steps.f_index_select(0, &condition[1])?.f_mul_scalar(STEP_SCALE)?;
+            let captions = condition[0].f_add(&step.f_unsqueeze(1)?)?;
+            Ok(model.forward_encoded(x, t, &captions)?.f_neg()?)
+        },
+    )
+}
+
 fn captions(condition: &Condition) -> Result<&Tensor> {
-    ensure!(condition.len() == 1, "expected one tensor of encoded captions");
+    ensure!(!condition.is_empty(), "expected encoded captions");
     Ok(&condition[0])
 }

@@ -2,13 +2,13 @@
 
 use anyhow::Result;
 use decoupled_dmd::{
-    Batch, DistributionMatching, FewStepGrid, Guidance, Sampler, Schedule, Shift, Simulation,
-    Transition,
+    Batch, Condition, Denoiser, DistributionMatching, FewStepGrid, Guidance, Sampler, Schedule,
+    Shift, Simulation, Trajectory, Transition,
 };
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::adapter::denoiser;
+use super::adapter::{denoiser, fake_denoiser};
 use super::ema::Ema;
 use super::flow_matching::step_seed;
 use super::optimizer::{AdamW, AdamWSettings};
@@ -26,7 +26,7 @@ pub struct Recipe {
     pub shift: Shift,
     /// Updates of the student.
     pub updates: u64,
-    /// Updates of the fake score for each update of the student, each on fresh samples.
+    /// Updates of the fake score for each update of the student, all on the samples of one rollout.
     pub fake_updates: u64,
     /// Updates of the fake score before the first update of the student.
     pub fake_warmup: u64,
@@ -47,12 +47,18 @@ struct Role {
 }
 
 impl Role {
-    fn new(teacher: &ZImageTransformer, learning_rate: f64) -> Result<Self> {
+    /// A copy of `teacher`; `more` parameters are trained beside its own.
+    fn new(
+        teacher: &ZImageTransformer,
+        learning_rate: f64,
+        more: impl IntoIterator<Item = (String, Tensor)>,
+    ) -> Result<Self> {
         let model = teacher.duplicate()?;
         let trainable: Vec<_> = model
             .named_parameters()
             .into_iter()
             .filter(|(name, _)| !is_caption_side(name))
+            .chain(more)
             .map(|(name, tensor)| (name, tensor.set_requires_grad(true)))
             .collect();
         let settings = AdamWSettings {
@@ -78,6 +84,20 @@ impl Role {
 /// What one update of the student has shown: names and values.
 pub type Record = Vec<(String, f64)>;
 
+/// A rollout of the student and the conditions that it was made for.
+struct Rollout {
+    trajectory: Trajectory,
+    cond: Condition,
+    null: Condition,
+}
+
+impl Rollout {
+    /// The condition for the fake score too, which wants to know the student's step.
+    fn cond_at(&self, steps: &Tensor) -> Condition {
+        Condition::from(vec![self.cond[0].shallow_clone(), steps.shallow_clone()])
+    }
+}
+
 /// A distillation under way.
 pub struct Distillation<'a> {
     recipe: Recipe,
@@ -91,6 +111,8 @@ pub struct Distillation<'a> {
     size: [i64; 3],
     student: Role,
     fake: Role,
+    /// What tells the fake score the student's step, `[K, D]`.
+    fake_steps: Tensor,
     average: Ema,
     update: u64,
 }
@@ -109,14 +131,19 @@ impl<'a> Distillation<'a> {
         images: &Tensor,
     ) -> Result<Self> {
         let (_, channels, height, width) = images.size4()?;
-        let student = Role::new(teacher, recipe.student_learning_rate)?;
+        let student = Role::new(teacher, recipe.student_learning_rate, None)?;
+        let dim = teacher.config().dim;
+        let options = (Kind::Float, teacher.device());
+        let fake_steps = Tensor::f_zeros([recipe.steps as i64, dim], options)?;
+        let more = ("student_steps".to_owned(), fake_steps.shallow_clone());
         Ok(Self {
             teacher,
             prompts,
             items,
             data_variance: mean_variance(images)?,
             size: [channels, height, width],
-            fake: Role::new(teacher, recipe.fake_learning_rate)?,
+            fake: Role::new(teacher, recipe.fake_learning_rate, Some(more))?,
+            fake_steps,
             average: Ema::new(&student.model, recipe.ema)?,
             student,
             update: 0,
@@ -139,9 +166,16 @@ impl<'a> Distillation<'a> {
     /// # Errors
     /// If libtorch fails.
     pub fn warm_up(&mut self) -> Result<()> {
+        let mut rollout = None;
         for step in 0..self.recipe.fake_warmup {
             tch::manual_seed(step_seed(self.recipe.seed, 1_000_000_000 + step));
-            self.train_fake()?;
+            // As many updates on one rollout as there are in training.
+            if step % self.recipe.fake_updates.max(1) == 0 {
+                rollout = Some(self.roll_out()?);
+            }
+            if let Some(rollout) = &rollout {
+                self.train_fake(rollout)?;
+            }
         }
         Ok(())
     }
@@ -156,10 +190,11 @@ impl<'a> Distillation<'a> {
         let warm = (self.update + 1) as f64 / self.recipe.warmup.max(1) as f64;
         self.student.optimizer.settings.learning_rate =
             self.recipe.student_learning_rate * warm.min(1.0);
-        let mut record = self.train_student(observe)?;
+        let rollout = self.roll_out()?;
+        let mut record = self.train_student(&rollout, observe)?;
         let mut fake_loss = 0.0;
         for _ in 0..self.recipe.fake_updates {
-            fake_loss += self.train_fake()?;
+            fake_loss += self.train_fake(&rollout)?;
         }
         record.push(("fake".into(), fake_loss / self.recipe.fake_updates.max(1) as f64));
         self.update += 1;
@@ -167,9 +202,10 @@ impl<'a> Distillation<'a> {
         Ok(record)
     }
 
-    fn train_student(&mut self, observe: bool) -> Result<Record> {
-        let (cond, null) = self.prompts.conditions(&self.draw_items()?)?;
-        let (teacher, fake) = (denoiser(self.teacher), denoiser(&self.fake.model));
+    fn train_student(&mut self, rollout: &Rollout, observe: bool) -> Result<Record> {
+        let Rollout { trajectory, cond, .. } = rollout;
+        let teacher = denoiser(self.teacher);
+        let fake = fake_denoiser(&self.fake.model, &self.fake_steps);
         let dm = DistributionMatching::new(fake, self.recipe.shift);
         let mut objective =
             self.recipe.schedule.objective(teacher, self.recipe.guidance, &dm, self.recipe.shift);
@@ -177,8 +213,13 @@ impl<'a> Distillation<'a> {
             objective = objective.observed();
         }
 
-        let Simulation { x, student_time } = self.simulate(&cond)?;
-        let batch = Batch::new(&x, &cond)?.null(&null).student_time(&student_time)?;
+        let steps = trajectory.draw_steps()?;
+        let Simulation { x, student_time } = {
+            let student = denoiser(&self.student.model);
+            self.sampler(&student)?.simulate_on(trajectory, cond, &steps)?
+        };
+        let cond = rollout.cond_at(&steps);
+        let batch = Batch::new(&x, &cond)?.null(&rollout.null).student_time(&student_time)?;
         let evaluation = objective.evaluate(&batch)?;
         let mut record = vec![("loss".to_owned(), f64::try_from(&evaluation.loss)?)];
         for (name, value) in evaluation.terms.iter().chain(&evaluation.observations) {
@@ -199,29 +240,32 @@ impl<'a> Distillation<'a> {
         Ok(record)
     }
 
-    fn train_fake(&mut self) -> Result<f64> {
-        let (cond, _) = self.prompts.conditions(&self.draw_items()?)?;
-        let Simulation { x, student_time } = {
-            let _guard = tch::no_grad_guard();
-            self.simulate(&cond)?
-        };
+    fn train_fake(&mut self, rollout: &Rollout) -> Result<f64> {
+        let steps = rollout.trajectory.draw_steps()?;
+        let x = rollout.trajectory.samples_at(&steps)?;
         let loss = {
-            let dm = DistributionMatching::new(denoiser(&self.fake.model), self.recipe.shift);
-            dm.denoising_loss(&Batch::new(&x, &cond)?.student_time(&student_time)?)?
+            let fake = fake_denoiser(&self.fake.model, &self.fake_steps);
+            let dm = DistributionMatching::new(fake, self.recipe.shift);
+            dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps))?)?
         };
         let _norm = self.fake.descend(&loss)?;
         Ok(f64::try_from(&loss)?)
     }
 
-    /// Samples of the student at a random step of its grid.
-    fn simulate(&self, cond: &decoupled_dmd::Condition) -> Result<Simulation> {
-        let denoiser = denoiser(&self.student.model);
-        let grid = FewStepGrid::even(self.recipe.steps, self.recipe.shift)?;
-        let sampler = Sampler::new(&denoiser, grid, self.recipe.transition);
+    /// The student's way from fresh noise over its whole grid, for fresh captions.
+    fn roll_out(&self) -> Result<Rollout> {
+        let (cond, null) = self.prompts.conditions(&self.draw_items()?)?;
         let [channels, height, width] = self.size;
         let shape = [self.recipe.batch as i64, channels, height, width];
         let noise = Tensor::f_randn(shape, (Kind::Float, self.teacher.device()))?;
-        Ok(sampler.simulate(&noise, cond, sampler.draw_step()?)?)
+        let student = denoiser(&self.student.model);
+        let trajectory = self.sampler(&student)?.trajectory(&noise, &cond)?;
+        Ok(Rollout { trajectory, cond, null })
+    }
+
+    fn sampler<'d>(&self, student: &'d Denoiser<'d>) -> Result<Sampler<'d>> {
+        let grid = FewStepGrid::even(self.recipe.steps, self.recipe.shift)?;
+        Ok(Sampler::new(student, grid, self.recipe.transition))
     }
 
     fn draw_items(&self) -> Result<Vec<i64>> {

@@ -54,7 +54,7 @@ pub struct Evaluator<'a> {
 }
 
 impl<'a> Evaluator<'a> {
-    /// Compares on `count` captions: those held out of training, and others at even distances.
+    /// Compares on `count` captions at even distances among all, those held out of training included.
     ///
     /// # Errors
     /// If libtorch fails.
@@ -65,11 +65,8 @@ impl<'a> Evaluator<'a> {
         shift: Shift,
         count: usize,
     ) -> Result<Self> {
-        let (mut items, trained) = (data.indices(true), data.indices(false));
-        items.truncate(count);
-        let rest = (count - items.len()).min(trained.len());
-        items.extend((0..rest).map(|i| trained[i * trained.len() / rest]));
-        items.sort_unstable();
+        let (all, count) = (data.items.len(), count.min(data.items.len()));
+        let items: Vec<i64> = (0..count).map(|i| (i * all / count) as i64).collect();
         tch::manual_seed(NOISE_SEED);
         let (_, channels, height, width) = data.images.size4()?;
         let shape = [items.len() as i64, channels, height, width];

@@ -1,8 +1,10 @@
 //! Mean-variance regularization: every sample keeps the average statistics of the data.
 
+use std::cell::{Cell, RefCell};
+
 use tch::{Kind, Tensor};
 
-use crate::numeric::{check_like, check_samples, widen};
+use crate::numeric::{check_like, check_samples, check_size, widen};
 use crate::value::checked;
 use crate::{Error, Probe, Regularizer, Result};
 
@@ -24,35 +26,61 @@ pub enum Statistics {
 /// 0.5 mean [ (v + (m - mu)^2) / var - 1 - ln(v / var) ]
 /// ```
 /// Eq. 7 of Decoupled DMD (arXiv 2511.22677), with m and v the mean and variance of one sample, or
-/// of one channel of it. Zero with zero gradient exactly where they meet the target. It needs no
-/// network, stabilises CFG Augmentation, and is blind to structure.
+/// of one channel of it; the outer mean is over samples and channels. Its gradient in an element of
+/// x, with N elements to a mean and G means in the batch,
 ///
-/// | parameter | meaning | source |
+/// ```text
+/// 1 / (G N) [ (x - mu) / var - (x - m) / v ]
+/// ```
+/// is zero exactly where m and v meet the target. It needs no network, stabilises CFG Augmentation,
+/// and is blind to structure. It also pulls every single sample to the *average* statistics, so a
+/// dark picture is penalised as such: keep the weight small.
+///
+/// | parameter | meaning | default and its source |
 /// |---|---|---|
-/// | `mean`, `variance` | the target: average m and v over real samples | SDXL latents: 0.075 and 0.81 |
-/// | [`floor`](Self::floor) | smallest v, so that the gradient of a constant sample stays bounded | 1e-6 |
+/// | `mean`, `variance` | the target: averages of m and v over real samples | SDXL latents: 0.075 and 0.81 (the paper) |
+/// | [`running`](Self::running) | a target that follows the batches shown to it | off |
+/// | [`floor`](Self::floor) | smallest v whose logarithm is taken | 1e-6, ours |
+///
+/// The target variance is the average of v, not the variance of all elements pooled, which would add
+/// the spread of m between samples. Measure latents as the network sees them, after the scale and
+/// shift of the autoencoder. The paper states no weight; compare the gradient with that of the
+/// other terms.
+///
+/// Below the floor, ln v continues as its tangent there, `ln f + v / f - 1`: a collapsed sample is
+/// still pushed apart, but by at most `1 / (G N sqrt(f))` in the root mean square, where Eq. 7 itself
+/// has no bound. A constant sample (v = 0) has no direction to be pushed in and is moved by its mean alone.
 ///
 /// # Shapes
-/// x `[B, ..]`, for channels `[B, C, ..]` with at least one more axis, to a scalar.
+/// x `[B, ..]`, for channels `[B, C, ..]` with at least one more axis, to a scalar. m and v are
+/// computed in float32, or float64 for such x.
 ///
 /// # Forwards
-/// None.
+/// None. The gradient flows into x; targets carry none.
 ///
 /// # Errors
 /// [`Error::Shape`] if the samples have no channels or not as many as the target.
 ///
 /// # Example
 /// ```
-/// use decoupled_dmd::MeanVariance;
+/// use decoupled_dmd::{MeanVariance, Statistics};
+/// # use tch::{Device, Kind, Tensor};
 /// let sdxl = MeanVariance::per_sample(0.075, 0.81)?;
+///
+/// // Channel by channel, following real latents: start from one batch, then show it more.
+/// # let latents = || Tensor::randn([8, 4, 6, 6], (Kind::Float, Device::Cpu));
+/// let term = MeanVariance::measured(&latents(), Statistics::PerChannel)?.running(0.99, 1)?;
+/// term.update(&latents())?;
+/// # assert_eq!(term.updates(), 2);
 /// # Ok::<(), decoupled_dmd::Error>(())
 /// ```
 #[derive(Debug)]
 pub struct MeanVariance {
     statistics: Statistics,
-    /// `[]` or `[C]`, in float64.
-    mean: Tensor,
-    variance: Tensor,
+    /// Mean and variance, `[]` or `[C]`, in float64. Replaced, never written to.
+    target: RefCell<(Tensor, Tensor)>,
+    decay: Option<f64>,
+    updates: Cell<u64>,
     floor: f64,
 }
 
@@ -63,7 +91,7 @@ impl MeanVariance {
     /// [`Error::OutOfRange`] unless `mean` is finite and `variance` finite and positive.
     pub fn per_sample(mean: f64, variance: f64) -> Result<Self> {
         let target = |value: f64| Tensor::from(value);
-        Self::checked(Statistics::PerSample, target(mean), target(variance))
+        Self::toward(Statistics::PerSample, target(mean), target(variance))
     }
 
     /// A target for every channel: `[C]` each, on any device.
@@ -77,21 +105,76 @@ impl MeanVariance {
             return Err(Error::shape("target mean", "[C]", &mean.size()));
         }
         check_like("target variance", variance, mean)?;
-        Self::checked(Statistics::PerChannel, mean.f_detach()?, variance.f_detach()?)
+        Self::toward(Statistics::PerChannel, mean.f_detach()?, variance.f_detach()?)
     }
 
     /// The target measured on real samples `[M, ..]`: the averages of m and v over them.
     ///
     /// # Errors
-    /// [`Error::Shape`] or [`Error::Kind`] unless they are samples with channels where needed.
+    /// [`Error::Shape`] or [`Error::Kind`] unless they are samples with channels where needed;
+    /// [`Error::OutOfRange`] if they are not finite, or constant.
     pub fn measured(real: &Tensor, statistics: Statistics) -> Result<Self> {
-        check_samples("real samples", real, 2)?;
-        let (mean, variance) = moments(&real.f_detach()?, statistics)?;
-        let over_batch = |t: Tensor| t.f_mean_dim(&[0i64][..], false, Kind::Double);
-        Self::checked(statistics, over_batch(mean)?, over_batch(variance)?)
+        let (mean, variance) = averages(real, statistics)?;
+        Self::toward(statistics, mean, variance)
     }
 
-    /// Sets the smallest variance of a sample that the loss tells apart from zero.
+    /// Lets the target follow the batches given to [`update`](Self::update).
+    ///
+    /// ```text
+    /// target_k = target_(k-1) + (1 - decay) / (1 - decay^k) (average of the batch - target_(k-1))
+    /// ```
+    /// for the k-th batch: the exponential moving average with its bias corrected as in Adam. The
+    /// first batch replaces the target; decay 1 is the plain average of all batches. `updates` is
+    /// how many batches the present target stands for: 0 for a guess, 1 for one
+    /// [`measured`](Self::measured) on a batch. To resume a training, restore
+    /// [`target`](Self::target) through the constructor and [`updates`](Self::updates) here.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] unless `decay` is in [0, 1].
+    pub fn running(mut self, decay: f64, updates: u64) -> Result<Self> {
+        let valid = (0.0..=1.0).contains(&decay);
+        self.decay = Some(checked("decay of the running target", "in [0, 1]", decay, valid)?);
+        self.updates.set(updates);
+        Ok(self)
+    }
+
+    /// Moves a [`running`](Self::running) target toward the averages over real samples `[M, ..]`, or
+    /// over those of a many-step teacher. Each batch counts the same, whatever M is.
+    ///
+    /// # Errors
+    /// As [`measured`](Self::measured), which leaves the target as it was; [`Error::Shape`] if the
+    /// channels are not those of the target; [`Error::OutOfRange`] if the target is not running.
+    pub fn update(&self, real: &Tensor) -> Result<()> {
+        let Some(decay) = self.decay else {
+            let what = "decay of the running target";
+            return Err(Error::OutOfRange {
+                what,
+                requirement: "set by `running`",
+                value: f64::NAN,
+            });
+        };
+        let (mean, variance) = averages(real, self.statistics)?;
+        check_target(&mean, &variance)?;
+        let target = self.target();
+        check_size("channels of the real samples", &mean, &target.0.size())?;
+        let updates = self.updates.get().saturating_add(1);
+        let rate = if decay < 1.0 {
+            (1.0 - decay) / (1.0 - decay.powf(updates as f64))
+        } else {
+            1.0 / updates as f64
+        };
+        let step = |old: &Tensor, new: &Tensor| old.f_to_device(new.device())?.f_lerp(new, rate);
+        let _old = self.target.replace((step(&target.0, &mean)?, step(&target.1, &variance)?));
+        self.updates.set(updates);
+        Ok(())
+    }
+
+    /// How many batches the target stands for; see [`running`](Self::running).
+    pub fn updates(&self) -> u64 {
+        self.updates.get()
+    }
+
+    /// Sets the variance below which the loss grows as a line and no longer as a logarithm.
     ///
     /// # Errors
     /// [`Error::OutOfRange`] unless finite and positive.
@@ -101,36 +184,51 @@ impl MeanVariance {
         Ok(self)
     }
 
-    /// The target mean and variance, `[]` or `[C]`.
-    pub fn target(&self) -> (&Tensor, &Tensor) {
-        (&self.mean, &self.variance)
+    /// The target mean and variance, `[]` or `[C]`, in float64.
+    pub fn target(&self) -> (Tensor, Tensor) {
+        let target = self.target.borrow();
+        (target.0.shallow_clone(), target.1.shallow_clone())
     }
 
-    fn checked(statistics: Statistics, mean: Tensor, variance: Tensor) -> Result<Self> {
-        let smallest = variance.f_min()?.f_double_value(&[])?;
-        let sums = [mean.f_sum(Kind::Double)?, variance.f_sum(Kind::Double)?];
-        for (sum, what) in sums.iter().zip(["target mean", "target variance"]) {
-            let sum = sum.f_double_value(&[])?;
-            checked(what, "finite", sum, sum.is_finite())?;
-        }
-        checked("target variance", "positive", smallest, smallest > 0.0)?;
+    fn toward(statistics: Statistics, mean: Tensor, variance: Tensor) -> Result<Self> {
+        check_target(&mean, &variance)?;
+        let target = (mean.f_to_kind(Kind::Double)?, variance.f_to_kind(Kind::Double)?);
         Ok(Self {
             statistics,
-            mean: mean.f_to_kind(Kind::Double)?,
-            variance: variance.f_to_kind(Kind::Double)?,
+            target: RefCell::new(target),
+            decay: None,
+            updates: Cell::new(0),
             floor: 1e-6,
         })
     }
 }
 
+fn check_target(mean: &Tensor, variance: &Tensor) -> Result<()> {
+    let smallest = variance.f_min()?.f_double_value(&[])?;
+    for (values, what) in [(mean, "target mean"), (variance, "target variance")] {
+        let sum = values.f_sum(Kind::Double)?.f_double_value(&[])?;
+        checked(what, "finite", sum, sum.is_finite())?;
+    }
+    checked("target variance", "positive", smallest, smallest > 0.0)?;
+    Ok(())
+}
+
+/// The averages of m and v over samples, `[]` or `[C]`, in float64.
+fn averages(real: &Tensor, statistics: Statistics) -> Result<(Tensor, Tensor)> {
+    check_samples("real samples", real, 2)?;
+    let (mean, variance) = moments("real samples", &real.f_detach()?, statistics)?;
+    let over_batch = |t: Tensor| t.f_mean_dim(&[0i64][..], false, Kind::Double);
+    Ok((over_batch(mean)?, over_batch(variance)?))
+}
+
 /// Mean and (biased) variance, `[B]` or `[B, C]`.
-fn moments(x: &Tensor, statistics: Statistics) -> Result<(Tensor, Tensor)> {
+fn moments(what: &'static str, x: &Tensor, statistics: Statistics) -> Result<(Tensor, Tensor)> {
     let first_axis = match statistics {
         Statistics::PerSample => 1,
         Statistics::PerChannel => 2,
     };
     if x.dim() <= first_axis {
-        return Err(Error::shape("x", "[B, C, ..] with an axis after the channels", &x.size()));
+        return Err(Error::shape(what, "[B, C, ..] with an axis after the channels", &x.size()));
     }
     let flat = widen(x)?.f_flatten(i64::try_from(first_axis).unwrap_or(1), -1)?;
     let mean = flat.f_mean_dim(&[-1i64][..], false, None::<Kind>)?;
@@ -140,18 +238,26 @@ fn moments(x: &Tensor, statistics: Statistics) -> Result<(Tensor, Tensor)> {
 
 impl Regularizer for MeanVariance {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        let (mean, variance) = moments(probe.x(), self.statistics)?;
-        let channels = self.mean.size();
+        let (mean, variance) = moments("x", probe.x(), self.statistics)?;
+        let (target_mean, target_variance) = self.target();
+        let channels = target_mean.size();
         if !channels.is_empty() && mean.size().get(1..) != Some(&channels) {
             let expected = format!("[B, {channels:?}, ..] as the target");
             return Err(Error::shape("x", expected, &probe.x().size()));
         }
         let like_mean = |t: &Tensor| t.f_to_device(mean.device())?.f_to_kind(mean.f_kind()?);
-        let (target_mean, target_variance) = (like_mean(&self.mean)?, like_mean(&self.variance)?);
-        let variance = variance.f_clamp_min(self.floor)?;
-        let ratio = variance.f_div(&target_variance)?;
-        let offset = mean.f_sub(&target_mean)?.f_square()?.f_div(&target_variance)?;
-        let divergence = ratio.f_add(&offset)?.f_sub_scalar(1.0)?.f_sub(&ratio.f_log()?)?;
+        let (target_mean, target_variance) =
+            (like_mean(&target_mean)?, like_mean(&target_variance)?);
+        let offset = mean.f_sub(&target_mean)?.f_square()?;
+        let floored = variance.f_clamp_min(self.floor)?;
+        // Zero above the floor, with zero gradient; below it, the slope of the tangent.
+        let tangent = variance.f_div(&floored)?.f_sub_scalar(1.0)?;
+        let logarithm = floored.f_div(&target_variance)?.f_log()?.f_add(&tangent)?;
+        let divergence = variance
+            .f_add(&offset)?
+            .f_div(&target_variance)?
+            .f_sub_scalar(1.0)?
+            .f_sub(&logarithm)?;
         Ok(divergence.f_mean(None::<Kind>)?.f_mul_scalar(0.5)?)
     }
 }

@@ -1,0 +1,254 @@
+//! Adversarial regularization: a critic learns to tell samples from data, the samples learn to pass.
+
+mod critic_heads;
+mod gan_loss;
+
+pub use critic_heads::CriticHeads;
+pub use gan_loss::{CriticPenalty, GanLoss};
+use tch::{Kind, Tensor, no_grad_guard};
+
+use crate::numeric::{check_like, check_size, noise_like, only_in, widen};
+use crate::{
+    Batch, Condition, Error, NetworkOutput, Path, PostShift, Probe, Regularizer, Renoising, Result,
+    Shift, Uniform,
+};
+
+type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
+
+/// Adversarial loss: moves the samples to where a critic, trained beside, takes them for real.
+///
+/// ```text
+/// generator:  mean softplus(-D(x_t))                                at tau of the probe
+/// critic:     mean softplus(D(x_t)) + mean softplus(-D(y_t))        [`critic_loss`]
+/// ```
+/// in the non-saturating form; others in [`GanLoss`]. x_t and y_t are a sample and a real one
+/// re-noised to the *same* tau with the *same* noise, as in the GAN losses of DMD2 (Yin et al. 2024),
+/// LADD (Sauer et al. 2024) and APT (Lin et al. 2025), which draw them apart: the expectation of the
+/// first two forms is unchanged, and the difference in the third varies less.
+///
+/// The critic is a closure of the noised sample `[B, ..]`, the time `[B]` and the condition that
+/// returns logits `[B, K]` (any shape that starts with B). It may be a network of its own, or
+/// [`CriticHeads`] on features of the frozen teacher or of the fake score, at several depths.
+///
+/// | parameter | meaning | default and its source |
+/// |---|---|---|
+/// | `path` | the noise path, that of the teacher | |
+/// | `shift` | the shift of the model, [`Shift::NONE`] where it has none | |
+/// | `critic` | D | |
+/// | [`gan_loss`](Self::gan_loss) | form of the losses | non-saturating; DMD2 |
+/// | [`penalty`](Self::penalty) | R1 or its finite difference | none; DMD2 |
+/// | [`renoising`](Self::renoising) | the times at which the critic is trained | U(0, 1), then the shift; ours |
+///
+/// Weights of the generator's loss in public recipes are small: 5e-3 (SDXL, DMD2), 3e-2 (large
+/// models, FastGen). Give the generator's group the same renoising as the critic's training: at other
+/// times the critic has not learnt anything.
+///
+/// # Shapes
+/// x and real samples `[B, ..]`, as many of one as of the other, to a scalar in float32 or wider.
+///
+/// # Forwards
+/// Generator: critic 1, and its backward to x; 2 in the relativistic form. Critic: 2, with the
+/// approximate R1 3; R1 differentiates twice. Teacher: none.
+///
+/// **Gradients.** The generator's gradient is computed when the loss is, runs through the critic and
+/// its frozen trunk, and ends in x alone: parameters of the critic receive none, whatever
+/// `requires_grad` says. The critic's loss sees detached samples: its gradient ends in the parameters
+/// of the critic.
+///
+/// # Errors
+/// [`Error::Missing`] without [`Batch::real`], which the critic needs, and the generator in the
+/// relativistic form; [`Error::Shape`] if there are not as many real samples as samples, or the
+/// logits do not start with B; [`Error::Network`] from the closure.
+///
+/// # Example
+/// ```
+/// use decoupled_dmd::{Adversarial, Batch, Condition, CriticPenalty, GanLoss, RectifiedFlow, Shift};
+/// # use tch::{Device, Kind, Tensor};
+/// # let options = (Kind::Float, Device::Cpu);
+/// # let weight = Tensor::ones([1, 6], options).set_requires_grad(true);
+/// let critic = |x: &Tensor, _t: &Tensor, _cond: &Condition| x.f_linear(&weight, None::<&Tensor>);
+/// let gan = Adversarial::new(RectifiedFlow, Shift::new(3.0)?, critic)
+///     .gan_loss(GanLoss::Hinge)
+///     .penalty(CriticPenalty::ApproximateR1 { weight: 100.0, sigma: 0.01 })?;
+///
+/// // Group::regularizer("gan", 5e-3, &gan) for the student; and, on every step, for the critic:
+/// # let (x, images) = (Tensor::randn([4, 6], options), Tensor::randn([4, 6], options));
+/// # let cond = Condition::none();
+/// let batch = Batch::new(&x, &cond)?.real(&images)?;
+/// gan.critic_loss(&batch)?.backward();
+/// # assert!(weight.grad().defined());
+/// # Ok::<(), decoupled_dmd::Error>(())
+/// ```
+///
+/// [`critic_loss`]: Self::critic_loss
+pub struct Adversarial<'a> {
+    path: Box<dyn Path + 'a>,
+    renoising: Renoising<'a>,
+    critic: Box<Critic<'a>>,
+    gan_loss: GanLoss,
+    penalty: Option<CriticPenalty>,
+}
+
+impl<'a> Adversarial<'a> {
+    /// With a critic on `path`, trained at times that are shifted by `shift`.
+    pub fn new<O: NetworkOutput<Tensor>>(
+        path: impl Path + 'a,
+        shift: Shift,
+        critic: impl Fn(&Tensor, &Tensor, &Condition) -> O + 'a,
+    ) -> Self {
+        Self {
+            path: Box::new(path),
+            renoising: Renoising::new(Uniform::FULL).shifted(shift),
+            critic: Box::new(move |x, t, cond| critic(x, t, cond).into_result()),
+            gan_loss: GanLoss::default(),
+            penalty: None,
+        }
+    }
+
+    /// Sets the form of the losses.
+    #[must_use]
+    pub fn gan_loss(mut self, gan_loss: GanLoss) -> Self {
+        self.gan_loss = gan_loss;
+        self
+    }
+
+    /// Adds a penalty on the slope of the critic to its loss.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] unless its strength is finite and not negative, and sigma positive.
+    pub fn penalty(mut self, penalty: CriticPenalty) -> Result<Self> {
+        self.penalty = Some(penalty.check()?);
+        Ok(self)
+    }
+
+    /// Replaces the times at which the critic is trained, their shift included.
+    #[must_use]
+    pub fn renoising(mut self, renoising: Renoising<'a>) -> Self {
+        self.renoising = renoising;
+        self
+    }
+
+    /// The loss that trains the critic, penalty included, a scalar; times from
+    /// [`renoising`](Self::renoising), fresh noise.
+    ///
+    /// # Errors
+    /// As those of the term.
+    pub fn critic_loss(&self, batch: &Batch<'_>) -> Result<Tensor> {
+        let x = batch.x();
+        let time = self.renoising.draw(x, batch.student_times())?;
+        self.critic_loss_at(batch, &time, &noise_like(x)?, &noise_like(x)?)
+    }
+
+    /// [`critic_loss`](Self::critic_loss) at given times (B of them) and noise; `perturbation` is the
+    /// unit noise n of the approximate R1, which alone reads it. Both are shaped like x.
+    ///
+    /// # Errors
+    /// As those of the term, and [`Error::Shape`] and the like if times or noise do not fit.
+    pub fn critic_loss_at(
+        &self,
+        batch: &Batch<'_>,
+        time: &PostShift,
+        noise: &Tensor,
+        perturbation: &Tensor,
+    ) -> Result<Tensor> {
+        check_size("time", time.tensor(), &[batch.len()])?;
+        check_like("noise", noise, batch.x())?;
+        check_like("perturbation", perturbation, batch.x())?;
+        let fake = self.renoise(batch.x(), time, noise)?;
+        let real = self.renoise(&paired_real(batch)?, time, noise)?;
+        let real = match self.penalty {
+            Some(CriticPenalty::R1 { .. }) => real.f_set_requires_grad(true)?,
+            _ => real,
+        };
+        let real_cond = batch.real_condition();
+        let fake_logits = self.logits(&fake, time, batch.cond())?;
+        let real_logits = self.logits(&real, time, real_cond)?;
+        check_size("critic logits", &real_logits, &fake_logits.size())?;
+        let loss = self.gan_loss.critic(&real_logits, &fake_logits)?;
+        let penalty = match self.penalty {
+            None => return Ok(loss),
+            Some(CriticPenalty::R1 { gamma }) => {
+                slope(&real_logits, &real)?.f_mul_scalar(0.5 * gamma)?
+            }
+            Some(CriticPenalty::ApproximateR1 { weight, sigma }) => {
+                let shift = widen(perturbation)?.f_mul_scalar(sigma)?;
+                let moved = self.logits(&real.f_add(&shift)?, time, real_cond)?;
+                let difference = real_logits.f_sub(&moved)?.f_square()?;
+                difference.f_mean(None::<Kind>)?.f_mul_scalar(weight)?
+            }
+        };
+        Ok(loss.f_add(&penalty)?)
+    }
+
+    /// Detached, so that the critic's loss leaves the student alone.
+    fn renoise(&self, x: &Tensor, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
+        Ok(self.path.renoise(&x.f_detach()?, time, noise)?.f_detach()?)
+    }
+
+    /// `[B, K]`, in float32 or wider.
+    fn logits(&self, noised: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
+        let logits = (self.critic)(noised, time.tensor(), cond)?;
+        let (found, batch) = (logits.size(), noised.size().first().copied());
+        if found.first().copied() != batch || logits.numel() == 0 {
+            let expected = format!("[{}, K]", batch.unwrap_or_default());
+            return Err(Error::shape("critic logits", expected, &found));
+        }
+        check_size("critic logits", &logits, &found)?;
+        Ok(widen(&logits)?.f_unsqueeze(-1)?.f_flatten(1, -1)?)
+    }
+}
+
+/// The real samples in the type of x, as many as of x.
+fn paired_real(batch: &Batch<'_>) -> Result<Tensor> {
+    let real = batch.real_samples()?;
+    check_size("real samples", real, &batch.x().size())?;
+    Ok(real.f_to_kind(batch.x().f_kind()?)?)
+}
+
+/// Mean over samples of the squared slope of their mean logit, with a graph.
+fn slope(logits: &Tensor, at: &Tensor) -> Result<Tensor> {
+    // Samples do not mix, so the slope of the sum holds that of each.
+    let sum = logits.f_mean_dim(&[1i64][..], false, None::<Kind>)?.f_sum(None::<Kind>)?;
+    let gradients = Tensor::f_run_backward(&[&sum], &[at], true, true)?;
+    match gradients.into_iter().next().filter(Tensor::defined) {
+        Some(slope) => {
+            let squared = widen(&slope)?.f_flatten(1, -1)?.f_square()?;
+            let per_sample = squared.f_sum_dim_intlist(&[1i64][..], false, None::<Kind>)?;
+            Ok(per_sample.f_mean(None::<Kind>)?)
+        }
+        // The critic does not look at the sample.
+        None => Ok(sum.f_zeros_like()?),
+    }
+}
+
+impl Regularizer for Adversarial<'_> {
+    fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
+        let (batch, tau) = (probe.batch(), probe.tau());
+        only_in(probe.x(), |x| {
+            let noised = self.path.renoise(x, tau, probe.noise())?;
+            let fake = self.logits(&noised, tau, batch.cond())?;
+            probe.observe("logit", || Ok(fake.f_mean(None::<Kind>)?))?;
+            self.gan_loss.generator(&fake, || {
+                let _no_grad = no_grad_guard();
+                let real = self.renoise(&paired_real(batch)?, tau, probe.noise())?;
+                let real = self.logits(&real, tau, batch.real_condition())?;
+                check_size("critic logits", &real, &fake.size())?;
+                Ok(real)
+            })
+        })
+    }
+
+    fn own_loss(&self, batch: &Batch<'_>) -> Result<Option<Tensor>> {
+        self.critic_loss(batch).map(Some)
+    }
+}
+
+impl std::fmt::Debug for Adversarial<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Adversarial")
+            .field("gan_loss", &self.gan_loss)
+            .field("penalty", &self.penalty)
+            .field("renoising", &self.renoising)
+            .finish_non_exhaustive()
+    }
+}

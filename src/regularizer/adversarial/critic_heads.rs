@@ -1,0 +1,126 @@
+//! Small trainable heads that turn the features of a frozen network into a critic.
+
+use tch::{Kind, Tensor, nn};
+
+use crate::Result;
+use crate::numeric::{check_samples, check_size};
+use crate::value::checked;
+
+/// One head for each level of features: a ready-made top for the critic of
+/// [`Adversarial`](crate::Adversarial) over a frozen trunk.
+///
+/// ```text
+/// logit = mean over positions of  w . SiLU(GroupNorm(W h + b)) + c
+/// ```
+/// with h the C features at one position of a level. The logits stay apart, `[B, K]`, so that each
+/// head meets the loss alone: summing heads before a hinge would let one cover for another. Positions
+/// are averaged before the loss, so a level counts the same whatever its resolution.
+///
+/// In spirit LADD (Sauer et al. 2024), whose heads are larger and see the condition. Here time and
+/// condition reach the heads through the trunk alone.
+///
+/// # Example
+/// A critic on the features of the teacher:
+/// ```
+/// # use decoupled_dmd::{Adversarial, Condition, CriticHeads, RectifiedFlow, Result, Shift};
+/// # use tch::{Device, Tensor, nn};
+/// # struct Teacher; impl Teacher { fn features(&self, x: &Tensor, _: &Tensor, _: &Condition) -> Vec<Tensor> { vec![x.repeat([1, 16]), x.repeat([1, 32])] } }
+/// # let teacher = Teacher;
+/// let store = nn::VarStore::new(Device::Cpu);
+/// let heads = CriticHeads::new(&store.root(), &[16, 32], 64)?;
+/// let critic = |x: &Tensor, t: &Tensor, cond: &Condition| -> Result<Tensor> {
+///     heads.logits(&teacher.features(x, t, cond))
+/// };
+/// let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+/// # let x = Tensor::randn([2, 1], (tch::Kind::Float, Device::Cpu));
+/// # assert_eq!(heads.logits(&teacher.features(&x, &x, &Condition::none()))?.size(), [2, 2]);
+/// # Ok::<(), decoupled_dmd::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct CriticHeads {
+    heads: Vec<Head>,
+    groups: i64,
+}
+
+#[derive(Debug)]
+struct Head {
+    channels: i64,
+    mix: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    read: Tensor,
+    constant: Tensor,
+}
+
+impl CriticHeads {
+    /// Heads of `width` hidden channels for levels of `channels` each, their parameters under `path`
+    /// as `0.mix`, `0.bias`, .. (initialised with libtorch's global generator). 256 is a common width.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless there is a level and all sizes are
+    /// positive; [`Error::Torch`](crate::Error::Torch) if a parameter cannot be created.
+    pub fn new(path: &nn::Path, channels: &[i64], width: i64) -> Result<Self> {
+        checked("number of feature levels", "at least 1", 0.0, !channels.is_empty())?;
+        checked("width of the heads", "at least 1", width as f64, width > 0)?;
+        let bound = 1.0 / (width as f64).sqrt();
+        let mut heads = Vec::new();
+        for (level, &channels) in channels.iter().enumerate() {
+            checked("channels of a feature level", "at least 1", channels as f64, channels > 0)?;
+            let path = path.sub(level.to_string());
+            heads.push(Head {
+                channels,
+                mix: path.f_kaiming_uniform("mix", &[width, channels, 1])?,
+                bias: path.f_zeros("bias", &[width])?,
+                scale: path.f_ones("scale", &[width])?,
+                offset: path.f_zeros("offset", &[width])?,
+                read: path.f_uniform("read", &[1, width, 1], -bound, bound)?,
+                constant: path.f_zeros("constant", &[1])?,
+            });
+        }
+        // At least 8 channels a group: a group of one channel at one position is always zero.
+        let fits = |groups: &i64| width.checked_rem(groups.saturating_mul(8)) == Some(0);
+        let groups = [32, 16, 8, 4, 2].into_iter().find(fits).unwrap_or(1);
+        Ok(Self { heads, groups })
+    }
+
+    /// Logits `[B, K]` for K levels of features, each `[B, C]` or `[B, C, ..]`; tokens `[B, T, C]`
+    /// must be transposed. Features are converted to the type of the parameters.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless there are as many levels as heads;
+    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless each level
+    /// has the channels of its head.
+    pub fn logits(&self, features: &[Tensor]) -> Result<Tensor> {
+        let levels = features.len();
+        let fits = levels == self.heads.len();
+        checked("number of feature levels", "the number of heads", levels as f64, fits)?;
+        let logits: Result<Vec<_>> = self
+            .heads
+            .iter()
+            .zip(features)
+            .map(|(head, level)| head.logit(level, self.groups))
+            .collect();
+        Ok(Tensor::f_cat(&logits?, 1)?)
+    }
+}
+
+impl Head {
+    /// `[B, 1]`.
+    fn logit(&self, features: &Tensor, groups: i64) -> Result<Tensor> {
+        check_samples("features of the critic", features, 2)?;
+        let features = features.f_unsqueeze(-1)?.f_flatten(2, -1)?;
+        let mut expected = features.size();
+        if let Some(channels) = expected.get_mut(1) {
+            *channels = self.channels;
+        }
+        check_size("features of the critic", &features, &expected)?;
+        let pointwise =
+            |x: &Tensor, weight: &Tensor, bias: &Tensor| x.f_conv1d(weight, Some(bias), 1, 0, 1, 1);
+        let hidden = pointwise(&features.f_to_kind(self.mix.f_kind()?)?, &self.mix, &self.bias)?
+            .f_group_norm(groups, Some(&self.scale), Some(&self.offset), 1e-5, true)?
+            .f_silu()?;
+        let logits = pointwise(&hidden, &self.read, &self.constant)?;
+        Ok(logits.f_mean_dim(&[2i64][..], false, None::<Kind>)?)
+    }
+}

@@ -1,0 +1,104 @@
+//! What a critic and a generator make of logits.
+
+use tch::{Kind, Tensor};
+
+use crate::Result;
+use crate::value::checked;
+
+/// How logits become losses, each a mean over samples and heads. D is the critic, r a real sample, f
+/// a generated one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum GanLoss {
+    /// Critic `softplus(D(f)) + softplus(-D(r))`, generator `softplus(-D(f))` (Goodfellow et al.
+    /// 2014; DMD2, FastGen). The generator's gradient is bounded, and strongest where it loses.
+    #[default]
+    NonSaturating,
+    /// Critic `relu(1 - D(r)) + relu(1 + D(f))`, generator `-D(f)` (Lim & Ye 2017; LADD, ADM). The
+    /// generator's loss has no lower bound.
+    Hinge,
+    /// Critic `softplus(D(f) - D(r))`, generator `softplus(D(r) - D(f))` (Jolicoeur-Martineau 2018;
+    /// R3GAN, AAPT): every sample is judged against the real one at its place in the batch. Costs the
+    /// generator a second forward, and R3GAN wants a gradient penalty with it.
+    Relativistic,
+}
+
+impl GanLoss {
+    pub(super) fn critic(self, real: &Tensor, fake: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::NonSaturating => {
+                Ok(mean(&softplus(fake)?)?.f_add(&mean(&softplus(&real.f_neg()?)?)?)?)
+            }
+            Self::Hinge => {
+                let real = real.f_neg()?.f_add_scalar(1.0)?.f_relu()?;
+                Ok(mean(&real)?.f_add(&mean(&fake.f_add_scalar(1.0)?.f_relu()?)?)?)
+            }
+            Self::Relativistic => mean(&softplus(&fake.f_sub(real)?)?),
+        }
+    }
+
+    /// `real` is asked for only where the loss needs it.
+    pub(super) fn generator(
+        self,
+        fake: &Tensor,
+        real: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        match self {
+            Self::NonSaturating => mean(&softplus(&fake.f_neg()?)?),
+            Self::Hinge => mean(&fake.f_neg()?),
+            Self::Relativistic => mean(&softplus(&real()?.f_sub(fake)?)?),
+        }
+    }
+}
+
+/// What keeps a critic from becoming steep, added to its loss at the *noised* real samples x_t.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum CriticPenalty {
+    /// `gamma / 2  mean over samples of |grad D(x_t)|^2`, D being the mean logit of a sample (Mescheder
+    /// et al. 2018). Differentiates twice: fused attention kernels and gradient checkpointing refuse.
+    /// There is no default that fits all: gamma scales with the number of elements of a sample.
+    R1 {
+        /// The strength, at least 0.
+        gamma: f64,
+    },
+    /// `weight  mean over samples and logits of (D(x_t) - D(x_t + sigma n))^2`, n unit noise: the
+    /// finite difference of APT (Lin et al. 2025), with any network, for one more forward. For
+    /// a single logit its expectation over n is, to first order, `weight sigma^2 |grad D(x_t)|^2`:
+    /// R1 with `gamma = 2 weight sigma^2`. With several, each logit is held, not their mean.
+    ApproximateR1 {
+        /// The strength, at least 0; re-implementations of APT use 100.
+        weight: f64,
+        /// The standard deviation of the perturbation in units of x_t, positive; 0.01 in APT.
+        sigma: f64,
+    },
+}
+
+impl CriticPenalty {
+    pub(super) fn check(self) -> Result<Self> {
+        let (what, strength) = match self {
+            Self::R1 { gamma } => ("gamma of R1", gamma),
+            Self::ApproximateR1 { weight, sigma } => {
+                let valid = sigma.is_finite() && sigma > 0.0;
+                checked("sigma of the approximate R1", "finite and positive", sigma, valid)?;
+                ("weight of the approximate R1", weight)
+            }
+        };
+        let valid = strength.is_finite() && strength >= 0.0;
+        checked(what, "finite and at least 0", strength, valid)?;
+        Ok(self)
+    }
+}
+
+fn mean(tensor: &Tensor) -> Result<Tensor> {
+    Ok(tensor.f_mean(None::<Kind>)?)
+}
+
+/// `ln(1 + e^x)`, exact for large x too, where `f_softplus` switches to x.
+fn softplus(x: &Tensor) -> Result<Tensor> {
+    Ok(x.f_neg()?.f_log_sigmoid()?.f_neg()?)
+}

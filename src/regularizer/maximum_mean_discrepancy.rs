@@ -1,0 +1,233 @@
+//! Maximum mean discrepancy: the samples and the data agree in the mean of every feature of a kernel.
+
+mod kernel;
+
+pub use kernel::{Bandwidth, Kernel};
+use tch::{Kind, Tensor, no_grad_guard};
+
+use crate::numeric::{check_device, check_samples, check_size, only_in, widen, with_gradient};
+use crate::value::checked;
+use crate::{Error, NetworkOutput, Probe, Regularizer, Result};
+
+/// Elements of the largest intermediate tensor, unless one row of pairs needs more.
+const BLOCK: i64 = 1 << 22;
+
+type Features<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
+
+/// How the expectations over pairs are estimated from samples.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+pub enum Estimator {
+    /// The U-statistic, over pairs of different samples. Right on average, so it may be negative;
+    /// needs two samples of each kind.
+    #[default]
+    Unbiased,
+    /// The V-statistic, over all pairs. Never negative; too large by up to 1/m + 1/n where k(0) = 1,
+    /// and with a repulsion between samples that is too weak by the factor 1 - 1/m.
+    Biased,
+}
+
+/// Maximum mean discrepancy (MMD): the distance between the distribution of the samples and that of
+/// real ones, seen through a kernel, without a critic to train.
+///
+/// ```text
+/// E k(x, x') + E k(y, y') - 2 E k(x, y)        k(a, b) = k(|f(a) - f(b)|)
+/// ```
+/// Gretton et al., A Kernel Two-Sample Test (JMLR 2012), Lemma 6; x are the m samples, y the n real
+/// ones, f the features. It vanishes, for the kernels here, only where the distributions of f agree.
+/// Conditions are not looked at: the batch as a whole is compared with the real samples as a whole.
+///
+/// | parameter | meaning | default and its source |
+/// |---|---|---|
+/// | `kernel` | [`Kernel`] with its bandwidth | [`Kernel::gaussian`]: DAN's mixture, median heuristic |
+/// | [`estimator`](Self::estimator) | over which pairs | unbiased; the biased one shrinks small batches |
+/// | [`features`](Self::features) | f, a frozen network or a pooling | the sample itself, flattened |
+///
+/// Choose features for anything but small vectors: in the tens of thousands of dimensions of a
+/// latent all distances are nearly equal, and the kernel tells nothing apart. Pooled latents, or the
+/// pooled features of a frozen network, keep it informative. The statistical error falls with the
+/// number of *samples*; with one or two, this is not the term to use.
+///
+/// # Shapes
+/// x `[m, ..]` and real samples `[n, ..]` to a scalar, in float32 or wider; features `[m, ..]` and
+/// `[n, ..]` are flattened to vectors. Pairs are visited in blocks of rows: memory grows with
+/// (m + n) times the length of a feature vector, time with (m + n)^2 times it.
+///
+/// # Forwards
+/// Features: one of x, one of the real samples without a graph. The gradient flows through f into x
+/// alone; parameters inside f, the bandwidth and the real samples receive none. It is the exact
+/// gradient of the value, computed when the loss is.
+///
+/// # Errors
+/// [`Error::Missing`] without [`Batch::real`](crate::Batch::real); [`Error::OutOfRange`] for a
+/// single sample with the unbiased estimator; [`Error::Shape`], [`Error::Kind`] or
+/// [`Error::Device`] if the features of x and of the real samples do not fit each other; what `f`
+/// returns.
+///
+/// # Example
+/// ```
+/// use decoupled_dmd::{Kernel, MaximumMeanDiscrepancy};
+/// # use tch::{Device, Kind, Tensor};
+/// // Latents [B, C, H, W], pooled to [B, C, 4, 4].
+/// let term = MaximumMeanDiscrepancy::new(Kernel::gaussian())?
+///     .features(|x: &Tensor| x.f_adaptive_avg_pool2d([4, 4]));
+/// # let x = Tensor::randn([8, 4, 8, 8], (Kind::Float, Device::Cpu));
+/// # assert!(term.between(&x, &x)?.double_value(&[]) < 0.0);
+/// # Ok::<(), decoupled_dmd::Error>(())
+/// ```
+pub struct MaximumMeanDiscrepancy<'a> {
+    kernel: Kernel,
+    estimator: Estimator,
+    features: Option<Box<Features<'a>>>,
+}
+
+impl<'a> MaximumMeanDiscrepancy<'a> {
+    /// With a kernel.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] unless there are scales and they and a fixed bandwidth are finite and
+    /// positive.
+    pub fn new(kernel: Kernel) -> Result<Self> {
+        kernel.check()?;
+        Ok(Self { kernel, estimator: Estimator::default(), features: None })
+    }
+
+    /// Sets how the expectations are estimated.
+    #[must_use]
+    pub fn estimator(mut self, estimator: Estimator) -> Self {
+        self.estimator = estimator;
+        self
+    }
+
+    /// Compares features of the samples, `[B, ..]` to `[B, ..]`; the closure must be differentiable
+    /// and treat each sample alone.
+    #[must_use]
+    pub fn features<O: NetworkOutput<Tensor>>(
+        mut self,
+        features: impl Fn(&Tensor) -> O + 'a,
+    ) -> Self {
+        self.features = Some(Box::new(move |x| features(x).into_result()));
+        self
+    }
+
+    /// The discrepancy between samples x `[m, ..]` and real samples `[n, ..]`, a scalar,
+    /// differentiable in x.
+    ///
+    /// # Errors
+    /// As those of the term.
+    pub fn between(&self, x: &Tensor, real: &Tensor) -> Result<Tensor> {
+        check_samples("x", x, 2)?;
+        check_samples("real samples", real, 2)?;
+        check_device("real samples", real, x)?;
+        if self.estimator == Estimator::Unbiased {
+            for (what, count) in
+                [("number of samples", count(x)), ("number of real samples", count(real))]
+            {
+                let requirement = "at least 2 for the unbiased estimator";
+                checked(what, requirement, count as f64, count > 1)?;
+            }
+        }
+        let target = {
+            let _no_grad = no_grad_guard();
+            self.vectors(real)?
+        };
+        only_in(x, |x| {
+            let vectors = self.vectors(x)?;
+            let width: Vec<i64> = target
+                .size()
+                .into_iter()
+                .take(1)
+                .chain(vectors.size().into_iter().skip(1))
+                .collect();
+            check_size("features of the real samples", &target, &width)?;
+            let (value, slope) = {
+                let _no_grad = no_grad_guard();
+                let target = target.f_to_kind(vectors.f_kind()?)?;
+                self.estimate(&vectors.f_detach()?, &target)?
+            };
+            with_gradient(&value, &vectors, &slope)
+        })
+    }
+
+    /// Features as vectors, `[B, D]`, in float32 or wider.
+    fn vectors(&self, x: &Tensor) -> Result<Tensor> {
+        let features = match &self.features {
+            Some(features) => features(x)?,
+            None => x.shallow_clone(),
+        };
+        check_samples("features", &features, 2)?;
+        if count(&features) != count(x) {
+            let expected = format!("[{}, ..], one for each sample", count(x));
+            return Err(Error::shape("features", expected, &features.size()));
+        }
+        check_device("features", &features, x)?;
+        Ok(widen(&features)?.f_flatten(1, -1)?)
+    }
+
+    /// The estimate for vectors x `[m, D]` and y `[n, D]`, and its gradient in x.
+    fn estimate(&self, x: &Tensor, y: &Tensor) -> Result<(Tensor, Tensor)> {
+        let unit = self.kernel.measure(x, y)?;
+        let (m, n) = (count(x) as f64, count(y) as f64);
+        // Pairs of one sample with itself contribute k(0), and no gradient.
+        let (own, real, diagonal) = match self.estimator {
+            Estimator::Unbiased => (m * (m - 1.0), n * (n - 1.0), self.kernel.at_zero()),
+            Estimator::Biased => (m * m, n * n, 0.0),
+        };
+        let (own_sum, own_slope) = self.pairs(x, x, &unit)?;
+        let (real_sum, _) = self.pairs(y, y, &unit)?;
+        let (cross_sum, cross_slope) = self.pairs(x, y, &unit)?;
+        let mean = |sum: Tensor, diagonal: f64, pairs: f64| {
+            sum.f_sub_scalar(diagonal)?.f_mul_scalar(1.0 / pairs)
+        };
+        let value = mean(own_sum, m * diagonal, own)?
+            .f_add(&mean(real_sum, n * diagonal, real)?)?
+            .f_sub(&mean(cross_sum, 0.0, 0.5 * m * n)?)?;
+        // x is on both sides of the pairs with itself.
+        let slope =
+            own_slope.f_mul_scalar(2.0 / own)?.f_sub(&cross_slope.f_mul_scalar(2.0 / (m * n))?)?;
+        Ok((value.f_to_kind(x.f_kind()?)?, slope))
+    }
+
+    /// The sum of k over all pairs of a row of x and a row of y, in float64, and its gradient in the
+    /// rows of x.
+    ///
+    /// Differences are taken explicitly: |x|^2 + |y|^2 - 2 xy would lose close pairs to rounding.
+    fn pairs(&self, x: &Tensor, y: &Tensor, unit: &Tensor) -> Result<(Tensor, Tensor)> {
+        let row = i64::try_from(y.numel()).unwrap_or(BLOCK);
+        let rows = BLOCK.checked_div(row).unwrap_or(1).max(1);
+        let mut sum = Tensor::f_zeros([0i64; 0], (Kind::Double, x.device()))?;
+        let mut slopes = Vec::new();
+        for block in x.f_split(rows, 0)? {
+            let difference = block.f_unsqueeze(1)?.f_sub(y)?;
+            let squared =
+                difference.f_square()?.f_sum_dim_intlist(&[2i64][..], false, None::<Kind>)?;
+            let (value, slope) = self.kernel.evaluate(&squared, unit)?;
+            sum = sum.f_add(&value.f_sum(Kind::Double)?)?;
+            // d k(|x - y|^2) / dx = 2 k' (x - y)
+            let slope = slope.f_unsqueeze(1)?.f_matmul(&difference)?.f_squeeze_dim(1)?;
+            slopes.push(slope.f_mul_scalar(2.0)?);
+        }
+        Ok((sum, Tensor::f_cat(&slopes, 0)?))
+    }
+}
+
+fn count(samples: &Tensor) -> i64 {
+    samples.size().first().copied().unwrap_or_default()
+}
+
+impl Regularizer for MaximumMeanDiscrepancy<'_> {
+    fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
+        self.between(probe.x(), probe.batch().real_samples()?)
+    }
+}
+
+impl std::fmt::Debug for MaximumMeanDiscrepancy<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MaximumMeanDiscrepancy")
+            .field("kernel", &self.kernel)
+            .field("estimator", &self.estimator)
+            .field("features", &self.features.is_some())
+            .finish()
+    }
+}

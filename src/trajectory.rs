@@ -1,0 +1,104 @@
+//! A whole rollout, kept: every step's input and prediction, for several losses to draw from.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::numeric::{check_device, per_sample};
+use crate::value::checked;
+use crate::{Error, PreShift, Result};
+
+/// One rollout of a student over its grid, without a graph; made by
+/// [`Sampler::trajectory`](crate::Sampler::trajectory).
+///
+/// [`Sampler::simulate`](crate::Sampler::simulate) spends a rollout on one step of the grid, the same
+/// for the whole batch. A kept rollout serves all of them: each sample its own step, the student's
+/// update and those of the fake score (the way of CDM, arXiv 2605.06376). Within a batch all student
+/// times then occur, which takes noise out of the gradient.
+#[derive(Debug)]
+pub struct Trajectory {
+    /// The student's inputs, `[K, B, ..]`.
+    pub(crate) noised: Tensor,
+    /// The student's clean predictions, `[K, B, ..]`.
+    pub(crate) samples: Tensor,
+    /// The pre-shift times of the steps, `[K]`.
+    pub(crate) times: Tensor,
+}
+
+impl Trajectory {
+    /// The number of steps, K.
+    pub fn steps(&self) -> i64 {
+        self.times.size().first().copied().unwrap_or_default()
+    }
+
+    /// The number of samples, B.
+    pub fn len(&self) -> i64 {
+        self.samples.size().get(1).copied().unwrap_or_default()
+    }
+
+    /// Whether there is no sample, which does not happen.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// One step for each sample, `[B]`, spread as evenly over the grid as B allows and in random
+    /// order, from libtorch's global generator.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if libtorch fails.
+    pub fn draw_steps(&self) -> Result<Tensor> {
+        spread_steps(self.steps(), self.len(), self.samples.device())
+    }
+
+    /// The clean predictions `[B, ..]` of each sample at its step of `steps` `[B]`, without a graph:
+    /// what a fake score is trained on.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] or [`Error::Kind`] unless `steps` are B whole numbers,
+    /// [`Error::OutOfRange`] if the grid has no such step.
+    pub fn samples_at(&self, steps: &Tensor) -> Result<Tensor> {
+        check_steps(steps, self.steps(), self.len(), &self.samples)?;
+        gather(&self.samples, steps)
+    }
+
+    /// The student's inputs `[B, ..]` and times at each sample's step.
+    pub(crate) fn inputs_at(&self, steps: &Tensor) -> Result<(Tensor, PreShift)> {
+        check_steps(steps, self.steps(), self.len(), &self.samples)?;
+        let times = PreShift::new(self.times.f_index_select(0, steps)?)?;
+        Ok((gather(&self.noised, steps)?, times))
+    }
+}
+
+/// One of `count` steps for each of `batch` samples, spread evenly, in random order, `[B]`.
+pub(crate) fn spread_steps(count: i64, batch: i64, device: Device) -> Result<Tensor> {
+    let options = (Kind::Int64, device);
+    let offset = Tensor::f_randint(count, [1], options)?;
+    let order = Tensor::f_randperm(batch, options)?;
+    Ok(order.f_add(&offset)?.f_remainder(count)?)
+}
+
+/// Refuses anything but `batch` whole numbers below `count`, on the device of `like`. Reads them.
+pub(crate) fn check_steps(steps: &Tensor, count: i64, batch: i64, like: &Tensor) -> Result<()> {
+    if steps.size() != [batch] {
+        return Err(Error::shape("steps", format!("[{batch}]"), &steps.size()));
+    }
+    let found = steps.f_kind()?;
+    if found != Kind::Int64 {
+        return Err(Error::Kind { what: "steps", expected: "Int64", found });
+    }
+    check_device("steps", steps, like)?;
+    for value in [steps.f_min()?, steps.f_max()?] {
+        let value = value.f_int64_value(&[])?;
+        let valid = (0..count).contains(&value);
+        checked("step", "below the number of steps", value as f64, valid)?;
+    }
+    Ok(())
+}
+
+/// From `[K, B, ..]` the row at `steps[b]` for each b, `[B, ..]`.
+fn gather(values: &Tensor, steps: &Tensor) -> Result<Tensor> {
+    let index = per_sample(steps, &values.f_select(0, 0)?)?.f_unsqueeze(0)?;
+    let mut shape = values.size();
+    if let Some(first) = shape.first_mut() {
+        *first = 1;
+    }
+    Ok(values.f_gather(0, &index.f_expand(&shape, false)?, false)?.f_squeeze_dim(0)?)
+}

@@ -1,0 +1,311 @@
+use std::cell::RefCell;
+
+use decoupled_dmd::{
+    Adversarial, Batch, Condition, CriticHeads, CriticPenalty, Error, GanLoss, PostShift, Probe,
+    RectifiedFlow, Regularizer, Result, Shift,
+};
+use proptest::prelude::*;
+use tch::{Device, Kind, Tensor, nn};
+
+use crate::common::{gaussian_teacher, gradient, max_difference, seeded, value, wave};
+use crate::{loss_of, reorder};
+
+const LOSSES: [GanLoss; 3] = [GanLoss::NonSaturating, GanLoss::Hinge, GanLoss::Relativistic];
+const SHAPE: [i64; 2] = [3, 4];
+
+fn leaf(shape: &[i64], phase: f64) -> Tensor {
+    wave(shape, phase, Kind::Double).set_requires_grad(true)
+}
+
+fn half(batch: i64) -> PostShift {
+    PostShift::all(0.5, batch, (Kind::Double, Device::Cpu)).unwrap()
+}
+
+#[test]
+fn each_step_leaves_the_other_player_alone() -> Result<()> {
+    let cond = Condition::none();
+    for gan_loss in LOSSES {
+        let (x, real) = (leaf(&SHAPE, 0.3), wave(&SHAPE, 1.3, Kind::Double));
+        // A trunk that is not even frozen by the user, and a head.
+        let (trunk, head) = (leaf(&[4, 5], 2.0), leaf(&[5, 2], 3.0));
+        let critic = |x: &Tensor, _: &Tensor, _: &Condition| x.matmul(&trunk).tanh().matmul(&head);
+        let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic).gan_loss(gan_loss);
+        let gan = gan.penalty(CriticPenalty::R1 { gamma: 0.1 })?;
+        let batch = Batch::new(&x, &cond)?.real(&real)?;
+
+        loss_of(&gan, &batch)?.backward();
+        assert!(value(&x.grad().abs().max()) > 1e-3, "{gan_loss:?}");
+        assert!(!trunk.grad().defined() && !head.grad().defined(), "{gan_loss:?}");
+        // The gradient is that of the chain through the trunk.
+        let logits = |t: &Tensor| {
+            let noised: Tensor = 0.5 * t + 0.5 * wave(&SHAPE, 5.0, Kind::Double);
+            noised.matmul(&trunk).tanh().matmul(&head)
+        };
+        let (fake, judged) = (logits(&x), logits(&real));
+        let plain = match gan_loss {
+            GanLoss::NonSaturating => (-fake).softplus().mean(None),
+            GanLoss::Hinge => -fake.mean(None),
+            _ => (judged - fake).softplus().mean(None),
+        };
+        assert!(max_difference(&x.grad(), &gradient(&plain, &x)) < 1e-16, "{gan_loss:?}");
+
+        let before = x.grad().copy();
+        let noise = wave(&SHAPE, 5.0, Kind::Double);
+        gan.critic_loss_at(&batch, &half(3), &noise, &noise)?.backward();
+        assert!(trunk.grad().defined() && head.grad().defined());
+        assert!(x.grad().equal(&before) && !real.requires_grad());
+    }
+    Ok(())
+}
+
+#[test]
+fn without_a_graph_there_is_a_value() -> Result<()> {
+    let (x, cond) = (leaf(&SHAPE, 0.3), Condition::none());
+    let weight = leaf(&[4, 1], 2.0);
+    let critic = |x: &Tensor, _: &Tensor, _: &Condition| x.matmul(&weight);
+    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+    let loss = loss_of(&gan, &Batch::new(&x, &cond)?)?;
+    let detached = x.detach();
+    let batch = Batch::new(&detached, &cond)?;
+    for quiet in [loss_of(&gan, &batch)?, tch::no_grad(|| loss_of(&gan, &batch))?] {
+        assert!(!quiet.requires_grad());
+        assert_eq!(value(&quiet), value(&loss));
+    }
+    let blind = |x: &Tensor, _: &Tensor, _: &Condition| x.zeros_like();
+    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, blind);
+    assert!(!loss_of(&gan, &Batch::new(&x, &cond)?)?.requires_grad());
+    Ok(())
+}
+
+#[test]
+fn r1_has_the_closed_form_of_linear_and_quadratic_critics() -> Result<()> {
+    let (x, real) = (leaf(&SHAPE, 0.3), wave(&SHAPE, 1.3, Kind::Double));
+    let (cond, noise) = (Condition::none(), wave(&SHAPE, 5.0, Kind::Double));
+    let batch = Batch::new(&x, &cond)?.real(&real)?;
+    let weight = leaf(&[4, 2], 2.0);
+    let curvature = Tensor::from(0.7).set_requires_grad(true);
+    let noised: Tensor = 0.5 * &real + 0.5 * &noise;
+
+    // Two logits: the slope of their mean is the mean of the columns.
+    let linear = |x: &Tensor, _: &Tensor, _: &Condition| x.matmul(&weight);
+    let mean_slope = weight.mean_dim(&[1i64][..], false, None);
+    let linear_penalty = 1.5 * mean_slope.square().sum(None);
+    let quadratic = |x: &Tensor, _: &Tensor, _: &Condition| {
+        0.5 * &curvature * x.square().sum_dim_intlist(&[1i64][..], false, None)
+    };
+    let squares = noised.square().sum_dim_intlist(&[1i64][..], false, None);
+    let quadratic_penalty = 1.5 * curvature.square() * squares.mean(None);
+
+    type Critic<'a> = &'a dyn Fn(&Tensor, &Tensor, &Condition) -> Tensor;
+    let cases: [(Critic<'_>, &Tensor, &Tensor); 2] =
+        [(&linear, &weight, &linear_penalty), (&quadratic, &curvature, &quadratic_penalty)];
+    for (critic, parameter, expected) in cases {
+        let loss = |gamma: f64| -> Result<Tensor> {
+            Adversarial::new(RectifiedFlow, Shift::NONE, critic)
+                .penalty(CriticPenalty::R1 { gamma })?
+                .critic_loss_at(&batch, &half(3), &noise, &noise)
+        };
+        let penalty = loss(3.0)? - loss(0.0)?;
+        assert!((value(&penalty) - value(expected)).abs() < 1e-13);
+        let slope = gradient(&penalty, parameter);
+        assert!(max_difference(&slope, &gradient(expected, parameter)) < 1e-13);
+    }
+    Ok(())
+}
+
+#[test]
+fn approximate_r1_moves_the_noised_sample_and_tends_to_r1() -> Result<()> {
+    // Four samples at one place, moved along +- sqrt(2) e_i: the mean over n is exact for a plane.
+    let x = leaf(&[4, 2], 0.3);
+    let real = Tensor::from_slice(&[0.3, -0.8]).expand([4, 2], false);
+    let noise = Tensor::from_slice(&[0.5, 1.0]).expand([4, 2], false);
+    let root = 2f64.sqrt();
+    let perturbation =
+        Tensor::from_slice(&[root, 0.0, -root, 0.0, 0.0, root, 0.0, -root]).view([4, 2]);
+    let cond = Condition::none();
+    let batch = Batch::new(&x, &cond)?.real(&real)?;
+    let seen = RefCell::new(Vec::new());
+    let critic = |x: &Tensor, _: &Tensor, _: &Condition| {
+        seen.borrow_mut().push(x.detach());
+        (x * Tensor::from_slice(&[1.0, -2.0])).sin().sum_dim_intlist(&[1i64][..], true, None)
+    };
+    let loss = |penalty: CriticPenalty| -> Result<f64> {
+        let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic).penalty(penalty)?;
+        Ok(value(&gan.critic_loss_at(&batch, &half(4), &noise, &perturbation)?))
+    };
+    let none = loss(CriticPenalty::R1 { gamma: 0.0 })?;
+    let exact = loss(CriticPenalty::R1 { gamma: 2.0 })? - none;
+    let mut errors = Vec::new();
+    for sigma in [0.1, 0.01, 0.001] {
+        seen.borrow_mut().clear();
+        // gamma = 2 weight sigma^2
+        let weight = 1.0 / (sigma * sigma);
+        let approximate = loss(CriticPenalty::ApproximateR1 { weight, sigma })? - none;
+        errors.push((approximate / exact - 1.0).abs());
+        let seen = seen.borrow();
+        let noised: Tensor = 0.5 * &real + 0.5 * &noise;
+        assert_eq!(seen.len(), 3);
+        assert!(max_difference(&seen[1], &noised) < 1e-15);
+        assert!(max_difference(&seen[2], &(noised + sigma * &perturbation)) < 1e-15);
+    }
+    assert!(errors[0] < 0.1 && errors[1] < 1e-3 && errors[2] < 1e-5, "{errors:?}");
+    Ok(())
+}
+
+#[test]
+fn real_and_generated_samples_share_tau_and_noise_and_have_their_conditions() -> Result<()> {
+    let _guard = seeded(31);
+    let (x, real) = (leaf(&SHAPE, 0.3), wave(&SHAPE, 1.3, Kind::Double));
+    let (cond, real_cond) = (Tensor::from(1.0).into(), Condition::from(Tensor::from(2.0)));
+    let seen = RefCell::new(Vec::new());
+    let critic = |x: &Tensor, t: &Tensor, c: &Condition| {
+        seen.borrow_mut().push((x.detach(), t.copy(), value(&c[0])));
+        x.sum_dim_intlist(&[1i64][..], true, None)
+    };
+    let gan = Adversarial::new(RectifiedFlow, Shift::new(3.0)?, critic);
+    let plain = Batch::new(&x, &cond)?.real(&real)?;
+    let _loss = gan.own_loss(&plain)?.expect("a critic has a loss");
+    let own = Batch::new(&x, &cond)?.real(&real)?.real_cond(&real_cond);
+    let _loss = gan.critic_loss(&own)?;
+    let _loss = loss_of(&gan, &own)?;
+    let relativistic = gan.gan_loss(GanLoss::Relativistic);
+    let _loss = loss_of(&relativistic, &own)?;
+    let seen = seen.borrow();
+    // Forwards: critic 2, 2; generator 1; relativistic generator 2.
+    let conds: Vec<f64> = seen.iter().map(|call| call.2).collect();
+    assert_eq!(conds, [1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 2.0]);
+    for pair in [&seen[0..2], &seen[2..4], &seen[5..7]] {
+        let tau = &pair[0].1;
+        assert!(tau.equal(&pair[1].1));
+        let difference = tau.unsqueeze(1) * (&x - &real);
+        assert!(max_difference(&(&pair[0].0 - &pair[1].0), &difference) < 1e-14);
+    }
+    Ok(())
+}
+
+#[test]
+fn logits_far_from_zero_lose_nothing() -> Result<()> {
+    let (x, cond) = (leaf(&[1, 1], 0.3), Condition::none());
+    let real = wave(&[1, 1], 0.3, Kind::Double);
+    let batch = Batch::new(&x, &cond)?.real(&real)?;
+    for logit in [-200.0, -30.0, 25.0, 200.0f64] {
+        let critic = |x: &Tensor, _: &Tensor, _: &Condition| x * 0.0 + logit;
+        let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+        let softplus = |x: f64| if x > 0.0 { x + (-x).exp().ln_1p() } else { x.exp().ln_1p() };
+        let loss = loss_of(&gan, &batch)?;
+        approx::assert_relative_eq!(value(&loss), softplus(-logit), max_relative = 1e-14);
+        let loss = gan.critic_loss_at(&batch, &half(1), &real, &real)?;
+        let expected = softplus(logit) + softplus(-logit);
+        approx::assert_relative_eq!(value(&loss), expected, max_relative = 1e-14);
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn permuting_the_batch_permutes_the_gradient(
+        tau in prop::array::uniform3(0.0..1.0f64),
+        gan_loss in prop::sample::select(&LOSSES[..]),
+    ) {
+        let weight = wave(&[4, 2], 2.0, Kind::Double);
+        let critic = |x: &Tensor, t: &Tensor, c: &Condition| {
+            (x.matmul(&weight) + t.unsqueeze(1) + &c[0]).tanh()
+        };
+        let run = |order: &[i64]| -> Result<(f64, f64, Tensor)> {
+            let pick = |t: Tensor| reorder(&t, order);
+            let x = pick(wave(&SHAPE, 0.3, Kind::Double)).set_requires_grad(true);
+            let (real, noise) = (wave(&SHAPE, 1.3, Kind::Double), wave(&SHAPE, 5.0, Kind::Double));
+            let (real, noise) = (pick(real), pick(noise));
+            let cond = Condition::from(pick(wave(&[3, 2], 4.0, Kind::Double)));
+            let batch = Batch::new(&x, &cond)?.real(&real)?;
+            let time = || PostShift::new(pick(Tensor::from_slice(&tau)));
+            let teacher = gaussian_teacher(1.0);
+            let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic)
+                .gan_loss(gan_loss)
+                .penalty(CriticPenalty::ApproximateR1 { weight: 1.0, sigma: 0.1 })?;
+            let own = gan.critic_loss_at(&batch, &time()?, &noise, &noise)?;
+            let loss = gan.loss(&Probe::at(&teacher, &batch, time()?, noise)?)?;
+            Ok((value(&own), value(&loss), gradient(&loss, &x)))
+        };
+        let order = [2, 0, 1];
+        let (straight, turned) = (run(&[0, 1, 2]).unwrap(), run(&order).unwrap());
+        prop_assert!((straight.0 - turned.0).abs() < 1e-14);
+        prop_assert!((straight.1 - turned.1).abs() < 1e-14);
+        prop_assert!(max_difference(&turned.2, &reorder(&straight.2, &order)) < 1e-15);
+    }
+}
+
+#[test]
+fn bad_input_is_named() -> Result<()> {
+    let (x, cond) = (leaf(&SHAPE, 0.3), Condition::none());
+    let plain = |x: &Tensor, _: &Tensor, _: &Condition| x.shallow_clone();
+    let gan = || Adversarial::new(RectifiedFlow, Shift::NONE, plain);
+    let noise = wave(&SHAPE, 5.0, Kind::Double);
+    let missing = |result: Result<Tensor>| {
+        matches!(result, Err(Error::Missing { what: "real samples", setter: "real" }))
+    };
+    let alone = Batch::new(&x, &cond)?;
+    assert!(loss_of(&gan(), &alone).is_ok());
+    assert!(missing(loss_of(&gan().gan_loss(GanLoss::Relativistic), &alone)));
+    assert!(missing(gan().critic_loss_at(&alone, &half(3), &noise, &noise)));
+
+    let shape = |result: Result<Tensor>, argument: &str| matches!(result, Err(Error::Shape { what, .. }) if what == argument);
+    let two = wave(&[2, 4], 1.3, Kind::Double);
+    let fewer = Batch::new(&x, &cond)?.real(&two)?;
+    assert!(shape(gan().critic_loss_at(&fewer, &half(3), &noise, &noise), "real samples"));
+    let real = wave(&SHAPE, 1.3, Kind::Double);
+    let batch = Batch::new(&x, &cond)?.real(&real)?;
+    assert!(shape(gan().critic_loss_at(&batch, &half(2), &noise, &noise), "time"));
+    assert!(shape(gan().critic_loss_at(&batch, &half(3), &two, &noise), "noise"));
+    assert!(shape(gan().critic_loss_at(&batch, &half(3), &noise, &two), "perturbation"));
+    let summing = |x: &Tensor, _: &Tensor, _: &Condition| x.sum(None);
+    assert!(shape(
+        loss_of(&Adversarial::new(RectifiedFlow, Shift::NONE, summing), &batch),
+        "critic logits"
+    ));
+    let failing = |x: &Tensor, _: &Tensor, _: &Condition| x.f_view([-7]);
+    assert!(matches!(
+        loss_of(&Adversarial::new(RectifiedFlow, Shift::NONE, failing), &batch),
+        Err(Error::Network(_))
+    ));
+
+    let refused = |penalty, argument: &str| {
+        let result = gan().penalty(penalty);
+        matches!(result, Err(Error::OutOfRange { what, .. }) if what == argument)
+    };
+    for bad in [-1.0, f64::NAN, f64::INFINITY] {
+        assert!(refused(CriticPenalty::R1 { gamma: bad }, "gamma of R1"));
+        let approximate = |weight, sigma| CriticPenalty::ApproximateR1 { weight, sigma };
+        assert!(refused(approximate(bad, 0.01), "weight of the approximate R1"));
+        assert!(refused(approximate(1.0, bad), "sigma of the approximate R1"));
+        assert!(refused(approximate(1.0, 0.0), "sigma of the approximate R1"));
+    }
+    Ok(())
+}
+
+#[test]
+fn critic_heads_take_any_rank_and_name_what_does_not_fit() -> Result<()> {
+    let _guard = seeded(32);
+    let store = nn::VarStore::new(Device::Cpu);
+    let heads = CriticHeads::new(&store.root(), &[4, 5, 6], 32)?;
+    let float = |shape: &[i64]| wave(shape, 0.3, Kind::Float);
+    let levels = [float(&[2, 4]), float(&[2, 5, 7]), wave(&[2, 6, 3, 3], 0.3, Kind::BFloat16)];
+    let logits = heads.logits(&levels)?;
+    assert_eq!(logits.size(), [2, 3]);
+    assert!(value(&logits.abs().min()) > 1e-4, "no head is stuck at zero: {logits:?}");
+    logits.sum(Kind::Float).backward();
+    assert_eq!(store.variables().len(), 18);
+    assert!(store.variables().values().all(|parameter| parameter.grad().defined()));
+
+    let fails = |result: Result<Tensor>, argument: &str| matches!(result, Err(Error::Shape { what, .. } | Error::OutOfRange { what, .. }) if what == argument);
+    assert!(fails(heads.logits(&levels[..2]), "number of feature levels"));
+    let swapped = [float(&[2, 5]), float(&[2, 5]), float(&[2, 6])];
+    assert!(fails(heads.logits(&swapped), "features of the critic"));
+    for (channels, width) in [(vec![], 8), (vec![0], 8), (vec![4], 0)] {
+        let made = CriticHeads::new(&store.root().sub("bad"), &channels, width);
+        assert!(matches!(made, Err(Error::OutOfRange { .. })));
+    }
+    Ok(())
+}

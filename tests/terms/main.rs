@@ -1,0 +1,41 @@
+//! The regularizers one by one: identities, laws, errors, and a training of seconds for each.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod adversarial;
+mod convergence;
+mod maximum_mean_discrepancy;
+mod mean_variance;
+
+use decoupled_dmd::{Batch, PostShift, Probe, Regularizer, Result};
+use tch::{Device, Kind, Tensor};
+
+/// The loss of a term at tau = 0.5 with a fixed noise.
+fn loss_of(term: &dyn Regularizer, batch: &Batch<'_>) -> Result<Tensor> {
+    let (x, teacher) = (batch.x(), common::gaussian_teacher(1.0));
+    let tau = PostShift::all(0.5, batch.len(), (x.kind(), Device::Cpu))?;
+    term.loss(&Probe::at(&teacher, batch, tau, common::wave(&x.size(), 5.0, x.kind()))?)
+}
+
+/// The gradient of `f` at `x` by central differences, in float64.
+fn central_differences(x: &Tensor, f: impl Fn(&Tensor) -> f64) -> Tensor {
+    let step = 1e-5;
+    let at = common::values(x);
+    let slopes: Vec<f64> = (0..at.len())
+        .map(|i| {
+            let moved = |by: f64| {
+                let mut values = at.clone();
+                values[i] += by;
+                f(&Tensor::from_slice(&values).view(x.size().as_slice()))
+            };
+            (moved(step) - moved(-step)) / (2.0 * step)
+        })
+        .collect();
+    Tensor::from_slice(&slopes).view(x.size().as_slice()).to_kind(Kind::Double)
+}
+
+/// Rows of `t` in another order.
+fn reorder(t: &Tensor, order: &[i64]) -> Tensor {
+    t.index_select(0, &Tensor::from_slice(order))
+}

@@ -1,0 +1,236 @@
+use decoupled_dmd::{
+    Bandwidth, Batch, Condition, Error, Estimator, Kernel, MaximumMeanDiscrepancy, Result,
+};
+use proptest::prelude::*;
+use tch::{Device, Kind, Tensor};
+
+use crate::common::{gradient, max_difference, seeded, value, values, wave};
+use crate::{central_differences, loss_of, reorder};
+
+const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
+
+fn kernels() -> [Kernel; 4] {
+    let fixed = Kernel::Gaussian { bandwidth: Bandwidth::Fixed(2.0), scales: vec![0.5, 3.0] };
+    [Kernel::gaussian(), Kernel::inverse_multiquadric(), Kernel::Energy, fixed]
+}
+
+fn term(kernel: &Kernel, estimator: Estimator) -> MaximumMeanDiscrepancy<'static> {
+    MaximumMeanDiscrepancy::new(kernel.clone()).unwrap().estimator(estimator)
+}
+
+fn leaf(x: &Tensor) -> Tensor {
+    x.detach().set_requires_grad(true)
+}
+
+#[test]
+fn the_unbiased_estimate_is_zero_on_average_for_equal_distributions() -> Result<()> {
+    let _guard = seeded(21);
+    for kernel in kernels() {
+        let draws = 400;
+        let estimates: Vec<f64> = (0..draws)
+            .map(|_| {
+                let draw = || Tensor::randn([5, 3], DOUBLE);
+                Ok(value(&term(&kernel, Estimator::Unbiased).between(&draw(), &draw())?))
+            })
+            .collect::<Result<_>>()?;
+        let mean = estimates.iter().sum::<f64>() / f64::from(draws);
+        let squares = estimates.iter().map(|e| (e - mean).powi(2)).sum::<f64>();
+        let error = (squares / f64::from(draws * (draws - 1))).sqrt();
+        // With a measured bandwidth the kernel depends on the sample, a little.
+        assert!(mean.abs() < 4.0 * error, "{kernel:?}: {mean} +- {error}");
+        assert!(estimates.iter().any(|estimate| *estimate < 0.0));
+    }
+    Ok(())
+}
+
+#[test]
+fn two_points_give_the_numbers_worked_out_by_hand() -> Result<()> {
+    // x = {0, 2}, y = {1, 1}: own pairs at distance 2 and 0, cross pairs at distance 1.
+    let x = Tensor::from_slice(&[0.0, 2.0]).view([2, 1]);
+    let y = Tensor::from_slice(&[1.0, 1.0]).view([2, 1]);
+    let gaussian = Kernel::Gaussian { bandwidth: Bandwidth::Fixed(2.0), scales: vec![1.0] };
+    let between =
+        |estimator| -> Result<f64> { Ok(value(&term(&gaussian, estimator).between(&x, &y)?)) };
+    let (far, near) = ((-2.0f64).exp(), (-0.5f64).exp());
+    let unbiased = far + 1.0 - 2.0 * near;
+    let biased = (1.0 + far) / 2.0 + 1.0 - 2.0 * near;
+    approx::assert_abs_diff_eq!(between(Estimator::Unbiased)?, unbiased, epsilon = 1e-15);
+    approx::assert_abs_diff_eq!(between(Estimator::Biased)?, biased, epsilon = 1e-15);
+    let energy = value(&term(&Kernel::Energy, Estimator::Biased).between(&x, &y)?);
+    approx::assert_abs_diff_eq!(energy, 2.0 - 1.0, epsilon = 1e-15);
+    Ok(())
+}
+
+#[test]
+fn the_gradient_is_that_of_the_value_with_the_bandwidth_held() -> Result<()> {
+    let x = wave(&[4, 3], 0.3, Kind::Double);
+    let y = wave(&[5, 3], 1.3, Kind::Double) * 1.5 + 0.4;
+    let pairs = |points: &Tensor| points.pdist(2.0);
+    let median = value(&pairs(&Tensor::cat(&[&x, &y], 0)).median().square());
+    let at = |bandwidth| Kernel::Gaussian { bandwidth, scales: vec![0.5, 1.0] };
+    let held = at(Bandwidth::Fixed(median));
+    for estimator in [Estimator::Unbiased, Estimator::Biased] {
+        let bandwidth = Bandwidth::Fixed(1.5);
+        let multiquadric = Kernel::InverseMultiquadric { bandwidth, scales: vec![0.5, 2.0] };
+        for kernel in [held.clone(), multiquadric, Kernel::Energy] {
+            let term = term(&kernel, estimator);
+            let x = leaf(&x);
+            let slope = gradient(&term.between(&x, &y)?, &x);
+            let expected = central_differences(&x, |x| value(&term.between(x, &y).unwrap()));
+            let difference = max_difference(&slope, &expected);
+            assert!(difference < 1e-8, "{kernel:?} {difference}");
+        }
+        let x = leaf(&x);
+        let slope = |kernel: &Kernel| -> Result<Tensor> {
+            Ok(gradient(&term(kernel, estimator).between(&x, &y)?, &x))
+        };
+        let measured = at(Bandwidth::Median);
+        assert!(max_difference(&slope(&measured)?, &slope(&held)?) < 1e-15);
+        // Had the bandwidth carried a gradient, it would be another one.
+        let moving =
+            central_differences(&x, |x| value(&term(&measured, estimator).between(x, &y).unwrap()));
+        assert!(max_difference(&slope(&measured)?, &moving) > 1e-4);
+    }
+    Ok(())
+}
+
+#[test]
+fn blocks_of_rows_give_what_all_pairs_at_once_give() -> Result<()> {
+    let _guard = seeded(22);
+    // More differences than fit into one block, in rows and in columns.
+    let (x, y) = (Tensor::randn([50, 1500], DOUBLE), Tensor::randn([60, 1500], DOUBLE) * 1.1);
+    let x = leaf(&x);
+    let bandwidth = 3000.0;
+    let kernel = Kernel::Gaussian { bandwidth: Bandwidth::Fixed(bandwidth), scales: vec![1.0] };
+    let loss = term(&kernel, Estimator::Unbiased).between(&x, &y)?;
+    let k = |a: &Tensor, b: &Tensor| {
+        let squared = (a.unsqueeze(1) - b).square().sum_dim_intlist(&[2i64][..], false, None);
+        (squared / -bandwidth).exp()
+    };
+    let own = |a: &Tensor| {
+        let m = a.size()[0] as f64;
+        (k(a, a).sum(None) - m) / (m * (m - 1.0))
+    };
+    let dense = own(&x) + own(&y) - 2.0 * k(&x, &y).mean(None);
+    approx::assert_relative_eq!(value(&loss), value(&dense), max_relative = 1e-12);
+    let (slope, expected) = (gradient(&loss, &x), gradient(&dense, &x));
+    assert!(max_difference(&slope, &expected) < 1e-12 * value(&expected.abs().max()));
+    Ok(())
+}
+
+#[test]
+fn large_batches_and_points_that_coincide_are_fine() -> Result<()> {
+    let _guard = seeded(23);
+    let draw = || Tensor::randn([1500, 2], (Kind::Float, Device::Cpu));
+    let estimate =
+        value(&term(&Kernel::gaussian(), Estimator::Unbiased).between(&draw(), &draw())?);
+    assert!(estimate.abs() < 5e-3, "{estimate}");
+    for kernel in kernels() {
+        for kind in [Kind::Float, Kind::Double] {
+            let x = leaf(&Tensor::full([3, 2], 0.5, (kind, Device::Cpu)));
+            let loss = term(&kernel, Estimator::Biased).between(&x, &x.detach())?;
+            assert!(value(&loss).abs() < 1e-6, "{kernel:?}");
+            assert!(value(&gradient(&loss, &x).abs().max()) < 1e-6, "{kernel:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn features_pass_the_gradient_on_and_keep_none() -> Result<()> {
+    let (x, y) = (leaf(&wave(&[4, 2, 3], 0.3, Kind::Double)), wave(&[5, 2, 3], 1.3, Kind::Double));
+    let weight = leaf(&wave(&[6, 3], 2.0, Kind::Double));
+    let calls = std::cell::Cell::new(0);
+    let term = MaximumMeanDiscrepancy::new(Kernel::Energy)?.features(|x: &Tensor| {
+        calls.set(calls.get() + 1);
+        x.flatten(1, -1).matmul(&weight).tanh()
+    });
+    let cond = Condition::none();
+    let loss = loss_of(&term, &Batch::new(&x, &cond)?.real(&y)?)?;
+    assert_eq!(calls.get(), 2);
+    loss.backward();
+    assert!(!weight.grad().defined(), "the features are frozen");
+    let fixed = weight.detach();
+    let expected = central_differences(&x, |x| {
+        let map = |x: &Tensor| x.flatten(1, -1).matmul(&fixed).tanh();
+        let plain = MaximumMeanDiscrepancy::new(Kernel::Energy).unwrap();
+        value(&plain.between(&map(x), &map(&y)).unwrap())
+    });
+    assert!(max_difference(&x.grad(), &expected) < 1e-8);
+
+    let quiet = tch::no_grad(|| term.between(&x, &y))?;
+    assert!(!quiet.requires_grad());
+    assert!(!term.between(&x.detach(), &y)?.requires_grad());
+    approx::assert_relative_eq!(value(&quiet), value(&loss), max_relative = 1e-14);
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn order_does_not_matter_and_the_biased_estimate_is_not_negative(
+        entries in prop::collection::vec(-3.0..3.0f64, 16),
+        kernel in prop::sample::select(kernels().to_vec()),
+    ) {
+        let points = Tensor::from_slice(&entries).view([8, 2]);
+        let (x, y) = (points.narrow(0, 0, 3), points.narrow(0, 3, 5));
+        let biased = term(&kernel, Estimator::Biased);
+        let loss = |x: &Tensor, y: &Tensor| {
+            let x = leaf(x);
+            let loss = biased.between(&x, y).unwrap();
+            (value(&loss), gradient(&loss, &x))
+        };
+        let (straight, slope) = loss(&x, &y);
+        let (turned, turned_slope) = loss(&reorder(&x, &[2, 0, 1]), &reorder(&y, &[4, 1, 0, 3, 2]));
+        prop_assert!(straight > -1e-14);
+        prop_assert!((straight - turned).abs() < 1e-14);
+        prop_assert!(max_difference(&turned_slope, &reorder(&slope, &[2, 0, 1])) < 1e-13);
+        // Only differences count.
+        let (moved, _) = loss(&(&x + 10.0), &(&y + 10.0));
+        prop_assert!((straight - moved).abs() < 1e-12);
+        // No gradient moves the samples as a whole when they are where the data are.
+        let (same, still) = loss(&y, &y);
+        prop_assert!(same.abs() < 1e-14 && values(&still).iter().all(|g| g.abs() < 1e-13));
+    }
+}
+
+#[test]
+fn bad_input_is_named() -> Result<()> {
+    let refused = |kernel: Kernel, argument: &str| {
+        let result = MaximumMeanDiscrepancy::new(kernel);
+        matches!(result, Err(Error::OutOfRange { what, .. }) if what == argument)
+    };
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let fixed = |bandwidth, scale| Kernel::Gaussian { bandwidth, scales: vec![scale] };
+        assert!(refused(fixed(Bandwidth::Fixed(bad), 1.0), "kernel bandwidth"));
+        assert!(refused(fixed(Bandwidth::Mean, bad), "kernel scale"));
+    }
+    let none = Kernel::InverseMultiquadric { bandwidth: Bandwidth::Mean, scales: vec![] };
+    assert!(refused(none, "number of kernel scales"));
+
+    let (x, cond) = (wave(&[4, 3], 0.3, Kind::Float), Condition::none());
+    let plain = term(&Kernel::gaussian(), Estimator::Unbiased);
+    assert!(matches!(
+        loss_of(&plain, &Batch::new(&x, &cond)?),
+        Err(Error::Missing { what: "real samples", setter: "real" })
+    ));
+    let one = x.narrow(0, 0, 1);
+    for (x, y, argument) in [(&one, &x, "number of samples"), (&x, &one, "number of real samples")]
+    {
+        let result = plain.between(x, y);
+        assert!(matches!(result, Err(Error::OutOfRange { what, .. }) if what == argument));
+        assert!(term(&Kernel::gaussian(), Estimator::Biased).between(x, y).is_ok());
+    }
+    let shape = |result: Result<Tensor>, argument: &str| matches!(result, Err(Error::Shape { what, .. }) if what == argument);
+    let wide = wave(&[4, 5], 0.3, Kind::Float);
+    assert!(shape(plain.between(&x, &wide), "features of the real samples"));
+    assert!(shape(plain.between(&x.flatten(0, -1), &x), "x"));
+    let mixing = MaximumMeanDiscrepancy::new(Kernel::Energy)?
+        .features(|x: &Tensor| x.mean_dim(&[0i64][..], true, None));
+    assert!(shape(mixing.between(&x, &x), "features"));
+    let failing =
+        MaximumMeanDiscrepancy::new(Kernel::Energy)?.features(|x: &Tensor| x.f_view([-7]));
+    assert!(matches!(failing.between(&x, &x), Err(Error::Network(_))));
+    Ok(())
+}

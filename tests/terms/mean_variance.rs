@@ -1,0 +1,128 @@
+use decoupled_dmd::{Batch, Condition, Error, MeanVariance, Result, Statistics};
+use tch::{Kind, Tensor};
+
+use crate::common::{gradient, max_difference, value, values, wave};
+use crate::loss_of;
+
+fn loss_and_gradient(term: &MeanVariance, x: &Tensor) -> Result<(f64, Tensor)> {
+    let (x, cond) = (x.detach().set_requires_grad(true), Condition::none());
+    let loss = loss_of(term, &Batch::new(&x, &cond)?)?;
+    Ok((value(&loss), gradient(&loss, &x)))
+}
+
+#[test]
+fn at_its_target_value_and_gradient_vanish() -> Result<()> {
+    for batch in [1, 3] {
+        let x = wave(&[1, 2, 4, 4], 0.3, Kind::Double).expand([batch, 2, 4, 4], false);
+        for statistics in [Statistics::PerSample, Statistics::PerChannel] {
+            let (loss, slope) = loss_and_gradient(&MeanVariance::measured(&x, statistics)?, &x)?;
+            assert!(loss.abs() < 1e-15, "{loss}");
+            assert!(value(&slope.abs().max()) < 1e-16);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn one_channel_is_the_sample_and_equal_samples_are_one() -> Result<()> {
+    let x = wave(&[3, 1, 4, 4], 0.3, Kind::Double);
+    let (mean, variance) = (Tensor::from_slice(&[0.1]), Tensor::from_slice(&[0.7]));
+    let by_channel = loss_and_gradient(&MeanVariance::per_channel(&mean, &variance)?, &x)?;
+    let by_sample = loss_and_gradient(&MeanVariance::per_sample(0.1, 0.7)?, &x)?;
+    assert!((by_channel.0 - by_sample.0).abs() < 1e-15);
+    assert!(max_difference(&by_channel.1, &by_sample.1) < 1e-17);
+
+    let one = x.narrow(0, 0, 1);
+    let term = MeanVariance::per_sample(0.1, 0.7)?;
+    let (single, repeated) =
+        (loss_and_gradient(&term, &one)?, loss_and_gradient(&term, &one.repeat([4, 1, 1, 1]))?);
+    assert!((single.0 - repeated.0).abs() < 1e-15);
+    assert!(max_difference(&(single.1 / 4.0), &repeated.1.narrow(0, 0, 1)) < 1e-17);
+    Ok(())
+}
+
+#[test]
+fn a_collapsing_sample_is_pushed_apart_with_bounded_force() -> Result<()> {
+    let pattern = wave(&[1, 64], 0.3, Kind::Double);
+    let pattern = (&pattern - pattern.mean(None)) / pattern.std(false);
+    let term = MeanVariance::per_sample(0.0, 1.0)?;
+    let mut previous = 0.0;
+    for spread in [1e-2, 1e-3, 1e-4, 1e-6, 1e-9, 0.0] {
+        let (loss, slope) = loss_and_gradient(&term, &(&pattern * spread))?;
+        assert!(loss.is_finite() && loss > previous, "value falls at {spread}");
+        previous = loss;
+        // Below the floor 1e-6 of the variance: x / var - x / floor.
+        let factor: f64 = 1.0 - 1.0 / (spread * spread).max(1e-6);
+        let expected = &pattern * (spread * factor / 64.0);
+        assert!(max_difference(&slope, &expected) < 1e-10, "{spread}");
+        let rms = value(&slope.square().mean(None).sqrt());
+        assert!(rms <= 1e3 / 64.0 * 1.001, "{spread} {rms}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_running_target_is_a_bias_corrected_average() -> Result<()> {
+    let batches =
+        [0.0, 1.0, 2.0].map(|phase| wave(&[4, 2, 5], phase, Kind::Double) * (1.0 + phase));
+    let averages: Vec<Vec<f64>> = batches
+        .iter()
+        .map(|batch| Ok(values(&MeanVariance::measured(batch, Statistics::PerChannel)?.target().1)))
+        .collect::<Result<_>>()?;
+    let decay = 0.9;
+    let term = MeanVariance::measured(&batches[2], Statistics::PerChannel)?.running(decay, 0)?;
+    // Adam's form: an average that starts at zero, divided by 1 - decay^k.
+    let mut moment = [0.0; 2];
+    for (k, (batch, average)) in (1..).zip(batches.iter().zip(&averages)) {
+        term.update(batch)?;
+        assert_eq!(term.updates(), k);
+        let correction = 1.0 - decay.powf(k as f64);
+        let target = values(&term.target().1);
+        for channel in 0..2 {
+            moment[channel] = decay * moment[channel] + (1.0 - decay) * average[channel];
+            approx::assert_relative_eq!(
+                target[channel],
+                moment[channel] / correction,
+                max_relative = 1e-13
+            );
+        }
+    }
+    // The average of v, not the variance of everything: shifting one sample changes nothing.
+    let shifted = Tensor::cat(&[batches[0].narrow(0, 0, 1) + 5.0, batches[0].narrow(0, 1, 3)], 0);
+    let shifted = MeanVariance::measured(&shifted, Statistics::PerChannel)?.target().1;
+    let plain = MeanVariance::measured(&batches[0], Statistics::PerChannel)?.target().1;
+    assert!(max_difference(&shifted, &plain) < 1e-13);
+    Ok(())
+}
+
+#[test]
+fn a_bad_update_is_refused_and_leaves_the_target() -> Result<()> {
+    let x = wave(&[4, 2, 5], 0.0, Kind::Float);
+    let fixed = MeanVariance::measured(&x, Statistics::PerChannel)?;
+    let what = "decay of the running target";
+    assert!(matches!(fixed.update(&x), Err(Error::OutOfRange { what: w, .. }) if w == what));
+    for decay in [-0.1, 1.1, f64::NAN] {
+        let term = MeanVariance::per_sample(0.0, 1.0)?.running(decay, 0);
+        assert!(matches!(term, Err(Error::OutOfRange { what: w, .. }) if w == what));
+    }
+    let term = fixed.running(0.9, 1)?;
+    let (mean, variance) = term.target();
+    let broken = x.shallow_clone() * f64::NAN;
+    assert!(matches!(term.update(&broken), Err(Error::OutOfRange { what: "target mean", .. })));
+    assert!(matches!(
+        term.update(&x.ones_like()),
+        Err(Error::OutOfRange { what: "target variance", .. })
+    ));
+    let three = wave(&[4, 3, 5], 0.0, Kind::Float);
+    assert!(matches!(
+        term.update(&three),
+        Err(Error::Shape { what: "channels of the real samples", .. })
+    ));
+    assert!(matches!(
+        term.update(&wave(&[4, 2], 0.0, Kind::Float)),
+        Err(Error::Shape { what: "real samples", .. })
+    ));
+    assert_eq!(term.updates(), 1);
+    assert!(term.target().0.equal(&mean) && term.target().1.equal(&variance));
+    Ok(())
+}
