@@ -96,9 +96,11 @@ impl<'a> Denoiser<'a> {
     ///
     /// # Errors
     /// [`Error::Network`] from the closure; [`Error::Shape`], [`Error::Kind`] or [`Error::Device`]
-    /// if its output is not like `noised`.
+    /// if its output is not like `noised`; [`Error::OutOfRange`] if times may be at a singular end
+    /// of the [`Prediction`].
     pub fn denoise(&self, noised: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
         self.check_input(noised, time)?;
+        self.prediction.check_sample(&*self.path, time)?;
         let output = (self.network)(noised, time.tensor(), cond)?;
         self.sample(noised, time, &output)
     }
@@ -118,6 +120,7 @@ impl<'a> Denoiser<'a> {
             return Ok((self.denoise(noised, time, one)?, self.denoise(noised, time, two)?));
         };
         self.check_input(noised, time)?;
+        self.prediction.check_sample(&*self.path, time)?;
         let (one, two) = paired(noised, time.tensor(), one, two)?;
         Ok((self.sample(noised, time, &one)?, self.sample(noised, time, &two)?))
     }
@@ -141,6 +144,7 @@ impl<'a> Denoiser<'a> {
     ) -> Result<Tensor> {
         self.check_input(x, time)?;
         check_like("noise", noise, x)?;
+        self.prediction.check_target(&*self.path, time)?;
         let x = x.f_detach()?;
         let noised = self.path.renoise(&x, time, noise)?;
         let coefficients = self.path.coefficients(time)?.like(&x)?;

@@ -18,9 +18,9 @@
 //! - [`Objective`]: [`Group`]s of terms, each group with one [`Probe`] of the samples; the paper's
 //!   four arrangements are ready-made in [`Schedule`].
 //!
-//! Around them: [`Denoiser`] makes any network a predictor of clean samples, [`Batch`] carries what
-//! the student made, [`Sampler`] is backward simulation and few-step sampling, and [`Renoising`] says
-//! how tau is drawn. Networks, optimizers and the loop stay the user's.
+//! Around them: [`Denoiser`] makes any network a predictor of clean samples on its [`Path`], [`Batch`]
+//! carries what the student made, [`Sampler`] is backward simulation and few-step sampling, and
+//! [`Renoising`] says how tau is drawn. Networks, optimizers and the loop stay the user's.
 //!
 //! Losses are means over all elements of the batch; directions are differences of clean samples; time
 //! runs from 0, noise, to 1, data. Nothing here panics on bad input: every function on user input
@@ -49,12 +49,14 @@ mod cuda;
 mod denoiser;
 mod engine;
 mod error;
+mod grid;
 mod numeric;
 mod objective;
 mod path;
 mod prediction;
 mod probe;
 mod regularizer;
+mod renoising;
 mod rollout;
 mod schedule;
 mod time;
@@ -66,8 +68,11 @@ pub use cuda::{default_device, load_cuda};
 pub use denoiser::{Denoiser, NetworkOutput};
 pub use engine::{CfgAugmentation, Engine, EngineFn, engine_fn};
 pub use error::{Error, Result};
+pub use grid::FewStepGrid;
 pub use objective::{Draw, Evaluation, Group, Objective};
-pub use path::{Coefficients, Path, RectifiedFlow};
+pub use path::{
+    Coefficients, Edm, Path, Preconditioning, RectifiedFlow, TrigFlow, VariancePreserving,
+};
 pub use prediction::Prediction;
 pub use probe::{Normalizer, Probe};
 pub use regularizer::{
@@ -75,11 +80,10 @@ pub use regularizer::{
     Kernel, MaximumMeanDiscrepancy, MeanVariance, Regularizer, RegularizerFn, Statistics,
     regularizer_fn, surrogate,
 };
-pub use rollout::{FewStepGrid, Sampler, Simulation, Transition};
+pub use renoising::{AboveStudent, LogNormal, LogitNormal, Renoising, TimeSampler, Uniform};
+pub use rollout::{Sampler, Simulation, Transition};
 pub use schedule::Schedule;
-pub use time::{
-    AboveStudent, LogitNormal, PostShift, PreShift, Renoising, Shift, TimeSampler, Uniform,
-};
+pub use time::{PostShift, PreShift, Shift};
 pub use trajectory::Trajectory;
 pub use value::{Floor, Guidance};
 

@@ -107,18 +107,18 @@ pub(crate) fn check_device(what: &'static str, tensor: &Tensor, like: &Tensor) -
     if expected == found { Ok(()) } else { Err(Error::Device { what, expected, found }) }
 }
 
-/// Refuses numbers outside `[low, high]`, NaN included. Reads the extremes, which synchronises a GPU.
+/// Refuses numbers outside `[low, high]`, NaN included, and returns the extremes. Reading them
+/// synchronises a GPU.
 pub(crate) fn check_range(
     what: &'static str,
     requirement: &'static str,
     tensor: &Tensor,
     (low, high): (f64, f64),
-) -> Result<()> {
-    let value_of = |t: Tensor| -> Result<f64> { Ok(t.f_double_value(&[])?) };
-    for value in [value_of(tensor.f_min()?)?, value_of(tensor.f_max()?)?] {
-        if !(low..=high).contains(&value) {
-            return Err(Error::OutOfRange { what, requirement, value });
-        }
-    }
-    Ok(())
+) -> Result<(f64, f64)> {
+    let read = |extreme: Tensor| -> Result<f64> {
+        let value = extreme.f_double_value(&[])?;
+        let valid = (low..=high).contains(&value);
+        if valid { Ok(value) } else { Err(Error::OutOfRange { what, requirement, value }) }
+    };
+    Ok((read(tensor.f_min()?)?, read(tensor.f_max()?)?))
 }

@@ -3,7 +3,7 @@
 use tch::{Tensor, no_grad_guard};
 
 use crate::numeric::{noise_like, sample_rms};
-use crate::time::unit_uniform;
+use crate::renoising::unit_uniform;
 use crate::value::checked;
 use crate::{
     Batch, Denoiser, Engine, Error, Normalizer, Probe, Regularizer, Renoising, Result, surrogate,

@@ -1,19 +1,41 @@
 //! How data and noise are mixed: `x_t = a(t) x0 + s(t) eps`.
 
-use tch::Tensor;
+mod edm;
+mod rectified_flow;
+mod trig_flow;
+mod variance_preserving;
 
-use crate::numeric::{per_sample, widen};
+pub use edm::{Edm, Preconditioning};
+pub use rectified_flow::RectifiedFlow;
+pub use trig_flow::TrigFlow;
+pub use variance_preserving::VariancePreserving;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::numeric::{compute_kind, per_sample, widen};
 use crate::{PostShift, Result};
 
 /// A noise path on the crate's clock, t in [0, 1] from noise to data.
+///
+/// | path | a | s | a, s at t = 0 | at t = 1 |
+/// |---|---|---|---|---|
+/// | [`RectifiedFlow`] | t | 1 - t | 0, 1 | 1, 0 |
+/// | [`VariancePreserving::linear`] | sqrt(abar) | sqrt(1 - abar) | 0.0066, 1.0000 | 1, 0 |
+/// | [`VariancePreserving::scaled_linear`] as SDXL | sqrt(abar_n) | sqrt(1 - abar_n) | 0.0683, 0.9977 | 0.9996, 0.0292 |
+/// | [`Edm`] | 1 | sigma | 1, 80 | 1, 0.002 |
+/// | [`TrigFlow`] | cos(angle) | sin(angle) | 0, 1 | 1, 0 |
+///
+/// On a path of one's own, a must not fall and s must not rise with t: then a larger t is cleaner, as
+/// [`AboveStudent`](crate::AboveStudent) takes it, and the ends of a range of times bound what lies
+/// between.
 pub trait Path {
-    /// The coefficients of data and noise at `time`.
+    /// The coefficients of data and noise at `time`, on its device, in float32 or wider.
     ///
     /// # Errors
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
     fn coefficients(&self, time: &PostShift) -> Result<Coefficients>;
 
-    /// `a x0 + s eps`, in float32 or wider.
+    /// `a x0 + s eps`, in float32, or in float64 where `x0` is.
     ///
     /// `x0` and `noise` are `[B, ..]`, `time` holds B times.
     ///
@@ -22,6 +44,17 @@ pub trait Path {
     fn renoise(&self, x0: &Tensor, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
         let Coefficients { data, noise: level } = self.coefficients(time)?.like(x0)?;
         Ok(widen(x0)?.f_mul(&data)?.f_add(&widen(noise)?.f_mul(&level)?)?)
+    }
+
+    /// What generation starts from at t = 0: `s(0) eps`, for unit noise `[B, ..]`, in float32 or
+    /// wider. [`VariancePreserving`] starts from `eps` itself, see there.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    fn start(&self, noise: &Tensor) -> Result<Tensor> {
+        let options = (compute_kind(noise.f_kind()?), noise.device());
+        let level = self.coefficients(&PostShift::all(0.0, 1, options)?)?.like(noise)?.noise;
+        Ok(widen(noise)?.f_mul(&level)?)
     }
 }
 
@@ -35,32 +68,51 @@ pub struct Coefficients {
 }
 
 impl Coefficients {
-    /// Reshaped to `[B, 1, ..]`, so that they multiply a tensor of the rank of `like`.
+    /// Reshaped to `[B, 1, ..]`, so that they multiply a tensor of the rank of `like`, and in the
+    /// type that is computed in for it: paths may answer in float64, samples stay in float32.
     pub(crate) fn like(&self, like: &Tensor) -> Result<Self> {
-        Ok(Self { data: per_sample(&self.data, like)?, noise: per_sample(&self.noise, like)? })
+        Ok(Self { data: factor(&self.data, like)?, noise: factor(&self.noise, like)? })
     }
 }
 
-/// Rectified flow: a = t, s = 1 - t (SD3, FLUX, Qwen-Image, Z-Image; diffusers' `sigma = 1 - t`).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct RectifiedFlow;
-
-impl Path for RectifiedFlow {
-    fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
-        let data = widen(time.tensor())?;
-        let noise = data.f_neg()?.f_add_scalar(1.0)?;
-        Ok(Coefficients { data, noise })
+/// One number per sample as a factor of `like`.
+fn factor(values: &Tensor, like: &Tensor) -> Result<Tensor> {
+    let values = values.f_to_kind(compute_kind(like.f_kind()?))?;
+    if values.size() == [1] {
+        // One number for all samples.
+        return Ok(values.f_view(vec![1; like.dim()].as_slice())?);
     }
+    per_sample(&values, like)
 }
 
-impl<P: Path + ?Sized> Path for &P {
-    fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
-        (**self).coefficients(time)
-    }
+/// Times in float64, in which paths compute coefficients: near an end these are small differences
+/// of large numbers, or powers of them.
+fn wide_time(time: &Tensor) -> Result<Tensor> {
+    Ok(time.f_to_kind(Kind::Double)?)
 }
 
-impl<P: Path + ?Sized> Path for Box<P> {
-    fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
-        (**self).coefficients(time)
-    }
+/// a and s at one time, on the host: no device is waited for.
+pub(crate) fn coefficients_at(path: &dyn Path, time: f64) -> Result<(f64, f64)> {
+    let Coefficients { data, noise } =
+        path.coefficients(&PostShift::all(time, 1, (Kind::Double, Device::Cpu))?)?;
+    Ok((data.f_double_value(&[0])?, noise.f_double_value(&[0])?))
 }
+
+macro_rules! forward_path {
+    ($type:ty) => {
+        impl<P: Path + ?Sized> Path for $type {
+            fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
+                (**self).coefficients(time)
+            }
+            fn renoise(&self, x0: &Tensor, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
+                (**self).renoise(x0, time, noise)
+            }
+            fn start(&self, noise: &Tensor) -> Result<Tensor> {
+                (**self).start(noise)
+            }
+        }
+    };
+}
+
+forward_path!(&P);
+forward_path!(Box<P>);

@@ -2,21 +2,31 @@
 
 use tch::Tensor;
 
-use crate::Result;
-use crate::path::Coefficients;
+use crate::path::{Coefficients, coefficients_at};
+use crate::value::checked;
+use crate::{Path, PostShift, Result};
+
+/// The least share of data or noise by which a conversion divides.
+const LEAST_DIVISOR: f64 = 1e-4;
 
 /// The quantity that a network is trained to output, on a path `x_t = a x0 + s eps`.
 ///
-/// | prediction | target | x0-hat | refused or singular where |
+/// | prediction | target | x0-hat | singular at |
 /// |---|---|---|---|
 /// | [`Sample`](Self::Sample) | x0 | as it is | |
 /// | [`Noise`](Self::Noise) | eps | (x_t - s eps) / a | a = 0, the noise end |
 /// | [`FlowVelocity`](Self::FlowVelocity) | eps - x0 | (x_t - s u) / (a + s) | |
 /// | [`Velocity`](Self::Velocity) | a eps - s x0 | (a x_t - s v) / (a^2 + s^2) | |
-/// | [`Score`](Self::Score) | -eps / s | (x_t + s^2 score) / a | a = 0; the target where s = 0 |
+/// | [`Score`](Self::Score) | -eps / s | (x_t + s^2 score) / a | a = 0; its target at s = 0, the clean end |
 ///
-/// A singular conversion yields infinities or NaN: keep tau off that end with the bounds of the
-/// [`TimeSampler`](crate::TimeSampler).
+/// Conversions are computed in float32, or in float64 where the sample has it.
+///
+/// **Singular ends are refused**, with [`Error::OutOfRange`](crate::Error::OutOfRange), where the
+/// divisor falls below 1e-4: there float32 rounding of x_t alone would spoil the third digit. What is
+/// tested is the range from which times are drawn, not the times, which would have to be read from
+/// the device: with [`Noise`](Self::Noise) on rectified flow, [`Uniform::FULL`](crate::Uniform::FULL)
+/// fails always, not once in ten thousand steps, and `Uniform::new(0.02, 0.98)` never. On paths
+/// that do not reach the end (SDXL's table, EDM) nothing is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -36,6 +46,27 @@ pub enum Prediction {
 }
 
 impl Prediction {
+    /// Refuses times at which the [`target`](Self::target) is singular.
+    pub(crate) fn check_target(self, path: &dyn Path, time: &PostShift) -> Result<()> {
+        if self == Self::Score {
+            let (_, s) = coefficients_at(path, time.range().1)?;
+            let requirement = "at least 1e-4 to train a score: keep times off the clean end";
+            checked("share of noise at the cleanest time", requirement, s, s >= LEAST_DIVISOR)?;
+        }
+        Ok(())
+    }
+
+    /// Refuses times at which the [`sample`](Self::sample) is singular.
+    pub(crate) fn check_sample(self, path: &dyn Path, time: &PostShift) -> Result<()> {
+        if matches!(self, Self::Noise | Self::Score) {
+            let (a, _) = coefficients_at(path, time.range().0)?;
+            let requirement =
+                "at least 1e-4 for a noise or score prediction: keep times off the noise end";
+            checked("share of data at the noisiest time", requirement, a, a >= LEAST_DIVISOR)?;
+        }
+        Ok(())
+    }
+
     /// The training target for the pair (x0, eps) at the given coefficients.
     pub(crate) fn target(
         self,
@@ -77,7 +108,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::{Path, PostShift, RectifiedFlow};
+    use crate::RectifiedFlow;
 
     #[test]
     fn the_target_of_every_prediction_leads_back_to_the_sample() -> Result<()> {

@@ -2,61 +2,11 @@
 
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
-use crate::numeric::{check_samples, compute_kind, noise_like};
-use crate::value::checked;
-use crate::{Condition, Denoiser, Guidance, PostShift, PreShift, Result, Shift, Trajectory};
-
-/// The times at which a few-step generator is evaluated, starting at pure noise.
-///
-/// Pre-shift times 0, 1/K, .., (K-1)/K, then the shift; in diffusers' clock `sigma` goes from 1 to
-/// the shifted 1/K, and the last step lands on the clean sample. With shift 3 and K = 8 this is the
-/// grid of Z-Image-Turbo.
-#[derive(Debug, Clone, PartialEq)]
-pub struct FewStepGrid {
-    times: Vec<f64>,
-    shift: Shift,
-}
-
-impl FewStepGrid {
-    /// `steps` even pre-shift times from 0.
-    ///
-    /// # Errors
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if `steps` is 0.
-    pub fn even(steps: usize, shift: Shift) -> Result<Self> {
-        checked("number of steps", "at least 1", steps as f64, steps > 0)?;
-        Ok(Self { times: (0..steps).map(|k| k as f64 / steps as f64).collect(), shift })
-    }
-
-    /// Given pre-shift times, the first of them 0 and each above the one before.
-    ///
-    /// # Errors
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless they rise from 0 and stay below 1.
-    pub fn new(times: Vec<f64>, shift: Shift) -> Result<Self> {
-        let first = times.first().copied().unwrap_or(f64::NAN);
-        checked("first time of the grid", "0, pure noise", first, first.abs() <= 0.0)?;
-        for (previous, &next) in times.iter().zip(times.iter().skip(1)) {
-            checked("time of the grid", "above the one before", next, next > *previous)?;
-        }
-        let last = times.last().copied().unwrap_or(f64::NAN);
-        checked("last time of the grid", "below 1", last, last < 1.0)?;
-        Ok(Self { times, shift })
-    }
-
-    /// The number of steps, which is the number of network evaluations of one sample.
-    pub fn steps(&self) -> usize {
-        self.times.len()
-    }
-
-    /// The pre-shift times.
-    pub fn times(&self) -> &[f64] {
-        &self.times
-    }
-
-    /// The shift of the grid.
-    pub fn shift(&self) -> Shift {
-        self.shift
-    }
-}
+use crate::numeric::{check_like, check_samples, compute_kind, noise_like, per_sample};
+use crate::trajectory::{check_steps, spread_steps};
+use crate::{
+    Condition, Denoiser, Error, FewStepGrid, Guidance, PostShift, PreShift, Result, Trajectory,
+};
 
 /// How a sampler gets from a clean prediction to the next time. Train and sample with the same one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -71,6 +21,9 @@ pub enum Transition {
 }
 
 /// A denoiser run over a grid: samples from a trained model, and the rollout of a student.
+///
+/// The noise that it is given is of unit variance on every path; [`Path::start`](crate::Path::start)
+/// makes of it what the path starts from, such as `sigma_max eps` on [`Edm`](crate::Edm).
 #[derive(Debug)]
 pub struct Sampler<'a> {
     denoiser: &'a Denoiser<'a>,
@@ -79,7 +32,7 @@ pub struct Sampler<'a> {
     guidance: Option<(Guidance, &'a Condition)>,
 }
 
-/// One step of a backward simulation.
+/// One evaluation of a student on the grid.
 #[derive(Debug)]
 pub struct Simulation {
     /// The student's clean prediction `[B, ..]`, with its gradient: the x of a [`Batch`](crate::Batch).
@@ -111,10 +64,9 @@ impl<'a> Sampler<'a> {
     /// draw on one and share the number: all must run equally many forwards.
     ///
     /// # Errors
-    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    /// [`Error::Torch`] if libtorch fails.
     pub fn draw_step(&self) -> Result<usize> {
-        let high = i64::try_from(self.grid.steps()).unwrap_or(i64::MAX);
-        let step = Tensor::f_randint(high, [1], (Kind::Int64, Device::Cpu))?;
+        let step = Tensor::f_randint(self.steps(), [1], (Kind::Int64, Device::Cpu))?;
         Ok(usize::try_from(step.f_int64_value(&[0])?).unwrap_or_default())
     }
 
@@ -134,8 +86,8 @@ impl<'a> Sampler<'a> {
     /// put on its clean prediction at that step. `noise` is unit noise `[B, ..]`; steps count from 0.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if the grid has no such step;
-    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) if `noise` is
+    /// [`Error::OutOfRange`] if the grid has no such step;
+    /// [`Error::Shape`] or [`Error::Kind`] if `noise` is
     /// not a batch of samples; what the network returns.
     pub fn simulate(&self, noise: &Tensor, cond: &Condition, step: usize) -> Result<Simulation> {
         self.simulate_with(noise, cond, step, |_, like| noise_like(like))
@@ -154,9 +106,8 @@ impl<'a> Sampler<'a> {
         mut fresh: impl FnMut(usize, &Tensor) -> Result<Tensor>,
     ) -> Result<Simulation> {
         check_samples("noise", noise, 2)?;
-        let steps = self.grid.steps();
-        checked("step", "below the number of steps", step as f64, step < steps)?;
-        let mut x = noise.f_detach()?;
+        self.grid_time(step)?;
+        let mut x = self.denoiser.path().start(&noise.f_detach()?)?;
         let mut time = self.time(0, noise)?;
         for next in 1..=step {
             let _no_grad = no_grad_guard();
@@ -169,11 +120,7 @@ impl<'a> Sampler<'a> {
             x = self.denoiser.path().renoise(&x0, &next_time, &noise)?;
             time = next_time;
         }
-        let student_time = PreShift::all(
-            self.grid.times.get(step).copied().unwrap_or_default(),
-            noise.size().first().copied().unwrap_or_default(),
-            options(noise)?,
-        )?;
+        let student_time = PreShift::all(self.grid_time(step)?, batch(noise), options(noise)?)?;
         Ok(Simulation { x: self.predict(&x, &time, cond)?, student_time })
     }
 
@@ -184,7 +131,7 @@ impl<'a> Sampler<'a> {
     pub fn trajectory(&self, noise: &Tensor, cond: &Condition) -> Result<Trajectory> {
         check_samples("noise", noise, 2)?;
         let _no_grad = no_grad_guard();
-        let (mut inputs, mut samples) = (vec![noise.f_detach()?], Vec::new());
+        let (mut inputs, mut samples) = (vec![self.denoiser.path().start(noise)?], Vec::new());
         for step in 0..self.grid.steps() {
             let time = self.time(step, noise)?;
             let Some(x) = inputs.last() else { break };
@@ -203,9 +150,7 @@ impl<'a> Sampler<'a> {
         Ok(Trajectory {
             noised: Tensor::f_stack(&inputs, 0)?,
             samples: Tensor::f_stack(&samples, 0)?,
-            times: Tensor::f_from_slice(&self.grid.times)?
-                .f_to_device(noise.device())?
-                .f_to_kind(compute_kind(noise.f_kind()?))?,
+            times: self.times_like(noise)?,
         })
     }
 
@@ -221,14 +166,75 @@ impl<'a> Sampler<'a> {
         steps: &Tensor,
     ) -> Result<Simulation> {
         let (noised, student_time) = trajectory.inputs_at(steps)?;
-        let time = self.grid.shift.apply(&student_time)?;
+        let time = self.grid.shift().apply(&student_time)?;
         Ok(Simulation { x: self.predict(&noised, &time, cond)?, student_time })
     }
 
+    /// The other way to give a student its input: real samples `[B, ..]`, each noised to a time of the
+    /// grid drawn for it, then one evaluation with a graph. No rollout, so it costs one forward; but it
+    /// needs data, and the student meets samples in training that are better than its own (FastGen's
+    /// DMD2, DiffSynth-Studio). `real` is detached. At the first time the input is pure noise, as it
+    /// is when sampling (see [`Path::start`](crate::Path::start)).
+    ///
+    /// # Errors
+    /// As [`from_real_at`](Self::from_real_at).
+    pub fn from_real(&self, real: &Tensor, cond: &Condition) -> Result<Simulation> {
+        check_samples("real samples", real, 2)?;
+        let steps = spread_steps(self.steps(), batch(real), real.device())?;
+        self.from_real_at(real, cond, &steps, &noise_like(real)?)
+    }
+
+    /// [`from_real`](Self::from_real) at given steps `[B]`, whole numbers from 0, and unit noise
+    /// `[B, ..]`.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] if the grid has no such step; [`Error::Shape`], [`Error::Kind`] or
+    /// [`Error::Device`] unless there is a step and noise for each sample; what the network returns.
+    pub fn from_real_at(
+        &self,
+        real: &Tensor,
+        cond: &Condition,
+        steps: &Tensor,
+        noise: &Tensor,
+    ) -> Result<Simulation> {
+        check_samples("real samples", real, 2)?;
+        check_like("noise", noise, real)?;
+        check_steps(steps, self.steps(), batch(real), real)?;
+        let student_time = PreShift::new(self.times_like(real)?.f_index_select(0, steps)?)?;
+        let time = self.grid.shift().apply(&student_time)?;
+        let input = {
+            let _no_grad = no_grad_guard();
+            let path = self.denoiser.path();
+            let noised = path.renoise(real, &time, noise)?;
+            let first = per_sample(&steps.f_eq(0)?, real)?;
+            path.start(noise)?.f_where_self(&first, &noised)?
+        };
+        Ok(Simulation { x: self.predict(&input, &time, cond)?, student_time })
+    }
+
+    fn steps(&self) -> i64 {
+        i64::try_from(self.grid.steps()).unwrap_or(i64::MAX)
+    }
+
+    /// The pre-shift times of the grid, `[K]`, in the type and on the device of the times of `x`.
+    fn times_like(&self, x: &Tensor) -> Result<Tensor> {
+        let (kind, device) = options(x)?;
+        Ok(Tensor::f_from_slice(self.grid.times())?.f_to_device(device)?.f_to_kind(kind)?)
+    }
+
+    /// The pre-shift time of a step.
+    fn grid_time(&self, step: usize) -> Result<f64> {
+        let missing = || Error::OutOfRange {
+            what: "step",
+            requirement: "below the number of steps",
+            value: step as f64,
+        };
+        self.grid.times().get(step).copied().ok_or_else(missing)
+    }
+
     fn time(&self, step: usize, like: &Tensor) -> Result<PostShift> {
-        let pre_shift = self.grid.times.get(step).copied().unwrap_or_default();
-        let batch = like.size().first().copied().unwrap_or_default();
-        PostShift::all(self.grid.shift.of(pre_shift), batch, options(like)?)
+        let time = self.grid.shift().of(self.grid_time(step)?);
+        PostShift::all(time, batch(like), options(like)?)
     }
 
     fn predict(&self, x: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
@@ -249,4 +255,9 @@ impl<'a> Sampler<'a> {
 /// The type and device of the times that belong to `x`.
 fn options(x: &Tensor) -> Result<(Kind, Device)> {
     Ok((compute_kind(x.f_kind()?), x.device()))
+}
+
+/// The number of samples of `x`.
+fn batch(x: &Tensor) -> i64 {
+    x.size().first().copied().unwrap_or_default()
 }

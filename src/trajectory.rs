@@ -1,6 +1,6 @@
 //! A whole rollout, kept: every step's input and prediction, for several losses to draw from.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::numeric::{check_device, per_sample};
 use crate::value::checked;
@@ -45,10 +45,7 @@ impl Trajectory {
     /// # Errors
     /// [`Error::Torch`] if libtorch fails.
     pub fn draw_steps(&self) -> Result<Tensor> {
-        let options = (Kind::Int64, self.samples.device());
-        let offset = Tensor::f_randint(self.steps(), [1], options)?;
-        let order = Tensor::f_randperm(self.len(), options)?;
-        Ok(order.f_add(&offset)?.f_remainder(self.steps())?)
+        spread_steps(self.steps(), self.len(), self.samples.device())
     }
 
     /// The clean predictions `[B, ..]` of each sample at its step of `steps` `[B]`, without a graph:
@@ -58,33 +55,42 @@ impl Trajectory {
     /// [`Error::Shape`] or [`Error::Kind`] unless `steps` are B whole numbers,
     /// [`Error::OutOfRange`] if the grid has no such step.
     pub fn samples_at(&self, steps: &Tensor) -> Result<Tensor> {
-        self.check_steps(steps)?;
+        check_steps(steps, self.steps(), self.len(), &self.samples)?;
         gather(&self.samples, steps)
     }
 
     /// The student's inputs `[B, ..]` and times at each sample's step.
     pub(crate) fn inputs_at(&self, steps: &Tensor) -> Result<(Tensor, PreShift)> {
-        self.check_steps(steps)?;
+        check_steps(steps, self.steps(), self.len(), &self.samples)?;
         let times = PreShift::new(self.times.f_index_select(0, steps)?)?;
         Ok((gather(&self.noised, steps)?, times))
     }
+}
 
-    fn check_steps(&self, steps: &Tensor) -> Result<()> {
-        if steps.size() != [self.len()] {
-            return Err(Error::shape("steps", format!("[{}]", self.len()), &steps.size()));
-        }
-        let found = steps.f_kind()?;
-        if found != Kind::Int64 {
-            return Err(Error::Kind { what: "steps", expected: "Int64", found });
-        }
-        check_device("steps", steps, &self.samples)?;
-        for value in [steps.f_min()?, steps.f_max()?] {
-            let value = value.f_int64_value(&[])?;
-            let valid = (0..self.steps()).contains(&value);
-            checked("step", "below the number of steps", value as f64, valid)?;
-        }
-        Ok(())
+/// One of `count` steps for each of `batch` samples, spread evenly, in random order, `[B]`.
+pub(crate) fn spread_steps(count: i64, batch: i64, device: Device) -> Result<Tensor> {
+    let options = (Kind::Int64, device);
+    let offset = Tensor::f_randint(count, [1], options)?;
+    let order = Tensor::f_randperm(batch, options)?;
+    Ok(order.f_add(&offset)?.f_remainder(count)?)
+}
+
+/// Refuses anything but `batch` whole numbers below `count`, on the device of `like`. Reads them.
+pub(crate) fn check_steps(steps: &Tensor, count: i64, batch: i64, like: &Tensor) -> Result<()> {
+    if steps.size() != [batch] {
+        return Err(Error::shape("steps", format!("[{batch}]"), &steps.size()));
     }
+    let found = steps.f_kind()?;
+    if found != Kind::Int64 {
+        return Err(Error::Kind { what: "steps", expected: "Int64", found });
+    }
+    check_device("steps", steps, like)?;
+    for value in [steps.f_min()?, steps.f_max()?] {
+        let value = value.f_int64_value(&[])?;
+        let valid = (0..count).contains(&value);
+        checked("step", "below the number of steps", value as f64, valid)?;
+    }
+    Ok(())
 }
 
 /// From `[K, B, ..]` the row at `steps[b]` for each b, `[B, ..]`.

@@ -4,10 +4,10 @@ mod common;
 
 use common::{gaussian_teacher, seeded, wave};
 use decoupled_dmd::{
-    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Error, Floor, Group,
-    Guidance, MeanVariance, Normalizer, Objective, PostShift, PreShift, Prediction, Probe,
-    RectifiedFlow, Regularizer, Renoising, Result, Shift, Statistics, Uniform, engine_fn,
-    regularizer_fn, surrogate,
+    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Edm, Error, Floor, Group,
+    Guidance, LogNormal, MeanVariance, Normalizer, Objective, PostShift, PreShift, Prediction,
+    Probe, RectifiedFlow, Regularizer, Renoising, Result, Shift, Statistics, Uniform,
+    VariancePreserving, engine_fn, regularizer_fn, surrogate,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -202,4 +202,47 @@ fn a_bad_sample_does_not_touch_the_others() -> Result<()> {
     };
     assert!(gradient(true)?.equal(&gradient(false)?));
     Ok(())
+}
+
+#[test]
+fn bad_parameters_of_paths_are_refused() {
+    let refused =
+        |result: Result<VariancePreserving>| matches!(result, Err(Error::OutOfRange { .. }));
+    for (low, high) in
+        [(-0.1, 20.0), (0.1, 0.05), (0.0, 0.0), (f64::NAN, 1.0), (0.1, f64::INFINITY)]
+    {
+        assert!(refused(VariancePreserving::linear(low, high)), "{low} {high}");
+    }
+    for (low, high, steps) in
+        [(0.0, 0.1, 9), (0.2, 0.1, 9), (0.1, 1.0, 9), (0.1, f64::NAN, 9), (0.1, 0.2, 1)]
+    {
+        assert!(
+            refused(VariancePreserving::scaled_linear(low, high, steps)),
+            "{low} {high} {steps}"
+        );
+    }
+    for table in [vec![0.9, 0.9], vec![0.5, 0.6], vec![1.1], vec![-0.1], vec![0.9, f64::NAN]] {
+        assert!(refused(VariancePreserving::from_alphas_cumprod(table)));
+    }
+    let empty = VariancePreserving::from_alphas_cumprod(Vec::new());
+    assert!(matches!(empty, Err(Error::Shape { what: "alphas_cumprod", .. })));
+    let table = VariancePreserving::scaled_linear(0.00085, 0.012, 1000).unwrap();
+    for n in [-1.0, 1000.0, f64::NAN] {
+        assert!(matches!(table.time_of(n), Err(Error::OutOfRange { what: "timestep", .. })));
+    }
+    for (low, high, rho) in
+        [(0.0, 80.0, 7.0), (2.0, 1.0, 7.0), (0.1, f64::NAN, 7.0), (0.1, 1.0, 0.5)]
+    {
+        assert!(matches!(Edm::new(low, high, rho), Err(Error::OutOfRange { .. })));
+    }
+    let edm = Edm::default();
+    assert!(matches!(edm.time_of(81.0), Err(Error::OutOfRange { what: "sigma", .. })));
+    let t = Tensor::from_slice(&[0.5f32]);
+    let zero = edm.preconditioning(&t, 0.0);
+    assert!(matches!(zero, Err(Error::OutOfRange { what: "sigma_data", .. })));
+    let wrong = edm
+        .preconditioning(&t, 0.5)
+        .and_then(|p| p.apply(&Tensor::zeros([1, 3], FLOAT), |_, c: &Tensor| c.shallow_clone()));
+    assert!(matches!(wrong, Err(Error::Shape { what: "network output", .. })));
+    assert!(matches!(LogNormal::new(edm, 0.0, 0.0), Err(Error::OutOfRange { .. })));
 }

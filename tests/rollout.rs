@@ -4,8 +4,8 @@ mod common;
 
 use common::{Calls, counting_teacher, gaussian_teacher, gradient, max_difference, value, wave};
 use decoupled_dmd::{
-    Condition, Denoiser, Error, FewStepGrid, Guidance, Prediction, RectifiedFlow, Result, Sampler,
-    Shift, Transition,
+    Condition, Denoiser, Edm, Error, FewStepGrid, Guidance, Path, PostShift, Prediction,
+    RectifiedFlow, Result, Sampler, Shift, Transition, TrigFlow, VariancePreserving,
 };
 use tch::{Kind, Tensor};
 
@@ -112,7 +112,9 @@ fn steps_are_drawn_evenly_from_the_grid() -> Result<()> {
 fn bad_grids_and_steps_are_refused() -> Result<()> {
     let grid = |times: &[f64]| FewStepGrid::new(times.to_vec(), Shift::NONE);
     assert!(grid(&[0.0, 0.3, 0.9]).is_ok());
-    for times in [&[][..], &[0.1, 0.5], &[0.0, 0.5, 0.5], &[0.0, 1.0], &[0.0, f64::NAN]] {
+    for times in
+        [&[][..], &[0.1, 0.5], &[0.0, 0.5, 0.5], &[0.0, 1.0], &[0.0, 1.0 - 1e-12], &[0.0, f64::NAN]]
+    {
         assert!(matches!(grid(times), Err(Error::OutOfRange { .. })), "{times:?}");
     }
     assert!(matches!(FewStepGrid::even(0, Shift::NONE), Err(Error::OutOfRange { .. })));
@@ -123,5 +125,181 @@ fn bad_grids_and_steps_are_refused() -> Result<()> {
     assert!(matches!(error, Error::OutOfRange { what: "step", value: 2.0, .. }));
     let error = sampler.simulate(&Tensor::from(1.0), &cond, 0).unwrap_err();
     assert!(matches!(error, Error::Shape { what: "noise", .. }));
+    Ok(())
+}
+
+/// E[x0 | x_t] of data N(0.3, 0.5 I) where the path has the shares a and s.
+fn posterior(x: &Tensor, a: f64, s: f64) -> Tensor {
+    0.3 + a * 0.5 / (a * a * 0.5 + s * s) * (x - a * 0.3)
+}
+
+fn at(path: &dyn Path, t: f64) -> (f64, f64) {
+    let time = PostShift::all(t, 1, (Kind::Double, tch::Device::Cpu)).unwrap();
+    let c = path.coefficients(&time).unwrap();
+    (value(&c.data), value(&c.noise))
+}
+
+#[test]
+fn every_path_starts_from_its_noise_and_follows_its_own_ode_step() -> Result<()> {
+    let sdxl = VariancePreserving::scaled_linear(0.00085, 0.012, 1000)?;
+    let paths: [(&dyn Path, f64); 5] = [
+        (&RectifiedFlow, 1.0),
+        (&VariancePreserving::linear(0.1, 20.0)?, 1.0),
+        (&sdxl, 1.0),
+        (&Edm::default(), 80.0),
+        (&TrigFlow, 1.0),
+    ];
+    for (which, (path, start)) in paths.into_iter().enumerate() {
+        let inputs = std::cell::RefCell::new(Vec::new());
+        let network = |x: &Tensor, t: &Tensor, _: &Condition| {
+            inputs.borrow_mut().push(x.shallow_clone());
+            let (a, s) = at(path, value(&t.get(0)));
+            posterior(x, a, s)
+        };
+        let denoiser = Denoiser::new(path, Prediction::Sample, network);
+        let grid = FewStepGrid::even(4, Shift::NONE)?;
+        let sample = Sampler::new(&denoiser, grid, Transition::Euler)
+            .sample(&noise(), &Condition::none())?;
+        let inputs = inputs.borrow();
+        assert!(max_difference(&inputs[0], &(noise() * start)) < 1e-12, "path {which}");
+        for step in 0..3usize {
+            let t = step as f64 / 4.0;
+            let ((a, s), (next_a, next_s)) = (at(path, t), at(path, t + 0.25));
+            let x = &inputs[step];
+            let x0 = posterior(x, a, s);
+            let eps = (x - a * &x0) / s;
+            let expected = match which {
+                // EDM: the Euler step of dx/dsigma = (x - D) / sigma.
+                3 => x + (next_s - s) * (x - &x0) / s,
+                // TrigFlow: a rotation by the difference of the angles, with F = dx/dangle.
+                4 => {
+                    let turn = std::f64::consts::FRAC_PI_2 * 0.25;
+                    turn.cos() * x - turn.sin() * (a * eps - s * x0)
+                }
+                _ => next_a * x0 + next_s * eps,
+            };
+            assert!(max_difference(&inputs[step + 1], &expected) < 1e-12, "path {which}, {step}");
+        }
+        let (a, s) = at(path, 0.75);
+        assert!(max_difference(&sample, &posterior(&inputs[3], a, s)) < 1e-12);
+    }
+    Ok(())
+}
+
+fn steps(steps: &[i64]) -> Tensor {
+    Tensor::from_slice(steps)
+}
+
+#[test]
+fn real_samples_are_noised_to_the_times_of_their_steps() -> Result<()> {
+    let real = wave(&[3, 1, 2, 2], 1.0, Kind::Double).set_requires_grad(true);
+    let noise = wave(&[3, 1, 2, 2], 4.0, Kind::Double);
+    let shift = Shift::new(3.0)?;
+    let edm = Edm::default();
+    let gain = Tensor::from(0.5f64).set_requires_grad(true);
+    let network = |x: &Tensor, _: &Tensor, _: &Condition| x * &gain;
+    let student = Denoiser::new(edm, Prediction::Sample, network);
+    let sampler = Sampler::new(&student, FewStepGrid::even(4, shift)?, Transition::Renoise);
+    let simulation = sampler.from_real_at(&real, &Condition::none(), &steps(&[0, 3, 1]), &noise)?;
+    assert_eq!(common::values(simulation.student_time.tensor()), [0.0, 0.75, 0.25]);
+    for (row, t) in [(0, None), (1, Some(0.75)), (2, Some(0.25))] {
+        let (x0, eps) = (real.detach().get(row), noise.get(row));
+        // The first step sees pure noise, as in sampling, not data under noise.
+        let input = t.map_or(80.0 * &eps, |t| x0 + at(&edm, shift.of(t)).1 * &eps);
+        assert!(max_difference(&simulation.x.get(row), &(input * 0.5)) < 1e-12, "row {row}");
+    }
+    let gradients = Tensor::run_backward(&[simulation.x.sum(None)], &[&real, &gain], true, false);
+    assert!(!gradients[0].defined(), "real samples must receive nothing");
+    assert!(value(&gradients[1]).abs() > 1e-3);
+
+    let bad = |steps: &[i64], noise: &Tensor| {
+        sampler.from_real_at(&real, &Condition::none(), &self::steps(steps), noise).unwrap_err()
+    };
+    assert!(matches!(bad(&[0, 1], &noise), Error::Shape { what: "steps", .. }));
+    assert!(matches!(bad(&[0, 4, 1], &noise), Error::OutOfRange { what: "step", .. }));
+    assert!(matches!(bad(&[0, 3, 1], &noise.get(0)), Error::Shape { what: "noise", .. }));
+    let scalar = sampler.from_real(&Tensor::from(1.0), &Condition::none()).unwrap_err();
+    assert!(matches!(scalar, Error::Shape { what: "real samples", .. }));
+    Ok(())
+}
+
+#[test]
+fn the_steps_of_real_samples_are_drawn_for_each() -> Result<()> {
+    let _guard = common::seeded(4);
+    let real = wave(&[64, 2], 1.0, Kind::Float);
+    let network = |x: &Tensor, _: &Tensor, _: &Condition| x * 0.5;
+    let student = Denoiser::new(RectifiedFlow, Prediction::Sample, network);
+    let sampler = Sampler::new(&student, FewStepGrid::even(4, Shift::NONE)?, Transition::Euler);
+    let times = sampler.from_real(&real, &Condition::none())?.student_time;
+    let times = common::values(times.tensor());
+    for time in [0.0, 0.25, 0.5, 0.75] {
+        assert!(times.iter().filter(|&&t| (t - time).abs() < 1e-6).count() == 16, "{times:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn without_a_gradient_nothing_builds_a_graph() -> Result<()> {
+    let gain = Tensor::from(0.5f64).set_requires_grad(true);
+    let network = |x: &Tensor, _: &Tensor, _: &Condition| x * &gain;
+    let student = Denoiser::new(RectifiedFlow, Prediction::Sample, network);
+    let sampler = Sampler::new(&student, FewStepGrid::even(3, Shift::NONE)?, Transition::Euler);
+    let none = Condition::none();
+    assert!(!sampler.sample(&noise(), &none)?.requires_grad());
+    assert!(sampler.simulate(&noise(), &none, 2)?.x.requires_grad());
+    let _no_grad = tch::no_grad_guard();
+    assert!(!sampler.simulate(&noise(), &none, 2)?.x.requires_grad());
+    assert!(!sampler.from_real_at(&noise(), &none, &steps(&[0, 2]), &noise())?.x.requires_grad());
+    Ok(())
+}
+
+#[test]
+fn dynamic_grids_are_those_of_cdm() -> Result<()> {
+    let _guard = common::seeded(5);
+    let shift = Shift::new(3.0)?;
+    let grid = FewStepGrid::dynamic_at(&[1.0, 0.0, 0.5], shift)?;
+    for (time, noise) in grid.times().iter().zip([1.0, 0.95, 0.6, 0.25]) {
+        approx::assert_abs_diff_eq!(1.0 - time, noise, epsilon = 1e-15);
+    }
+    assert_eq!(grid.shift(), shift);
+    assert_eq!(FewStepGrid::dynamic_at(&[], shift)?, FewStepGrid::even(1, shift)?);
+    let mut counts = [0; 5];
+    for _ in 0..1000 {
+        let grid = FewStepGrid::dynamic(4, shift)?;
+        counts[grid.steps()] += 1;
+        assert!(grid.times().iter().skip(1).all(|t| (0.05..=0.75).contains(t)));
+    }
+    assert!(counts[0] == 0 && counts[1..].iter().all(|n| (200..300).contains(n)), "{counts:?}");
+    for draws in [&[0.5, 0.5][..], &[-0.1], &[f64::NAN]] {
+        assert!(matches!(FewStepGrid::dynamic_at(draws, shift), Err(Error::OutOfRange { .. })));
+    }
+    assert!(matches!(FewStepGrid::dynamic(0, shift), Err(Error::OutOfRange { .. })));
+    Ok(())
+}
+
+#[test]
+fn a_kept_rollout_holds_what_every_simulation_sees() -> Result<()> {
+    let cond = Condition::none();
+    let (edm, sdxl) = (Edm::default(), VariancePreserving::scaled_linear(0.00085, 0.012, 1000)?);
+    for path in [&edm as &dyn Path, &sdxl, &RectifiedFlow] {
+        let network = |x: &Tensor, t: &Tensor, _: &Condition| {
+            let c = path.coefficients(&PostShift::new(t.shallow_clone()).unwrap()).unwrap();
+            let (a, s) = (c.data.view([-1, 1, 1, 1]), c.noise.view([-1, 1, 1, 1]));
+            0.3 + &a * 0.5 / (a.square() * 0.5 + s.square()) * (x - a * 0.3)
+        };
+        let denoiser = Denoiser::new(path, Prediction::Sample, network);
+        let grid = FewStepGrid::even(3, Shift::new(3.0)?)?;
+        let sampler = Sampler::new(&denoiser, grid, Transition::Euler);
+        let trajectory = sampler.trajectory(&noise(), &cond)?;
+        let each = steps(&[2, 0]);
+        let kept = sampler.simulate_on(&trajectory, &cond, &each)?;
+        assert!(max_difference(&trajectory.samples_at(&each)?, &kept.x) < 1e-14);
+        for (row, step) in [(0, 2), (1, 0)] {
+            let alone = sampler.simulate(&noise(), &cond, step)?;
+            assert!(max_difference(&alone.x.get(row), &kept.x.get(row)) < 1e-12);
+            let times = (alone.student_time, &kept.student_time);
+            assert!(max_difference(&times.0.tensor().get(row), &times.1.tensor().get(row)) < 1e-15);
+        }
+    }
     Ok(())
 }

@@ -1,0 +1,101 @@
+//! The times of few-step generation.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::value::checked;
+use crate::{Result, Shift};
+
+/// Noise levels (1 - t) between which CDM draws the inner times of its random grids.
+const INNER_NOISE: (f64, f64) = (0.25, 0.95);
+
+/// The times at which a few-step generator is evaluated, starting at pure noise.
+///
+/// Pre-shift times 0, 1/K, .., (K-1)/K, then the shift; in diffusers' clock `sigma` goes from 1 to
+/// the shifted 1/K, and the last step lands on the clean sample. With shift 3 and K = 8 this is the
+/// grid of Z-Image-Turbo; with K = 4 on SDXL's [`VariancePreserving`](crate::VariancePreserving) table,
+/// that of DMD2.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FewStepGrid {
+    times: Vec<f64>,
+    shift: Shift,
+}
+
+impl FewStepGrid {
+    /// `steps` even pre-shift times from 0.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if `steps` is 0.
+    pub fn even(steps: usize, shift: Shift) -> Result<Self> {
+        checked("number of steps", "at least 1", steps as f64, steps > 0)?;
+        Ok(Self { times: (0..steps).map(|k| k as f64 / steps as f64).collect(), shift })
+    }
+
+    /// Given pre-shift times, the first of them 0 and each above the one before.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless they rise from 0 and stay below 1, the
+    /// last also as float32 after the shift.
+    pub fn new(times: Vec<f64>, shift: Shift) -> Result<Self> {
+        let first = times.first().copied().unwrap_or(f64::NAN);
+        checked("first time of the grid", "0, pure noise", first, first.abs() <= 0.0)?;
+        for (previous, &next) in times.iter().zip(times.iter().skip(1)) {
+            checked("time of the grid", "above the one before", next, next > *previous)?;
+        }
+        let last = times.last().copied().unwrap_or(f64::NAN);
+        // No step is taken from the clean end, where there is no noise left to follow.
+        let below = last < 1.0 && (shift.of(last) as f32) < 1.0;
+        checked("last time of the grid", "below 1", last, below)?;
+        Ok(Self { times, shift })
+    }
+
+    /// A random grid, to be drawn anew for every update: a student trained on it can be sampled in
+    /// any number of steps. The dynamic schedule of CDM (arXiv 2605.06376).
+    ///
+    /// ```text
+    /// K ~ U{1, .., max_steps};    t_1 = 0;    t_2 < .. < t_K ~ U(0.05, 0.75), sorted
+    /// ```
+    /// CDM has `max_steps` 28. Its noise levels are `1 - t`, drawn before the shift. Drawn from
+    /// libtorch's global generator.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if `max_steps` is 0.
+    pub fn dynamic(max_steps: usize, shift: Shift) -> Result<Self> {
+        checked("number of steps", "at least 1", max_steps as f64, max_steps > 0)?;
+        let high = i64::try_from(max_steps).unwrap_or(i64::MAX);
+        let inner =
+            Tensor::f_randint(high, [1], (Kind::Int64, Device::Cpu))?.f_int64_value(&[0])?;
+        // In float64, where no two draws are ever equal.
+        let u = Tensor::f_rand([inner], (Kind::Double, Device::Cpu))?;
+        Self::dynamic_at(&Vec::<f64>::try_from(u)?, shift)
+    }
+
+    /// [`dynamic`](Self::dynamic) for given unit-uniform draws, one for each step after the first.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if a draw is outside [0, 1] or two are equal.
+    pub fn dynamic_at(draws: &[f64], shift: Shift) -> Result<Self> {
+        let (low, high) = INNER_NOISE;
+        let mut times = vec![0.0];
+        for &u in draws {
+            checked("draw of the grid", "in [0, 1]", u, (0.0..=1.0).contains(&u))?;
+            times.push(1.0 - high + u * (high - low));
+        }
+        times.sort_by(f64::total_cmp);
+        Self::new(times, shift)
+    }
+
+    /// The number of steps, which is the number of network evaluations of one sample.
+    pub fn steps(&self) -> usize {
+        self.times.len()
+    }
+
+    /// The pre-shift times.
+    pub fn times(&self) -> &[f64] {
+        &self.times
+    }
+
+    /// The shift of the grid.
+    pub fn shift(&self) -> Shift {
+        self.shift
+    }
+}

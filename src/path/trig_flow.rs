@@ -1,0 +1,36 @@
+//! TrigFlow, the path on the unit circle.
+
+use std::f64::consts::FRAC_PI_2;
+
+use tch::Tensor;
+
+use crate::path::{Coefficients, Path, wide_time};
+use crate::{PostShift, Result};
+
+/// TrigFlow: a = cos(angle), s = sin(angle), with the angle `pi/2 (1 - t)` in [0, pi/2].
+///
+/// For data of unit standard deviation: divide by the data's, as sCM does with its `sigma_d`.
+/// Lu & Song, arXiv 2410.11081, Section 3; used by sCM and rCM. Their network output F has
+/// `x0 = cos(angle) x_t - sin(angle) F`: that is [`Velocity`](crate::Prediction::Velocity), which is
+/// singular nowhere. Networks are fed the [`angle`](Self::angle).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TrigFlow;
+
+impl TrigFlow {
+    /// The angle in radians for times `t` `[B]` on the crate's clock, as a network closure receives
+    /// them; `[B]` in float64.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn angle(&self, t: &Tensor) -> Result<Tensor> {
+        Ok(wide_time(t)?.f_neg()?.f_add_scalar(1.0)?.f_mul_scalar(FRAC_PI_2)?)
+    }
+}
+
+impl Path for TrigFlow {
+    fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
+        // cos(pi/2 (1 - t)) as a sine: exactly zero at the noise end, and precise near it.
+        let data = wide_time(time.tensor())?.f_mul_scalar(FRAC_PI_2)?.f_sin()?;
+        Ok(Coefficients { data, noise: self.angle(time.tensor())?.f_sin()? })
+    }
+}

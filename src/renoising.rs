@@ -1,0 +1,170 @@
+//! How re-noising times are drawn.
+
+mod log_normal;
+mod logit_normal;
+mod uniform;
+
+pub use log_normal::LogNormal;
+pub use logit_normal::LogitNormal;
+pub use uniform::{AboveStudent, Uniform};
+
+use tch::Tensor;
+
+use crate::numeric::compute_kind;
+use crate::{PostShift, PreShift, Result, Shift};
+
+/// Standard normal numbers are kept within this distance of 0; a float32 draw reaches 5.4. So times
+/// have bounds that are known beforehand, and a draw of exactly 0 is no infinity.
+pub(crate) const Z_MAX: f64 = 5.5;
+
+/// Where re-noising times come from: a map from unit-uniform draws to pre-shift times.
+///
+/// The draw is an argument, so that a caller can fix it; [`Renoising::draw`] supplies it.
+///
+/// | sampler | tau | used for |
+/// |---|---|---|
+/// | [`Uniform`] | U(low, high) | tau_DM and the fake score; clipped, any term |
+/// | [`AboveStudent`] | U(t + gap, high) | tau_CA |
+/// | [`LogitNormal`] | sigmoid of a normal number | the fake score, as SD3 trains |
+/// | [`LogNormal`] | normal in ln sigma | the fake score on EDM's path |
+pub trait TimeSampler {
+    /// Pre-shift times `[B]` for draws `u` `[B]` in [0, 1).
+    ///
+    /// `student` holds the pre-shift times at which the student was evaluated, where the batch
+    /// carries them.
+    ///
+    /// # Errors
+    /// [`Error::Missing`](crate::Error::Missing) if the sampler needs the student's times and there are none.
+    fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift>;
+}
+
+impl<S: TimeSampler + ?Sized> TimeSampler for &S {
+    fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift> {
+        (**self).times(u, student)
+    }
+}
+
+impl<S: TimeSampler + ?Sized> TimeSampler for Box<S> {
+    fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift> {
+        (**self).times(u, student)
+    }
+}
+
+/// Standard normal numbers for unit-uniform draws, at most [`Z_MAX`] from 0.
+pub(crate) fn normal_quantile(u: &Tensor) -> Result<Tensor> {
+    Ok(u.f_special_ndtri()?.f_clamp(-Z_MAX, Z_MAX)?)
+}
+
+/// A re-noising schedule: a [`TimeSampler`] and the [`Shift`] applied to what it draws.
+pub struct Renoising<'a> {
+    sampler: Box<dyn TimeSampler + 'a>,
+    shift: Shift,
+}
+
+impl<'a> Renoising<'a> {
+    /// Times from `sampler`, not shifted.
+    pub fn new(sampler: impl TimeSampler + 'a) -> Self {
+        Self { sampler: Box::new(sampler), shift: Shift::NONE }
+    }
+
+    /// Shifts what the sampler draws: use the shift that the model is run with at inference.
+    #[must_use]
+    pub fn shifted(mut self, shift: Shift) -> Self {
+        self.shift = shift;
+        self
+    }
+
+    /// Post-shift times for given draws `u` `[B]` in [0, 1).
+    ///
+    /// # Errors
+    /// [`Error::Missing`](crate::Error::Missing) if the sampler needs the student's times and there are none.
+    pub fn at(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PostShift> {
+        self.shift.apply(&self.sampler.times(u, student)?)
+    }
+
+    /// Draws B post-shift times for samples `x` `[B, ..]` with libtorch's global generator.
+    ///
+    /// # Errors
+    /// As [`at`](Self::at).
+    pub fn draw(&self, x: &Tensor, student: Option<&PreShift>) -> Result<PostShift> {
+        self.at(&unit_uniform(x)?, student)
+    }
+}
+
+/// One draw from [0, 1) for each sample of `x`, on its device, in float32 or wider.
+pub(crate) fn unit_uniform(x: &Tensor) -> Result<Tensor> {
+    let batch = x.size().first().copied().unwrap_or_default();
+    Ok(Tensor::f_rand([batch], (compute_kind(x.f_kind()?), x.device()))?)
+}
+
+impl std::fmt::Debug for Renoising<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Renoising").field("shift", &self.shift).finish_non_exhaustive()
+    }
+}
+
+/// The samplers as a configuration spells them, before their constructors have checked the numbers.
+#[cfg(feature = "serde")]
+mod config {
+    macro_rules! checked_fields {
+        ($type:ident { $($field:ident),+ }) => {
+            #[derive(serde::Deserialize)]
+            #[serde(deny_unknown_fields)]
+            pub(super) struct $type { $($field: f64),+ }
+
+            impl TryFrom<$type> for super::$type {
+                type Error = crate::Error;
+                fn try_from(raw: $type) -> crate::Result<Self> {
+                    Self::new($(raw.$field),+)
+                }
+            }
+        };
+    }
+
+    checked_fields!(Uniform { low, high });
+    checked_fields!(AboveStudent { gap, high });
+    checked_fields!(LogitNormal { mean, std });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Error;
+
+    #[test]
+    fn ranges_follow_the_shift() -> Result<()> {
+        let u = Tensor::from_slice(&[0.1f32]);
+        let time =
+            Renoising::new(Uniform::new(0.25, 0.5)?).shifted(Shift::new(3.0)?).at(&u, None)?;
+        approx::assert_abs_diff_eq!(time.range().0, 0.1, epsilon = 1e-15);
+        approx::assert_abs_diff_eq!(time.range().1, 0.25, epsilon = 1e-15);
+        Ok(())
+    }
+
+    #[test]
+    fn bad_parameters_are_refused() {
+        for (low, high) in [(0.6, 0.5), (-0.1, 0.5), (0.5, 1.1), (f64::NAN, 0.5), (0.5, f64::NAN)] {
+            assert!(matches!(Uniform::new(low, high), Err(Error::OutOfRange { .. })));
+        }
+        for (gap, high) in [(-0.1, 1.0), (1.1, 1.0), (f64::NAN, 1.0), (0.0, 1.1)] {
+            assert!(matches!(AboveStudent::new(gap, high), Err(Error::OutOfRange { .. })));
+        }
+        for (mean, std) in [(f64::NAN, 1.0), (f64::INFINITY, 1.0), (0.0, 0.0), (0.0, f64::NAN)] {
+            assert!(matches!(LogitNormal::new(mean, std), Err(Error::OutOfRange { .. })));
+        }
+    }
+
+    #[cfg(feature = "serde")]
+    #[test]
+    fn a_config_cannot_bypass_the_check() -> Result<()> {
+        let sampler = AboveStudent::new(0.05, 0.98)?;
+        let text = serde_json::to_string(&sampler).unwrap();
+        assert_eq!(text, r#"{"gap":0.05,"high":0.98}"#);
+        assert_eq!(serde_json::from_str::<AboveStudent>(&text).unwrap(), sampler);
+        let uniform = serde_json::from_str::<Uniform>(r#"{"low":0.02,"high":0.98}"#).unwrap();
+        assert_eq!(uniform, Uniform::new(0.02, 0.98)?);
+        assert!(serde_json::from_str::<Uniform>(r#"{"low":0.9,"high":0.1}"#).is_err());
+        assert!(serde_json::from_str::<LogitNormal>(r#"{"mean":0.0,"std":0.0}"#).is_err());
+        Ok(())
+    }
+}

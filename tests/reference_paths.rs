@@ -1,0 +1,230 @@
+//! Paths and predictions against float64 PyTorch; `scripts/reference/paths.py` writes the values.
+//!
+//! Errors are relative to the largest number of the sample: in the first column of what it prints, to the
+//! largest term of the formula (the bound that holds in any precision), in the second to the
+//! result, which is smaller where terms cancel.
+
+mod common;
+
+use std::collections::HashMap;
+
+use common::{gradient, max_difference, value, values};
+use decoupled_dmd::{
+    Condition, Denoiser, Edm, Error, LogNormal, LogitNormal, Path, PostShift, Prediction,
+    RectifiedFlow, Result, TimeSampler, TrigFlow, VariancePreserving,
+};
+use tch::{Kind, Tensor};
+
+const PREDICTIONS: [(Prediction, &str); 5] = [
+    (Prediction::Sample, "sample"),
+    (Prediction::Noise, "noise"),
+    (Prediction::FlowVelocity, "flow_velocity"),
+    (Prediction::Velocity, "velocity"),
+    (Prediction::Score, "score"),
+];
+
+struct Reference(HashMap<String, Tensor>);
+
+impl Reference {
+    fn read() -> Self {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/reference/paths.safetensors");
+        Self(Tensor::read_safetensors(file).unwrap().into_iter().collect())
+    }
+    fn get(&self, name: &str) -> &Tensor {
+        self.0.get(name).unwrap_or_else(|| panic!("no {name} in the reference"))
+    }
+}
+
+fn paths() -> Result<[(&'static str, Box<dyn Path>); 5]> {
+    Ok([
+        ("rectified_flow", Box::new(RectifiedFlow)),
+        ("vp_linear", Box::new(VariancePreserving::linear(0.1, 20.0)?)),
+        ("vp_sdxl", Box::new(VariancePreserving::scaled_linear(0.00085, 0.012, 1000)?)),
+        ("edm", Box::new(Edm::default())),
+        ("trig_flow", Box::new(TrigFlow)),
+    ])
+}
+
+/// The largest error over samples `[B, ..]`, relative to `size` `[B]`; samples of size 0 must agree.
+fn relative(found: &Tensor, expected: &Tensor, size: &Tensor) -> f64 {
+    let error = (found.to_kind(Kind::Double) - expected).abs().view([size.size()[0], -1]);
+    value(&(error.amax([1i64], false) / size.clamp_min(1e-300)).max())
+}
+
+fn largest(tensor: &Tensor) -> Tensor {
+    tensor.abs().view([tensor.size()[0], -1]).amax([1i64], false)
+}
+
+/// Rows at which the reference is finite; the others are singular.
+fn finite_rows(expected: &Tensor) -> Tensor {
+    let finite = expected.isfinite().view([expected.size()[0], -1]).all_dim(1, false);
+    finite.nonzero().flatten(0, -1)
+}
+
+fn report(case: &str, to_terms: f64, to_result: f64, tolerance: f64) {
+    println!("{case:<44} {to_terms:9.1e} {to_result:9.1e}");
+    assert!(to_terms < tolerance, "{case}: {to_terms:e}");
+}
+
+#[test]
+fn every_path_and_prediction_agrees_with_pytorch() -> Result<()> {
+    let reference = Reference::read();
+    println!("{:<44} {:>9} {:>9}", "worst relative error", "to terms", "to result");
+    for (kind, tolerance) in [("f64", 1e-12), ("f32", 1e-6), ("bf16", 1e-6)] {
+        for (name, path) in &paths()? {
+            compare(&reference, kind, name, path, tolerance)?;
+        }
+    }
+    Ok(())
+}
+
+fn compare(
+    reference: &Reference,
+    kind: &str,
+    name: &str,
+    path: &dyn Path,
+    tolerance: f64,
+) -> Result<()> {
+    let input = |what: &str| reference.get(&format!("{kind}.{what}"));
+    let (t, x0, eps) = (input("t"), input("x0"), input("eps"));
+    let case = format!("{kind} {name}");
+    let of_path = |what: &str| reference.get(&format!("{kind}.{name}.{what}"));
+
+    let time = PostShift::new(t.shallow_clone())?;
+    let found = path.coefficients(&time)?;
+    for (what, found) in [("a", &found.data), ("s", &found.noise)] {
+        let error = relative(found, of_path(what), of_path(what));
+        report(&format!("{case} {what}"), error, error, tolerance);
+    }
+    let (a, s) = (of_path("a").view([-1, 1]), of_path("s").view([-1, 1]));
+    let terms = largest(&((&a * x0).abs() + (&s * eps).abs()));
+    let (found, expected) = (path.renoise(x0, &time, eps)?, of_path("noised"));
+    let error = relative(&found, expected, &terms);
+    report(
+        &format!("{case} noised"),
+        error,
+        relative(&found, expected, &largest(expected)),
+        tolerance,
+    );
+
+    for (prediction, label) in PREDICTIONS {
+        let of_prediction = |what: &str| of_path(&format!("{label}.{what}"));
+        let case = format!("{case} {label}");
+        let target = of_prediction("target");
+        let rows = finite_rows(target);
+        let pick = |tensor: &Tensor| tensor.index_select(0, &rows);
+        let found = self::target(path, prediction, &pick(t), &pick(x0), &pick(eps))?;
+        let terms =
+            largest(&pick(x0)).maximum(&largest(&pick(eps))).maximum(&largest(&pick(target)));
+        let expected = pick(target);
+        let result = relative(&found, &expected, &largest(&expected));
+        report(&format!("{case} target"), relative(&found, &expected, &terms), result, tolerance);
+        if rows.size() != t.size() {
+            let singular = self::target(path, prediction, t, x0, eps);
+            assert!(matches!(singular, Err(Error::OutOfRange { .. })), "{case}");
+        }
+
+        let expected = of_prediction("x0");
+        let rows = finite_rows(expected);
+        let pick = |tensor: &Tensor| tensor.index_select(0, &rows);
+        let found =
+            clean(path, prediction, &pick(t), &pick(of_path("noised_in")), &pick(input("out")))?;
+        let (expected, terms) = (pick(expected), pick(of_prediction("size")));
+        let result = relative(&found, &expected, &largest(&expected));
+        report(&format!("{case} x0"), relative(&found, &expected, &terms), result, tolerance);
+        if rows.size() != t.size() {
+            let singular = clean(path, prediction, t, of_path("noised_in"), input("out"));
+            assert!(matches!(singular, Err(Error::OutOfRange { .. })), "{case}");
+        }
+    }
+    Ok(())
+}
+
+/// The training target: the loss of a network that answers 0 has the gradient -2 target / numel.
+fn target(
+    path: &dyn Path,
+    prediction: Prediction,
+    t: &Tensor,
+    x0: &Tensor,
+    eps: &Tensor,
+) -> Result<Tensor> {
+    let kind = if x0.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let answer = x0.zeros_like().to_kind(kind).set_requires_grad(true);
+    let network = |_: &Tensor, _: &Tensor, _: &Condition| answer.shallow_clone();
+    let time = PostShift::new(t.shallow_clone())?;
+    let denoiser = Denoiser::new(path, prediction, network);
+    let loss = denoiser.denoising_loss(x0, &time, eps, &Condition::none())?;
+    Ok(gradient(&loss, &answer) * (-0.5 * x0.numel() as f64))
+}
+
+/// x0-hat for a given answer of the network.
+fn clean(
+    path: &dyn Path,
+    prediction: Prediction,
+    t: &Tensor,
+    noised: &Tensor,
+    answer: &Tensor,
+) -> Result<Tensor> {
+    let network = |_: &Tensor, _: &Tensor, _: &Condition| answer.shallow_clone();
+    let time = PostShift::new(t.shallow_clone())?;
+    let clean =
+        Denoiser::new(path, prediction, network).denoise(noised, &time, &Condition::none())?;
+    let kind = if noised.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    assert_eq!(clean.kind(), kind);
+    Ok(clean)
+}
+
+#[test]
+fn the_table_of_sdxl_agrees_with_pytorch() -> Result<()> {
+    let reference = Reference::read();
+    let path = VariancePreserving::scaled_linear(0.00085, 0.012, 1000)?;
+    let timestep = path.timestep(reference.get("f64.t"))?;
+    assert_eq!(values(&timestep), values(reference.get("sdxl.timestep")));
+    let times = [20.0, 399.0, 499.0, 749.0, 979.0, 999.0].map(|n| path.time_of(n).unwrap());
+    let a = path.coefficients(&PostShift::new(Tensor::from_slice(&times))?)?.data;
+    let expected = reference.get("sdxl.alphas_cumprod");
+    let error = relative(&a.square(), expected, expected);
+    report("f64 vp_sdxl alphas_cumprod", error, error, 1e-12);
+    Ok(())
+}
+
+#[test]
+fn the_preconditioning_of_edm_agrees_with_pytorch() -> Result<()> {
+    let reference = Reference::read();
+    let found = Edm::default().preconditioning(reference.get("f64.t"), 0.5)?;
+    let factors = [
+        ("c_skip", &found.skip),
+        ("c_out", &found.output),
+        ("c_in", &found.input),
+        ("c_noise", &found.noise),
+    ];
+    for (name, found) in factors {
+        let expected = reference.get(&format!("edm.{name}"));
+        let error = relative(found, expected, &expected.abs());
+        report(&format!("f64 edm {name}"), error, error, 1e-12);
+    }
+    let expected = reference.get("edm.denoised");
+    for (kind, tolerance) in [(Kind::Double, 1e-12), (Kind::Float, 1e-6)] {
+        let out = reference.get("f64.out").to_kind(kind);
+        let network = |x: &Tensor, c: &Tensor| &out + x * c.view([-1, 1]);
+        let found = found.apply(&reference.get("f64.x0").to_kind(kind), network)?;
+        assert_eq!(found.kind(), kind);
+        let error = relative(&found, expected, &largest(expected));
+        report(&format!("{kind:?} edm denoised"), error, error, tolerance);
+    }
+    Ok(())
+}
+
+#[test]
+fn the_normal_samplers_agree_with_pytorch() -> Result<()> {
+    let reference = Reference::read();
+    let u = reference.get("sampler.u");
+    let logit = LogitNormal::new(0.5, 1.5)?.times(u, None)?;
+    let log = LogNormal::default().times(u, None)?;
+    for (name, found) in [("logit_normal", &logit), ("log_normal", &log)] {
+        let expected = reference.get(&format!("sampler.{name}"));
+        let error = max_difference(found.tensor(), expected);
+        report(&format!("f64 sampler {name}"), error, error, 1e-12);
+    }
+    Ok(())
+}
