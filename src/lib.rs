@@ -46,8 +46,11 @@
 mod batch;
 mod cuda;
 mod denoiser;
+mod diagnostics;
 mod engine;
 mod error;
+mod fake_score;
+mod normalizer;
 mod numeric;
 mod objective;
 mod path;
@@ -58,16 +61,20 @@ mod rollout;
 mod schedule;
 mod time;
 mod value;
+mod weighting;
 
 pub use batch::{Batch, Condition};
 pub use cuda::{default_device, load_cuda};
 pub use denoiser::{Denoiser, NetworkOutput};
+pub use diagnostics::{Diagnostics, PerSample, ScoreDiagnostics, TermDiagnostics};
 pub use engine::{CfgAugmentation, Engine, EngineFn, engine_fn};
 pub use error::{Error, Result};
+pub use fake_score::{UpdateRatio, align_fake};
+pub use normalizer::Normalizer;
 pub use objective::{Draw, Evaluation, Group, Objective};
 pub use path::{Coefficients, Path, RectifiedFlow};
 pub use prediction::Prediction;
-pub use probe::{Normalizer, Probe};
+pub use probe::Probe;
 pub use regularizer::{
     DistributionMatching, MeanVariance, Regularizer, RegularizerFn, Statistics, regularizer_fn,
     surrogate,
@@ -78,6 +85,7 @@ pub use time::{
     AboveStudent, LogitNormal, PostShift, PreShift, Renoising, Shift, TimeSampler, Uniform,
 };
 pub use value::{Floor, Guidance};
+pub use weighting::Weighting;
 
 /// The code of the README, compiled and run.
 #[cfg(doctest)]

@@ -4,10 +4,10 @@ mod common;
 
 use common::{gaussian_teacher, seeded, wave};
 use decoupled_dmd::{
-    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Error, Floor, Group,
-    Guidance, MeanVariance, Normalizer, Objective, PostShift, PreShift, Prediction, Probe,
-    RectifiedFlow, Regularizer, Renoising, Result, Shift, Statistics, Uniform, engine_fn,
-    regularizer_fn, surrogate,
+    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Error, Group, Guidance,
+    MeanVariance, Normalizer, Objective, PostShift, PreShift, Prediction, Probe, RectifiedFlow,
+    Regularizer, Renoising, Result, Shift, Statistics, Uniform, engine_fn, regularizer_fn,
+    surrogate,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -163,7 +163,7 @@ fn a_constant_sample_on_the_teachers_prediction_stays_finite() -> Result<()> {
         Denoiser::new(RectifiedFlow, Prediction::Sample, same),
         Shift::NONE,
     );
-    let normalizer = Normalizer::Guided(Guidance::new(4.0)?, Floor::default());
+    let normalizer = Normalizer::guided(Guidance::new(4.0)?);
     let objective = Objective::new(Denoiser::new(RectifiedFlow, Prediction::Sample, same)).with(
         Group::new(Renoising::new(Uniform::FULL))
             .normalizer(normalizer)

@@ -91,9 +91,9 @@ fn equation_6_ca_is_the_guidance_direction_times_alpha_minus_one() -> Result<()>
     let batch = s.batch();
     let [_, cond, null, _] = s.predictions();
     for (normalizer, scale) in [
-        (Normalizer::Off, Tensor::from(1.0)),
-        (Normalizer::Conditional(Floor::new(1e-8)?), mean_abs(&(&s.x - &cond))),
-        (Normalizer::Conditional(Floor::new(1e3)?), Tensor::from(1e3)),
+        (Normalizer::OFF, Tensor::from(1.0)),
+        (Normalizer::conditional().floor(Floor::new(1e-8)?), mean_abs(&(&s.x - &cond))),
+        (Normalizer::conditional().floor(Floor::new(1e3)?), Tensor::from(1e3)),
     ] {
         let tau = PostShift::new(s.u.shallow_clone())?;
         let probe = Probe::at(&teacher, &batch, tau, s.noise.shallow_clone())?;
