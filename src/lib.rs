@@ -59,6 +59,8 @@ mod probe;
 mod regularizer;
 mod rollout;
 mod schedule;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod time;
 mod value;
 mod weighting;
