@@ -85,6 +85,82 @@ fn equation_2_dm_follows_teacher_minus_fake() -> Result<()> {
 }
 
 #[test]
+fn equations_1_and_2_the_mean_direction_is_the_slope_of_the_divergence() -> Result<()> {
+    // Student N(m, v), teacher N(mu, r): KL(p_fake || p_real) at tau, differentiated in m.
+    let (m, v, mu, r) = (0.7, FAKE_VARIANCE, -0.4, TEACHER_VARIANCE);
+    for tau in [0.1, 0.5, 0.9] {
+        let (a, s): (f64, f64) = (tau, 1.0 - tau);
+        let (fake, real) = (a * a * v + s * s, a * a * r + s * s);
+        let divergence =
+            |m: f64| 0.5 * ((real / fake).ln() + (fake + (a * (m - mu)).powi(2)) / real - 1.0);
+        let slope = (divergence(m + 1e-5) - divergence(m - 1e-5)) / 2e-5;
+        // Scores are affine in x_tau, so two samples and noises about their means average exactly.
+        let x = Tensor::from_slice(&[m - 1.0, m + 1.0]).view([2, 1]);
+        let noise = Tensor::from_slice(&[-0.5, 0.5]).view([2, 1]);
+        let cond = Condition::from(Tensor::from_slice(&[mu, m]));
+        let of = |index: usize, variance| {
+            Denoiser::new(
+                RectifiedFlow,
+                Prediction::Sample,
+                move |x: &Tensor, t: &Tensor, c: &Condition| {
+                    gaussian_denoiser(x, t, &c[0].get(index as i64), variance)
+                },
+            )
+        };
+        let dm = DistributionMatching::new(of(1, v), Shift::NONE);
+        let (teacher, batch) = (of(0, r), Batch::new(&x, &cond)?);
+        let tau = PostShift::new(Tensor::from_slice(&[tau, tau]))?;
+        let probe = Probe::at(&teacher, &batch, tau, noise)?.normalizer(Normalizer::OFF);
+        let direction = value(&dm.direction(&probe)?.mean(None));
+        // d = (s^2 / a) (s_real - s_fake), and dx_tau/dm = a.
+        approx::assert_relative_eq!(direction, -(s / a).powi(2) * slope, max_relative = 1e-8);
+    }
+    Ok(())
+}
+
+#[test]
+fn equations_3_and_4_guidance_may_be_applied_to_any_prediction() -> Result<()> {
+    let s = setting(Kind::Double);
+    let time = PostShift::new(s.u.shallow_clone())?;
+    let guide = |cond: &Tensor, null: &Tensor| null + ALPHA * (cond - null);
+    let net = |x: &Tensor, c: &Tensor| (x + c).sin();
+    for prediction in [
+        Prediction::Sample,
+        Prediction::Noise,
+        Prediction::FlowVelocity,
+        Prediction::Velocity,
+        Prediction::Score,
+    ] {
+        let plain = |x: &Tensor, _: &Tensor, c: &Condition| net(x, &c[0]);
+        let plain = Denoiser::new(RectifiedFlow, prediction, plain);
+        let guided =
+            |x: &Tensor, _: &Tensor, c: &Condition| guide(&net(x, &c[0]), &net(x, &s.null[0]));
+        let guided = Denoiser::new(RectifiedFlow, prediction, guided);
+        let (cond, null) = plain.denoise_pair(&s.noise, &time, &s.cond, &s.null)?;
+        let after = guide(&cond, &null);
+        let before = guided.denoise(&s.noise, &time, &s.cond)?;
+        assert!(max_difference(&before, &after) < 1e-13, "{prediction:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn equation_5_the_update_of_dmd_splits_into_dm_and_ca() -> Result<()> {
+    let s = setting(Kind::Double);
+    let (teacher, batch) = (gaussian_teacher(TEACHER_VARIANCE), s.batch());
+    let tau = PostShift::new(s.u.shallow_clone())?;
+    let probe = Probe::at(&teacher, &batch, tau, s.noise.shallow_clone())?;
+    let probe = probe.normalizer(Normalizer::OFF);
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
+    let ca = CfgAugmentation::new(Guidance::new(ALPHA)?);
+    let [_, cond, null, fake] = s.predictions();
+    let whole = (&null + ALPHA * (cond - &null)) - fake;
+    let sum = dm.direction(&probe)? + ca.direction(&probe)?;
+    assert!(max_difference(&sum, &whole) < 1e-14);
+    Ok(())
+}
+
+#[test]
 fn equation_6_ca_is_the_guidance_direction_times_alpha_minus_one() -> Result<()> {
     let s = setting(Kind::Double);
     let teacher = gaussian_teacher(TEACHER_VARIANCE);
@@ -159,6 +235,67 @@ fn algorithm_1_the_surrogate_is_half_the_mean_square_with_gradient_minus_directi
         );
         if kind != Kind::BFloat16 {
             assert!(max_difference(&slope, &expected) < 1e-10, "{kind:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn algorithm_1_the_generator_step_without_a_normaliser() -> Result<()> {
+    // L = || x - sg(x + lambda (Delta_DM + Delta_CA)) ||^2, each at its own tau and noise.
+    const LAMBDA: f64 = 0.3;
+    let ca_draw = setting(Kind::Double);
+    let dm_draw = Setting {
+        u: Tensor::from_slice(&[0.9, 0.1, 0.3]),
+        noise: wave(&SHAPE, 9.0, Kind::Double),
+        ..setting(Kind::Double)
+    };
+    let [_, cond, null, _] = ca_draw.predictions();
+    let ca = (ALPHA - 1.0) * (cond - null);
+    let [_, cond, _, fake] = dm_draw.predictions();
+    let update = LAMBDA * (ca + cond - fake);
+    let x = &ca_draw.x;
+    let literal = (x - (x + update).detach()).square().sum(Kind::Double);
+
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
+    let group = || Group::new(Renoising::new(Uniform::FULL)).normalizer(Normalizer::OFF);
+    let objective = Objective::new(gaussian_teacher(TEACHER_VARIANCE))
+        .with(group().engine("ca", LAMBDA, CfgAugmentation::new(Guidance::new(ALPHA)?)))
+        .with(group().regularizer("dm", LAMBDA, &dm));
+    let draws = vec![ca_draw.draw(), dm_draw.draw()];
+    let evaluation = objective.evaluate_at(&ca_draw.batch(), draws)?;
+    // A sum without the half, against half the mean.
+    let ours = gradient(&evaluation.loss, x) * (2.0 * x.numel() as f64);
+    assert!(max_difference(&ours, &gradient(&literal, x)) < 1e-13);
+    Ok(())
+}
+
+#[test]
+fn algorithm_1_the_gradients_of_ca_and_dm_match_central_differences() -> Result<()> {
+    // Of 0.5 mean (x - T)^2 with the target T = x + d held.
+    let s = setting(Kind::Double);
+    let (teacher, batch) = (gaussian_teacher(TEACHER_VARIANCE), s.batch());
+    let tau = PostShift::new(s.u.shallow_clone())?;
+    let probe = Probe::at(&teacher, &batch, tau, s.noise.shallow_clone())?;
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
+    let ca = CfgAugmentation::new(Guidance::new(ALPHA)?).direction(&probe)?;
+    for (direction, loss) in
+        [(dm.direction(&probe)?, dm.loss(&probe)?), (ca.copy(), surrogate(&s.x, &ca)?)]
+    {
+        let target = s.x.detach() + direction;
+        let slope = gradient(&loss, &s.x).flatten(0, -1);
+        for element in [0, 17, 40, 95] {
+            let at = |offset: f64| {
+                let x = s.x.detach().copy();
+                let _ = x.view([-1]).narrow(0, element, 1).f_add_scalar_(offset).unwrap();
+                value(&(0.5 * (x - &target).square().mean(None)))
+            };
+            let difference = (at(1e-4) - at(-1e-4)) / 2e-4;
+            approx::assert_relative_eq!(
+                slope.double_value(&[element]),
+                difference,
+                max_relative = 1e-7
+            );
         }
     }
     Ok(())
