@@ -27,7 +27,7 @@ use crate::{
 /// How often the fake is trained is the loop's matter; [`UpdateRatio`](crate::UpdateRatio) counts.
 ///
 /// # Shapes
-/// x `[B, ..]` to a scalar, whose gradient in x is `-direction / numel`; see [`surrogate`].
+/// x `[B, ..]` to a scalar, whose gradient in x is `-direction / numel`; see [`surrogate`](crate::surrogate).
 ///
 /// # Forwards
 /// Teacher: conditional. Fake score: one, without a graph. Its own loss: one, with a graph.
