@@ -9,6 +9,7 @@
 use std::cell::RefCell;
 
 use anyhow::Result;
+use decoupled_dmd::testing::check_engine;
 use decoupled_dmd::{
     AboveStudent, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Engine, Group,
     Guidance, Objective, PreShift, Prediction, Probe, RectifiedFlow, Renoising, Shift, Uniform,
@@ -85,6 +86,12 @@ fn train(engine: Option<&dyn Engine>) -> Result<(Vec<f32>, Vec<f32>)> {
 fn main() -> Result<()> {
     let guidance = Guidance::new(1.5)?;
     let (cfg, auto) = (CfgAugmentation::new(guidance), AutoGuidance { weak: model(0.9), guidance });
+    // Shape, type, no graph, the same answer twice, samples that do not touch one another.
+    let (x, cond) = (
+        Tensor::linspace(-1.0, 1.0, 8, CPU).view([4, 2]),
+        Condition::from(Tensor::zeros([4, 2], CPU)),
+    );
+    check_engine(&auto, &model(0.5), &Batch::new(&x, &cond)?)?;
     println!("{:>25} mean [0.00, 0.00]   spread [1.20, 1.20]", "before");
     println!("{:>25} mean [1.00, -0.50]  spread [0.50, 0.50]", "data");
     for (name, engine) in [

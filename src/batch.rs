@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::numeric::{check_device, check_samples, check_size};
 use crate::{Error, PreShift, Result};
@@ -14,7 +14,7 @@ use crate::{Error, PreShift, Result};
 ///
 /// ```
 /// # use decoupled_dmd::Condition;
-/// # use tch::Tensor;
+/// # use tch::{Kind, Tensor};
 /// let condition = Condition::from(vec![Tensor::from_slice(&[3i64, 7])]);
 /// let [labels] = &*condition else { panic!("one tensor of labels") };
 /// # assert_eq!(labels.size(), [2]);
@@ -58,6 +58,8 @@ pub struct Batch<'a> {
     real: Option<&'a Tensor>,
     real_cond: Option<&'a Condition>,
     student_time: Option<&'a PreShift>,
+    /// Boolean, expanded to the shape of `x`.
+    mask: Option<Tensor>,
 }
 
 impl<'a> Batch<'a> {
@@ -68,7 +70,15 @@ impl<'a> Batch<'a> {
     /// [`Error::Kind`] unless it is floating point.
     pub fn new(x: &'a Tensor, cond: &'a Condition) -> Result<Self> {
         check_samples("x", x, 2)?;
-        Ok(Self { x, cond, null: None, real: None, real_cond: None, student_time: None })
+        Ok(Self {
+            x,
+            cond,
+            null: None,
+            real: None,
+            real_cond: None,
+            student_time: None,
+            mask: None,
+        })
     }
 
     /// Adds the null condition (the encoded empty prompt), which CFG Augmentation needs.
@@ -114,6 +124,51 @@ impl<'a> Batch<'a> {
         check_device("student time", time.tensor(), self.x)?;
         self.student_time = Some(time);
         Ok(self)
+    }
+
+    /// Adds a mask of booleans: true counts, false (padding, a sample to leave out) does not. It is
+    /// `[B]`, one for each sample, or has the axes of `x` with 1 where one value serves an axis.
+    ///
+    /// For engines, Distribution Matching and the loss of the fake score:
+    /// - an element left out has an update of exactly zero, so it sends no gradient to the student,
+    ///   also where it, the update or the error is not finite;
+    /// - the means of the normaliser and of the diagnostics are over the elements that count;
+    /// - losses remain means over *all* elements of the batch, so that what one sample leaves out
+    ///   does not change the gradient of another. For a mean over those that count, multiply the
+    ///   weight of the term by their inverse share.
+    ///
+    /// Networks see the whole sample; masking attention is their own matter. Regularizers that look
+    /// at the statistics of whole samples do not see the mask; one's own can ask
+    /// [`Probe::masked`](crate::Probe::masked).
+    ///
+    /// # Errors
+    /// [`Error::Kind`] unless boolean, [`Error::Shape`] if it does not fit `x`, [`Error::Device`] if
+    /// it is elsewhere.
+    pub fn mask(mut self, mask: &Tensor) -> Result<Self> {
+        const WHAT: &str = "mask";
+        let (size, whole) = (mask.size(), self.x.size());
+        let per_sample = size == [self.len()];
+        let fits =
+            size.len() == whole.len() && size.iter().zip(&whole).all(|(m, x)| m == x || *m == 1);
+        if !mask.defined() || !(per_sample || fits) {
+            return Err(Error::shape(WHAT, format!("[B] or broadcastable to {whole:?}"), &size));
+        }
+        if mask.f_kind()? != Kind::Bool {
+            return Err(Error::Kind { what: WHAT, expected: "booleans", found: mask.f_kind()? });
+        }
+        check_device(WHAT, mask, self.x)?;
+        let mask = if per_sample {
+            crate::numeric::per_sample(mask, self.x)?
+        } else {
+            mask.shallow_clone()
+        };
+        self.mask = Some(mask.f_expand(whole, false)?);
+        Ok(self)
+    }
+
+    /// The mask, boolean and of the shape of x, where given.
+    pub(crate) fn kept(&self) -> Option<&Tensor> {
+        self.mask.as_ref()
     }
 
     /// The samples, `[B, ..]`, carrying the student's gradient.

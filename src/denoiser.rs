@@ -92,6 +92,11 @@ impl<'a> Denoiser<'a> {
         &*self.path
     }
 
+    /// What the network predicts.
+    pub(crate) fn prediction(&self) -> Prediction {
+        self.prediction
+    }
+
     /// x0-hat: the clean sample that the network predicts, `[B, ..]` in float32 or wider.
     ///
     /// # Errors
@@ -142,6 +147,17 @@ impl<'a> Denoiser<'a> {
         noise: &Tensor,
         cond: &Condition,
     ) -> Result<Tensor> {
+        Ok(self.denoising_error(x, time, noise, cond)?.f_mean(None::<Kind>)?)
+    }
+
+    /// The squares `[B, ..]` whose mean is [`denoising_loss`](Self::denoising_loss).
+    pub(crate) fn denoising_error(
+        &self,
+        x: &Tensor,
+        time: &PostShift,
+        noise: &Tensor,
+        cond: &Condition,
+    ) -> Result<Tensor> {
         self.check_input(x, time)?;
         check_like("noise", noise, x)?;
         self.prediction.check_target(&*self.path, time)?;
@@ -151,7 +167,7 @@ impl<'a> Denoiser<'a> {
         let target = self.prediction.target(&coefficients, &widen(&x)?, &widen(noise)?)?;
         let output = (self.network)(&noised, time.tensor(), cond)?;
         check_like("network output", &output, &noised)?;
-        Ok(widen(&output)?.f_sub(&target)?.f_square()?.f_mean(None::<Kind>)?)
+        Ok(widen(&output)?.f_sub(&target)?.f_square()?)
     }
 
     fn check_input(&self, noised: &Tensor, time: &PostShift) -> Result<()> {

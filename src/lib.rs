@@ -47,9 +47,12 @@
 mod batch;
 mod cuda;
 mod denoiser;
+mod diagnostics;
 mod engine;
 mod error;
+mod fake_score;
 mod grid;
+mod normalizer;
 mod numeric;
 mod objective;
 mod path;
@@ -59,22 +62,28 @@ mod regularizer;
 mod renoising;
 mod rollout;
 mod schedule;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod time;
 mod trajectory;
 mod value;
+mod weighting;
 
 pub use batch::{Batch, Condition};
 pub use cuda::{default_device, load_cuda};
 pub use denoiser::{Denoiser, NetworkOutput};
+pub use diagnostics::{Diagnostics, PerSample, ScoreDiagnostics, TermDiagnostics};
 pub use engine::{CfgAugmentation, Engine, EngineFn, engine_fn};
 pub use error::{Error, Result};
+pub use fake_score::{UpdateRatio, align_fake};
 pub use grid::FewStepGrid;
+pub use normalizer::Normalizer;
 pub use objective::{Draw, Evaluation, Group, Objective};
 pub use path::{
     Coefficients, Edm, Path, Preconditioning, RectifiedFlow, TrigFlow, VariancePreserving,
 };
 pub use prediction::Prediction;
-pub use probe::{Normalizer, Probe};
+pub use probe::Probe;
 pub use regularizer::{
     Adversarial, Bandwidth, CriticHeads, CriticPenalty, DistributionMatching, Estimator, GanLoss,
     Kernel, MaximumMeanDiscrepancy, MeanVariance, Regularizer, RegularizerFn, Statistics,
@@ -86,6 +95,7 @@ pub use schedule::Schedule;
 pub use time::{PostShift, PreShift, Shift};
 pub use trajectory::Trajectory;
 pub use value::{Floor, Guidance};
+pub use weighting::Weighting;
 
 /// The code of the README, compiled and run.
 #[cfg(doctest)]

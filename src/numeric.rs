@@ -29,14 +29,21 @@ pub(crate) fn sample_mean(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.f_flatten(1, -1)?.f_mean_dim(&[1i64][..], false, None::<Kind>)?)
 }
 
-/// Root of the mean square over everything but the batch, `[B]`.
-pub(crate) fn sample_rms(tensor: &Tensor) -> Result<Tensor> {
-    Ok(sample_mean(&tensor.f_square()?)?.f_sqrt()?)
+/// `tensor` with zeros where `mask`, a boolean of its shape, is false; NaN and its gradient go too.
+pub(crate) fn masked(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    match mask {
+        Some(mask) => Ok(tensor.f_where_scalarother(mask, 0.0)?),
+        None => Ok(tensor.shallow_clone()),
+    }
 }
 
-/// Inner product over everything but the batch, divided by the number of elements, `[B]`.
-pub(crate) fn sample_dot(left: &Tensor, right: &Tensor) -> Result<Tensor> {
-    sample_mean(&left.f_mul(right)?)
+/// [`sample_mean`] over the elements that `mask` keeps; 0 for a sample without any.
+pub(crate) fn masked_mean(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    let Some(mask) = mask else { return sample_mean(tensor) };
+    let kept = mask.f_flatten(1, -1)?.f_sum_dim_intlist(&[1i64][..], false, Kind::Int64)?;
+    let sum = masked(tensor, Some(mask))?.f_flatten(1, -1)?;
+    let sum = sum.f_sum_dim_intlist(&[1i64][..], false, None::<Kind>)?;
+    Ok(sum.f_div(&kept.f_clamp_min(1)?)?)
 }
 
 /// The scalar `value`, with `gradient` as its gradient in `at`, whatever `value` was computed from.

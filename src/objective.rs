@@ -2,11 +2,12 @@
 
 use tch::{Tensor, no_grad_guard};
 
-use crate::numeric::{noise_like, sample_rms};
+use crate::diagnostics::Role;
+use crate::numeric::noise_like;
 use crate::renoising::unit_uniform;
 use crate::value::checked;
 use crate::{
-    Batch, Denoiser, Engine, Error, Normalizer, Probe, Regularizer, Renoising, Result, surrogate,
+    Batch, Denoiser, Diagnostics, Engine, Error, Normalizer, Probe, Regularizer, Renoising, Result,
 };
 
 /// Terms that look at the same re-noised samples: one tau, one noise, one set of teacher forwards.
@@ -98,9 +99,8 @@ pub struct Evaluation {
     pub loss: Tensor,
     /// The value of each term before its weight, without a graph.
     pub terms: Vec<(String, Tensor)>,
-    /// What terms observed on the way, scalars named `{term}_{observation}`, such as `dm_cos`;
-    /// empty unless [`Objective::observed`] was called.
-    pub observations: Vec<(String, Tensor)>,
+    /// What the terms found on the way; `None` unless [`Objective::observed`] was called.
+    pub diagnostics: Option<Diagnostics>,
 }
 
 /// Engines and regularizers over one teacher.
@@ -130,7 +130,8 @@ impl<'a> Objective<'a> {
         self
     }
 
-    /// Keeps the observations of the terms in every [`Evaluation`].
+    /// Takes [`Diagnostics`] in every [`Evaluation`]. They cost a few elementwise operations, no
+    /// network forward, and the memory of the directions until they are dropped.
     #[must_use]
     pub fn observed(mut self) -> Self {
         self.observed = true;
@@ -167,7 +168,7 @@ impl<'a> Objective<'a> {
         checked("number of draws", "the number of groups", count as f64, one_each)?;
         let mut total: Option<Tensor> = None;
         let mut terms = Vec::new();
-        let mut observations = Vec::new();
+        let mut diagnostics = if self.observed { Some(Diagnostics::of(batch)?) } else { None };
         for (group, Draw { u, noise }) in self.groups.iter().zip(draws) {
             let tau = group.renoising.at(&u, batch.student_times())?;
             let mut probe =
@@ -185,8 +186,11 @@ impl<'a> Objective<'a> {
                     None => weighted,
                 });
                 terms.push((name.clone(), loss.f_detach()?));
-                let of_term = |(what, value)| (format!("{name}_{what}"), value);
-                observations.extend(probe.take_observations().into_iter().map(of_term));
+                if let (Some(all), Some(of_term)) =
+                    (&mut diagnostics, probe.take_diagnostics(term.role()))
+                {
+                    all.push(name, of_term)?;
+                }
             }
         }
         let loss = total.ok_or(Error::OutOfRange {
@@ -194,7 +198,7 @@ impl<'a> Objective<'a> {
             requirement: "at least 1",
             value: 0.0,
         })?;
-        Ok(Evaluation { loss, terms, observations })
+        Ok(Evaluation { loss, terms, diagnostics })
     }
 
     /// The losses of the regularizers' own networks, by the name of the term.
@@ -214,6 +218,13 @@ impl<'a> Objective<'a> {
 }
 
 impl Term<'_> {
+    fn role(&self) -> Role {
+        match self {
+            Self::Engine(_) => Role::Engine,
+            Self::Regularizer(_) => Role::Regularizer,
+        }
+    }
+
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
         match self {
             Self::Engine(engine) => {
@@ -221,8 +232,7 @@ impl Term<'_> {
                     let _no_grad = no_grad_guard();
                     engine.direction(probe)?
                 };
-                probe.observe("update_rms", || Ok(sample_rms(&direction)?.f_mean(None)?))?;
-                surrogate(probe.x(), &direction)
+                probe.descend(&direction)
             }
             Self::Regularizer(regularizer) => regularizer.loss(probe),
         }

@@ -4,32 +4,10 @@ use std::cell::{OnceCell, RefCell};
 
 use tch::{Tensor, no_grad_guard};
 
-use crate::numeric::{check_like, check_size, noise_like, per_sample, sample_mean, widen};
-use crate::{Batch, Denoiser, Floor, Guidance, PostShift, Renoising, Result};
-
-/// How a difference of clean predictions is scaled, sample by sample, into a direction.
-///
-/// Dividing by the mean distance between the sample and the teacher's prediction makes directions
-/// comparable across noise levels (DMD, Eq. 8; `weight_factor` in DMD2's code).
-#[derive(Debug, Clone, Copy, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
-#[non_exhaustive]
-pub enum Normalizer {
-    /// No scaling.
-    Off,
-    /// 1 / max(mean |x - x0_cond|, floor): each term by the conditional prediction at its own tau.
-    Conditional(Floor),
-    /// 1 / max(mean |x - x0_guided|, floor), x0_guided = null + alpha (cond - null), as in DMD2.
-    /// Common to the terms of a group, it makes coupled CA + DM equal to DMD2.
-    Guided(Guidance, Floor),
-}
-
-impl Default for Normalizer {
-    fn default() -> Self {
-        Self::Conditional(Floor::default())
-    }
-}
+use crate::diagnostics::{Role, TermDiagnostics};
+use crate::normalizer::{Distance, Reference};
+use crate::numeric::{check_like, check_size, masked, noise_like, per_sample};
+use crate::{Batch, Denoiser, Normalizer, PostShift, Renoising, Result, surrogate};
 
 /// The samples re-noised to one tau with one noise, and the teacher's predictions there.
 ///
@@ -44,8 +22,8 @@ pub struct Probe<'a> {
     normalizer: Normalizer,
     cond: OnceCell<Tensor>,
     null: OnceCell<Tensor>,
-    scale: OnceCell<Option<Tensor>>,
-    observations: Option<RefCell<Vec<(&'static str, Tensor)>>>,
+    distance: OnceCell<Option<Distance>>,
+    diagnostics: Option<RefCell<TermDiagnostics>>,
 }
 
 impl<'a> Probe<'a> {
@@ -73,8 +51,8 @@ impl<'a> Probe<'a> {
             normalizer: Normalizer::default(),
             cond: OnceCell::new(),
             null: OnceCell::new(),
-            scale: OnceCell::new(),
-            observations: None,
+            distance: OnceCell::new(),
+            diagnostics: None,
         })
     }
 
@@ -99,10 +77,10 @@ impl<'a> Probe<'a> {
         self
     }
 
-    /// Keeps what terms [`observe`](Self::observe).
+    /// Collects diagnostics.
     #[must_use]
-    pub fn observed(mut self) -> Self {
-        self.observations = Some(RefCell::default());
+    pub(crate) fn observed(mut self) -> Self {
+        self.diagnostics = Some(RefCell::new(self.no_diagnostics()));
         self
     }
 
@@ -161,18 +139,30 @@ impl<'a> Probe<'a> {
     }
 
     /// Scales a difference of clean predictions `[B, ..]` into a direction, per sample, in float32
-    /// or wider; see [`Normalizer`].
+    /// or wider; zero where the batch's [`mask`](Batch::mask) leaves an element out. See
+    /// [`Normalizer`].
     ///
     /// # Errors
     /// What the teacher's closure returns, if its prediction is needed and not known yet.
     pub fn normalize(&self, difference: &Tensor) -> Result<Tensor> {
-        match once(&self.scale, || self.residual())? {
-            Some(residual) => Ok(difference.f_div(&per_sample(residual, difference)?)?),
-            None => Ok(difference.shallow_clone()),
-        }
+        let Some(distance) = once(&self.distance, || self.distance())? else {
+            return self.masked(difference);
+        };
+        self.record(|term| term.set_distance(distance))?;
+        self.masked(&difference.f_div(&per_sample(&distance.n, difference)?)?)
     }
 
-    /// Records a number under `name` if anyone listens; `value` runs only then, without a graph.
+    /// `tensor`, shaped like x, with zeros where the batch's [`mask`](Batch::mask) leaves an element
+    /// out; no gradient passes there. Without a mask, the tensor as it is.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if the shapes do not fit.
+    pub fn masked(&self, tensor: &Tensor) -> Result<Tensor> {
+        masked(tensor, self.batch.kept())
+    }
+
+    /// Records a number, a scalar or one for each sample, under `name` if anyone listens; `value`
+    /// runs only then, without a graph. It appears in [`TermDiagnostics::observations`].
     ///
     /// # Errors
     /// What `value` returns.
@@ -181,36 +171,68 @@ impl<'a> Probe<'a> {
         name: &'static str,
         value: impl FnOnce() -> Result<Tensor>,
     ) -> Result<()> {
-        if let Some(observations) = &self.observations {
-            let _no_grad = no_grad_guard();
-            let value = value()?;
-            observations.borrow_mut().push((name, value));
+        if self.diagnostics.is_none() {
+            return Ok(());
         }
-        Ok(())
-    }
-
-    pub(crate) fn take_observations(&self) -> Vec<(&'static str, Tensor)> {
-        self.observations.as_ref().map(RefCell::take).unwrap_or_default()
-    }
-
-    /// Mean distance between the samples and the teacher's prediction, floored, `[B]`.
-    fn residual(&self) -> Result<Option<Tensor>> {
-        let _no_grad = no_grad_guard();
-        let (prediction, floor) = match self.normalizer {
-            Normalizer::Off => return Ok(None),
-            Normalizer::Guided(guidance, floor) if !guidance.is_neutral() => {
-                let (cond, null) = self.teacher_pair()?;
-                (null.f_add(&cond.f_sub(null)?.f_mul_scalar(guidance.get())?)?, floor)
-            }
-            Normalizer::Conditional(floor) | Normalizer::Guided(_, floor) => {
-                (self.teacher_cond()?.shallow_clone(), floor)
-            }
+        let value = {
+            let _no_grad = no_grad_guard();
+            value()?
         };
-        let distance = sample_mean(&widen(self.x())?.f_sub(&prediction)?.f_abs()?)?;
-        self.observe("share_on_floor", || {
-            Ok(distance.f_lt(floor.get())?.f_mean(tch::Kind::Float)?)
-        })?;
-        Ok(Some(distance.f_clamp_min(floor.get())?))
+        self.record(|term| {
+            term.observations.push((name, value));
+            Ok(())
+        })
+    }
+
+    /// The surrogate loss of a direction, whose size is recorded.
+    pub(crate) fn descend(&self, direction: &Tensor) -> Result<Tensor> {
+        check_like("direction", direction, self.x())?;
+        let direction = self.masked(direction)?;
+        self.record(|term| term.set_direction(&direction))?;
+        surrogate(&self.masked(self.x())?, &direction)
+    }
+
+    /// Records how the score of a fake prediction compares with the teacher's.
+    pub(crate) fn observe_scores(&self, real: &Tensor, fake: &Tensor) -> Result<()> {
+        self.record(|term| {
+            let at = self.teacher.path().coefficients(&self.tau)?.like(&self.noised)?;
+            let scale = at.data.f_add(&at.noise)?;
+            let flow = |x0: &Tensor| self.noised.f_sub(&x0.f_mul(&scale)?);
+            term.set_scores(&self.noised, &flow(real)?, &flow(fake)?)
+        })
+    }
+
+    /// `set` must not record by itself.
+    fn record(&self, set: impl FnOnce(&mut TermDiagnostics) -> Result<()>) -> Result<()> {
+        let Some(diagnostics) = &self.diagnostics else { return Ok(()) };
+        let _no_grad = no_grad_guard();
+        set(&mut diagnostics.borrow_mut())
+    }
+
+    /// What the term that just ran has left; the next one starts afresh.
+    pub(crate) fn take_diagnostics(&self, role: Role) -> Option<TermDiagnostics> {
+        let mut term = self.diagnostics.as_ref()?.replace(self.no_diagnostics());
+        term.role = role;
+        Some(term)
+    }
+
+    fn no_diagnostics(&self) -> TermDiagnostics {
+        TermDiagnostics::new(self.tau.tensor(), self.batch.kept())
+    }
+
+    fn distance(&self) -> Result<Option<Distance>> {
+        let _no_grad = no_grad_guard();
+        let guided;
+        let reference = match self.normalizer.reference() {
+            Reference::Off => return Ok(None),
+            Reference::Guided(guidance) if !guidance.is_neutral() => {
+                let (cond, null) = self.teacher_pair()?;
+                guided = null.f_add(&cond.f_sub(null)?.f_mul_scalar(guidance.get())?)?;
+                &guided
+            }
+            Reference::Conditional | Reference::Guided(_) => self.teacher_cond()?,
+        };
+        self.normalizer.distance(self.x(), reference, self.batch.kept()).map(Some)
     }
 }
 

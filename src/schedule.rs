@@ -1,8 +1,8 @@
 //! The paper's four re-noising schedules, ready-made.
 
 use crate::{
-    AboveStudent, CfgAugmentation, Denoiser, Floor, Group, Guidance, Normalizer, Objective,
-    Regularizer, Renoising, Shift, Uniform,
+    AboveStudent, CfgAugmentation, Denoiser, Group, Guidance, Normalizer, Objective, Regularizer,
+    Renoising, Shift, Uniform,
 };
 
 /// Where CFG Augmentation and the regularizer look at the samples (Section 4.2 and Table 1 of
@@ -57,7 +57,7 @@ impl Schedule {
         let above = || Group::new(Renoising::new(AboveStudent::FULL).shifted(shift));
         let (ca, dm) = match self {
             Self::CoupledShared => {
-                let normalizer = Normalizer::Guided(guidance, Floor::default());
+                let normalizer = Normalizer::guided(guidance);
                 let group = full()
                     .normalizer(normalizer)
                     .engine("ca", 1.0, CfgAugmentation::new(guidance))

@@ -120,6 +120,39 @@ impl Default for Floor {
 
 checked_conversions!(Floor);
 
+/// A finite and positive number; what it stands for is said where it is made.
+#[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "f64", into = "f64"))]
+pub(crate) struct Positive(f64);
+
+impl Positive {
+    pub(crate) const FASTGEN: Self = Self(1e-6);
+    pub(crate) const PORT: Self = Self(1e-8);
+
+    pub(crate) fn new(what: &'static str, value: f64) -> Result<Self> {
+        let valid = value.is_finite() && value > 0.0;
+        checked(what, "finite and positive", value, valid).map(Self)
+    }
+
+    pub(crate) fn get(self) -> f64 {
+        self.0
+    }
+}
+
+impl TryFrom<f64> for Positive {
+    type Error = Error;
+    fn try_from(value: f64) -> Result<Self> {
+        Self::new("number", value)
+    }
+}
+
+impl From<Positive> for f64 {
+    fn from(value: Positive) -> f64 {
+        value.get()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,10 +4,10 @@ mod common;
 
 use common::{gaussian_teacher, seeded, wave};
 use decoupled_dmd::{
-    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Edm, Error, Floor, Group,
-    Guidance, LogNormal, MeanVariance, Normalizer, Objective, PostShift, PreShift, Prediction,
-    Probe, RectifiedFlow, Regularizer, Renoising, Result, Shift, Statistics, Uniform,
-    VariancePreserving, engine_fn, regularizer_fn, surrogate,
+    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Edm, Error, Group, Guidance,
+    LogNormal, MeanVariance, Normalizer, Objective, PostShift, PreShift, Prediction, Probe,
+    RectifiedFlow, Regularizer, Renoising, Result, Shift, Statistics, Uniform, UpdateRatio,
+    VariancePreserving, align_fake, engine_fn, regularizer_fn, surrogate,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -46,6 +46,44 @@ fn a_batch_checks_what_it_is_given() -> Result<()> {
     assert_eq!(missing.to_string(), "the batch has no null condition: add it with Batch::null");
     let missing = batch()?.real_samples().unwrap_err();
     assert!(matches!(missing, Error::Missing { what: "real samples", setter: "real" }));
+    Ok(())
+}
+
+#[test]
+fn a_mask_is_boolean_and_fits_the_samples() -> Result<()> {
+    let (x, cond) = (samples(), Condition::none());
+    let mask = |size: &[i64], kind| {
+        let mask = Tensor::ones(size, (kind, Device::Cpu));
+        Batch::new(&x, &cond)?.mask(&mask).map(|_| ())
+    };
+    for size in [&[2i64][..], &[2, 1, 1], &[1, 3, 4], &[2, 3, 4]] {
+        assert!(mask(size, Kind::Bool).is_ok(), "{size:?}");
+    }
+    for size in [&[3i64][..], &[], &[3, 4], &[2, 3, 5], &[2, 3, 4, 1], &[1]] {
+        assert!(is_shape(mask(size, Kind::Bool), "mask"), "{size:?}");
+    }
+    for kind in [Kind::Float, Kind::Int64] {
+        assert!(is_kind(mask(&[2], kind), "mask"));
+    }
+    assert!(is_shape(Batch::new(&x, &cond)?.mask(&Tensor::new()), "mask"));
+    Ok(())
+}
+
+#[test]
+fn settings_out_of_range_are_named() -> Result<()> {
+    let named = |error: Error, argument: &str| matches!(error, Error::OutOfRange { what, .. } if what == argument);
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let error = Normalizer::conditional().epsilon(bad).unwrap_err();
+        assert!(named(error, "normaliser epsilon"));
+    }
+    assert!(named(UpdateRatio::new(0).unwrap_err(), "fake updates per student update"));
+    assert!(named(UpdateRatio::alternating(1).unwrap_err(), "iterations per student update"));
+    let phi = Tensor::zeros([2], FLOAT);
+    assert!(named(align_fake([(&phi, &phi)], 1.5).unwrap_err(), "share of the fake to keep"));
+    let theta = Tensor::zeros([3], FLOAT);
+    assert!(is_shape(align_fake([(&phi, &theta)], 0.5), "parameter of the student"));
+    let labels = Tensor::zeros([2], (Kind::Int64, Device::Cpu));
+    assert!(is_kind(align_fake([(&phi, &labels)], 0.5), "parameter of the student"));
     Ok(())
 }
 
@@ -163,7 +201,7 @@ fn a_constant_sample_on_the_teachers_prediction_stays_finite() -> Result<()> {
         Denoiser::new(RectifiedFlow, Prediction::Sample, same),
         Shift::NONE,
     );
-    let normalizer = Normalizer::Guided(Guidance::new(4.0)?, Floor::default());
+    let normalizer = Normalizer::guided(Guidance::new(4.0)?);
     let objective = Objective::new(Denoiser::new(RectifiedFlow, Prediction::Sample, same)).with(
         Group::new(Renoising::new(Uniform::FULL))
             .normalizer(normalizer)

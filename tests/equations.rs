@@ -2,64 +2,16 @@
 
 mod common;
 
+use common::paper::{ALPHA, FAKE_VARIANCE, TEACHER_VARIANCE, mean_abs, setting};
 use common::{
-    Calls, counting_teacher, gaussian_denoiser, gaussian_teacher, gradient, max_difference, seeded,
-    value, values, wave,
+    gaussian_denoiser, gaussian_teacher, gradient, max_difference, seeded, value, values, wave,
 };
 use decoupled_dmd::{
-    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Draw, Engine, Floor, Group,
-    Guidance, MeanVariance, Normalizer, Objective, PostShift, PreShift, Prediction, Probe,
-    RectifiedFlow, Regularizer, Renoising, Result, Schedule, Shift, Statistics, Uniform, surrogate,
+    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Engine, Floor, Group,
+    Guidance, MeanVariance, Normalizer, Objective, PostShift, Prediction, Probe, RectifiedFlow,
+    Regularizer, Renoising, Result, Schedule, Shift, Statistics, Uniform,
 };
 use tch::{Kind, Tensor};
-
-const SHAPE: [i64; 4] = [3, 2, 4, 4];
-const TEACHER_VARIANCE: f64 = 0.5;
-const FAKE_VARIANCE: f64 = 0.8;
-const ALPHA: f64 = 4.0;
-
-struct Setting {
-    x: Tensor,
-    cond: Condition,
-    null: Condition,
-    u: Tensor,
-    noise: Tensor,
-}
-
-/// Samples with a gradient, and one draw, away from both ends of the path.
-fn setting(kind: Kind) -> Setting {
-    Setting {
-        x: wave(&SHAPE, 0.3, kind).set_requires_grad(true),
-        cond: wave(&SHAPE, 1.1, kind).into(),
-        null: wave(&SHAPE, 2.9, kind).into(),
-        u: Tensor::from_slice(&[0.2, 0.5, 0.7]).to_kind(kind),
-        noise: wave(&SHAPE, 5.0, kind),
-    }
-}
-
-impl Setting {
-    fn batch(&self) -> Batch<'_> {
-        Batch::new(&self.x, &self.cond).unwrap().null(&self.null)
-    }
-    fn draw(&self) -> Draw {
-        Draw { u: self.u.shallow_clone(), noise: self.noise.shallow_clone() }
-    }
-    /// Noised samples, and the clean predictions: conditional, null, fake.
-    fn predictions(&self) -> [Tensor; 4] {
-        let t = self.u.view([3, 1, 1, 1]);
-        let level: Tensor = 1.0 - &t;
-        let noised = (&t * &self.x + level * &self.noise).detach();
-        let predict = |c: &Condition, v| gaussian_denoiser(&noised, &self.u, &c[0], v);
-        let cond = predict(&self.cond, TEACHER_VARIANCE);
-        let null = predict(&self.null, TEACHER_VARIANCE);
-        let fake = predict(&self.cond, FAKE_VARIANCE);
-        [noised, cond, null, fake]
-    }
-}
-
-fn mean_abs(tensor: &Tensor) -> Tensor {
-    tensor.abs().mean_dim(&[1i64, 2, 3][..], true, None)
-}
 
 /// DMD2's loss (`guidance/sd_guidance.py`), written from its formula.
 fn dmd2(x: &Tensor, guided: &Tensor, fake: &Tensor) -> Tensor {
@@ -85,15 +37,91 @@ fn equation_2_dm_follows_teacher_minus_fake() -> Result<()> {
 }
 
 #[test]
+fn equations_1_and_2_the_mean_direction_is_the_slope_of_the_divergence() -> Result<()> {
+    // Student N(m, v), teacher N(mu, r): KL(p_fake || p_real) at tau, differentiated in m.
+    let (m, v, mu, r) = (0.7, FAKE_VARIANCE, -0.4, TEACHER_VARIANCE);
+    for tau in [0.1, 0.5, 0.9] {
+        let (a, s): (f64, f64) = (tau, 1.0 - tau);
+        let (fake, real) = (a * a * v + s * s, a * a * r + s * s);
+        let divergence =
+            |m: f64| 0.5 * ((real / fake).ln() + (fake + (a * (m - mu)).powi(2)) / real - 1.0);
+        let slope = (divergence(m + 1e-5) - divergence(m - 1e-5)) / 2e-5;
+        // Scores are affine in x_tau, so two samples and noises about their means average exactly.
+        let x = Tensor::from_slice(&[m - 1.0, m + 1.0]).view([2, 1]);
+        let noise = Tensor::from_slice(&[-0.5, 0.5]).view([2, 1]);
+        let cond = Condition::from(Tensor::from_slice(&[mu, m]));
+        let of = |index: usize, variance| {
+            Denoiser::new(
+                RectifiedFlow,
+                Prediction::Sample,
+                move |x: &Tensor, t: &Tensor, c: &Condition| {
+                    gaussian_denoiser(x, t, &c[0].get(index as i64), variance)
+                },
+            )
+        };
+        let dm = DistributionMatching::new(of(1, v), Shift::NONE);
+        let (teacher, batch) = (of(0, r), Batch::new(&x, &cond)?);
+        let tau = PostShift::new(Tensor::from_slice(&[tau, tau]))?;
+        let probe = Probe::at(&teacher, &batch, tau, noise)?.normalizer(Normalizer::OFF);
+        let direction = value(&dm.direction(&probe)?.mean(None));
+        // d = (s^2 / a) (s_real - s_fake), and dx_tau/dm = a.
+        approx::assert_relative_eq!(direction, -(s / a).powi(2) * slope, max_relative = 1e-8);
+    }
+    Ok(())
+}
+
+#[test]
+fn equations_3_and_4_guidance_may_be_applied_to_any_prediction() -> Result<()> {
+    let s = setting(Kind::Double);
+    let time = PostShift::new(s.u.shallow_clone())?;
+    let guide = |cond: &Tensor, null: &Tensor| null + ALPHA * (cond - null);
+    let net = |x: &Tensor, c: &Tensor| (x + c).sin();
+    for prediction in [
+        Prediction::Sample,
+        Prediction::Noise,
+        Prediction::FlowVelocity,
+        Prediction::Velocity,
+        Prediction::Score,
+    ] {
+        let plain = |x: &Tensor, _: &Tensor, c: &Condition| net(x, &c[0]);
+        let plain = Denoiser::new(RectifiedFlow, prediction, plain);
+        let guided =
+            |x: &Tensor, _: &Tensor, c: &Condition| guide(&net(x, &c[0]), &net(x, &s.null[0]));
+        let guided = Denoiser::new(RectifiedFlow, prediction, guided);
+        let (cond, null) = plain.denoise_pair(&s.noise, &time, &s.cond, &s.null)?;
+        let after = guide(&cond, &null);
+        let before = guided.denoise(&s.noise, &time, &s.cond)?;
+        assert!(max_difference(&before, &after) < 1e-13, "{prediction:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn equation_5_the_update_of_dmd_splits_into_dm_and_ca() -> Result<()> {
+    let s = setting(Kind::Double);
+    let (teacher, batch) = (gaussian_teacher(TEACHER_VARIANCE), s.batch());
+    let tau = PostShift::new(s.u.shallow_clone())?;
+    let probe = Probe::at(&teacher, &batch, tau, s.noise.shallow_clone())?;
+    let probe = probe.normalizer(Normalizer::OFF);
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
+    let ca = CfgAugmentation::new(Guidance::new(ALPHA)?);
+    let [_, cond, null, fake] = s.predictions();
+    let whole = (&null + ALPHA * (cond - &null)) - fake;
+    let sum = dm.direction(&probe)? + ca.direction(&probe)?;
+    assert!(max_difference(&sum, &whole) < 1e-14);
+    Ok(())
+}
+
+#[test]
 fn equation_6_ca_is_the_guidance_direction_times_alpha_minus_one() -> Result<()> {
     let s = setting(Kind::Double);
     let teacher = gaussian_teacher(TEACHER_VARIANCE);
     let batch = s.batch();
     let [_, cond, null, _] = s.predictions();
     for (normalizer, scale) in [
-        (Normalizer::Off, Tensor::from(1.0)),
-        (Normalizer::Conditional(Floor::new(1e-8)?), mean_abs(&(&s.x - &cond))),
-        (Normalizer::Conditional(Floor::new(1e3)?), Tensor::from(1e3)),
+        (Normalizer::OFF, Tensor::from(1.0)),
+        (Normalizer::conditional().floor(Floor::new(1e-8)?), mean_abs(&(&s.x - &cond))),
+        (Normalizer::conditional().floor(Floor::new(1e3)?), Tensor::from(1e3)),
     ] {
         let tau = PostShift::new(s.u.shallow_clone())?;
         let probe = Probe::at(&teacher, &batch, tau, s.noise.shallow_clone())?;
@@ -138,60 +166,6 @@ fn with_separate_normalisers_the_coupled_sum_is_not_dmd2() -> Result<()> {
     let guided = &null + ALPHA * (&cond - &null);
     let reference = gradient(&dmd2(&s.x, &guided, &fake), &s.x);
     assert!(max_difference(&gradient(&evaluation.loss, &s.x), &reference) > 1e-3);
-    Ok(())
-}
-
-#[test]
-fn algorithm_1_the_surrogate_is_half_the_mean_square_with_gradient_minus_direction() -> Result<()> {
-    for kind in [Kind::Double, Kind::Float, Kind::BFloat16] {
-        let x = wave(&SHAPE, 0.3, kind).set_requires_grad(true);
-        let wide = if kind == Kind::Double { Kind::Double } else { Kind::Float };
-        let direction = wave(&SHAPE, 2.0, wide) * 0.01;
-        let loss = surrogate(&x, &direction)?;
-        assert_eq!(loss.size(), [0i64; 0]);
-        let expected = 0.5 * value(&direction.square().mean(Kind::Double));
-        approx::assert_relative_eq!(value(&loss), expected, max_relative = 1e-4);
-        let expected = (-direction / x.numel() as f64).to_kind(kind);
-        let slope = gradient(&loss, &x);
-        assert!(
-            max_difference(&slope, &expected) < 1e-3 * value(&expected.abs().max()),
-            "{kind:?}"
-        );
-        if kind != Kind::BFloat16 {
-            assert!(max_difference(&slope, &expected) < 1e-10, "{kind:?}");
-        }
-    }
-    Ok(())
-}
-
-#[test]
-fn algorithm_1_the_fake_score_learns_the_sample_in_its_own_prediction_type() -> Result<()> {
-    let s = setting(Kind::Double);
-    let t = s.u.view([3, 1, 1, 1]);
-    let x = s.x.detach();
-    let scale = Tensor::from(0.7).set_requires_grad(true);
-    let level: Tensor = 1.0 - &t;
-    let noised = &t * &x + &level * &s.noise;
-    for (prediction, target) in [
-        (Prediction::Sample, x.shallow_clone()),
-        (Prediction::Noise, s.noise.shallow_clone()),
-        (Prediction::FlowVelocity, &s.noise - &x),
-        (Prediction::Velocity, &t * &s.noise - &level * &x),
-        (Prediction::Score, -&s.noise / &level),
-    ] {
-        let network = |x: &Tensor, _: &Tensor, _: &Condition| x * &scale;
-        let dm = DistributionMatching::new(
-            Denoiser::new(RectifiedFlow, prediction, network),
-            Shift::NONE,
-        );
-        let time = PostShift::new(s.u.shallow_clone())?;
-        let loss = dm.denoising_loss_at(&s.batch(), &time, &s.noise)?;
-        let expected = (target - &noised * &scale).square().mean(None);
-        assert!(max_difference(&loss, &expected) < 1e-13, "{prediction:?}");
-        let gradients = Tensor::run_backward(&[&loss], &[&s.x, &scale], true, false);
-        assert!(!gradients[0].defined(), "the student must receive nothing");
-        assert!(value(&gradients[1]).abs() > 1e-3);
-    }
     Ok(())
 }
 
@@ -248,65 +222,6 @@ fn equation_7_vanishes_with_its_gradient_at_the_target() -> Result<()> {
         let loss = MeanVariance::measured(&x, statistics)?.loss(&probe)?;
         assert!(value(&loss).abs() < 1e-15, "{statistics:?}");
         assert!(value(&gradient(&loss, &x).abs().max()) < 1e-16, "{statistics:?}");
-    }
-    Ok(())
-}
-
-#[test]
-fn equation_8_the_terms_of_decoupled_groups_use_their_own_tau_and_noise() -> Result<()> {
-    let ca_draw = setting(Kind::Double);
-    let dm_draw = Setting {
-        u: Tensor::from_slice(&[0.9, 0.1, 0.3]),
-        noise: wave(&SHAPE, 9.0, Kind::Double),
-        ..setting(Kind::Double)
-    };
-    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
-    let (teacher, guidance) = (gaussian_teacher(TEACHER_VARIANCE), Guidance::new(ALPHA)?);
-    let objective = Schedule::DecoupledFull.objective(teacher, guidance, &dm, Shift::NONE);
-    let batch = ca_draw.batch();
-    let evaluation = objective.evaluate_at(&batch, vec![ca_draw.draw(), dm_draw.draw()])?;
-    let normalise = |difference: Tensor, cond: &Tensor| {
-        difference / mean_abs(&(&ca_draw.x - cond)).clamp_min(Floor::default().get())
-    };
-    let [_, cond, null, _] = ca_draw.predictions();
-    let ca = normalise((ALPHA - 1.0) * (&cond - null), &cond);
-    let [_, cond, _, fake] = dm_draw.predictions();
-    let dm = normalise(&cond - fake, &cond);
-    let expected = -(ca + dm) / ca_draw.x.numel() as f64;
-    let slope = gradient(&evaluation.loss, &ca_draw.x);
-    assert!(max_difference(&slope, &expected) < 1e-16);
-    Ok(())
-}
-
-#[test]
-fn the_four_schedules_draw_tau_from_the_stated_side() -> Result<()> {
-    let _guard = seeded(1);
-    let student = [0.0, 0.5, 0.875];
-    let shift = Shift::new(3.0)?;
-    let above = [[false, false], [false, false], [true, true], [true, false]];
-    for (schedule, above) in Schedule::ALL.into_iter().zip(above) {
-        let calls = Calls::default();
-        let s = setting(Kind::Float);
-        let time = PreShift::new(Tensor::from_slice(&student))?;
-        let batch = s.batch().student_time(&time)?;
-        let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
-        let teacher = counting_teacher(&calls, TEACHER_VARIANCE);
-        let objective = schedule.objective(teacher, Guidance::new(ALPHA)?, &dm, shift);
-        for _ in 0..200 {
-            let _ = objective.evaluate(&batch)?;
-        }
-        let times = calls.times.borrow();
-        let per_step = times.len() / 200;
-        assert_eq!(per_step, if schedule == Schedule::CoupledShared { 2 } else { 3 });
-        // The first two forwards are CA's, the last one is DM's.
-        for (term, offset) in [(0, 0), (1, per_step - 1)] {
-            let below = times
-                .iter()
-                .skip(offset)
-                .step_by(per_step)
-                .any(|row| row.iter().zip(student).any(|(tau, t)| *tau < shift.of(t) - 1e-6));
-            assert_eq!(below, !above[term], "{schedule:?}, term {term}");
-        }
     }
     Ok(())
 }

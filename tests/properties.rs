@@ -4,9 +4,9 @@ mod common;
 
 use common::{gaussian_teacher, gradient, max_difference, seeded, wave};
 use decoupled_dmd::{
-    AboveStudent, Batch, Condition, DistributionMatching, Draw, Engine, Guidance, PostShift,
-    PreShift, Probe, Regularizer, Result, Schedule, Shift, TimeSampler, Uniform, engine_fn,
-    surrogate,
+    AboveStudent, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Draw, Engine,
+    Group, Guidance, Normalizer, Objective, PostShift, PreShift, Prediction, Probe, RectifiedFlow,
+    Regularizer, Renoising, Result, Schedule, Shift, TimeSampler, Uniform, engine_fn, surrogate,
 };
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
@@ -46,6 +46,7 @@ proptest! {
         let turned = slope(schedule, alpha, &[2, 0, 1], &u).unwrap();
         let expected = straight.index_select(0, &Tensor::from_slice(&[2i64, 0, 1]));
         prop_assert!(max_difference(&turned, &expected) < 1e-14);
+        prop_assert!(straight.equal(&slope(schedule, alpha, &[0, 1, 2], &u).unwrap()));
         prop_assert!(turned.isfinite().all().int64_value(&[]) == 1);
     }
 
@@ -66,6 +67,83 @@ proptest! {
         };
         let expected = direction(2.0) * (alpha - 1.0);
         prop_assert!(max_difference(&direction(alpha), &expected) < 1e-11);
+    }
+
+    #[test]
+    fn a_normaliser_takes_the_scale_of_the_data_out(
+        scale in 1e-3..1e3f64,
+        alpha in 1.5..9.0f64,
+        choice in 0..3usize,
+    ) {
+        let at = |scale: f64, normalizer: Normalizer| {
+            let teacher = Denoiser::new(RectifiedFlow, Prediction::Sample, |_: &Tensor, _: &Tensor, c: &Condition| c[0].shallow_clone());
+            let data = |phase| wave(&[2, 6], phase, Kind::Double) * scale;
+            let (cond, null) = (Condition::from(data(1.0)), Condition::from(data(2.0)));
+            let x = data(0.1);
+            let batch = Batch::new(&x, &cond).unwrap().null(&null);
+            let tau = PostShift::all(0.5, 2, (Kind::Double, Device::Cpu)).unwrap();
+            let probe = Probe::at(&teacher, &batch, tau, x.shallow_clone()).unwrap();
+            CfgAugmentation::new(Guidance::new(alpha).unwrap()).direction(&probe.normalizer(normalizer)).unwrap()
+        };
+        let guidance = Guidance::new(alpha).unwrap();
+        let relative = [Normalizer::dmd2(guidance), Normalizer::fastvideo(guidance), Normalizer::conditional().unguarded()][choice];
+        prop_assert!(max_difference(&at(scale, relative), &at(1.0, relative)) < 1e-11);
+        let plain = at(1.0, Normalizer::OFF);
+        prop_assert!(max_difference(&(at(scale, Normalizer::OFF) / scale), &plain) < 1e-11);
+        // A guard can only shorten a direction.
+        let floored = at(scale, Normalizer::conditional());
+        let free = at(scale, Normalizer::conditional().unguarded());
+        prop_assert!(common::value(&(floored.abs() - free.abs()).max()) < 1e-11);
+    }
+
+    #[test]
+    fn masks_and_bad_samples_touch_nothing_else(
+        keep in prop::array::uniform3(any::<bool>()),
+        bad in 0..3i64,
+        alpha in 1.0..9.0f64,
+        u in prop::array::uniform3(0.05..0.95f64),
+    ) {
+        let slope = |mask: &[bool], bad: Option<i64>| {
+            let x = wave(&[3, 2, 4], 0.1, Kind::Double);
+            if let Some(bad) = bad {
+                let _ = x.get(bad).fill_(f64::NAN);
+            }
+            let x = x.set_requires_grad(true);
+            let (cond, null) = (
+                Condition::from(wave(&[3, 2, 4], 1.0, Kind::Double)),
+                Condition::from(wave(&[3, 2, 4], 2.0, Kind::Double)),
+            );
+            let guidance = Guidance::new(alpha).unwrap();
+            let normalizer = Normalizer::guided(guidance);
+            let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
+            let objective = Objective::new(gaussian_teacher(0.5)).with(
+                Group::new(Renoising::new(Uniform::FULL))
+                    .normalizer(normalizer)
+                    .engine("ca", 1.0, CfgAugmentation::new(guidance))
+                    .regularizer("dm", 1.0, &dm),
+            );
+            let mask = Tensor::from_slice(mask);
+            let batch = Batch::new(&x, &cond).unwrap().null(&null).mask(&mask).unwrap();
+            let draw = Draw { u: times(&u), noise: wave(&[3, 2, 4], 3.0, Kind::Double) };
+            let evaluation = objective.evaluate_at(&batch, vec![draw]).unwrap();
+            (gradient(&evaluation.loss, &x), common::value(&evaluation.loss))
+        };
+        let (whole, _) = slope(&[true; 3], None);
+        let (masked, _) = slope(&keep, None);
+        let (spoilt, loss) = slope(&keep, Some(bad));
+        for (index, kept) in (0i64..).zip(keep) {
+            if !kept {
+                prop_assert_eq!(common::value(&masked.get(index).abs().max()), 0.0);
+                prop_assert_eq!(common::value(&spoilt.get(index).abs().max()), 0.0);
+            } else {
+                prop_assert_eq!(max_difference(&masked.get(index), &whole.get(index)), 0.0);
+                if index != bad {
+                    prop_assert_eq!(max_difference(&spoilt.get(index), &masked.get(index)), 0.0);
+                }
+            }
+        }
+        // A sample that is masked does not even spoil the value.
+        prop_assert_eq!(loss.is_finite(), !keep[bad as usize]);
     }
 
     #[test]

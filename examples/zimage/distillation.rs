@@ -222,16 +222,13 @@ impl<'a> Distillation<'a> {
         let batch = Batch::new(&x, &cond)?.null(&rollout.null).student_time(&student_time)?;
         let evaluation = objective.evaluate(&batch)?;
         let mut record = vec![("loss".to_owned(), f64::try_from(&evaluation.loss)?)];
-        for (name, value) in evaluation.terms.iter().chain(&evaluation.observations) {
+        for (name, value) in &evaluation.terms {
             record.push((name.clone(), f64::try_from(value)?));
         }
-        if observe {
-            let drift = (mean_variance(&x.detach())? / self.data_variance).ln();
-            record.push(("variance_drift".into(), drift));
-            let of = |name: &str| record.iter().find(|(n, _)| n == name).map(|(_, v)| *v);
-            if let (Some(dm), Some(ca)) = (of("dm_update_rms"), of("ca_update_rms")) {
-                record.push(("dm_to_ca".into(), dm / ca));
-            }
+        if let Some(diagnostics) = &evaluation.diagnostics {
+            record.extend(diagnostics.report()?);
+            let drift = diagnostics.variance_drift(self.data_variance)?;
+            record.extend(drift.map(|drift| ("variance_drift".to_owned(), drift)));
         }
         let norm = self.student.descend(&evaluation.loss)?;
         if observe {

@@ -1,14 +1,11 @@
 //! Distribution Matching (DM): the teacher's score against the score of the student's own samples.
 
-use tch::{Tensor, no_grad_guard};
+use tch::{Kind, Tensor, no_grad_guard};
 
-use crate::numeric::{noise_like, sample_dot, sample_mean, sample_rms};
+use crate::numeric::{masked, noise_like, per_sample};
 use crate::{
-    Batch, Denoiser, PostShift, Probe, Regularizer, Renoising, Result, Shift, Uniform, surrogate,
+    Batch, Denoiser, PostShift, Probe, Regularizer, Renoising, Result, Shift, Uniform, Weighting,
 };
-
-/// Keeps observed ratios finite where the teacher returns its input, at the clean end of the path.
-const TINY: f64 = 1e-12;
 
 /// Distribution Matching: moves the samples to where the teacher finds them likelier than they are.
 ///
@@ -25,9 +22,12 @@ const TINY: f64 = 1e-12;
 /// | `fake` | the fake score, a copy of the teacher at first, without guidance | |
 /// | `shift` | the shift of the model, [`Shift::NONE`] where it has none | |
 /// | [`renoising`](Self::renoising) | the times at which the fake score is trained | U(0, 1), then the shift; Algorithm 1 |
+/// | [`weighting`](Self::weighting) | how much each time counts in its training | uniform in its own prediction type; Algorithm 1 |
+///
+/// How often the fake is trained is the loop's matter; [`UpdateRatio`](crate::UpdateRatio) counts.
 ///
 /// # Shapes
-/// x `[B, ..]` to a scalar, whose gradient in x is `-direction / numel`; see [`surrogate`].
+/// x `[B, ..]` to a scalar, whose gradient in x is `-direction / numel`; see [`surrogate`](crate::surrogate).
 ///
 /// # Forwards
 /// Teacher: conditional. Fake score: one, without a graph. Its own loss: one, with a graph.
@@ -47,6 +47,7 @@ const TINY: f64 = 1e-12;
 pub struct DistributionMatching<'a> {
     fake: Denoiser<'a>,
     renoising: Renoising<'a>,
+    weighting: Weighting,
 }
 
 impl<'a> DistributionMatching<'a> {
@@ -54,13 +55,21 @@ impl<'a> DistributionMatching<'a> {
     /// applies to the times at which the fake score is trained.
     #[must_use]
     pub fn new(fake: Denoiser<'a>, shift: Shift) -> Self {
-        Self { fake, renoising: Renoising::new(Uniform::FULL).shifted(shift) }
+        let renoising = Renoising::new(Uniform::FULL).shifted(shift);
+        Self { fake, renoising, weighting: Weighting::UNIFORM }
     }
 
     /// Replaces the times at which the fake score is trained, their shift included.
     #[must_use]
     pub fn renoising(mut self, renoising: Renoising<'a>) -> Self {
         self.renoising = renoising;
+        self
+    }
+
+    /// Sets how much each time counts in the training of the fake score.
+    #[must_use]
+    pub fn weighting(mut self, weighting: Weighting) -> Self {
+        self.weighting = weighting;
         self
     }
 
@@ -72,27 +81,15 @@ impl<'a> DistributionMatching<'a> {
         let _no_grad = no_grad_guard();
         let real = probe.teacher_cond()?;
         let fake = self.fake.denoise(probe.noised(), probe.tau(), probe.batch().cond())?;
-        let difference = real.f_sub(&fake)?;
-        probe.observe("rel_gap", || {
-            let residual = sample_rms(&probe.noised().f_sub(real)?)?.f_clamp_min(TINY)?;
-            Ok(sample_rms(&difference)?.f_div(&residual)?.f_mean(None)?)
-        })?;
-        probe.observe("cos", || {
-            let (real, fake) = (probe.noised().f_sub(real)?, probe.noised().f_sub(&fake)?);
-            let norms = sample_rms(&real)?.f_mul(&sample_rms(&fake)?)?.f_clamp_min(TINY)?;
-            Ok(sample_dot(&real, &fake)?.f_div(&norms)?.f_mean(None)?)
-        })?;
-        let direction = probe.normalize(&difference)?;
-        probe.observe("update_rms", || {
-            Ok(sample_mean(&direction.f_square()?)?.f_sqrt()?.f_mean(None)?)
-        })?;
-        Ok(direction)
+        probe.observe_scores(real, &fake)?;
+        probe.normalize(&real.f_sub(&fake)?)
     }
 
     /// The loss that trains the fake score on the samples of the batch, a scalar; x is detached.
     ///
-    /// Algorithm 1, fake step, in the fake score's own prediction type
-    /// ([`Denoiser::denoising_loss`]), with times from [`renoising`](Self::renoising) and fresh noise.
+    /// Algorithm 1, fake step: the mean of w(t) (target - output)^2 in the fake score's own
+    /// prediction type ([`Denoiser::denoising_loss`]), w from [`weighting`](Self::weighting), times
+    /// from [`renoising`](Self::renoising) and fresh noise.
     ///
     /// # Errors
     /// What the network returns.
@@ -112,13 +109,18 @@ impl<'a> DistributionMatching<'a> {
         time: &PostShift,
         noise: &Tensor,
     ) -> Result<Tensor> {
-        self.fake.denoising_loss(batch.x(), time, noise, batch.cond())
+        let mut error = self.fake.denoising_error(batch.x(), time, noise, batch.cond())?;
+        let at = self.fake.path().coefficients(time)?;
+        if let Some(factor) = self.weighting.factor(self.fake.prediction(), &at)? {
+            error = error.f_mul(&per_sample(&factor, &error)?)?;
+        }
+        Ok(masked(&error, batch.kept())?.f_mean(None::<Kind>)?)
     }
 }
 
 impl Regularizer for DistributionMatching<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        surrogate(probe.x(), &self.direction(probe)?)
+        probe.descend(&self.direction(probe)?)
     }
 
     fn own_loss(&self, batch: &Batch<'_>) -> Result<Option<Tensor>> {

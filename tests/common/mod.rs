@@ -1,6 +1,8 @@
 //! Closed-form networks for the tests: the exact denoisers of Gaussian data.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod paper;
+
 use std::cell::RefCell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -1,0 +1,189 @@
+//! What a step shows about the health of a distillation, typed.
+
+mod per_sample;
+mod term;
+
+pub use per_sample::PerSample;
+use tch::{Kind, Tensor, no_grad_guard};
+pub(crate) use term::Role;
+pub use term::{ScoreDiagnostics, TermDiagnostics};
+
+use crate::numeric::{masked, masked_mean, per_sample, widen};
+use crate::value::checked;
+use crate::{Batch, Result};
+
+/// The diagnostics of one evaluation, from what it computed anyway: no network runs for them.
+///
+/// [`Objective::observed`](crate::Objective::observed) asks for them; without it they cost nothing.
+/// All are taken without a graph, per sample (over the elements that the mask keeps), and stay
+/// tensors until a number is read. They depend on tau: average over hundreds of steps, or bin the
+/// samples by [`TermDiagnostics::tau`]. The guide says how to read them.
+///
+/// | what | formula, for sample i | where |
+/// |---|---|---|
+/// | x_mean, x_std, x_rms | m_i, sqrt v_i, sqrt mean x^2 | fields |
+/// | variance drift | ln(mean_i v_i / target) | [`variance_drift`](Self::variance_drift) |
+/// | share of samples that are not finite | in x or in a direction | [`not_finite`](Self::not_finite) |
+/// | update_rms, n, on_guard, rel_gap, cos, mag_ratio | see there | [`TermDiagnostics`], [`ScoreDiagnostics`] |
+/// | shield to spear, dm_to_ca | mean_i rms(d_DM) / mean_i rms(d_CA) | [`update_balance`](Self::update_balance) |
+/// | ca_dm_cos | cos(d_CA, d_DM), each at its own tau | [`update_cos`](Self::update_cos) |
+///
+/// d is a direction after the normaliser, before the weight of its term.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Diagnostics {
+    /// Mean of each sample.
+    pub x_mean: PerSample,
+    /// Standard deviation of each sample, the root of the biased variance.
+    pub x_std: PerSample,
+    /// Root mean square of each sample.
+    pub x_rms: PerSample,
+    /// What each term found, under its name, in the order of the objective.
+    pub terms: Vec<(String, TermDiagnostics)>,
+    finite: Tensor,
+}
+
+impl Diagnostics {
+    pub(crate) fn of(batch: &Batch<'_>) -> Result<Self> {
+        let _no_grad = no_grad_guard();
+        let (x, mask) = (widen(&batch.x().f_detach()?)?, batch.kept());
+        let mean = masked_mean(&x, mask)?;
+        let variance = masked_mean(&x.f_sub(&per_sample(&mean, &x)?)?.f_square()?, mask)?;
+        let rms = masked_mean(&x.f_square()?, mask)?.f_sqrt()?;
+        let any = any_kept(&x, mask)?;
+        Ok(Self {
+            x_mean: PerSample::new(mean, &any)?,
+            x_std: PerSample::new(variance.f_sqrt()?, &any)?,
+            x_rms: PerSample::new(rms, &any)?,
+            terms: Vec::new(),
+            finite: all_finite(&masked(&x, mask)?)?,
+        })
+    }
+
+    pub(crate) fn push(&mut self, name: &str, term: TermDiagnostics) -> Result<()> {
+        if let Some(direction) = &term.direction {
+            self.finite = self.finite.f_logical_and(&all_finite(direction)?)?;
+        }
+        self.terms.push((name.to_owned(), term));
+        Ok(())
+    }
+
+    /// The diagnostics of the term that was added as `name`.
+    pub fn term(&self, name: &str) -> Option<&TermDiagnostics> {
+        self.terms.iter().find(|(of, _)| of == name).map(|(_, term)| term)
+    }
+
+    /// Share of samples in which x or a direction is not finite. These samples are left out of all
+    /// other numbers that they would touch.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn not_finite(&self) -> Result<f64> {
+        Ok(self.not_finite_tensor()?.f_double_value(&[])?)
+    }
+
+    /// ln(mean_i v_i / target): how far the variance of the samples is from that of real ones, the
+    /// mean of their v_i. Rising without end is the signature of CFG Augmentation alone. `None`
+    /// where no sample is finite.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `target` is finite and positive.
+    pub fn variance_drift(&self, target: f64) -> Result<Option<f64>> {
+        let valid = target.is_finite() && target > 0.0;
+        checked("target variance", "finite and positive", target, valid)?;
+        let mean = self.x_std.map(|std| Ok(std.f_square()?))?.mean()?;
+        Ok(mean.map(|mean| (mean / target).ln()))
+    }
+
+    /// The updates of one term against those of another, mean_i rms over mean_i rms: `("dm", "ca")`
+    /// says how strong the shield is. It is a ratio of means, since a single update of CFG
+    /// Augmentation vanishes at the clean end. `None` unless both have a direction and that of
+    /// `below` is not zero.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn update_balance(&self, above: &str, below: &str) -> Result<Option<f64>> {
+        let (Some(above), Some(below)) = (self.term(above), self.term(below)) else {
+            return Ok(None);
+        };
+        let Some(balance) = balance(above, below)? else { return Ok(None) };
+        let balance = balance.f_double_value(&[])?;
+        Ok(balance.is_finite().then_some(balance))
+    }
+
+    /// The cosine between the updates of two terms, each at its own tau: negative where one opposes
+    /// the other. `None` unless both have a direction; undefined for a sample where either vanishes.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn update_cos(&self, one: &str, two: &str) -> Result<Option<PerSample>> {
+        match (self.term(one), self.term(two)) {
+            (Some(one), Some(two)) => term::cos_of(one, two),
+            _ => Ok(None),
+        }
+    }
+
+    /// Everything as named numbers, for a log: `x_std`, `not_finite`, and for terms called `ca` and
+    /// `dm` `ca_update_rms`, `dm_cos`, `dm_n`, `dm_n_min`, `dm_share_on_floor`, `dm_to_ca`,
+    /// `ca_dm_cos` and so on, the mean over the samples at which each is defined. A number that is
+    /// undefined, or not finite, is left out.
+    ///
+    /// It reads all of them at once, so that a GPU is waited for once.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn report(&self) -> Result<Vec<(String, f64)>> {
+        let _no_grad = no_grad_guard();
+        let mut named = vec![
+            ("x_mean".to_owned(), self.x_mean.mean_tensor()?),
+            ("x_std".to_owned(), self.x_std.mean_tensor()?),
+            ("x_rms".to_owned(), self.x_rms.mean_tensor()?),
+            ("not_finite".to_owned(), self.not_finite_tensor()?),
+        ];
+        for (name, term) in &self.terms {
+            term.report(name, &mut named)?;
+        }
+        let of_role = |role| self.terms.iter().filter(move |(_, term)| term.role == role);
+        for (engine_name, engine) in of_role(Role::Engine) {
+            for (name, regularizer) in of_role(Role::Regularizer) {
+                if let Some(balance) = balance(regularizer, engine)? {
+                    named.push((format!("{name}_to_{engine_name}"), balance));
+                }
+                if let Some(cos) = term::cos_of(engine, regularizer)? {
+                    named.push((format!("{engine_name}_{name}_cos"), cos.mean_tensor()?));
+                }
+            }
+        }
+        let (names, tensors): (Vec<_>, Vec<_>) = named.into_iter().unzip();
+        let values = Vec::<f64>::try_from(Tensor::f_stack(&tensors, 0)?)?;
+        Ok(names.into_iter().zip(values).filter(|(_, value)| value.is_finite()).collect())
+    }
+
+    fn not_finite_tensor(&self) -> Result<Tensor> {
+        Ok(self.finite.f_logical_not()?.f_mean(Kind::Double)?)
+    }
+}
+
+/// Of the mean sizes of two directions, a scalar in float64; NaN or infinite where undefined.
+fn balance(above: &TermDiagnostics, below: &TermDiagnostics) -> Result<Option<Tensor>> {
+    let (Some(above), Some(below)) = (&above.update_rms, &below.update_rms) else {
+        return Ok(None);
+    };
+    Ok(Some(above.mean_tensor()?.f_div(&below.mean_tensor()?)?))
+}
+
+/// Whether all elements of a sample are finite, `[B]`.
+fn all_finite(tensor: &Tensor) -> Result<Tensor> {
+    Ok(tensor.f_isfinite()?.f_flatten(1, -1)?.f_all_dim(1, false)?)
+}
+
+/// Whether the mask keeps an element of a sample, `[B]`.
+pub(crate) fn any_kept(like: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    Ok(match mask {
+        Some(mask) => mask.f_flatten(1, -1)?.f_any_dim(1, false)?,
+        None => {
+            let batch: Vec<i64> = like.size().into_iter().take(1).collect();
+            Tensor::f_ones(batch, (Kind::Bool, like.device()))?
+        }
+    })
+}

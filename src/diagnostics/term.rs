@@ -1,0 +1,157 @@
+//! What one term found.
+
+use tch::{Kind, Tensor};
+
+use super::{PerSample, any_kept};
+use crate::Result;
+use crate::normalizer::Distance;
+use crate::numeric::{compute_kind, masked_mean};
+
+/// What one term of an objective found at its probe.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct TermDiagnostics {
+    /// The post-shift noise level of each sample at which the term looked, `[B]`: what to bin by.
+    pub tau: Tensor,
+    /// rms(d), the size of the update: direction after the normaliser, before the weight. Terms
+    /// without a direction (a plain loss) have none.
+    pub update_rms: Option<PerSample>,
+    /// n, the normaliser after its guard; `None` where the term did not use one. A trend to zero
+    /// means collapse, or times close to the clean end.
+    pub n: Option<PerSample>,
+    /// 1 where the distance is below the normaliser's floor or epsilon, else 0. Above 0 in the mean:
+    /// the guard acts. Near 1: directions are hardly normalised.
+    pub on_guard: Option<PerSample>,
+    /// The teacher's score against the fake one, of Distribution Matching.
+    pub scores: Option<ScoreDiagnostics>,
+    /// What the term passed to [`Probe::observe`](crate::Probe::observe): scalars, or `[B]`.
+    pub observations: Vec<(&'static str, Tensor)>,
+    pub(crate) role: Role,
+    /// Masked.
+    pub(crate) direction: Option<Tensor>,
+    mask: Option<Tensor>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    Engine,
+    Regularizer,
+}
+
+impl TermDiagnostics {
+    pub(crate) fn new(tau: &Tensor, mask: Option<&Tensor>) -> Self {
+        Self {
+            tau: tau.shallow_clone(),
+            update_rms: None,
+            n: None,
+            on_guard: None,
+            scores: None,
+            observations: Vec::new(),
+            role: Role::Regularizer,
+            direction: None,
+            mask: mask.map(Tensor::shallow_clone),
+        }
+    }
+
+    pub(crate) fn set_direction(&mut self, direction: &Tensor) -> Result<()> {
+        let mask = self.mask.as_ref();
+        let rms = masked_mean(&direction.f_square()?, mask)?.f_sqrt()?;
+        self.update_rms = Some(PerSample::new(rms, &any_kept(direction, mask)?)?);
+        self.direction = Some(direction.shallow_clone());
+        Ok(())
+    }
+
+    pub(crate) fn set_distance(&mut self, Distance { n, guarded }: &Distance) -> Result<()> {
+        let any = any_kept(n, self.mask.as_ref())?;
+        let finite = n.f_isfinite()?.f_logical_and(&any)?;
+        self.n = Some(PerSample::new(n.shallow_clone(), &finite)?);
+        self.on_guard = Some(PerSample::new(guarded.f_to_kind(Kind::Double)?, &finite)?);
+        Ok(())
+    }
+
+    /// From the flow velocities of both scores, up to one factor for each sample.
+    pub(crate) fn set_scores(
+        &mut self,
+        noised: &Tensor,
+        real: &Tensor,
+        fake: &Tensor,
+    ) -> Result<()> {
+        let mask = self.mask.as_ref();
+        let rms =
+            |t: &Tensor| -> Result<Tensor> { Ok(masked_mean(&t.f_square()?, mask)?.f_sqrt()?) };
+        let smallest = rms(noised)?.f_mul_scalar(resolution(noised)?)?;
+        let (real_rms, fake_rms) = (rms(real)?, rms(fake)?);
+        let real_there = real_rms.f_gt_tensor(&smallest)?;
+        let both_there = fake_rms.f_gt_tensor(&smallest)?.f_logical_and(&real_there)?;
+        let gap = rms(&real.f_sub(fake)?)?;
+        let product = masked_mean(&real.f_mul(fake)?, mask)?;
+        let norms = real_rms.f_mul(&fake_rms)?;
+        self.scores = Some(ScoreDiagnostics {
+            rel_gap: PerSample::new(gap.f_div(&real_rms)?, &real_there)?,
+            cos: PerSample::new(product.f_div(&norms)?, &both_there)?,
+            mag_ratio: PerSample::new(fake_rms.f_div(&real_rms)?, &real_there)?,
+        });
+        Ok(())
+    }
+
+    /// Appends named scalars in float64, NaN or infinite where undefined.
+    pub(super) fn report(&self, name: &str, named: &mut Vec<(String, Tensor)>) -> Result<()> {
+        let mut push = |what: &str, value: Tensor| named.push((format!("{name}_{what}"), value));
+        if let Some(ScoreDiagnostics { rel_gap, cos, mag_ratio }) = &self.scores {
+            push("rel_gap", rel_gap.mean_tensor()?);
+            push("cos", cos.mean_tensor()?);
+            push("mag_ratio", mag_ratio.mean_tensor()?);
+        }
+        if let Some(rms) = &self.update_rms {
+            push("update_rms", rms.mean_tensor()?);
+        }
+        if let Some(n) = &self.n {
+            push("n", n.mean_tensor()?);
+            push("n_min", n.min_tensor()?);
+        }
+        if let Some(on_guard) = &self.on_guard {
+            push("share_on_floor", on_guard.mean_tensor()?);
+        }
+        for (what, value) in &self.observations {
+            push(what, value.f_mean(Kind::Double)?);
+        }
+        Ok(())
+    }
+}
+
+/// The teacher's conditional prediction against that of the fake score, at one tau and noise, as
+/// flow velocities u = eps - x0 (`s u = x_tau - (a + s) x0`, whatever the networks predict).
+///
+/// Undefined for a sample at which a velocity in the denominator is below a hundred rounding steps
+/// of the noised sample: at the clean end both scores vanish, and their angle is rounding noise.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct ScoreDiagnostics {
+    /// rms(u_real - u_fake) / rms(u_real). Rises when the fake lags, or the student leaves the data.
+    pub rel_gap: PerSample,
+    /// cos(u_real, u_fake). Falling: the fake lags.
+    pub cos: PerSample,
+    /// rms(u_fake) / rms(u_real). Away from 1: the fake is mis-scaled.
+    pub mag_ratio: PerSample,
+}
+
+/// Cosine of the directions of two terms, undefined where one of them vanishes.
+pub(super) fn cos_of(one: &TermDiagnostics, two: &TermDiagnostics) -> Result<Option<PerSample>> {
+    let (Some(left), Some(right)) = (&one.direction, &two.direction) else { return Ok(None) };
+    let (Some(left_rms), Some(right_rms)) = (&one.update_rms, &two.update_rms) else {
+        return Ok(None);
+    };
+    let there = |rms: &PerSample| -> Result<Tensor> {
+        Ok(rms.values().f_gt(resolution(left)?)?.f_logical_and(rms.defined())?)
+    };
+    let defined = there(left_rms)?.f_logical_and(&there(right_rms)?)?;
+    let product = masked_mean(&left.f_mul(right)?, one.mask.as_ref())?;
+    let norms = left_rms.values().f_mul(right_rms.values())?;
+    PerSample::new(product.f_div(&norms)?, &defined).map(Some)
+}
+
+/// A hundred rounding steps of numbers about 1.
+fn resolution(like: &Tensor) -> Result<f64> {
+    let double = compute_kind(like.f_kind()?) == Kind::Double;
+    Ok(100.0 * if double { f64::EPSILON } else { f64::from(f32::EPSILON) })
+}

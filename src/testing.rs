@@ -1,0 +1,255 @@
+//! Conformance checks for engines and regularizers, one's own too; with the feature `testing`.
+//!
+//! One line for each term, on a batch and a teacher of one's own:
+//!
+//! ```
+//! # use decoupled_dmd::{Batch, CfgAugmentation, Condition, Denoiser, Guidance, Prediction, RectifiedFlow};
+//! # use tch::{Device, Kind, Tensor};
+//! use decoupled_dmd::testing::check_engine;
+//!
+//! # let network = |x: &Tensor, _: &Tensor, c: &Condition| x * &c[0];
+//! # let teacher = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
+//! # let x = Tensor::linspace(-1.0, 1.0, 24, (Kind::Float, Device::Cpu)).view([2, 3, 4]);
+//! # let (cond, null) = (Condition::from(Tensor::from(0.5f32)), Condition::from(Tensor::from(0.4f32)));
+//! let batch = Batch::new(&x, &cond)?.null(&null);
+//! check_engine(&CfgAugmentation::new(Guidance::new(4.0)?), &teacher, &batch)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! | check | engine | regularizer |
+//! |---|---|---|
+//! | shape, type and device of the answer; all of it finite | [`check_engine`] | [`check_regularizer`] |
+//! | the samples are left as they were | yes | yes |
+//! | no graph on a direction; a gradient that reaches x, finite and not all zero | the first | the second |
+//! | the same probe gives the same answer | yes | yes |
+//! | samples in another order give the answer in that order | yes | yes |
+//! | one NaN sample leaves the others as they were | yes | [`check_independence`], where samples do not meet |
+//! | the gradient is that of the value | | [`check_gradient`], for a plain loss |
+//!
+//! Every check looks at the batch at noise levels spread over 0.1 to 0.9 and with a fixed noise;
+//! nothing is drawn. The batch needs two samples or more. Tensors of a condition whose first axis
+//! has as many entries as the batch are taken to belong to the samples one by one.
+
+mod trial;
+
+use tch::{Kind, Tensor, no_grad_guard};
+
+use crate::{Batch, Denoiser, Engine, Error, Probe, Regularizer};
+use trial::Trial;
+
+/// What a term was found not to keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Check {
+    /// The batch is fit to check with.
+    SetUp,
+    /// A direction has the shape of x, a loss that of a scalar.
+    Shape,
+    /// The answer is in float32 or float64.
+    Kind,
+    /// The answer is on the device of x.
+    Device,
+    /// The answer, and the gradient of a loss, are finite.
+    Finite,
+    /// x is left as it was.
+    Unchanged,
+    /// A direction has no graph.
+    NoGraph,
+    /// The gradient of a loss reaches x and is not all zero.
+    ReachesSamples,
+    /// The same probe gives the same answer.
+    Deterministic,
+    /// Samples in another order give the answer in that order.
+    Permutation,
+    /// A NaN sample leaves the others as they were.
+    BadSample,
+    /// The gradient of a loss is that of its value.
+    Gradient,
+}
+
+/// Why a check failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Failure {
+    /// The term does not keep what is checked.
+    #[error("{check:?}: {found}")]
+    Broken {
+        /// What it does not keep.
+        check: Check,
+        /// What was found.
+        found: String,
+    },
+    /// The term, or the teacher, returned an error.
+    #[error("the term failed")]
+    Term(#[from] Error),
+}
+
+impl From<tch::TchError> for Failure {
+    fn from(error: tch::TchError) -> Self {
+        Self::Term(error.into())
+    }
+}
+
+type Result<T> = std::result::Result<T, Failure>;
+
+fn require(check: Check, kept: bool, found: impl FnOnce() -> String) -> Result<()> {
+    if kept { Ok(()) } else { Err(Failure::Broken { check, found: found() }) }
+}
+
+/// Checks an engine; see the table of this [module](self).
+///
+/// # Errors
+/// [`Failure::Broken`] with the first check that fails, [`Failure::Term`] if the engine does.
+pub fn check_engine<E: Engine + ?Sized>(
+    engine: &E,
+    teacher: &Denoiser<'_>,
+    batch: &Batch<'_>,
+) -> Result<()> {
+    let trial = Trial::new(batch)?;
+    let direction_of = |trial: &Trial| {
+        trial.run(teacher, |probe| {
+            let _no_grad = no_grad_guard();
+            Ok(engine.direction(probe)?)
+        })
+    };
+    let direction = direction_of(&trial)?;
+    check_answer(&direction, trial.x(), &trial.x().size())?;
+    require(Check::NoGraph, !direction.requires_grad(), || "the direction has a graph".into())?;
+    check_unchanged(&trial, batch)?;
+    check_same(Check::Deterministic, &direction_of(&trial)?, &direction)?;
+    let turned = direction_of(&trial.reversed()?)?;
+    check_same(Check::Permutation, &turned, &direction.f_flip([0])?)?;
+    let beside_bad = direction_of(&trial.with_bad_first()?)?;
+    check_same(Check::BadSample, &others(&beside_bad)?, &others(&direction)?)
+}
+
+/// Checks a regularizer; see the table of this [module](self). The batch should be one at which the
+/// gradient does not vanish.
+///
+/// # Errors
+/// [`Failure::Broken`] with the first check that fails, [`Failure::Term`] if the regularizer does.
+pub fn check_regularizer<R: Regularizer + ?Sized>(
+    regularizer: &R,
+    teacher: &Denoiser<'_>,
+    batch: &Batch<'_>,
+) -> Result<()> {
+    let trial = Trial::new(batch)?;
+    let answer_of = |trial: &Trial| trial.run(teacher, |probe| answer(regularizer, probe));
+    let (loss, gradient) = answer_of(&trial)?;
+    check_answer(&loss, trial.x(), &[])?;
+    require(Check::Finite, all_finite(&gradient)?, || "the gradient in x is not finite".into())?;
+    let largest = gradient.f_abs()?.f_max()?.f_double_value(&[])?;
+    require(Check::ReachesSamples, largest > 0.0, || "the gradient in x is all zero".into())?;
+    check_unchanged(&trial, batch)?;
+    let (again, gradient_again) = answer_of(&trial)?;
+    check_same(Check::Deterministic, &again, &loss)?;
+    check_same(Check::Deterministic, &gradient_again, &gradient)?;
+    let (turned, turned_gradient) = answer_of(&trial.reversed()?)?;
+    check_same(Check::Permutation, &turned, &loss)?;
+    check_same(Check::Permutation, &turned_gradient, &gradient.f_flip([0])?)
+}
+
+/// Checks that a NaN sample leaves the gradients of the others as they were, for a regularizer that
+/// does not compare samples with one another.
+///
+/// # Errors
+/// [`Failure::Broken`] if it does not, [`Failure::Term`] if the regularizer fails.
+pub fn check_independence<R: Regularizer + ?Sized>(
+    regularizer: &R,
+    teacher: &Denoiser<'_>,
+    batch: &Batch<'_>,
+) -> Result<()> {
+    let trial = Trial::new(batch)?;
+    let gradient_of = |trial: &Trial| trial.run(teacher, |probe| Ok(answer(regularizer, probe)?.1));
+    let (beside_bad, gradient) = (gradient_of(&trial.with_bad_first()?)?, gradient_of(&trial)?);
+    check_same(Check::BadSample, &others(&beside_bad)?, &others(&gradient)?)
+}
+
+/// Checks the gradient of a plain loss against central differences in float64, in up to 16 elements
+/// of x spread over the batch. Not for a loss made with [`surrogate`](crate::surrogate), whose
+/// gradient is by design not that of its value.
+///
+/// # Errors
+/// [`Failure::Broken`] if they differ or x is not in float64, [`Failure::Term`] if the regularizer
+/// fails.
+pub fn check_gradient<R: Regularizer + ?Sized>(
+    regularizer: &R,
+    teacher: &Denoiser<'_>,
+    batch: &Batch<'_>,
+) -> Result<()> {
+    const STEP: f64 = 1e-5;
+    let trial = Trial::new(batch)?;
+    let kind = trial.x().f_kind()?;
+    require(Check::SetUp, kind == Kind::Double, || format!("x is {kind:?}, needed in float64"))?;
+    let (loss, gradient) = trial.run(teacher, |probe| answer(regularizer, probe))?;
+    let gradient = gradient.f_flatten(0, -1)?;
+    let largest = gradient.f_abs()?.f_max()?.f_double_value(&[])?;
+    let loss = loss.f_double_value(&[])?;
+    // Errors of the second order, and of rounding in the difference.
+    let tolerance = 1e-5 * largest + 1e-10 * loss.abs().max(1.0);
+    let count = trial.x().numel() as i64;
+    let elements = count.min(16);
+    for index in (0..elements).filter_map(|k| k.checked_mul(count)?.checked_div(elements)) {
+        let value_at = |offset| -> Result<f64> {
+            let moved = trial.moved(index, offset)?;
+            let loss = moved.run(teacher, |probe| Ok(regularizer.loss(probe)?))?;
+            Ok(loss.f_double_value(&[])?)
+        };
+        let slope = (value_at(STEP)? - value_at(-STEP)?) / (2.0 * STEP);
+        let found = gradient.f_double_value(&[index])?;
+        require(Check::Gradient, (slope - found).abs() <= tolerance, || {
+            format!("element {index}: gradient {found:e}, central difference {slope:e}")
+        })?;
+    }
+    Ok(())
+}
+
+/// The loss without its graph, and its gradient in x.
+fn answer<R: Regularizer + ?Sized>(regularizer: &R, probe: &Probe<'_>) -> Result<(Tensor, Tensor)> {
+    let loss = regularizer.loss(probe)?;
+    let unreached = || "the loss does not depend on x".to_owned();
+    require(Check::ReachesSamples, loss.requires_grad(), unreached)?;
+    let gradients = Tensor::f_run_backward(&[&loss], &[probe.x()], false, false)?;
+    let gradient = gradients.into_iter().next().filter(Tensor::defined);
+    let gradient = gradient
+        .ok_or_else(|| Failure::Broken { check: Check::ReachesSamples, found: unreached() })?;
+    Ok((loss.f_detach()?, gradient))
+}
+
+fn check_answer(answer: &Tensor, x: &Tensor, size: &[i64]) -> Result<()> {
+    let found = answer.size();
+    require(Check::Shape, found == size, || format!("expected {size:?}, found {found:?}"))?;
+    let kind = answer.f_kind()?;
+    let wide = matches!(kind, Kind::Float | Kind::Double);
+    require(Check::Kind, wide, || format!("expected float32 or float64, found {kind:?}"))?;
+    let (expected, found) = (x.device(), answer.device());
+    require(Check::Device, expected == found, || {
+        format!("expected {expected:?}, found {found:?}")
+    })?;
+    require(Check::Finite, all_finite(answer)?, || "the answer is not finite".into())
+}
+
+fn check_unchanged(trial: &Trial, batch: &Batch<'_>) -> Result<()> {
+    let same = trial.x().f_equal(batch.x())?;
+    require(Check::Unchanged, same, || "the term changed x in place".into())
+}
+
+/// Equal but for the rounding of another order of summation.
+fn check_same(check: Check, found: &Tensor, expected: &Tensor) -> Result<()> {
+    let tolerance = if expected.f_kind()? == Kind::Double { 1e-10 } else { 1e-4 };
+    let size = expected.f_abs()?.f_max()?.f_double_value(&[])?;
+    let worst = found.f_sub(expected)?.f_abs()?.f_max()?.f_double_value(&[])?;
+    require(check, worst <= tolerance * size, || {
+        format!("largest difference {worst:e}, where numbers go up to {size:e}")
+    })
+}
+
+/// All samples but the first.
+fn others(tensor: &Tensor) -> Result<Tensor> {
+    let count = tensor.size().first().copied().unwrap_or_default().saturating_sub(1);
+    Ok(tensor.f_narrow(0, 1, count)?)
+}
+
+fn all_finite(tensor: &Tensor) -> Result<bool> {
+    Ok(tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? == 1)
+}

@@ -1,0 +1,188 @@
+//! Algorithm 1 and the schedules of the paper, each against a computation of its own.
+
+mod common;
+
+use common::paper::{ALPHA, FAKE_VARIANCE, SHAPE, Setting, TEACHER_VARIANCE, mean_abs, setting};
+use common::{
+    Calls, counting_teacher, gaussian_teacher, gradient, max_difference, seeded, value, wave,
+};
+use decoupled_dmd::{
+    CfgAugmentation, Condition, Denoiser, DistributionMatching, Engine, Floor, Group, Guidance,
+    Normalizer, Objective, PostShift, PreShift, Prediction, Probe, RectifiedFlow, Regularizer,
+    Renoising, Result, Schedule, Shift, Uniform, surrogate,
+};
+use tch::{Kind, Tensor};
+
+#[test]
+fn algorithm_1_the_surrogate_is_half_the_mean_square_with_gradient_minus_direction() -> Result<()> {
+    for kind in [Kind::Double, Kind::Float, Kind::BFloat16] {
+        let x = wave(&SHAPE, 0.3, kind).set_requires_grad(true);
+        let wide = if kind == Kind::Double { Kind::Double } else { Kind::Float };
+        let direction = wave(&SHAPE, 2.0, wide) * 0.01;
+        let loss = surrogate(&x, &direction)?;
+        assert_eq!(loss.size(), [0i64; 0]);
+        let expected = 0.5 * value(&direction.square().mean(Kind::Double));
+        approx::assert_relative_eq!(value(&loss), expected, max_relative = 1e-4);
+        let expected = (-direction / x.numel() as f64).to_kind(kind);
+        let slope = gradient(&loss, &x);
+        assert!(
+            max_difference(&slope, &expected) < 1e-3 * value(&expected.abs().max()),
+            "{kind:?}"
+        );
+        if kind != Kind::BFloat16 {
+            assert!(max_difference(&slope, &expected) < 1e-10, "{kind:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn algorithm_1_the_generator_step_without_a_normaliser() -> Result<()> {
+    // L = || x - sg(x + lambda (Delta_DM + Delta_CA)) ||^2, each at its own tau and noise.
+    const LAMBDA: f64 = 0.3;
+    let ca_draw = setting(Kind::Double);
+    let dm_draw = Setting {
+        u: Tensor::from_slice(&[0.9, 0.1, 0.3]),
+        noise: wave(&SHAPE, 9.0, Kind::Double),
+        ..setting(Kind::Double)
+    };
+    let [_, cond, null, _] = ca_draw.predictions();
+    let ca = (ALPHA - 1.0) * (cond - null);
+    let [_, cond, _, fake] = dm_draw.predictions();
+    let update = LAMBDA * (ca + cond - fake);
+    let x = &ca_draw.x;
+    let literal = (x - (x + update).detach()).square().sum(Kind::Double);
+
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
+    let group = || Group::new(Renoising::new(Uniform::FULL)).normalizer(Normalizer::OFF);
+    let objective = Objective::new(gaussian_teacher(TEACHER_VARIANCE))
+        .with(group().engine("ca", LAMBDA, CfgAugmentation::new(Guidance::new(ALPHA)?)))
+        .with(group().regularizer("dm", LAMBDA, &dm));
+    let draws = vec![ca_draw.draw(), dm_draw.draw()];
+    let evaluation = objective.evaluate_at(&ca_draw.batch(), draws)?;
+    // A sum without the half, against half the mean.
+    let ours = gradient(&evaluation.loss, x) * (2.0 * x.numel() as f64);
+    assert!(max_difference(&ours, &gradient(&literal, x)) < 1e-13);
+    Ok(())
+}
+
+#[test]
+fn algorithm_1_the_gradients_of_ca_and_dm_match_central_differences() -> Result<()> {
+    // Of 0.5 mean (x - T)^2 with the target T = x + d held.
+    let s = setting(Kind::Double);
+    let (teacher, batch) = (gaussian_teacher(TEACHER_VARIANCE), s.batch());
+    let tau = PostShift::new(s.u.shallow_clone())?;
+    let probe = Probe::at(&teacher, &batch, tau, s.noise.shallow_clone())?;
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
+    let ca = CfgAugmentation::new(Guidance::new(ALPHA)?).direction(&probe)?;
+    for (direction, loss) in
+        [(dm.direction(&probe)?, dm.loss(&probe)?), (ca.copy(), surrogate(&s.x, &ca)?)]
+    {
+        let target = s.x.detach() + direction;
+        let slope = gradient(&loss, &s.x).flatten(0, -1);
+        for element in [0, 17, 40, 95] {
+            let at = |offset: f64| {
+                let x = s.x.detach().copy();
+                let _ = x.view([-1]).narrow(0, element, 1).f_add_scalar_(offset).unwrap();
+                value(&(0.5 * (x - &target).square().mean(None)))
+            };
+            let difference = (at(1e-4) - at(-1e-4)) / 2e-4;
+            approx::assert_relative_eq!(
+                slope.double_value(&[element]),
+                difference,
+                max_relative = 1e-7
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn algorithm_1_the_fake_score_learns_the_sample_in_its_own_prediction_type() -> Result<()> {
+    let s = setting(Kind::Double);
+    let t = s.u.view([3, 1, 1, 1]);
+    let x = s.x.detach();
+    let scale = Tensor::from(0.7).set_requires_grad(true);
+    let level: Tensor = 1.0 - &t;
+    let noised = &t * &x + &level * &s.noise;
+    for (prediction, target) in [
+        (Prediction::Sample, x.shallow_clone()),
+        (Prediction::Noise, s.noise.shallow_clone()),
+        (Prediction::FlowVelocity, &s.noise - &x),
+        (Prediction::Velocity, &t * &s.noise - &level * &x),
+        (Prediction::Score, -&s.noise / &level),
+    ] {
+        let network = |x: &Tensor, _: &Tensor, _: &Condition| x * &scale;
+        let dm = DistributionMatching::new(
+            Denoiser::new(RectifiedFlow, prediction, network),
+            Shift::NONE,
+        );
+        let time = PostShift::new(s.u.shallow_clone())?;
+        let loss = dm.denoising_loss_at(&s.batch(), &time, &s.noise)?;
+        let expected = (target - &noised * &scale).square().mean(None);
+        assert!(max_difference(&loss, &expected) < 1e-13, "{prediction:?}");
+        let gradients = Tensor::run_backward(&[&loss], &[&s.x, &scale], true, false);
+        assert!(!gradients[0].defined(), "the student must receive nothing");
+        assert!(value(&gradients[1]).abs() > 1e-3);
+    }
+    Ok(())
+}
+
+#[test]
+fn equation_8_the_terms_of_decoupled_groups_use_their_own_tau_and_noise() -> Result<()> {
+    let ca_draw = setting(Kind::Double);
+    let dm_draw = Setting {
+        u: Tensor::from_slice(&[0.9, 0.1, 0.3]),
+        noise: wave(&SHAPE, 9.0, Kind::Double),
+        ..setting(Kind::Double)
+    };
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
+    let (teacher, guidance) = (gaussian_teacher(TEACHER_VARIANCE), Guidance::new(ALPHA)?);
+    let objective = Schedule::DecoupledFull.objective(teacher, guidance, &dm, Shift::NONE);
+    let batch = ca_draw.batch();
+    let evaluation = objective.evaluate_at(&batch, vec![ca_draw.draw(), dm_draw.draw()])?;
+    let normalise = |difference: Tensor, cond: &Tensor| {
+        difference / mean_abs(&(&ca_draw.x - cond)).clamp_min(Floor::default().get())
+    };
+    let [_, cond, null, _] = ca_draw.predictions();
+    let ca = normalise((ALPHA - 1.0) * (&cond - null), &cond);
+    let [_, cond, _, fake] = dm_draw.predictions();
+    let dm = normalise(&cond - fake, &cond);
+    let expected = -(ca + dm) / ca_draw.x.numel() as f64;
+    let slope = gradient(&evaluation.loss, &ca_draw.x);
+    assert!(max_difference(&slope, &expected) < 1e-16);
+    Ok(())
+}
+
+#[test]
+fn the_four_schedules_draw_tau_from_the_stated_side() -> Result<()> {
+    let _guard = seeded(1);
+    let student = [0.0, 0.5, 0.875];
+    let shift = Shift::new(3.0)?;
+    let above = [[false, false], [false, false], [true, true], [true, false]];
+    for (schedule, above) in Schedule::ALL.into_iter().zip(above) {
+        let calls = Calls::default();
+        let s = setting(Kind::Float);
+        let time = PreShift::new(Tensor::from_slice(&student))?;
+        let batch = s.batch().student_time(&time)?;
+        let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
+        let teacher = counting_teacher(&calls, TEACHER_VARIANCE);
+        let objective = schedule.objective(teacher, Guidance::new(ALPHA)?, &dm, shift);
+        for _ in 0..200 {
+            let _ = objective.evaluate(&batch)?;
+        }
+        let times = calls.times.borrow();
+        let per_step = times.len() / 200;
+        assert_eq!(per_step, if schedule == Schedule::CoupledShared { 2 } else { 3 });
+        // The first two forwards are CA's, the last one is DM's.
+        for (term, offset) in [(0, 0), (1, per_step - 1)] {
+            let below = times
+                .iter()
+                .skip(offset)
+                .step_by(per_step)
+                .any(|row| row.iter().zip(student).any(|(tau, t)| *tau < shift.of(t) - 1e-6));
+            assert_eq!(below, !above[term], "{schedule:?}, term {term}");
+        }
+    }
+    Ok(())
+}

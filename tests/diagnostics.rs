@@ -1,0 +1,200 @@
+//! Diagnostics: what is undefined is left out, what is bad is counted, one's own are kept.
+
+mod common;
+
+use common::{gaussian_teacher, seeded, value, wave};
+use decoupled_dmd::{
+    Batch, CfgAugmentation, Condition, Denoiser, Diagnostics, DistributionMatching, Draw, Error,
+    Floor, Group, Guidance, MeanVariance, Normalizer, Objective, Prediction, RectifiedFlow,
+    Renoising, Result, Shift, Uniform, engine_fn,
+};
+use tch::{Kind, Tensor};
+
+const SHAPE: [i64; 4] = [3, 2, 4, 4];
+
+struct Setting {
+    x: Tensor,
+    mask: Option<Tensor>,
+    guidance: f64,
+    /// The same for teacher and fake score, which then agree.
+    fake_variance: f64,
+    times: [f64; 3],
+    normalizer: Normalizer,
+}
+
+impl Default for Setting {
+    fn default() -> Self {
+        Self {
+            x: wave(&SHAPE, 0.3, Kind::Double),
+            mask: None,
+            guidance: 4.0,
+            fake_variance: 0.8,
+            times: [0.2, 0.5, 0.7],
+            normalizer: Normalizer::default(),
+        }
+    }
+}
+
+impl Setting {
+    fn diagnostics(&self) -> Result<Diagnostics> {
+        let (cond, null) = (
+            Condition::from(wave(&SHAPE, 1.1, Kind::Double)),
+            Condition::from(wave(&SHAPE, 2.9, Kind::Double)),
+        );
+        let dm = DistributionMatching::new(gaussian_teacher(self.fake_variance), Shift::NONE);
+        let mut batch = Batch::new(&self.x, &cond)?.null(&null);
+        if let Some(mask) = &self.mask {
+            batch = batch.mask(mask)?;
+        }
+        let objective = Objective::new(gaussian_teacher(0.5)).observed().with(
+            Group::new(Renoising::new(Uniform::FULL))
+                .normalizer(self.normalizer)
+                .engine("ca", 1.0, CfgAugmentation::new(Guidance::new(self.guidance)?))
+                .regularizer("dm", 1.0, &dm)
+                .regularizer("mv", 1.0, MeanVariance::per_sample(0.0, 1.0)?),
+        );
+        let noise = wave(&SHAPE, 5.0, Kind::Double);
+        let draw = Draw { u: Tensor::from_slice(&self.times), noise };
+        Ok(objective.evaluate_at(&batch, vec![draw])?.diagnostics.expect("an observed objective"))
+    }
+}
+
+fn names(all: &Diagnostics) -> Result<Vec<String>> {
+    Ok(all.report()?.into_iter().map(|(name, _)| name).collect())
+}
+
+#[test]
+fn every_number_of_the_table_is_in_the_report() -> Result<()> {
+    let all = Setting::default().diagnostics()?;
+    let expected = [
+        "x_mean",
+        "x_std",
+        "x_rms",
+        "not_finite",
+        "ca_update_rms",
+        "ca_n",
+        "ca_n_min",
+        "ca_share_on_floor",
+        "dm_rel_gap",
+        "dm_cos",
+        "dm_mag_ratio",
+        "dm_update_rms",
+        "dm_n",
+        "dm_n_min",
+        "dm_share_on_floor",
+        "dm_to_ca",
+        "ca_dm_cos",
+    ];
+    assert_eq!(names(&all)?, expected);
+    let tau: Vec<f64> = common::values(&all.term("dm").expect("dm").tau);
+    assert_eq!(tau, [0.2, 0.5, 0.7]);
+    assert!(all.term("mv").is_some_and(|mv| mv.update_rms.is_none() && mv.n.is_none()));
+    assert!(all.term("nobody").is_none());
+    Ok(())
+}
+
+#[test]
+fn cosines_with_nothing_are_none_and_not_nan() -> Result<()> {
+    // Neutral guidance: an engine without an update.
+    let all = Setting { guidance: 1.0, ..Setting::default() }.diagnostics()?;
+    let cos = all.update_cos("ca", "dm")?.expect("two directions");
+    assert_eq!(cos.to_vec()?, [None, None, None]);
+    assert_eq!((cos.mean()?, all.update_balance("dm", "ca")?), (None, None));
+    assert!(!names(&all)?.iter().any(|name| name == "ca_dm_cos" || name == "dm_to_ca"));
+    assert!(all.update_cos("ca", "mv")?.is_none() && all.update_balance("x", "ca")?.is_none());
+
+    // The clean end: both scores return the sample.
+    let all = Setting { times: [1.0, 0.5, 1.0], ..Setting::default() }.diagnostics()?;
+    let scores = all.term("dm").and_then(|dm| dm.scores.as_ref()).expect("scores");
+    for numbers in [&scores.rel_gap, &scores.cos, &scores.mag_ratio] {
+        let numbers = numbers.to_vec()?;
+        assert!(numbers[0].is_none() && numbers[1].is_some() && numbers[2].is_none());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_fake_that_has_caught_up_has_no_gap() -> Result<()> {
+    let all = Setting { fake_variance: 0.5, ..Setting::default() }.diagnostics()?;
+    let scores = all.term("dm").and_then(|dm| dm.scores.as_ref()).expect("scores");
+    assert_eq!(scores.rel_gap.mean()?, Some(0.0));
+    approx::assert_relative_eq!(scores.cos.mean()?.unwrap(), 1.0, max_relative = 1e-14);
+    approx::assert_relative_eq!(scores.mag_ratio.mean()?.unwrap(), 1.0, max_relative = 1e-14);
+    Ok(())
+}
+
+#[test]
+fn bad_samples_are_counted_and_left_out() -> Result<()> {
+    let clean = Setting::default().diagnostics()?;
+    assert_eq!(clean.not_finite()?, 0.0);
+    let bad = Setting::default();
+    let _ = bad.x.get(1).get(0).fill_(f64::NAN);
+    let bad = bad.diagnostics()?;
+    approx::assert_relative_eq!(bad.not_finite()?, 1.0 / 3.0);
+    assert!(names(&bad)?.len() == names(&clean)?.len());
+    let rms = |all: &Diagnostics| all.term("ca").unwrap().update_rms.as_ref().unwrap().to_vec();
+    let (bad_rms, rms) = (rms(&bad)?, rms(&clean)?);
+    assert_eq!(bad_rms, [rms[0], None, rms[2]]);
+    Ok(())
+}
+
+#[test]
+fn a_mask_takes_elements_and_samples_out() -> Result<()> {
+    let mask = Tensor::from_slice(&[true, false, true]);
+    let all = Setting { mask: Some(mask), ..Setting::default() }.diagnostics()?;
+    let plain = Setting::default().diagnostics()?;
+    let std = plain.x_std.to_vec()?;
+    assert_eq!(all.x_std.to_vec()?, [std[0], None, std[2]]);
+    let n = |all: &Diagnostics| all.term("dm").unwrap().n.as_ref().unwrap().to_vec();
+    assert_eq!(n(&all)?, [n(&plain)?[0], None, n(&plain)?[2]]);
+    let drift = all.variance_drift(1.0)?.unwrap();
+    let variance = |index: usize| std[index].unwrap().powi(2);
+    approx::assert_relative_eq!(drift, ((variance(0) + variance(2)) / 2.0).ln(), epsilon = 1e-14);
+    assert!(matches!(
+        all.variance_drift(0.0),
+        Err(Error::OutOfRange { what: "target variance", .. })
+    ));
+    Ok(())
+}
+
+#[test]
+fn the_share_on_the_floor_is_seen() -> Result<()> {
+    for (floor, share) in [(1e-6, 0.0), (1e6, 1.0)] {
+        let normalizer = Normalizer::conditional().floor(Floor::new(floor)?);
+        let all = Setting { normalizer, ..Setting::default() }.diagnostics()?;
+        for term in ["ca", "dm"] {
+            let on_guard = all.term(term).unwrap().on_guard.as_ref().unwrap();
+            assert_eq!(on_guard.mean()?, Some(share));
+        }
+    }
+    let all = Setting { normalizer: Normalizer::OFF, ..Setting::default() }.diagnostics()?;
+    assert!(all.term("ca").is_some_and(|ca| ca.n.is_none() && ca.update_rms.is_some()));
+    Ok(())
+}
+
+#[test]
+fn terms_of_one_s_own_observe_what_they_like() -> Result<()> {
+    let _guard = seeded(0);
+    let x = wave(&[2, 3], 0.0, Kind::Float);
+    let cond = Condition::none();
+    let own = engine_fn(|probe| {
+        probe.observe("mean", || Ok(probe.noised().f_mean(None)?))?;
+        probe.observe("of_sample", || Ok(Tensor::from_slice(&[1.0f32, 4.0])))?;
+        probe.observe("broken", || Ok(Tensor::from(f64::NAN)))?;
+        Ok(probe.noised().f_neg()?)
+    });
+    let same = |x: &Tensor, _: &Tensor, _: &Condition| x.shallow_clone();
+    let objective = Objective::new(Denoiser::new(RectifiedFlow, Prediction::Sample, same))
+        .observed()
+        .with(Group::new(Renoising::new(Uniform::FULL)).engine("own", 1.0, own));
+    let all = objective.evaluate(&Batch::new(&x, &cond)?)?.diagnostics.expect("observed");
+    let observed: Vec<_> = all.terms[0].1.observations.iter().map(|(name, _)| *name).collect();
+    assert_eq!(observed, ["mean", "of_sample", "broken"]);
+    let report = all.report()?;
+    let found = |name: &str| report.iter().find(|(n, _)| n == name).map(|(_, value)| *value);
+    assert_eq!(found("own_of_sample"), Some(2.5));
+    assert_eq!(found("own_broken"), None);
+    assert!(found("own_mean").is_some() && found("own_update_rms").is_some());
+    assert!(!value(&all.terms[0].1.observations[0].1).is_nan());
+    Ok(())
+}
