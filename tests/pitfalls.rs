@@ -8,9 +8,9 @@ use common::{
 };
 use decoupled_dmd::{
     AboveStudent, Batch, CfgAugmentation, Coefficients, Condition, Denoiser, DistributionMatching,
-    Draw, Engine, FewStepGrid, Group, Guidance, Normalizer, Objective, Path, PostShift, PreShift,
-    Prediction, Probe, RectifiedFlow, Regularizer, Renoising, Result, Shift, TimeSampler, Uniform,
-    Weighting,
+    Draw, Engine, Error, FewStepGrid, Group, Guidance, Normalizer, Objective, Path, PostShift,
+    PreShift, Prediction, Probe, RectifiedFlow, Regularizer, Renoising, Result, Shift, TimeSampler,
+    Uniform, Weighting,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -197,9 +197,10 @@ fn pitfall_5_conversions_hold_at_the_ends_where_they_are_defined() -> Result<()>
     for prediction in everywhere.into_iter().chain([Prediction::Noise]) {
         assert!(error(&At(1.0, 0.0), prediction)? < 1e-15, "{prediction:?} at data");
     }
-    // Pure noise says nothing about x0, and the answer says so.
+    // Pure noise says nothing about x0: refused, not answered with an infinity.
     for prediction in [Prediction::Noise, Prediction::Score] {
-        assert!(!error(&At(0.0, 1.0), prediction)?.is_finite(), "{prediction:?}");
+        let found = error(&At(0.0, 1.0), prediction);
+        assert!(matches!(found, Err(Error::OutOfRange { .. })), "{prediction:?}: {found:?}");
     }
     // SDXL's last step, n = 999: not quite pure noise, errors of eps-hat count 14.6 times.
     let abar: f64 = 0.004_660_1;

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use common::{gradient, value};
 use decoupled_dmd::{
     Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Draw, Evaluation, Floor,
-    Group, Guidance, Normalizer, Objective, PostShift, Prediction, RectifiedFlow, Renoising,
-    Result, Shift, Uniform, Weighting,
+    Group, Guidance, Normalizer, Objective, PostShift, PreShift, Prediction, RectifiedFlow,
+    Renoising, Result, Shift, TimeSampler, Weighting,
 };
 use tch::{Kind, Tensor};
 
@@ -109,6 +109,15 @@ fn weighting(name: &str) -> Result<Weighting> {
     })
 }
 
+/// The draws are the times.
+struct Given;
+
+impl TimeSampler for Given {
+    fn times(&self, u: &Tensor, _student: Option<&PreShift>) -> Result<PreShift> {
+        PreShift::new(u.shallow_clone())
+    }
+}
+
 /// What distinguishes a case of the student's loss.
 struct Case<'a> {
     terms: &'a str,
@@ -128,7 +137,7 @@ impl Case<'_> {
         let dm = DistributionMatching::new(denoiser(self.prediction, FAKE_GAIN), Shift::NONE);
         let engine = CfgAugmentation::new(Guidance::new(ALPHA)?);
         let normalizer = normalizer(self.normalizer)?;
-        let group = || Group::new(Renoising::new(Uniform::FULL)).normalizer(normalizer);
+        let group = || Group::new(Renoising::new(Given)).normalizer(normalizer);
         let objective = Objective::new(denoiser(self.prediction, TEACHER_GAIN)).observed();
         let objective = match self.terms {
             "ca" => objective.with(group().engine("ca", 1.0, engine)),
@@ -202,6 +211,11 @@ fn the_student_s_loss_and_gradient() -> Result<()> {
     ] {
         for name in &reference.cases(group) {
             let case = Case { times, prediction: prediction(name), ..USUAL };
+            let is_singular = matches!(case.prediction, Prediction::Noise | Prediction::Score);
+            if is_singular && ["near", "ends"].contains(&times) {
+                assert!(case.run(&reference, Kind::Double).is_err(), "{group}/{name}");
+                continue;
+            }
             case.compare(&reference, &format!("{group}/{name}"), narrow)?;
         }
     }

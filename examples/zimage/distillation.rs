@@ -187,9 +187,8 @@ impl<'a> Distillation<'a> {
     /// If libtorch fails.
     pub fn step(&mut self, observe: bool) -> Result<Record> {
         tch::manual_seed(step_seed(self.recipe.seed, self.update));
-        let warm = (self.update + 1) as f64 / self.recipe.warmup.max(1) as f64;
         self.student.optimizer.settings.learning_rate =
-            self.recipe.student_learning_rate * warm.min(1.0);
+            self.recipe.student_learning_rate * self.learning_rate_factor();
         let rollout = self.roll_out()?;
         let mut record = self.train_student(&rollout, observe)?;
         let mut fake_loss = 0.0;
@@ -200,6 +199,15 @@ impl<'a> Distillation<'a> {
         self.update += 1;
         self.average.update(&self.student.model, self.update)?;
         Ok(record)
+    }
+
+    /// Linear warm-up, constant, and in the last third linear decay, which takes the noise of single
+    /// updates out of the result.
+    fn learning_rate_factor(&self) -> f64 {
+        let Recipe { warmup, updates, .. } = self.recipe;
+        let warm = (self.update + 1) as f64 / warmup.max(1) as f64;
+        let left = updates.saturating_sub(self.update) as f64 / (updates / 3).max(1) as f64;
+        warm.min(left).min(1.0)
     }
 
     fn train_student(&mut self, rollout: &Rollout, observe: bool) -> Result<Record> {
