@@ -66,7 +66,7 @@ pub struct Options {
     #[arg(long, default_value_t = 150, help_heading = "Recipe")]
     pub updates: u64,
     /// Updates of the fake score for each update of the student
-    #[arg(long, default_value_t = 3, help_heading = "Recipe")]
+    #[arg(long, default_value_t = 5, help_heading = "Recipe")]
     pub fake_updates: u64,
     /// Updates of the fake score before the first of the student
     #[arg(long, default_value_t = 20, help_heading = "Recipe")]
@@ -75,10 +75,10 @@ pub struct Options {
     #[arg(long, default_value_t = 24, help_heading = "Recipe")]
     pub batch: usize,
     /// Learning rate of the student
-    #[arg(long, default_value_t = 2e-5, help_heading = "Recipe")]
+    #[arg(long, default_value_t = 5e-5, help_heading = "Recipe")]
     pub student_lr: f64,
     /// Learning rate of the fake score
-    #[arg(long, default_value_t = 1e-4, help_heading = "Recipe")]
+    #[arg(long, default_value_t = 2e-4, help_heading = "Recipe")]
     pub fake_lr: f64,
     /// Updates over which the student's learning rate rises
     #[arg(long, default_value_t = 20, help_heading = "Recipe")]
