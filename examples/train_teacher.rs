@@ -25,6 +25,7 @@ use zimage::flow_matching::{SHIFT, flow_matching_loss, step_seed};
 use zimage::optimizer::{AdamW, AdamWSettings, copy_into};
 use zimage::picture::write_grid;
 use zimage::pipeline::Pipeline;
+use zimage::teacher_options::TeacherOptions;
 use zimage::{Config, ZImageTransformer};
 
 /// Steps between two progress lines.
@@ -40,80 +41,8 @@ const PLAIN_CAPTION: f64 = 0.1;
 
 const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
 
-/// Trains the teacher by flow matching.
-#[derive(Parser)]
-struct Arguments {
-    /// Folder for checkpoints, previews and the finished model
-    #[arg(long)]
-    out: PathBuf,
-    /// Folder with emoji.png, captions.json, vocabulary.txt and vectors.safetensors
-    #[arg(long, default_value = "assets/emoji")]
-    data: PathBuf,
-    /// Optimizer steps in all
-    #[arg(long, default_value_t = 12_000)]
-    steps: u64,
-    /// Pictures in a step
-    #[arg(long, default_value_t = 64)]
-    batch: i64,
-    /// Learning rate between warm-up and decay
-    #[arg(long, default_value_t = 1e-3)]
-    lr: f64,
-    /// Steps of linear warm-up
-    #[arg(long, default_value_t = 300)]
-    warmup: u64,
-    /// Step at which the linear decay to zero starts; four fifths of the way by default
-    #[arg(long)]
-    decay_from: Option<u64>,
-    /// Weight decay
-    #[arg(long, default_value_t = 0.01)]
-    weight_decay: f64,
-    /// Decay of the weights' moving average
-    #[arg(long, default_value_t = 0.999)]
-    ema: f64,
-    /// Compute in bfloat16; weights, moments and average stay in float32
-    #[arg(long)]
-    bf16: bool,
-    /// Threads of libtorch
-    #[arg(long, default_value_t = 2)]
-    threads: i32,
-    /// Share of pictures shown with the caption of another one, as in captions from the web: what the
-    /// model then draws without guidance often has nothing to do with the caption
-    #[arg(long, default_value_t = 0.0)]
-    wrong_captions: f64,
-    /// Start from the weights of this model (a diffusers folder) in place of random ones
-    #[arg(long)]
-    from: Option<PathBuf>,
-    /// Seed of weights, order, noise and dropout
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Steps between two previews; 0 for none
-    #[arg(long, default_value_t = 1000)]
-    preview: u64,
-    /// Transformer config to use in place of the embedded one (a config.json)
-    #[arg(long)]
-    config: Option<PathBuf>,
-    /// Run this many steps, print their mean time, and save nothing
-    #[arg(long)]
-    measure: Option<u64>,
-}
-
-impl Arguments {
-    fn kind(&self) -> Kind {
-        if self.bf16 { Kind::BFloat16 } else { Kind::Float }
-    }
-
-    /// Warm-up, constant, linear decay to zero.
-    fn learning_rate(&self, step: u64) -> f64 {
-        let decay_from = self.decay_from.unwrap_or(self.steps / 5 * 4).min(self.steps);
-        let warm = ((step + 1) as f64 / self.warmup.max(1) as f64).min(1.0);
-        let left = self.steps.saturating_sub(step) as f64;
-        let span = (self.steps - decay_from).max(1) as f64;
-        self.lr * warm * (left / span).min(1.0)
-    }
-}
-
 fn main() -> Result<()> {
-    let arguments = Arguments::parse();
+    let arguments = TeacherOptions::parse();
     ensure!(arguments.batch > 0, "--batch must be positive");
     ensure!(
         (0.0..=1.0).contains(&arguments.wrong_captions),
@@ -142,7 +71,7 @@ fn main() -> Result<()> {
 }
 
 struct Trainer<'a> {
-    arguments: &'a Arguments,
+    arguments: &'a TeacherOptions,
     data: &'a EmojiData,
     /// Features of every item's caption, with and without the vendor's name.
     captions: Vec<[Tensor; 2]>,
@@ -155,7 +84,7 @@ struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    fn new(arguments: &'a Arguments, config: Config, data: &'a EmojiData) -> Result<Self> {
+    fn new(arguments: &'a TeacherOptions, config: Config, data: &'a EmojiData) -> Result<Self> {
         tch::manual_seed(step_seed(arguments.seed, u64::MAX - 1));
         let model = match &arguments.from {
             Some(folder) => Pipeline::load(folder, Kind::Float, Device::Cpu)?.transformer,

@@ -4,7 +4,7 @@ use std::ops::Deref;
 
 use tch::{Kind, Tensor};
 
-use crate::numeric::{check_device, check_samples, check_size};
+use crate::numeric::{batch_size, check_device, check_samples, check_size, per_sample};
 use crate::{Error, PreShift, Result};
 
 /// What a network is conditioned on: any tensors, handed to network closures untouched.
@@ -14,7 +14,7 @@ use crate::{Error, PreShift, Result};
 ///
 /// ```
 /// # use decoupled_dmd::Condition;
-/// # use tch::{Kind, Tensor};
+/// # use tch::Tensor;
 /// let condition = Condition::from(vec![Tensor::from_slice(&[3i64, 7])]);
 /// let [labels] = &*condition else { panic!("one tensor of labels") };
 /// # assert_eq!(labels.size(), [2]);
@@ -95,8 +95,8 @@ impl<'a> Batch<'a> {
     pub fn real(mut self, real: &'a Tensor) -> Result<Self> {
         check_samples("real samples", real, 2)?;
         let mut expected = self.x.size();
-        if let (Some(first), Some(&count)) = (expected.first_mut(), real.size().first()) {
-            *first = count;
+        if let Some(first) = expected.first_mut() {
+            *first = batch_size(real);
         }
         check_size("real samples", real, &expected)?;
         check_device("real samples", real, self.x)?;
@@ -120,7 +120,7 @@ impl<'a> Batch<'a> {
     /// [`Error::Shape`] unless there is one time for each sample; [`Error::Device`] if they are
     /// elsewhere than `x`.
     pub fn student_time(mut self, time: &'a PreShift) -> Result<Self> {
-        check_size("student time", time.tensor(), &[self.len()])?;
+        check_size("student time", time.tensor(), &[self.batch_size()])?;
         check_device("student time", time.tensor(), self.x)?;
         self.student_time = Some(time);
         Ok(self)
@@ -147,21 +147,17 @@ impl<'a> Batch<'a> {
     pub fn mask(mut self, mask: &Tensor) -> Result<Self> {
         const WHAT: &str = "mask";
         let (size, whole) = (mask.size(), self.x.size());
-        let per_sample = size == [self.len()];
+        let is_per_sample = size == [self.batch_size()];
         let fits =
             size.len() == whole.len() && size.iter().zip(&whole).all(|(m, x)| m == x || *m == 1);
-        if !mask.defined() || !(per_sample || fits) {
+        if !mask.defined() || !(is_per_sample || fits) {
             return Err(Error::shape(WHAT, format!("[B] or broadcastable to {whole:?}"), &size));
         }
         if mask.f_kind()? != Kind::Bool {
             return Err(Error::Kind { what: WHAT, expected: "booleans", found: mask.f_kind()? });
         }
         check_device(WHAT, mask, self.x)?;
-        let mask = if per_sample {
-            crate::numeric::per_sample(mask, self.x)?
-        } else {
-            mask.shallow_clone()
-        };
+        let mask = if is_per_sample { per_sample(mask, self.x)? } else { mask.shallow_clone() };
         self.mask = Some(mask.f_expand(whole, false)?);
         Ok(self)
     }
@@ -182,9 +178,8 @@ impl<'a> Batch<'a> {
     }
 
     /// The number of samples, B.
-    #[allow(clippy::len_without_is_empty, reason = "a batch is never empty")]
-    pub fn len(&self) -> i64 {
-        self.x.size().first().copied().unwrap_or_default()
+    pub fn batch_size(&self) -> i64 {
+        batch_size(self.x)
     }
 
     /// The pre-shift times of the student's evaluation, where given.
@@ -207,6 +202,7 @@ impl<'a> Batch<'a> {
     pub fn real_samples(&self) -> Result<&'a Tensor> {
         self.real.ok_or(Error::Missing { what: "real samples", setter: "real" })
     }
+
     /// The condition of the real samples: their own, or else that of the student's.
     pub fn real_condition(&self) -> &'a Condition {
         self.real_cond.unwrap_or(self.cond)

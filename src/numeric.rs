@@ -15,6 +15,11 @@ pub(crate) fn widen(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.f_to_kind(compute_kind(kind))?)
 }
 
+/// The length of the first axis, B; 0 for a scalar.
+pub(crate) fn batch_size(tensor: &Tensor) -> i64 {
+    tensor.size().first().copied().unwrap_or_default()
+}
+
 /// One number per sample, `[B]`, as `[B, 1, ..]` with the rank of `like`.
 pub(crate) fn per_sample(values: &Tensor, like: &Tensor) -> Result<Tensor> {
     let mut shape = vec![1; like.dim()];

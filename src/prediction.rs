@@ -46,6 +46,10 @@ pub enum Prediction {
 }
 
 impl Prediction {
+    /// All of them.
+    pub const ALL: [Self; 5] =
+        [Self::Sample, Self::Noise, Self::FlowVelocity, Self::Velocity, Self::Score];
+
     /// Refuses times at which the [`target`](Self::target) is singular.
     pub(crate) fn check_target(self, path: &dyn Path, time: &PostShift) -> Result<()> {
         if self == Self::Score {
@@ -118,13 +122,7 @@ mod tests {
         let time = PostShift::new(Tensor::from_slice(&[0.1, 0.5, 0.9]))?;
         let noised = RectifiedFlow.renoise(&x0, &time, &noise)?;
         let coefficients = RectifiedFlow.coefficients(&time)?.like(&x0)?;
-        for prediction in [
-            Prediction::Sample,
-            Prediction::Noise,
-            Prediction::FlowVelocity,
-            Prediction::Velocity,
-            Prediction::Score,
-        ] {
+        for prediction in Prediction::ALL {
             let target = prediction.target(&coefficients, &x0, &noise)?;
             let sample = prediction.sample(&coefficients, &noised, &target)?;
             let error = (sample - &x0).abs().max().double_value(&[]);

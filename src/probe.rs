@@ -38,7 +38,7 @@ impl<'a> Probe<'a> {
         tau: PostShift,
         noise: Tensor,
     ) -> Result<Self> {
-        check_size("tau", tau.tensor(), &[batch.len()])?;
+        check_size("tau", tau.tensor(), &[batch.batch_size()])?;
         check_like("noise", &noise, batch.x())?;
         let _no_grad = no_grad_guard();
         let noised = teacher.path().renoise(batch.x(), &tau, &noise)?;
@@ -227,7 +227,7 @@ impl<'a> Probe<'a> {
             Reference::Off => return Ok(None),
             Reference::Guided(guidance) if !guidance.is_neutral() => {
                 let (cond, null) = self.teacher_pair()?;
-                guided = null.f_add(&cond.f_sub(null)?.f_mul_scalar(guidance.get())?)?;
+                guided = guidance.combine(cond, null)?;
                 &guided
             }
             Reference::Conditional | Reference::Guided(_) => self.teacher_cond()?,

@@ -10,7 +10,7 @@ pub use uniform::{AboveStudent, Uniform};
 
 use tch::Tensor;
 
-use crate::numeric::compute_kind;
+use crate::numeric::{batch_size, compute_kind};
 use crate::{PostShift, PreShift, Result, Shift};
 
 /// Standard normal numbers are kept within this distance of 0; a float32 draw reaches 5.4. So times
@@ -93,7 +93,7 @@ impl<'a> Renoising<'a> {
 
 /// One draw from [0, 1) for each sample of `x`, on its device, in float32 or wider.
 pub(crate) fn unit_uniform(x: &Tensor) -> Result<Tensor> {
-    let batch = x.size().first().copied().unwrap_or_default();
+    let batch = batch_size(x);
     Ok(Tensor::f_rand([batch], (compute_kind(x.f_kind()?), x.device()))?)
 }
 

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
-use crate::numeric::{check_like, check_samples, compute_kind, noise_like, per_sample};
+use crate::numeric::{batch_size, check_like, check_samples, compute_kind, noise_like, per_sample};
 use crate::trajectory::{check_steps, spread_steps};
 use crate::{
     Condition, Denoiser, Error, FewStepGrid, Guidance, PostShift, PreShift, Result, Trajectory,
@@ -106,22 +106,15 @@ impl<'a> Sampler<'a> {
         mut fresh: impl FnMut(usize, &Tensor) -> Result<Tensor>,
     ) -> Result<Simulation> {
         check_samples("noise", noise, 2)?;
-        self.grid_time(step)?;
+        let student_time =
+            PreShift::all(self.grid_time(step)?, batch_size(noise), options(noise)?)?;
         let mut x = self.denoiser.path().start(&noise.f_detach()?)?;
-        let mut time = self.time(0, noise)?;
-        for next in 1..=step {
+        for (current, next) in (0..step).zip(1..) {
             let _no_grad = no_grad_guard();
-            let x0 = self.predict(&x, &time, cond)?;
-            let next_time = self.time(next, noise)?;
-            let noise = match self.transition {
-                Transition::Renoise => fresh(next, &x)?,
-                Transition::Euler => self.implied_noise(&x, &x0, &time)?,
-            };
-            x = self.denoiser.path().renoise(&x0, &next_time, &noise)?;
-            time = next_time;
+            let x0 = self.predict(&x, &self.time(current, noise)?, cond)?;
+            x = self.advance(&x, &x0, current, |like| fresh(next, like))?;
         }
-        let student_time = PreShift::all(self.grid_time(step)?, batch(noise), options(noise)?)?;
-        Ok(Simulation { x: self.predict(&x, &time, cond)?, student_time })
+        Ok(Simulation { x: self.predict(&x, &self.time(step, noise)?, cond)?, student_time })
     }
 
     /// The whole rollout from unit noise `[B, ..]`, every step kept, without a graph.
@@ -131,22 +124,17 @@ impl<'a> Sampler<'a> {
     pub fn trajectory(&self, noise: &Tensor, cond: &Condition) -> Result<Trajectory> {
         check_samples("noise", noise, 2)?;
         let _no_grad = no_grad_guard();
-        let (mut inputs, mut samples) = (vec![self.denoiser.path().start(noise)?], Vec::new());
-        for step in 0..self.grid.steps() {
-            let time = self.time(step, noise)?;
-            let Some(x) = inputs.last() else { break };
-            let x0 = self.predict(x, &time, cond)?;
-            if step.saturating_add(1) < self.grid.steps() {
-                let fresh = match self.transition {
-                    Transition::Renoise => noise_like(x)?,
-                    Transition::Euler => self.implied_noise(x, &x0, &time)?,
-                };
-                let next = self.time(step.saturating_add(1), noise)?;
-                let x = self.denoiser.path().renoise(&x0, &next, &fresh)?;
-                inputs.push(x);
-            }
+        let last = self.grid.steps().saturating_sub(1);
+        let mut x = self.denoiser.path().start(noise)?;
+        let (mut inputs, mut samples) = (Vec::new(), Vec::new());
+        for step in 0..last {
+            let x0 = self.predict(&x, &self.time(step, noise)?, cond)?;
+            let next = self.advance(&x, &x0, step, noise_like)?;
+            inputs.push(std::mem::replace(&mut x, next));
             samples.push(x0);
         }
+        samples.push(self.predict(&x, &self.time(last, noise)?, cond)?);
+        inputs.push(x);
         Ok(Trajectory {
             noised: Tensor::f_stack(&inputs, 0)?,
             samples: Tensor::f_stack(&samples, 0)?,
@@ -180,7 +168,7 @@ impl<'a> Sampler<'a> {
     /// As [`from_real_at`](Self::from_real_at).
     pub fn from_real(&self, real: &Tensor, cond: &Condition) -> Result<Simulation> {
         check_samples("real samples", real, 2)?;
-        let steps = spread_steps(self.steps(), batch(real), real.device())?;
+        let steps = spread_steps(self.steps(), batch_size(real), real.device())?;
         self.from_real_at(real, cond, &steps, &noise_like(real)?)
     }
 
@@ -199,7 +187,7 @@ impl<'a> Sampler<'a> {
     ) -> Result<Simulation> {
         check_samples("real samples", real, 2)?;
         check_like("noise", noise, real)?;
-        check_steps(steps, self.steps(), batch(real), real)?;
+        check_steps(steps, self.steps(), batch_size(real), real)?;
         let student_time = PreShift::new(self.times_like(real)?.f_index_select(0, steps)?)?;
         let time = self.grid.shift().apply(&student_time)?;
         let input = {
@@ -234,7 +222,7 @@ impl<'a> Sampler<'a> {
 
     fn time(&self, step: usize, like: &Tensor) -> Result<PostShift> {
         let time = self.grid.shift().of(self.grid_time(step)?);
-        PostShift::all(time, batch(like), options(like)?)
+        PostShift::all(time, batch_size(like), options(like)?)
     }
 
     fn predict(&self, x: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
@@ -242,7 +230,23 @@ impl<'a> Sampler<'a> {
             return self.denoiser.denoise(x, time, cond);
         };
         let (cond, null) = self.denoiser.denoise_pair(x, time, cond, null)?;
-        Ok(null.f_add(&cond.f_sub(&null)?.f_mul_scalar(guidance.get())?)?)
+        guidance.combine(&cond, &null)
+    }
+
+    /// From the input `x` of `step` and its clean prediction `x0` to the input of the next step;
+    /// `fresh` draws noise like a tensor where the transition wants it.
+    fn advance(
+        &self,
+        x: &Tensor,
+        x0: &Tensor,
+        step: usize,
+        fresh: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let noise = match self.transition {
+            Transition::Renoise => fresh(x)?,
+            Transition::Euler => self.implied_noise(x, x0, &self.time(step, x)?)?,
+        };
+        self.denoiser.path().renoise(x0, &self.time(step.saturating_add(1), x)?, &noise)
     }
 
     /// `(x - a x0-hat) / s`; s is positive since the grid stays below 1.
@@ -255,9 +259,4 @@ impl<'a> Sampler<'a> {
 /// The type and device of the times that belong to `x`.
 fn options(x: &Tensor) -> Result<(Kind, Device)> {
     Ok((compute_kind(x.f_kind()?), x.device()))
-}
-
-/// The number of samples of `x`.
-fn batch(x: &Tensor) -> i64 {
-    x.size().first().copied().unwrap_or_default()
 }

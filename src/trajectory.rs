@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::numeric::{check_device, per_sample};
+use crate::numeric::{batch_size, check_device, per_sample};
 use crate::value::checked;
 use crate::{Error, PreShift, Result};
 
@@ -26,17 +26,12 @@ pub struct Trajectory {
 impl Trajectory {
     /// The number of steps, K.
     pub fn steps(&self) -> i64 {
-        self.times.size().first().copied().unwrap_or_default()
+        batch_size(&self.times)
     }
 
     /// The number of samples, B.
-    pub fn len(&self) -> i64 {
+    pub fn batch_size(&self) -> i64 {
         self.samples.size().get(1).copied().unwrap_or_default()
-    }
-
-    /// Whether there is no sample, which does not happen.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// One step for each sample, `[B]`, spread as evenly over the grid as B allows and in random
@@ -45,7 +40,7 @@ impl Trajectory {
     /// # Errors
     /// [`Error::Torch`] if libtorch fails.
     pub fn draw_steps(&self) -> Result<Tensor> {
-        spread_steps(self.steps(), self.len(), self.samples.device())
+        spread_steps(self.steps(), self.batch_size(), self.samples.device())
     }
 
     /// The clean predictions `[B, ..]` of each sample at its step of `steps` `[B]`, without a graph:
@@ -55,13 +50,13 @@ impl Trajectory {
     /// [`Error::Shape`] or [`Error::Kind`] unless `steps` are B whole numbers,
     /// [`Error::OutOfRange`] if the grid has no such step.
     pub fn samples_at(&self, steps: &Tensor) -> Result<Tensor> {
-        check_steps(steps, self.steps(), self.len(), &self.samples)?;
+        check_steps(steps, self.steps(), self.batch_size(), &self.samples)?;
         gather(&self.samples, steps)
     }
 
     /// The student's inputs `[B, ..]` and times at each sample's step.
     pub(crate) fn inputs_at(&self, steps: &Tensor) -> Result<(Tensor, PreShift)> {
-        check_steps(steps, self.steps(), self.len(), &self.samples)?;
+        check_steps(steps, self.steps(), self.batch_size(), &self.samples)?;
         let times = PreShift::new(self.times.f_index_select(0, steps)?)?;
         Ok((gather(&self.noised, steps)?, times))
     }

@@ -1,5 +1,7 @@
 //! Checked numbers: a value of these types is in range, wherever it came from.
 
+use tch::Tensor;
+
 use crate::{Error, Result};
 
 /// `value` if `valid`, which must be false for NaN.
@@ -71,6 +73,11 @@ impl Guidance {
     /// The scale in the alpha-form.
     pub fn get(self) -> f64 {
         self.0
+    }
+
+    /// `null + alpha (cond - null)`, the guided prediction.
+    pub(crate) fn combine(self, cond: &Tensor, null: &Tensor) -> Result<Tensor> {
+        Ok(null.f_add(&cond.f_sub(null)?.f_mul_scalar(self.0)?)?)
     }
 
     /// `alpha - 1`: the scale in the w-form, and the weight of CFG Augmentation (Eq. 6).

@@ -145,14 +145,6 @@ mod tests {
 
     use super::*;
 
-    const TYPES: [Prediction; 5] = [
-        Prediction::Sample,
-        Prediction::Noise,
-        Prediction::FlowVelocity,
-        Prediction::Velocity,
-        Prediction::Score,
-    ];
-
     fn at(times: &[f64]) -> Coefficients {
         let data = Tensor::from_slice(times);
         Coefficients { noise: 1.0f64 - &data, data }
@@ -172,7 +164,7 @@ mod tests {
         let times = [0.1, 0.5, 0.9];
         let clip = Weighting::min_snr(5.0)?;
         let edm = Weighting::edm(0.5)?;
-        for own in TYPES {
+        for own in Prediction::ALL {
             let plain = factors(Weighting::measured_as(Prediction::Sample), own, &times)?;
             for (weighting, w) in [
                 (clip, [1.0 / 81.0, 1.0, 5.0]),
@@ -191,7 +183,7 @@ mod tests {
 
     #[test]
     fn min_snr_is_finite_at_both_ends() -> Result<()> {
-        for own in TYPES {
+        for own in Prediction::ALL {
             for factor in factors(Weighting::min_snr(5.0)?, own, &[0.0, 1.0])? {
                 assert!(factor.is_finite(), "{own:?}: {factor}");
             }

@@ -76,13 +76,7 @@ fn equations_3_and_4_guidance_may_be_applied_to_any_prediction() -> Result<()> {
     let time = PostShift::new(s.u.shallow_clone())?;
     let guide = |cond: &Tensor, null: &Tensor| null + ALPHA * (cond - null);
     let net = |x: &Tensor, c: &Tensor| (x + c).sin();
-    for prediction in [
-        Prediction::Sample,
-        Prediction::Noise,
-        Prediction::FlowVelocity,
-        Prediction::Velocity,
-        Prediction::Score,
-    ] {
+    for prediction in Prediction::ALL {
         let plain = |x: &Tensor, _: &Tensor, c: &Condition| net(x, &c[0]);
         let plain = Denoiser::new(RectifiedFlow, prediction, plain);
         let guided =

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{gradient, max_difference, seeded, value, values, wave};
+use common::{DOUBLE, gradient, max_difference, seeded, value, values, wave};
 use decoupled_dmd::{
     Batch, Condition, Denoiser, DistributionMatching, Draw, Edm, Error, FewStepGrid, Group,
     Guidance, Objective, Path, PostShift, PreShift, Prediction, RectifiedFlow, Renoising, Result,
@@ -11,15 +11,7 @@ use decoupled_dmd::{
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
 const SHAPE: [i64; 3] = [3, 2, 4];
-const PREDICTIONS: [Prediction; 5] = [
-    Prediction::Sample,
-    Prediction::Noise,
-    Prediction::FlowVelocity,
-    Prediction::Velocity,
-    Prediction::Score,
-];
 
 fn sdxl() -> VariancePreserving {
     VariancePreserving::scaled_linear(0.00085, 0.012, 1000).unwrap()
@@ -127,7 +119,7 @@ proptest! {
     #[test]
     fn the_exact_output_of_every_prediction_leads_back_to_the_sample(
         which in 0..5usize,
-        prediction in prop::sample::select(&PREDICTIONS[..]),
+        prediction in prop::sample::select(&Prediction::ALL[..]),
         t in prop::array::uniform3(prop_oneof![0.001..0.999f64, Just(0.001), Just(0.999)]),
     ) {
         let path = &paths()[which];
@@ -211,6 +203,8 @@ fn the_four_schedules_look_at_the_cleaner_side_on_every_path() -> Result<()> {
             }
             let times = times.borrow();
             let per_step = times.len() / 60;
+            assert_eq!(per_step, if schedule == Schedule::CoupledShared { 2 } else { 3 });
+            // The first forwards are CA's, the last one is DM's.
             for (term, offset) in [(0, 0), (1, per_step - 1)] {
                 let mut rows = times.iter().skip(offset).step_by(per_step);
                 let noisier = rows.any(|row| {
@@ -241,7 +235,7 @@ fn singular_ends_are_refused_and_the_others_finite() -> Result<()> {
     let network = |x: &Tensor, _: &Tensor, _: &Condition| x * 0.5;
     let finite = |t: &Tensor| value(&t.isfinite().all()) > 0.0;
     for (which, path) in paths().iter().enumerate() {
-        for prediction in PREDICTIONS {
+        for prediction in Prediction::ALL {
             let divides = matches!(prediction, Prediction::Noise | Prediction::Score);
             let denoiser = Denoiser::new(path, prediction, network);
             for t in [0.0, 1e-5, 1e-3, 0.999, 1.0] {

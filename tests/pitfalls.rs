@@ -3,8 +3,8 @@
 mod common;
 
 use common::{
-    Calls, counting_teacher, gaussian_denoiser, gaussian_teacher, gradient, max_difference, value,
-    values, wave,
+    Calls, DOUBLE, counting_teacher, gaussian_denoiser, gaussian_teacher, gradient, max_difference,
+    value, values, wave,
 };
 use decoupled_dmd::{
     AboveStudent, Batch, CfgAugmentation, Coefficients, Condition, Denoiser, DistributionMatching,
@@ -12,16 +12,7 @@ use decoupled_dmd::{
     PreShift, Prediction, Probe, RectifiedFlow, Regularizer, Renoising, Result, Shift, TimeSampler,
     Uniform, Weighting,
 };
-use tch::{Device, Kind, Tensor};
-
-const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
-const PREDICTIONS: [Prediction; 5] = [
-    Prediction::Sample,
-    Prediction::Noise,
-    Prediction::FlowVelocity,
-    Prediction::Velocity,
-    Prediction::Score,
-];
+use tch::{Kind, Tensor};
 
 struct Setting {
     x: Tensor,
@@ -206,7 +197,7 @@ fn pitfall_5_conversions_hold_at_the_ends_where_they_are_defined() -> Result<()>
     let abar: f64 = 0.004_660_1;
     let sdxl = At(abar.sqrt(), (1.0 - abar).sqrt());
     approx::assert_relative_eq!(sdxl.1 / sdxl.0, 14.6, max_relative = 1e-2);
-    for prediction in PREDICTIONS {
+    for prediction in Prediction::ALL {
         assert!(error(&sdxl, prediction)? < 1e-14, "{prediction:?} at n = 999");
     }
     Ok(())
@@ -336,7 +327,7 @@ fn pitfall_12_losses_of_the_fake_agree_up_to_the_weights_of_their_type() -> Resu
             Ok(value(&dm.denoising_loss_at(&batch, &time, &noise)?))
         };
         let sample = loss(Prediction::Sample, Weighting::UNIFORM)?;
-        for (prediction, factor) in PREDICTIONS.into_iter().zip([
+        for (prediction, factor) in Prediction::ALL.into_iter().zip([
             1.0,
             (a / level).powi(2),
             1.0 / level.powi(2),

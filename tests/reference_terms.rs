@@ -80,7 +80,7 @@ const KINDS: [Kind; 3] = [Kind::Double, Kind::Float, Kind::BFloat16];
 /// The loss of a term at tau = 0.5 without noise.
 fn loss_of(term: &dyn Regularizer, batch: &Batch<'_>) -> Result<Tensor> {
     let teacher = gaussian_teacher(1.0);
-    let tau = PostShift::all(0.5, batch.len(), (wide(batch.x().kind()), Device::Cpu))?;
+    let tau = PostShift::all(0.5, batch.batch_size(), (wide(batch.x().kind()), Device::Cpu))?;
     term.loss(&Probe::at(&teacher, batch, tau, batch.x().zeros_like())?)
 }
 

@@ -27,7 +27,7 @@ fn every_sample_has_the_prediction_of_its_own_step() -> Result<()> {
     let denoiser = gaussian_teacher(0.5);
     let sampler = Sampler::new(&denoiser, grid()?, Transition::Euler);
     let trajectory = sampler.trajectory(&noise, &cond)?;
-    assert_eq!((trajectory.steps(), trajectory.len()), (4, 2));
+    assert_eq!((trajectory.steps(), trajectory.batch_size()), (4, 2));
     for (first, second) in [(0, 3), (2, 1), (3, 3)] {
         let steps = Tensor::from_slice(&[first as i64, second as i64]);
         let kept = trajectory.samples_at(&steps)?;

@@ -12,21 +12,17 @@ const STEP_SCALE: f64 = 10.0;
 /// `model` as a denoiser of `[B, C, H, W]` whose condition is one tensor of encoded captions
 /// `[B, L, D]`.
 ///
-/// The model's clock is the library's (0 noise, 1 image); its raw output is x0 - eps, the negative of
-/// the flow velocity. Two conditions are answered in one forward of twice the batch.
+/// Two conditions are answered in one forward of twice the batch.
 pub fn denoiser(model: &ZImageTransformer) -> Denoiser<'_> {
-    let velocity = |x: &Tensor, t: &Tensor, captions: &Tensor| -> Result<Tensor> {
-        Ok(model.forward_encoded(x, t, captions)?.f_neg()?)
-    };
     Denoiser::new(
         RectifiedFlow,
         Prediction::FlowVelocity,
-        move |x: &Tensor, t: &Tensor, c: &Condition| velocity(x, t, captions(c)?),
+        move |x: &Tensor, t: &Tensor, c: &Condition| velocity(model, x, t, captions(c)?),
     )
     .paired(move |x: &Tensor, t: &Tensor, one: &Condition, two: &Condition| -> Result<_> {
         let twice = |tensor: &Tensor| Tensor::f_cat(&[tensor, tensor], 0);
         let both = Tensor::f_cat(&[captions(one)?, captions(two)?], 0)?;
-        let output = velocity(&twice(x)?, &twice(t)?, &both)?;
+        let output = velocity(model, &twice(x)?, &twice(t)?, &both)?;
         let batch = x.size()[0];
         Ok((output.f_narrow(0, 0, batch)?, output.f_narrow(0, batch, batch)?))
     })
@@ -46,9 +42,20 @@ pub fn fake_denoiser<'a>(model: &'a ZImageTransformer, steps: &'a Tensor) -> Den
             ensure!(condition.len() == 2, "expected encoded captions and the student's steps");
             let step = steps.f_index_select(0, &condition[1])?.f_mul_scalar(STEP_SCALE)?;
             let captions = condition[0].f_add(&step.f_unsqueeze(1)?)?;
-            Ok(model.forward_encoded(x, t, &captions)?.f_neg()?)
+            velocity(model, x, t, &captions)
         },
     )
+}
+
+/// The flow velocity eps - x0. The model's clock is the library's (0 noise, 1 image), but its raw
+/// output is x0 - eps.
+fn velocity(
+    model: &ZImageTransformer,
+    x: &Tensor,
+    t: &Tensor,
+    captions: &Tensor,
+) -> Result<Tensor> {
+    Ok(model.forward_encoded(x, t, captions)?.f_neg()?)
 }
 
 fn captions(condition: &Condition) -> Result<&Tensor> {

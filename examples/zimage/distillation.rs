@@ -166,15 +166,13 @@ impl<'a> Distillation<'a> {
     /// # Errors
     /// If libtorch fails.
     pub fn warm_up(&mut self) -> Result<()> {
-        let mut rollout = None;
-        for step in 0..self.recipe.fake_warmup {
-            tch::manual_seed(step_seed(self.recipe.seed, 1_000_000_000 + step));
-            // As many updates on one rollout as there are in training.
-            if step % self.recipe.fake_updates.max(1) == 0 {
-                rollout = Some(self.roll_out()?);
-            }
-            if let Some(rollout) = &rollout {
-                self.train_fake(rollout)?;
+        let steps: Vec<u64> = (0..self.recipe.fake_warmup).collect();
+        // As many updates on one rollout as there are in training.
+        for chunk in steps.chunks(self.recipe.fake_updates.max(1) as usize) {
+            tch::manual_seed(step_seed(self.recipe.seed, 1_000_000_000 + chunk[0]));
+            let rollout = self.roll_out()?;
+            for _ in chunk {
+                self.train_fake(&rollout)?;
             }
         }
         Ok(())

@@ -22,6 +22,7 @@ pub mod pipeline;
 pub mod prompts;
 pub mod report;
 pub mod rope;
+pub mod teacher_options;
 pub mod transformer;
 
 pub use config::Config;

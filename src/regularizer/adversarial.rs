@@ -7,7 +7,7 @@ pub use critic_heads::CriticHeads;
 pub use gan_loss::{CriticPenalty, GanLoss};
 use tch::{Kind, Tensor, no_grad_guard};
 
-use crate::numeric::{check_like, check_size, noise_like, only_in, widen};
+use crate::numeric::{batch_size, check_like, check_size, noise_like, only_in, widen};
 use crate::{
     Batch, Condition, Error, NetworkOutput, Path, PostShift, Probe, Regularizer, Renoising, Result,
     Shift, Uniform,
@@ -151,7 +151,7 @@ impl<'a> Adversarial<'a> {
         noise: &Tensor,
         perturbation: &Tensor,
     ) -> Result<Tensor> {
-        check_size("time", time.tensor(), &[batch.len()])?;
+        check_size("time", time.tensor(), &[batch.batch_size()])?;
         check_like("noise", noise, batch.x())?;
         check_like("perturbation", perturbation, batch.x())?;
         let fake = self.renoise(batch.x(), time, noise)?;
@@ -188,10 +188,9 @@ impl<'a> Adversarial<'a> {
     /// `[B, K]`, in float32 or wider.
     fn logits(&self, noised: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
         let logits = (self.critic)(noised, time.tensor(), cond)?;
-        let (found, batch) = (logits.size(), noised.size().first().copied());
-        if found.first().copied() != batch || logits.numel() == 0 {
-            let expected = format!("[{}, K]", batch.unwrap_or_default());
-            return Err(Error::shape("critic logits", expected, &found));
+        let (found, batch) = (logits.size(), batch_size(noised));
+        if batch_size(&logits) != batch || logits.numel() == 0 {
+            return Err(Error::shape("critic logits", format!("[{batch}, K]"), &found));
         }
         check_size("critic logits", &logits, &found)?;
         Ok(widen(&logits)?.f_unsqueeze(-1)?.f_flatten(1, -1)?)

@@ -5,7 +5,9 @@ mod kernel;
 pub use kernel::{Bandwidth, Kernel};
 use tch::{Kind, Tensor, no_grad_guard};
 
-use crate::numeric::{check_device, check_samples, check_size, only_in, widen, with_gradient};
+use crate::numeric::{
+    batch_size, check_device, check_samples, check_size, only_in, widen, with_gradient,
+};
 use crate::value::checked;
 use crate::{Error, NetworkOutput, Probe, Regularizer, Result};
 
@@ -122,7 +124,7 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         check_device("real samples", real, x)?;
         if self.estimator == Estimator::Unbiased {
             for (what, count) in
-                [("number of samples", count(x)), ("number of real samples", count(real))]
+                [("number of samples", batch_size(x)), ("number of real samples", batch_size(real))]
             {
                 let requirement = "at least 2 for the unbiased estimator";
                 checked(what, requirement, count as f64, count > 1)?;
@@ -157,8 +159,8 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
             None => x.shallow_clone(),
         };
         check_samples("features", &features, 2)?;
-        if count(&features) != count(x) {
-            let expected = format!("[{}, ..], one for each sample", count(x));
+        if batch_size(&features) != batch_size(x) {
+            let expected = format!("[{}, ..], one for each sample", batch_size(x));
             return Err(Error::shape("features", expected, &features.size()));
         }
         check_device("features", &features, x)?;
@@ -168,7 +170,7 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
     /// The estimate for vectors x `[m, D]` and y `[n, D]`, and its gradient in x.
     fn estimate(&self, x: &Tensor, y: &Tensor) -> Result<(Tensor, Tensor)> {
         let unit = self.kernel.measure(x, y)?;
-        let (m, n) = (count(x) as f64, count(y) as f64);
+        let (m, n) = (batch_size(x) as f64, batch_size(y) as f64);
         // Pairs of one sample with itself contribute k(0), and no gradient.
         let (own, real, diagonal) = match self.estimator {
             Estimator::Unbiased => (m * (m - 1.0), n * (n - 1.0), self.kernel.at_zero()),
@@ -210,10 +212,6 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         }
         Ok((sum, Tensor::f_cat(&slopes, 0)?))
     }
-}
-
-fn count(samples: &Tensor) -> i64 {
-    samples.size().first().copied().unwrap_or_default()
 }
 
 impl Regularizer for MaximumMeanDiscrepancy<'_> {

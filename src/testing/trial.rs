@@ -18,7 +18,7 @@ pub(super) struct Trial {
 
 impl Trial {
     pub(super) fn new(batch: &Batch<'_>) -> Result<Self> {
-        let count = batch.len();
+        let count = batch.batch_size();
         require(Check::SetUp, count > 1, || format!("{count} sample, needed are two or more"))?;
         let x = batch.x().f_detach()?;
         let kind = x.f_kind()?;

@@ -9,6 +9,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use decoupled_dmd::{Condition, Denoiser, Prediction, RectifiedFlow};
 use tch::{Device, Kind, Tensor};
 
+/// Where references are computed.
+pub const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
+
 /// Libtorch's generator is one for the whole process: tests that draw hold this lock.
 pub fn seeded(seed: i64) -> MutexGuard<'static, ()> {
     static GENERATOR: Mutex<()> = Mutex::new(());

@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 /// The loss of a term at tau = 0.5 with a fixed noise.
 fn loss_of(term: &dyn Regularizer, batch: &Batch<'_>) -> Result<Tensor> {
     let (x, teacher) = (batch.x(), common::gaussian_teacher(1.0));
-    let tau = PostShift::all(0.5, batch.len(), (x.kind(), Device::Cpu))?;
+    let tau = PostShift::all(0.5, batch.batch_size(), (x.kind(), Device::Cpu))?;
     term.loss(&Probe::at(&teacher, batch, tau, common::wave(&x.size(), 5.0, x.kind()))?)
 }
 

@@ -4,10 +4,8 @@ use decoupled_dmd::{
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{gradient, max_difference, seeded, value, values, wave};
+use crate::common::{DOUBLE, gradient, max_difference, seeded, value, values, wave};
 use crate::{central_differences, loss_of, reorder};
-
-const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
 
 fn kernels() -> [Kernel; 4] {
     let fixed = Kernel::Gaussian { bandwidth: Bandwidth::Fixed(2.0), scales: vec![0.5, 3.0] };

@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::numeric::batch_size;
 use crate::value::checked;
 use crate::{Error, Result};
 
@@ -115,7 +116,7 @@ impl Kernel {
             Bandwidth::Fixed(b) => Tensor::f_full([0i64; 0], b, options)?,
             Bandwidth::Median => {
                 let points = Tensor::f_cat(&[x, y], 0)?;
-                let count = points.size().first().copied().unwrap_or(1);
+                let count = batch_size(&points);
                 let step = count.saturating_sub(1).checked_div(MEDIAN_POINTS).unwrap_or(0);
                 let points = points.f_slice(0, None, None, step.saturating_add(1))?;
                 points.f_pdist(2.0)?.f_median()?.f_square()?
