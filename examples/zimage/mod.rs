@@ -4,6 +4,7 @@
 #![allow(dead_code, unreachable_pub, unused_imports)]
 
 pub mod adapter;
+pub mod autoencoder;
 pub mod blocks;
 pub mod checkpoint;
 pub mod classifier;
