@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 
 use super::blocks::Parameters;
@@ -98,6 +98,39 @@ pub fn read_tensors(path: &Path) -> Result<Parameters> {
     let tensors =
         Tensor::read_safetensors(path).with_context(|| format!("reading {}", path.display()))?;
     Ok(tensors.into_iter().collect())
+}
+
+/// Copies `saved` into tensors of the same names, whose storage others share.
+///
+/// # Errors
+/// Names what is missing, unexpected, or of another shape or dtype; nothing is changed then.
+pub fn restore(tensors: &Parameters, saved: &Parameters) -> Result<()> {
+    let mut faults = Vec::new();
+    for (name, tensor) in tensors {
+        let described = |tensor: &Tensor| format!("{:?} {:?}", tensor.kind(), tensor.size());
+        match saved.get(name) {
+            None => faults.push(format!("{name} is missing")),
+            Some(saved) if described(saved) != described(tensor) => faults.push(format!(
+                "{name} is {}, expected {}",
+                described(saved),
+                described(tensor)
+            )),
+            Some(_) => {}
+        }
+    }
+    let unexpected = saved.keys().filter(|name| !tensors.contains_key(*name));
+    faults.extend(unexpected.map(|name| format!("{name} is unexpected")));
+    ensure!(faults.is_empty(), "saved tensors do not fit: {}", faults.join("; "));
+    let _guard = tch::no_grad_guard();
+    for (name, tensor) in tensors {
+        tensor.shallow_clone().f_copy_(&saved[name])?;
+    }
+    Ok(())
+}
+
+/// `tensors` with `prefix` and a dot before their names.
+pub fn prefixed(prefix: &str, tensors: Parameters) -> impl Iterator<Item = (String, Tensor)> {
+    tensors.into_iter().map(move |(name, tensor)| (format!("{prefix}.{name}"), tensor))
 }
 
 /// Writes named tensors as a safetensors file; a crash leaves the old file or the new one.
