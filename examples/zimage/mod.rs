@@ -14,6 +14,7 @@ pub mod distillation;
 pub mod ema;
 pub mod evaluation;
 pub mod flow_matching;
+pub mod mapping;
 pub mod metrics;
 pub mod optimizer;
 pub mod options;
@@ -22,8 +23,10 @@ pub mod pipeline;
 pub mod prompts;
 pub mod report;
 pub mod rope;
+pub mod safetensors;
 pub mod teacher_options;
 pub mod transformer;
+pub mod weights;
 
 pub use config::Config;
 pub use transformer::ZImageTransformer;

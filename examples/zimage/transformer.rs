@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 use super::blocks::{Block, Linear, Parameters, RmsNorm, TimeEmbedder, parameter};
 use super::config::Config;
 use super::rope::{RotaryCache, padded};
+use super::weights::check_shapes;
 
 /// Epsilon of the final layer norm; the other norms take theirs from the config.
 const FINAL_NORM_EPS: f64 = 1e-6;
@@ -38,7 +39,8 @@ impl ZImageTransformer {
     /// Lists parameters that are missing, unexpected or of the wrong shape.
     pub fn from_parameters(config: Config, parameters: Parameters) -> Result<Self> {
         config.validate()?;
-        check_parameters(&config, &parameters)?;
+        let shapes = parameters.iter().map(|(name, tensor)| (name.as_str(), tensor.size()));
+        check_shapes(&config.parameters(), shapes)?;
         Self::assemble(config, parameters, Rc::default())
     }
 
@@ -286,28 +288,4 @@ pub fn unpatchify(tokens: &Tensor, patch: i64, (rows, columns): (i64, i64)) -> R
         .f_reshape([batch, rows, columns, patch, patch, channels])?
         .f_permute([0, 5, 1, 3, 2, 4])?
         .f_reshape([batch, channels, rows * patch, columns * patch])?)
-}
-
-/// Names every parameter that is missing, unexpected or mis-shaped.
-pub(super) fn check_parameters(config: &Config, parameters: &Parameters) -> Result<()> {
-    let mut faults = Vec::new();
-    let expected = config.parameters();
-    for (name, shape) in &expected {
-        match parameters.get(name) {
-            None => faults.push(format!("{name} is missing")),
-            Some(tensor) if tensor.size() != *shape => {
-                faults.push(format!("{name} has shape {:?}, expected {shape:?}", tensor.size()))
-            }
-            Some(_) => {}
-        }
-    }
-    let is_known = |name: &String| expected.binary_search_by(|(known, _)| known.cmp(name)).is_ok();
-    faults.extend(
-        parameters
-            .keys()
-            .filter(|name| !is_known(name))
-            .map(|name| format!("{name} is unexpected")),
-    );
-    ensure!(faults.is_empty(), "parameters do not fit the config: {}", faults.join("; "));
-    Ok(())
 }
