@@ -14,6 +14,7 @@ pub mod distillation;
 pub mod ema;
 pub mod evaluation;
 pub mod flow_matching;
+pub mod lora;
 pub mod metrics;
 pub mod optimizer;
 pub mod options;
@@ -26,4 +27,5 @@ pub mod teacher_options;
 pub mod transformer;
 
 pub use config::Config;
+pub use lora::Role;
 pub use transformer::ZImageTransformer;
