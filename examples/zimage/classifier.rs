@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::blocks::{Linear, Parameters, parameter};
 use super::checkpoint::write_tensors;
+use super::lora::Role;
 use super::weights::{Weights, check_shapes};
 
 /// Width of a feature vector.
@@ -166,7 +167,7 @@ impl Classifier {
         for layer in &self.layers {
             x = layer.forward(&x)?;
         }
-        self.embedding.forward(&x.f_mean_dim([2i64, 3].as_slice(), false, None)?)
+        self.embedding.forward(&x.f_mean_dim([2i64, 3].as_slice(), false, None)?, Role::BASE)
     }
 
     /// Images `[B, 3, 32, 32]` to logits `[B, N]` in float32: scaled cosines to every class.

@@ -273,4 +273,15 @@ impl Config {
         list.sort();
         list
     }
+
+    /// Names and shapes `[out, in]` of the linear layers, sorted by name.
+    pub fn linears(&self) -> Vec<(String, [i64; 2])> {
+        let linear = |(name, shape): (String, Vec<i64>)| match shape[..] {
+            [rows, columns] => Some((name.strip_suffix(".weight")?.to_owned(), [rows, columns])),
+            _ => None,
+        };
+        let mut list: Vec<_> = self.parameters().into_iter().filter_map(linear).collect();
+        list.sort();
+        list
+    }
 }

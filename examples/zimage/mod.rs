@@ -14,6 +14,7 @@ pub mod distillation;
 pub mod ema;
 pub mod evaluation;
 pub mod flow_matching;
+pub mod lora;
 pub mod mapping;
 pub mod metrics;
 pub mod optimizer;
@@ -29,4 +30,5 @@ pub mod transformer;
 pub mod weights;
 
 pub use config::Config;
+pub use lora::Role;
 pub use transformer::ZImageTransformer;
