@@ -15,6 +15,7 @@ pub mod ema;
 pub mod evaluation;
 pub mod flow_matching;
 pub mod lora;
+pub mod lora_file;
 pub mod mapping;
 pub mod metrics;
 pub mod optimizer;
