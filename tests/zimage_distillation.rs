@@ -14,12 +14,12 @@ use common::{max_difference, seeded, wave};
 use decoupled_dmd::{Condition, Guidance, PostShift, Shift, Transition};
 use tch::{Device, Kind, Tensor};
 use tiny::{prompts, teacher};
-use zimage::ZImageTransformer;
 use zimage::adapter::denoiser;
 use zimage::distillation::{Distillation, Recipe, Record};
 use zimage::options::Options;
 use zimage::pipeline::Pipeline;
 use zimage::prompts::is_caption_side;
+use zimage::{Role, ZImageTransformer};
 
 fn recipe() -> Recipe {
     Recipe {
@@ -95,11 +95,11 @@ fn the_adapter_turns_the_sign_and_pairs_conditions() -> Result<()> {
     let noised = wave(&[2, 3, 16, 16], 0.7, Kind::Float);
     let time = PostShift::new(Tensor::from_slice(&[0.25f32, 0.75]))?;
     let captions: &Condition = &one;
-    let raw = teacher.forward_encoded(&noised, time.tensor(), &captions[0])?;
+    let raw = teacher.forward_encoded(&noised, time.tensor(), &captions[0], Role::BASE)?;
     // raw = x0 - eps, so x0 = x_t + (1 - t) raw.
     let level: Tensor = 1.0 - time.tensor().view([2, 1, 1, 1]);
     let expected = &noised + level * raw;
-    let denoiser = denoiser(&teacher);
+    let denoiser = denoiser(&teacher, Role::BASE);
     assert!(max_difference(&denoiser.denoise(&noised, &time, &one)?, &expected) < 1e-6);
     let (cond, null) = denoiser.denoise_pair(&noised, &time, &one, &two)?;
     assert!(max_difference(&cond, &expected) < 1e-5);

@@ -3,18 +3,17 @@
 pub mod blocks;
 pub mod config;
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 
 use super::blocks::Parameters;
-use super::checkpoint::read_tensors;
+use super::weights::{Weights, check_shapes, read_json};
 use blocks::Network;
 use config::{AutoencoderConfig, Half};
 
-const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
+const WEIGHTS: &str = "diffusion_pytorch_model";
 /// Limits of the encoder's log-variance, those of diffusers' `DiagonalGaussianDistribution`.
 const LOG_VARIANCE: (f64, f64) = (-30.0, 20.0);
 
@@ -158,45 +157,24 @@ fn read(
 ) -> Result<(AutoencoderConfig, Parameters)> {
     let folder = folder.join("vae");
     let path = folder.join("config.json");
-    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    let config: AutoencoderConfig =
-        serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
+    let config: AutoencoderConfig = read_json(&path)?;
     config.validate().with_context(|| format!("checking {}", path.display()))?;
     let kind = match kind {
         Kind::Half | Kind::BFloat16 if config.force_upcast => Kind::Float,
         kind => kind,
     };
 
-    let path = folder.join(WEIGHTS);
-    let mut tensors = read_tensors(&path)?;
-    if !halves.contains(&Half::Encoder) {
-        tensors.retain(|name, _| !name.starts_with("encoder."));
-    }
+    let weights = Weights::open(&folder, WEIGHTS)?;
+    let is_wanted = |name: &str| halves.contains(&Half::Encoder) || !name.starts_with("encoder.");
     let expected = halves.iter().flat_map(|half| config.parameters(*half)).collect::<Vec<_>>();
-    check(&expected, &tensors).with_context(|| path.display().to_string())?;
-    let parameters = tensors
+    check_shapes(&expected, weights.shapes().filter(|(name, _)| is_wanted(name)))
+        .with_context(|| folder.join(WEIGHTS).display().to_string())?;
+    let parameters = expected
         .into_iter()
-        .map(|(name, tensor)| Ok((name, tensor.f_to_device(device)?.f_to_kind(kind)?)))
+        .map(|(name, _)| {
+            let tensor = weights.tensor(&name, kind, device)?;
+            Ok((name, tensor))
+        })
         .collect::<Result<_>>()?;
     Ok((config, parameters))
-}
-
-/// Names every parameter that is missing, unexpected or mis-shaped.
-fn check(expected: &[(String, Vec<i64>)], found: &Parameters) -> Result<()> {
-    let mut faults = Vec::new();
-    for (name, shape) in expected {
-        match found.get(name) {
-            None => faults.push(format!("{name} is missing")),
-            Some(tensor) if tensor.size() != *shape => {
-                faults.push(format!("{name} has shape {:?}, expected {shape:?}", tensor.size()));
-            }
-            Some(_) => {}
-        }
-    }
-    let is_known = |name: &String| expected.iter().any(|(known, _)| known == name);
-    faults.extend(
-        found.keys().filter(|name| !is_known(name)).map(|name| format!("{name} is unexpected")),
-    );
-    ensure!(faults.is_empty(), "parameters do not fit the config: {}", faults.join("; "));
-    Ok(())
 }

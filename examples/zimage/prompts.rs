@@ -5,6 +5,7 @@ use decoupled_dmd::Condition;
 use tch::Tensor;
 
 use super::data::Vocabulary;
+use super::lora::Role;
 use super::transformer::ZImageTransformer;
 
 /// Encoded captions `[N, L, D]` and the encoded empty caption.
@@ -31,11 +32,11 @@ impl Prompts {
         ensure!(!features.is_empty(), "there are no captions");
         let encoded = features
             .chunks(256)
-            .map(|chunk| model.encode_captions(chunk))
+            .map(|chunk| model.encode_captions(chunk, Role::BASE))
             .collect::<Result<Vec<_>>>()?;
         Ok(Self {
             captions: Tensor::f_cat(&encoded, 0)?,
-            empty: model.encode_captions(&[vocabulary.encode_caption("")?])?,
+            empty: model.encode_captions(&[vocabulary.encode_caption("")?], Role::BASE)?,
         })
     }
 

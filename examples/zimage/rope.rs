@@ -102,15 +102,17 @@ pub fn rotary_factors(config: &Config, ids: &[[i64; 3]], device: Device) -> Resu
     Ok(pairs.f_view_as_complex()?)
 }
 
-/// Rotates adjacent channel pairs of `x` `[B, S, heads, d]` by `factors` `[S, 1, d/2]` in float32.
+/// Rotates adjacent channel pairs of `x` `[B, S, heads, d]` by `factors` `[S, 1, d/2]` in float32,
+/// or in float64 where `x` is.
 ///
 /// # Errors
 /// If the shapes do not fit.
 pub fn rotate(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
     let kind = x.f_kind()?;
+    let wide = if kind == Kind::Double { kind } else { Kind::Float };
     let size = x.size();
     let pairs = x
-        .f_to_kind(Kind::Float)?
+        .f_to_kind(wide)?
         .f_reshape([size[0], size[1], size[2], size[3] / 2, 2])?
         .f_view_as_complex()?;
     let rotated = pairs.f_mul(factors)?.f_view_as_real()?;

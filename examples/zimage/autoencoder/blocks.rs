@@ -4,6 +4,7 @@ use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use super::super::blocks::{Linear, Parameters, parameter};
+use super::super::lora::Role;
 use super::config::{AutoencoderConfig, Half, Stage};
 
 /// Epsilon of every group normalisation; no config states it.
@@ -110,16 +111,16 @@ impl Attention {
         // [B, 1, H * W, C]: positions are the sequence.
         let tokens = self.norm.forward(x)?.f_flatten(2, 3)?.f_transpose(1, 2)?.f_unsqueeze(1)?;
         let mixed = Tensor::f_scaled_dot_product_attention(
-            &self.query.forward(&tokens)?,
-            &self.key.forward(&tokens)?,
-            &self.value.forward(&tokens)?,
+            &self.query.forward(&tokens, Role::BASE)?,
+            &self.key.forward(&tokens, Role::BASE)?,
+            &self.value.forward(&tokens, Role::BASE)?,
             None::<&Tensor>,
             0.0,
             false,
             None,
             false,
         )?;
-        let output = self.out.forward(&mixed.f_squeeze_dim(1)?)?;
+        let output = self.out.forward(&mixed.f_squeeze_dim(1)?, Role::BASE)?;
         Ok(output.f_transpose(1, 2)?.f_reshape(x.size())?.f_add(x)?)
     }
 }
