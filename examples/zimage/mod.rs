@@ -20,10 +20,13 @@ pub mod options;
 pub mod picture;
 pub mod pipeline;
 pub mod prompts;
+pub mod qwen3;
 pub mod report;
 pub mod rope;
 pub mod teacher_options;
+pub mod text;
 pub mod transformer;
+pub mod weights;
 
 pub use config::Config;
 pub use transformer::ZImageTransformer;
