@@ -16,6 +16,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use decoupled_dmd::{Condition, FewStepGrid, Guidance, Sampler, Shift, Transition};
 use tch::{Device, Kind, Tensor};
+use zimage::Role;
 use zimage::adapter::denoiser;
 use zimage::blocks::Parameters;
 use zimage::checkpoint::{read_tensors, write_tensors};
@@ -250,13 +251,14 @@ impl<'a> Trainer<'a> {
         let mut picks: Vec<i64> =
             (0..trained).map(|i| self.train[i * self.train.len() / trained]).collect();
         picks.extend((0..held_out_share).map(|i| held_out[i * held_out.len() / held_out_share]));
-        let captions = Condition::from(model.encode_captions(&self.full_captions(&picks))?);
-        let empty = model.encode_captions(std::slice::from_ref(&self.empty))?;
+        let captions =
+            Condition::from(model.encode_captions(&self.full_captions(&picks), Role::BASE)?);
+        let empty = model.encode_captions(std::slice::from_ref(&self.empty), Role::BASE)?;
         let null = Condition::from(empty.f_expand([picks.len() as i64, -1, -1], false)?);
         let real = self.data.images.f_index_select(0, &Tensor::f_from_slice(&picks)?)?;
         tch::manual_seed(step_seed(self.arguments.seed, u64::MAX - 3));
         let noise = real.f_randn_like()?;
-        let denoiser = denoiser(&model);
+        let denoiser = denoiser(&model, Role::BASE);
         let grid = FewStepGrid::even(30, Shift::new(SHIFT)?)?;
         let mut columns = vec![real];
         for guidance in [1.0, 3.0] {

@@ -18,6 +18,7 @@ use clap::Parser;
 use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
 use indicatif::{ProgressBar, ProgressStyle};
 use tch::{Device, Kind, Tensor};
+use zimage::Role;
 use zimage::adapter::denoiser;
 use zimage::classifier::Classifier;
 use zimage::data::{EmojiData, Item};
@@ -78,7 +79,7 @@ fn sample(options: &Options, caption: &str) -> Result<()> {
     let (_, channels, height, width) = data.images.size4()?;
     tch::manual_seed(options.seed as i64);
     let noise = Tensor::f_randn([options.count, channels, height, width], (Kind::Float, device))?;
-    let denoiser = denoiser(&student.transformer);
+    let denoiser = denoiser(&student.transformer, Role::BASE);
     let grid = FewStepGrid::even(options.steps, student.shift)?;
     let images = Sampler::new(&denoiser, grid, options.transition).sample(&noise, &cond)?;
     let path = options.out.join("sample.png");

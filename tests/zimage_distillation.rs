@@ -16,7 +16,7 @@ use zimage::distillation::{Distillation, Recipe, Record};
 use zimage::options::Options;
 use zimage::pipeline::Pipeline;
 use zimage::prompts::{Prompts, is_caption_side};
-use zimage::{Config, ZImageTransformer};
+use zimage::{Config, Role, ZImageTransformer};
 
 /// A teacher whose zero-initialised parts are filled, so that captions and time matter.
 fn teacher() -> Result<ZImageTransformer> {
@@ -143,11 +143,11 @@ fn the_adapter_turns_the_sign_and_pairs_conditions() -> Result<()> {
     let noised = wave(&[2, 3, 16, 16], 0.7, Kind::Float);
     let time = PostShift::new(Tensor::from_slice(&[0.25f32, 0.75]))?;
     let captions: &Condition = &one;
-    let raw = teacher.forward_encoded(&noised, time.tensor(), &captions[0])?;
+    let raw = teacher.forward_encoded(&noised, time.tensor(), &captions[0], Role::BASE)?;
     // raw = x0 - eps, so x0 = x_t + (1 - t) raw.
     let level: Tensor = 1.0 - time.tensor().view([2, 1, 1, 1]);
     let expected = &noised + level * raw;
-    let denoiser = denoiser(&teacher);
+    let denoiser = denoiser(&teacher, Role::BASE);
     assert!(max_difference(&denoiser.denoise(&noised, &time, &one)?, &expected) < 1e-6);
     let (cond, null) = denoiser.denoise_pair(&noised, &time, &one, &two)?;
     assert!(max_difference(&cond, &expected) < 1e-5);

@@ -20,7 +20,7 @@ use zimage::features::{FeatureCache, read_prompts};
 use zimage::prompts::Prompts;
 use zimage::rope::padded;
 use zimage::text::TextEncoder;
-use zimage::{Config, ZImageTransformer};
+use zimage::{Config, Role, ZImageTransformer};
 
 const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -259,7 +259,7 @@ fn captions_keep_their_own_length() -> Result<()> {
     let prompts = mixed(&model)?;
     for (item, caption) in (0..).zip(captions()) {
         let (cond, null) = prompts.conditions(&[item])?;
-        let alone = model.encode_captions(&[caption])?;
+        let alone = model.encode_captions(&[caption], Role::BASE)?;
         assert_eq!(cond[0].size(), alone.size());
         assert!(max_difference(&cond[0], &alone) < 1e-6);
         assert_eq!(null[0].size(), [1, 32, 24]);
@@ -324,7 +324,7 @@ fn guidance_takes_a_null_caption_of_another_length() -> Result<()> {
     let model = transformer()?;
     let (cond, null) = mixed(&model)?.conditions(&[1, 5])?;
     assert_ne!(cond[0].size(), null[0].size());
-    let denoiser = denoiser(&model);
+    let denoiser = denoiser(&model, Role::BASE);
     let x = wave(&[2, 4, 4, 4], 0.1, Kind::Float);
     let time = PostShift::new(Tensor::from_slice(&[0.3f32, 0.7]))?;
     let (one, two) = denoiser.denoise_pair(&x, &time, &cond, &null)?;
@@ -345,9 +345,9 @@ fn prompts_come_from_a_cache() -> Result<()> {
     let prompts = Prompts::from_features(&model, features, &cache.get("")?)?;
     let (cond, null) = prompts.conditions(&[1])?;
     let encoder = TextEncoder::load(&self::model(), CPU.0, CPU.1)?;
-    let expected = model.encode_captions(&encoder.encode(&["雪"])?)?;
+    let expected = model.encode_captions(&encoder.encode(&["雪"])?, Role::BASE)?;
     assert!(max_difference(&cond[0], &expected) < 1e-6);
-    let expected = model.encode_captions(&encoder.encode(&[""])?)?;
+    let expected = model.encode_captions(&encoder.encode(&[""])?, Role::BASE)?;
     assert!(max_difference(&null[0], &expected) < 1e-6);
     Ok(())
 }

@@ -11,6 +11,7 @@ use tch::{Kind, Tensor};
 use super::adapter::{denoiser, fake_denoiser};
 use super::ema::Ema;
 use super::flow_matching::step_seed;
+use super::lora;
 use super::optimizer::{AdamW, AdamWSettings};
 use super::prompts::{Buckets, Prompts, is_caption_side};
 use super::transformer::ZImageTransformer;
@@ -210,8 +211,8 @@ impl<'a> Distillation<'a> {
 
     fn train_student(&mut self, rollout: &Rollout, observe: bool) -> Result<Record> {
         let Rollout { trajectory, cond, .. } = rollout;
-        let teacher = denoiser(self.teacher);
-        let fake = fake_denoiser(&self.fake.model, &self.fake_steps);
+        let teacher = denoiser(self.teacher, lora::Role::BASE);
+        let fake = fake_denoiser(&self.fake.model, lora::Role::BASE, &self.fake_steps);
         let dm = DistributionMatching::new(fake, self.recipe.shift);
         let mut objective =
             self.recipe.schedule.objective(teacher, self.recipe.guidance, &dm, self.recipe.shift);
@@ -221,7 +222,7 @@ impl<'a> Distillation<'a> {
 
         let steps = trajectory.draw_steps()?;
         let Simulation { x, student_time } = {
-            let student = denoiser(&self.student.model);
+            let student = denoiser(&self.student.model, lora::Role::BASE);
             self.sampler(&student)?.simulate_on(trajectory, cond, &steps)?
         };
         let cond = rollout.cond_at(&steps);
@@ -247,7 +248,7 @@ impl<'a> Distillation<'a> {
         let steps = rollout.trajectory.draw_steps()?;
         let x = rollout.trajectory.samples_at(&steps)?;
         let loss = {
-            let fake = fake_denoiser(&self.fake.model, &self.fake_steps);
+            let fake = fake_denoiser(&self.fake.model, lora::Role::BASE, &self.fake_steps);
             let dm = DistributionMatching::new(fake, self.recipe.shift);
             dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps))?)?
         };
@@ -261,7 +262,7 @@ impl<'a> Distillation<'a> {
         let [channels, height, width] = self.size;
         let shape = [self.recipe.batch as i64, channels, height, width];
         let noise = Tensor::f_randn(shape, (Kind::Float, self.teacher.device()))?;
-        let student = denoiser(&self.student.model);
+        let student = denoiser(&self.student.model, lora::Role::BASE);
         let trajectory = self.sampler(&student)?.trajectory(&noise, &cond)?;
         Ok(Rollout { trajectory, cond, null })
     }

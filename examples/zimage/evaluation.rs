@@ -7,6 +7,7 @@ use tch::{Kind, Tensor};
 
 use super::adapter::denoiser;
 use super::data::EmojiData;
+use super::lora::Role;
 use super::metrics::{Judge, Scores};
 use super::prompts::Prompts;
 use super::transformer::ZImageTransformer;
@@ -79,7 +80,7 @@ impl<'a> Evaluator<'a> {
     /// # Errors
     /// If libtorch fails.
     pub fn generate(&self, model: &ZImageTransformer, run: Run) -> Result<Tensor> {
-        let denoiser = denoiser(model);
+        let denoiser = denoiser(model, Role::BASE);
         let grid = FewStepGrid::even(run.steps, self.shift)?;
         let (mut samples, mut order) = (Vec::new(), Vec::new());
         for positions in self.prompts.batches(&self.items, CHUNK)? {

@@ -7,6 +7,7 @@ use decoupled_dmd::Condition;
 use tch::{Device, Kind, Tensor};
 
 use super::data::Vocabulary;
+use super::lora::Role;
 use super::rope::padded;
 use super::transformer::ZImageTransformer;
 
@@ -77,7 +78,7 @@ impl Prompts {
         Ok(Self {
             captions: captions.into_iter().collect::<Option<_>>().context("a caption was lost")?,
             empty: model
-                .encode_captions(std::slice::from_ref(empty))
+                .encode_captions(std::slice::from_ref(empty), Role::BASE)
                 .context("the features of the empty caption")?,
             device: model.device(),
         })
@@ -149,7 +150,7 @@ fn encode_group(
 ) -> Result<()> {
     let (places, features): (Vec<usize>, Vec<Tensor>) = group.drain(..).unzip();
     let encoded = model
-        .encode_captions(&features)
+        .encode_captions(&features, Role::BASE)
         .with_context(|| format!("the features of captions {places:?}"))?
         .f_to_device(Device::Cpu)?;
     for (place, row) in places.into_iter().zip(encoded.f_unbind(0)?) {

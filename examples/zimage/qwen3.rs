@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-use super::blocks::{Linear, Parameters, RmsNorm, parameter};
+use super::blocks::{Parameters, RmsNorm, parameter};
 use super::weights::{Weights, check_shapes, read_json};
 
 /// `text_encoder/config.json`. Fields that are not listed are ignored.
@@ -139,13 +139,18 @@ impl Qwen3Config {
     }
 }
 
+/// `x W^T`, `[.., in]` to `[.., out]`.
+fn project(weight: &Tensor, x: &Tensor) -> Result<Tensor> {
+    Ok(x.f_linear(weight, None::<&Tensor>)?)
+}
+
 /// Grouped causal self-attention with normed queries and keys.
 #[derive(Debug)]
 struct Attention {
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    out: Linear,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
     query_norm: RmsNorm,
     key_norm: RmsNorm,
     head_dim: i64,
@@ -153,7 +158,7 @@ struct Attention {
 
 impl Attention {
     fn new(parameters: &Parameters, name: &str, config: &Qwen3Config) -> Result<Self> {
-        let linear = |part: &str| Linear::new(parameters, &format!("{name}.{part}"), false);
+        let linear = |part: &str| parameter(parameters, &format!("{name}.{part}.weight"));
         let norm =
             |part: &str| RmsNorm::new(parameters, &format!("{name}.{part}"), config.rms_norm_eps);
         Ok(Self {
@@ -171,9 +176,10 @@ impl Attention {
     fn forward(&self, x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
         let (batch, length, _) = x.size3()?;
         let heads = |x: Tensor| x.f_view([batch, length, -1, self.head_dim]);
-        let query = self.query_norm.forward(&heads(self.query.forward(x)?)?)?.f_transpose(1, 2)?;
-        let key = self.key_norm.forward(&heads(self.key.forward(x)?)?)?.f_transpose(1, 2)?;
-        let value = heads(self.value.forward(x)?)?.f_transpose(1, 2)?;
+        let query =
+            self.query_norm.forward(&heads(project(&self.query, x)?)?)?.f_transpose(1, 2)?;
+        let key = self.key_norm.forward(&heads(project(&self.key, x)?)?)?.f_transpose(1, 2)?;
+        let value = heads(project(&self.value, x)?)?.f_transpose(1, 2)?;
         let mixed = Tensor::f_scaled_dot_product_attention(
             &rotary.rotate(&query)?,
             &rotary.rotate(&key)?,
@@ -184,7 +190,7 @@ impl Attention {
             None,
             true,
         )?;
-        self.out.forward(&mixed.f_transpose(1, 2)?.f_reshape([batch, length, -1])?)
+        project(&self.out, &mixed.f_transpose(1, 2)?.f_reshape([batch, length, -1])?)
     }
 }
 
@@ -194,14 +200,14 @@ struct Layer {
     attention_norm: RmsNorm,
     attention: Attention,
     feed_forward_norm: RmsNorm,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
 }
 
 impl Layer {
     fn new(parameters: &Parameters, name: &str, config: &Qwen3Config) -> Result<Self> {
-        let linear = |part: &str| Linear::new(parameters, &format!("{name}.{part}"), false);
+        let linear = |part: &str| parameter(parameters, &format!("{name}.{part}.weight"));
         let norm =
             |part: &str| RmsNorm::new(parameters, &format!("{name}.{part}"), config.rms_norm_eps);
         Ok(Self {
@@ -217,8 +223,8 @@ impl Layer {
     fn forward(&self, x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
         let x = x.f_add(&self.attention.forward(&self.attention_norm.forward(x)?, rotary)?)?;
         let normed = self.feed_forward_norm.forward(&x)?;
-        let hidden = self.gate.forward(&normed)?.f_silu()?.f_mul(&self.up.forward(&normed)?)?;
-        Ok(x.f_add(&self.down.forward(&hidden)?)?)
+        let hidden = project(&self.gate, &normed)?.f_silu()?.f_mul(&project(&self.up, &normed)?)?;
+        Ok(x.f_add(&project(&self.down, &hidden)?)?)
     }
 }
 

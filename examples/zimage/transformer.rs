@@ -7,7 +7,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::blocks::{Block, Linear, Parameters, RmsNorm, TimeEmbedder, parameter};
 use super::config::Config;
+use super::lora::Role;
 use super::rope::{RotaryCache, padded};
+use super::weights::check_shapes;
 
 /// Epsilon of the final layer norm; the other norms take theirs from the config.
 const FINAL_NORM_EPS: f64 = 1e-6;
@@ -38,7 +40,8 @@ impl ZImageTransformer {
     /// Lists parameters that are missing, unexpected or of the wrong shape.
     pub fn from_parameters(config: Config, parameters: Parameters) -> Result<Self> {
         config.validate()?;
-        check_parameters(&config, &parameters)?;
+        let shapes = parameters.iter().map(|(name, tensor)| (name.as_str(), tensor.size()));
+        check_shapes(&config.parameters(), shapes)?;
         Self::assemble(config, parameters, Rc::default())
     }
 
@@ -138,18 +141,21 @@ impl ZImageTransformer {
     }
 
     /// Embeds and refines captions, each `[L_i, cap_feat_dim]`, to `[B, L, D]`, padding included
-    /// (padding takes part in attention). This depends on the captions alone, not on time or image.
+    /// (padding takes part in attention). This depends on the captions and the role alone, not on time
+    /// or image; the pairs that an adapter has on the caption side act here and nowhere else.
     ///
     /// # Errors
     /// If there is no caption, or their padded lengths differ.
-    pub fn encode_captions(&self, captions: &[Tensor]) -> Result<Tensor> {
+    pub fn encode_captions(&self, captions: &[Tensor], role: Role<'_>) -> Result<Tensor> {
+        let role = role.begin()?;
         let (features, is_padding) = self.pad_captions(captions)?;
-        let embedded = self.caption_embedder.forward(&self.caption_norm.forward(&features)?)?;
+        let normed = self.caption_norm.forward(&features)?;
+        let embedded = self.caption_embedder.forward(&normed, role)?;
         let mut hidden = self.caption_padding.f_where_self(&is_padding, &embedded)?;
         let length = hidden.size()[1];
         let rotary = self.rotary.get(&self.config, (length, 1, 1), self.device())?;
         for block in &self.context_refiner {
-            hidden = block.forward(&hidden, &rotary.caption, None)?;
+            hidden = block.forward(&hidden, &rotary.caption, None, role)?;
         }
         Ok(hidden)
     }
@@ -195,8 +201,14 @@ impl ZImageTransformer {
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn forward(&self, latents: &Tensor, t: &Tensor, captions: &[Tensor]) -> Result<Tensor> {
-        self.forward_encoded(latents, t, &self.encode_captions(captions)?)
+    pub fn forward(
+        &self,
+        latents: &Tensor,
+        t: &Tensor,
+        captions: &[Tensor],
+        role: Role<'_>,
+    ) -> Result<Tensor> {
+        self.forward_encoded(latents, t, &self.encode_captions(captions, role)?, role)
     }
 
     /// [`Self::forward`] with captions already encoded, `[B, L, D]`.
@@ -208,7 +220,9 @@ impl ZImageTransformer {
         latents: &Tensor,
         t: &Tensor,
         captions: &Tensor,
+        role: Role<'_>,
     ) -> Result<Tensor> {
+        let role = role.begin()?;
         let (batch, channels, height, width) = latents.size4()?;
         let patch = self.config.patch_size();
         ensure!(
@@ -227,10 +241,10 @@ impl ZImageTransformer {
         let tokens = size.0 * size.1;
         let rotary =
             self.rotary.get(&self.config, (caption_length, size.0, size.1), self.device())?;
-        let time = self.time_embedder.forward(t)?;
+        let time = self.time_embedder.forward(t, role)?;
 
         let patches = patchify(&latents.f_to_kind(self.kind())?, patch)?;
-        let mut image = self.patch_embedder.forward(&patches)?;
+        let mut image = self.patch_embedder.forward(&patches, role)?;
         let image_length = padded(tokens);
         if image_length > tokens {
             let rows = self
@@ -240,25 +254,25 @@ impl ZImageTransformer {
             image = Tensor::f_cat(&[image, rows], 1)?;
         }
         for block in &self.noise_refiner {
-            image = block.forward(&image, &rotary.image, Some(&time))?;
+            image = block.forward(&image, &rotary.image, Some(&time), role)?;
         }
 
         let mut stream = Tensor::f_cat(&[&image, captions], 1)?;
         for block in &self.layers {
-            stream = block.forward(&stream, &rotary.unified, Some(&time))?;
+            stream = block.forward(&stream, &rotary.unified, Some(&time), role)?;
         }
 
         // The rows of padding and caption would be dropped after the final layer.
-        let output = self.final_layer(&stream.f_narrow(1, 0, tokens)?, &time)?;
+        let output = self.final_layer(&stream.f_narrow(1, 0, tokens)?, &time, role)?;
         Ok(unpatchify(&output, patch, size)?.f_to_kind(latents.f_kind()?)?)
     }
 
     /// `[B, N, D]` to patches `[B, N, p * p * C]`.
-    fn final_layer(&self, stream: &Tensor, time: &Tensor) -> Result<Tensor> {
-        let scale = self.final_modulation.forward(&time.f_silu()?)?.f_add_scalar(1.0)?;
+    fn final_layer(&self, stream: &Tensor, time: &Tensor, role: Role<'_>) -> Result<Tensor> {
+        let scale = self.final_modulation.forward(&time.f_silu()?, role)?.f_add_scalar(1.0)?;
         let none = None::<&Tensor>;
         let normed = stream.f_layer_norm([self.config.dim], none, none, FINAL_NORM_EPS, true)?;
-        self.final_linear.forward(&normed.f_mul(&scale.f_unsqueeze(1)?)?)
+        self.final_linear.forward(&normed.f_mul(&scale.f_unsqueeze(1)?)?, role)
     }
 }
 
@@ -286,28 +300,4 @@ pub fn unpatchify(tokens: &Tensor, patch: i64, (rows, columns): (i64, i64)) -> R
         .f_reshape([batch, rows, columns, patch, patch, channels])?
         .f_permute([0, 5, 1, 3, 2, 4])?
         .f_reshape([batch, channels, rows * patch, columns * patch])?)
-}
-
-/// Names every parameter that is missing, unexpected or mis-shaped.
-pub(super) fn check_parameters(config: &Config, parameters: &Parameters) -> Result<()> {
-    let mut faults = Vec::new();
-    let expected = config.parameters();
-    for (name, shape) in &expected {
-        match parameters.get(name) {
-            None => faults.push(format!("{name} is missing")),
-            Some(tensor) if tensor.size() != *shape => {
-                faults.push(format!("{name} has shape {:?}, expected {shape:?}", tensor.size()))
-            }
-            Some(_) => {}
-        }
-    }
-    let is_known = |name: &String| expected.binary_search_by(|(known, _)| known.cmp(name)).is_ok();
-    faults.extend(
-        parameters
-            .keys()
-            .filter(|name| !is_known(name))
-            .map(|name| format!("{name} is unexpected")),
-    );
-    ensure!(faults.is_empty(), "parameters do not fit the config: {}", faults.join("; "));
-    Ok(())
 }
