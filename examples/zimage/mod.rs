@@ -14,6 +14,7 @@ pub mod distillation;
 pub mod ema;
 pub mod evaluation;
 pub mod flow_matching;
+pub mod layout;
 pub mod lora;
 pub mod lora_file;
 pub mod mapping;
