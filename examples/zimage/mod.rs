@@ -24,6 +24,7 @@ pub mod pipeline;
 pub mod prompts;
 pub mod report;
 pub mod rope;
+pub mod tape;
 pub mod teacher_options;
 pub mod transformer;
 

@@ -9,6 +9,7 @@ use super::blocks::{Block, Linear, Parameters, RmsNorm, TimeEmbedder, parameter}
 use super::config::Config;
 use super::lora::Role;
 use super::rope::{RotaryCache, padded};
+use super::tape::run_blocks;
 
 /// Epsilon of the final layer norm; the other norms take theirs from the config.
 const FINAL_NORM_EPS: f64 = 1e-6;
@@ -24,9 +25,9 @@ pub struct ZImageTransformer {
     caption_embedder: Linear,
     caption_padding: Tensor,
     time_embedder: TimeEmbedder,
-    noise_refiner: Vec<Block>,
-    context_refiner: Vec<Block>,
-    layers: Vec<Block>,
+    noise_refiner: Rc<[Block]>,
+    context_refiner: Rc<[Block]>,
+    layers: Rc<[Block]>,
     final_modulation: Linear,
     final_linear: Linear,
     rotary: Rc<RotaryCache>,
@@ -46,7 +47,7 @@ impl ZImageTransformer {
     fn assemble(config: Config, parameters: Parameters, rotary: Rc<RotaryCache>) -> Result<Self> {
         let p = &parameters;
         let key = config.patch_key();
-        let stack = |name: &str, count: i64, modulated: bool| -> Result<Vec<Block>> {
+        let stack = |name: &str, count: i64, modulated: bool| -> Result<Rc<[Block]>> {
             (0..count).map(|i| Block::new(p, &format!("{name}.{i}"), &config, modulated)).collect()
         };
         Ok(Self {
@@ -149,13 +150,10 @@ impl ZImageTransformer {
         let (features, is_padding) = self.pad_captions(captions)?;
         let normed = self.caption_norm.forward(&features)?;
         let embedded = self.caption_embedder.forward(&normed, role)?;
-        let mut hidden = self.caption_padding.f_where_self(&is_padding, &embedded)?;
+        let hidden = self.caption_padding.f_where_self(&is_padding, &embedded)?;
         let length = hidden.size()[1];
         let rotary = self.rotary.get(&self.config, (length, 1, 1), self.device())?;
-        for block in &self.context_refiner {
-            hidden = block.forward(&hidden, &rotary.caption, None, role)?;
-        }
-        Ok(hidden)
+        run_blocks(&self.context_refiner, hidden, &rotary.caption, None, role)
     }
 
     /// `[B, L, F]` features, zero where padded, and the selector `[B, L, 1]` of the padding.
@@ -251,14 +249,9 @@ impl ZImageTransformer {
                 .f_expand([batch, image_length - tokens, -1], false)?;
             image = Tensor::f_cat(&[image, rows], 1)?;
         }
-        for block in &self.noise_refiner {
-            image = block.forward(&image, &rotary.image, Some(&time), role)?;
-        }
-
-        let mut stream = Tensor::f_cat(&[&image, captions], 1)?;
-        for block in &self.layers {
-            stream = block.forward(&stream, &rotary.unified, Some(&time), role)?;
-        }
+        let image = run_blocks(&self.noise_refiner, image, &rotary.image, Some(&time), role)?;
+        let stream = Tensor::f_cat(&[&image, captions], 1)?;
+        let stream = run_blocks(&self.layers, stream, &rotary.unified, Some(&time), role)?;
 
         // The rows of padding and caption would be dropped after the final layer.
         let output = self.final_layer(&stream.f_narrow(1, 0, tokens)?, &time, role)?;
