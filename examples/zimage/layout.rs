@@ -108,6 +108,14 @@ impl Sequence {
         };
         Ok(Self { rotary: stack(&rotary, longest)?, mask })
     }
+
+    /// Handles on the same tensors.
+    pub fn shallow_clone(&self) -> Self {
+        Self {
+            rotary: self.rotary.shallow_clone(),
+            mask: self.mask.as_ref().map(Tensor::shallow_clone),
+        }
+    }
 }
 
 /// Rows `[S_i, ..]`, zeros after their ends, as `[B, length, ..]`.

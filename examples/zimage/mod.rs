@@ -27,6 +27,7 @@ pub mod prompts;
 pub mod report;
 pub mod rope;
 pub mod safetensors;
+pub mod tape;
 pub mod teacher_options;
 pub mod transformer;
 pub mod weights;

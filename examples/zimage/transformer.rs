@@ -12,6 +12,7 @@ use super::layout::{
 };
 use super::lora::Role;
 use super::rope::{RotaryCache, padded};
+use super::tape::run_blocks;
 use super::weights::check_shapes;
 
 /// Epsilon of the final layer norm; the other norms take theirs from the config.
@@ -28,9 +29,9 @@ pub struct ZImageTransformer {
     caption_embedder: Linear,
     caption_padding: Tensor,
     time_embedder: TimeEmbedder,
-    noise_refiner: Vec<Block>,
-    context_refiner: Vec<Block>,
-    layers: Vec<Block>,
+    noise_refiner: Rc<[Block]>,
+    context_refiner: Rc<[Block]>,
+    layers: Rc<[Block]>,
     final_modulation: Linear,
     final_linear: Linear,
     rotary: Rc<RotaryCache>,
@@ -51,7 +52,7 @@ impl ZImageTransformer {
     fn assemble(config: Config, parameters: Parameters, rotary: Rc<RotaryCache>) -> Result<Self> {
         let p = &parameters;
         let key = config.patch_key();
-        let stack = |name: &str, count: i64, modulated: bool| -> Result<Vec<Block>> {
+        let stack = |name: &str, count: i64, modulated: bool| -> Result<Rc<[Block]>> {
             (0..count).map(|i| Block::new(p, &format!("{name}.{i}"), &config, modulated)).collect()
         };
         Ok(Self {
@@ -175,16 +176,13 @@ impl ZImageTransformer {
             stack_tokens(captions)?.f_to_device(self.device())?.f_to_kind(self.kind())?;
         let normed = self.caption_norm.forward(&features)?;
         let embedded = self.caption_embedder.forward(&normed, role)?;
-        let mut hidden = fill_padding(&embedded, counts, &self.caption_padding)?;
+        let hidden = fill_padding(&embedded, counts, &self.caption_padding)?;
         let tables = counts
             .iter()
             .map(|count| self.rotary.get(&self.config, padded(*count), Grid::POINT, self.device()))
             .collect::<Result<Vec<_>>>()?;
         let sequence = Sequence::new(&tables, |table| &table.caption)?;
-        for block in &self.context_refiner {
-            hidden = block.forward(&hidden, &sequence, None, role)?;
-        }
-        Ok(hidden)
+        run_blocks(&self.context_refiner, hidden, &sequence, None, role)
     }
 
     /// The numbers of tokens of captions, whose shapes are checked.
@@ -319,19 +317,15 @@ impl ZImageTransformer {
         let time = self.time_embedder.forward(t, role)?;
 
         let embedded = self.patch_embedder.forward(patches, role)?;
-        let mut image = fill_padding(&embedded, &counts, &self.patch_padding)?;
+        let image = fill_padding(&embedded, &counts, &self.patch_padding)?;
         let sequence = Sequence::new(&tables, |table| &table.image)?;
-        for block in &self.noise_refiner {
-            image = block.forward(&image, &sequence, Some(&time), role)?;
-        }
+        let image = run_blocks(&self.noise_refiner, image, &sequence, Some(&time), role)?;
 
         let lengths: Vec<_> =
             items.iter().map(|(grid, length)| (padded(grid.tokens()), *length)).collect();
-        let mut stream = join(&image, captions, &lengths)?;
+        let stream = join(&image, captions, &lengths)?;
         let sequence = Sequence::new(&tables, |table| &table.unified)?;
-        for block in &self.layers {
-            stream = block.forward(&stream, &sequence, Some(&time), role)?;
-        }
+        let stream = run_blocks(&self.layers, stream, &sequence, Some(&time), role)?;
 
         // The rows of padding and caption would be dropped after the final layer.
         self.final_layer(&stream.f_narrow(1, 0, longest(&counts))?, &time, role)
