@@ -10,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 use super::blocks::Parameters;
 use super::config::Config;
 use super::flow_matching::step_seed;
+use super::tape::Tape;
 
 /// Module names in files start with this, as diffusers writes them.
 pub const PREFIX: &str = "transformer.";
@@ -254,11 +255,26 @@ pub struct Role<'a> {
     training: bool,
     /// Seed of the dropout masks of one forward pass.
     seed: Option<i64>,
+    tape: Option<&'a Tape>,
+}
+
+/// A role that a tape keeps.
+#[derive(Debug)]
+pub(super) struct OwnedRole {
+    lora: Option<Lora>,
+    seed: Option<i64>,
+}
+
+impl OwnedRole {
+    /// The role of the same forward pass, off the tape.
+    pub(super) fn role(&self) -> Role<'_> {
+        Role { lora: self.lora.as_ref(), seed: self.seed, ..Role::BASE }
+    }
 }
 
 impl<'a> Role<'a> {
     /// The model's own weights.
-    pub const BASE: Role<'static> = Role { lora: None, training: false, seed: None };
+    pub const BASE: Role<'static> = Role { lora: None, training: false, seed: None, tape: None };
 
     /// The model with an adapter, without dropout.
     pub fn adapted(lora: &'a Lora) -> Self {
@@ -268,6 +284,21 @@ impl<'a> Role<'a> {
     /// The model with an adapter and the adapter's dropout.
     pub fn training(lora: &'a Lora) -> Self {
         Self { training: true, ..Self::adapted(lora) }
+    }
+
+    /// The same role with gradient checkpointing: gradients come from [`Tape::backward`].
+    #[must_use]
+    pub fn checkpointed(self, tape: &'a Tape) -> Self {
+        Self { tape: Some(tape), ..self }
+    }
+
+    pub(super) fn tape(self) -> Option<&'a Tape> {
+        self.tape
+    }
+
+    /// What a tape keeps of the role.
+    pub(super) fn owned(self) -> OwnedRole {
+        OwnedRole { lora: self.lora.cloned(), seed: self.seed }
     }
 
     /// The role for one forward pass: with dropout, a seed is drawn, and each layer's mask follows from it.

@@ -4,8 +4,8 @@
     python3 scripts/reference/zimage.py
 
 Two small models run on batches of unequal sizes, caption lengths and frame counts, with the gradients of
-sum(output * cotangent). One has parameters that the test computes too (a wave, so no weights need to be
-kept) and is float32; the other is a folder in bfloat16 as `save_pretrained` writes it, in several shards.
+sum(output * cotangent). One has parameters that the test computes too (so no weights need to be kept) and
+is float32; the other is a folder in bfloat16 as `save_pretrained` writes it, in several shards.
 With a folder as argument, the first is saved there as well, in a single file.
 """
 
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 OUT = Path(__file__).resolve().parents[2] / "tests" / "reference" / "zimage_transformer"
 GENERATOR = torch.Generator().manual_seed(11)
 
-WAVE = dict(
+COMPUTED = dict(
     all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=48, n_layers=2, n_refiner_layers=1,
     n_heads=3, n_kv_heads=3, cap_feat_dim=20, axes_dims=[4, 6, 6], axes_lens=[160, 16, 16],
 )
@@ -47,11 +47,12 @@ CASES = {
 }
 
 
-def wave(model):
-    """Fills the parameters, sorted by name, with waves that need no generator."""
+def residues(model):
+    """Fills the parameters, sorted by name, with scattered numbers that need no generator."""
     with torch.no_grad():
         for k, (name, parameter) in enumerate(sorted(model.named_parameters())):
-            v = torch.sin(1.7 * torch.arange(parameter.numel(), dtype=torch.float64) + 0.9 * k + 0.3)
+            i = torch.arange(parameter.numel())
+            v = ((i * i + 7 * i + 13 * k) % 1009).double() / 300 - 1.68
             v = v.reshape(parameter.shape)
             if name.endswith("pad_token"):
                 v = 0.5 * v
@@ -114,14 +115,14 @@ def record(model, cases):
 
 
 shutil.rmtree(OUT, ignore_errors=True)
-(OUT / "wave").mkdir(parents=True)
+(OUT / "computed").mkdir(parents=True)
 
-model = ZImageTransformer2DModel(**WAVE)
-wave(model)
-model.save_config(OUT / "wave")
+model = ZImageTransformer2DModel(**COMPUTED)
+residues(model)
+model.save_config(OUT / "computed")
 if len(sys.argv) > 1:
     model.save_pretrained(Path(sys.argv[1]) / "transformer")
-save_file(record(model, CASES), OUT / "wave.safetensors")
+save_file(record(model, CASES), OUT / "computed.safetensors")
 
 model = ZImageTransformer2DModel(**SHARDED)
 randomise(model)
