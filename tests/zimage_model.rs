@@ -10,8 +10,8 @@ use approx::assert_abs_diff_eq;
 use tch::{Device, Kind, Tensor};
 use zimage::blocks::time_features;
 use zimage::checkpoint::{read_tensors, write_tensors};
+use zimage::layout::{Grid, patchify, unpatchify};
 use zimage::rope::rotary_factors;
-use zimage::transformer::{patchify, unpatchify};
 use zimage::{Config, Role, ZImageTransformer};
 
 fn tiny() -> Config {
@@ -194,13 +194,13 @@ fn time_features_put_cosines_first() -> Result<()> {
 
 #[test]
 fn patches_run_row_major_with_channels_fastest() -> Result<()> {
-    let latents = filled(&[1, 4, 4, 4], |i| i);
+    let latents = filled(&[1, 4, 1, 4, 4], |i| i);
     let tokens = patchify(&latents, 2)?;
     let found = values(&tokens.select(1, 0));
     let expected = [0, 16, 32, 48, 1, 17, 33, 49, 4, 20, 36, 52, 5, 21, 37, 53].map(f64::from);
     assert_values(&found, &expected);
     assert_values(&values(&tokens.select(1, 1))[..4], &[2.0, 18.0, 34.0, 50.0]);
-    assert_eq!(unpatchify(&tokens, 2, (2, 2))?, latents);
+    assert_eq!(unpatchify(&tokens, 2, Grid { frames: 1, rows: 2, columns: 2 })?, latents);
     Ok(())
 }
 

@@ -10,6 +10,7 @@ use tch::{Device, Kind};
 
 use super::checkpoint::write_atomically;
 use super::transformer::ZImageTransformer;
+use super::weights::read_json;
 
 /// What is needed to sample in latent space.
 #[derive(Debug)]
@@ -36,10 +37,7 @@ impl Pipeline {
     /// Names what is missing, broken or not supported.
     pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
         let path = folder.join("scheduler/scheduler_config.json");
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        let scheduler: Scheduler =
-            serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
+        let scheduler: Scheduler = read_json(&path)?;
         if scheduler.use_dynamic_shifting {
             bail!(
                 "{}: use_dynamic_shifting is not supported, Z-Image does not use it",

@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::blocks::Block;
 use super::dispatcher::backward;
+use super::layout::Sequence;
 use super::lora::{OwnedRole, Role};
 
 /// What the checkpointed forward passes of one loss have kept.
@@ -34,7 +35,7 @@ struct Stack {
     source: Tensor,
     /// The last output: a leaf.
     output: Tensor,
-    rotary: Tensor,
+    sequence: Sequence,
     /// The time embedding in its graph, and the leaf that the blocks are given.
     time: Option<(Tensor, Tensor)>,
     role: OwnedRole,
@@ -47,7 +48,7 @@ impl Tape {
         &self,
         blocks: &Rc<[Block]>,
         source: &Tensor,
-        rotary: &Tensor,
+        sequence: &Sequence,
         time: Option<&Tensor>,
         role: Role<'_>,
     ) -> Result<Tensor> {
@@ -60,7 +61,7 @@ impl Tape {
         let mut inputs = Vec::with_capacity(blocks.len());
         let mut x = source.f_detach()?;
         for block in blocks.iter() {
-            let output = block.forward(&x, rotary, time, role)?;
+            let output = block.forward(&x, sequence, time, role)?;
             if enabled {
                 inputs.push(x);
             }
@@ -73,7 +74,7 @@ impl Tape {
                 inputs,
                 source: source.shallow_clone(),
                 output: x.shallow_clone(),
-                rotary: rotary.shallow_clone(),
+                sequence: sequence.shallow_clone(),
                 time: time.map(leaf).transpose()?,
                 role: role.owned(),
             });
@@ -119,7 +120,7 @@ impl Stack {
         for (index, block) in self.blocks.iter().enumerate().rev() {
             let Some(input) = self.inputs.pop() else { break };
             let input = input.f_set_requires_grad(index > 0 || self.source.requires_grad())?;
-            let output = block.forward(&input, &self.rotary, time, role)?;
+            let output = block.forward(&input, &self.sequence, time, role)?;
             if output.requires_grad() {
                 backward(&output, Some(&gradient), false)?;
             }
@@ -137,22 +138,22 @@ impl Stack {
     }
 }
 
-/// Runs `blocks` one after the other on `x` `[B, S, D]`, on the role's tape if it has one. `rotary` and
-/// `time` as for [`Block::forward`].
+/// Runs `blocks` one after the other on `x` `[B, S, D]`, on the role's tape if it has one. `sequence`
+/// and `time` as for [`Block::forward`].
 ///
 /// # Errors
 /// If the shapes do not fit.
 pub(super) fn run_blocks(
     blocks: &Rc<[Block]>,
     x: Tensor,
-    rotary: &Tensor,
+    sequence: &Sequence,
     time: Option<&Tensor>,
     role: Role<'_>,
 ) -> Result<Tensor> {
     match role.tape() {
         // Without blocks there is nothing to keep, and the graph need not end.
-        Some(tape) if !blocks.is_empty() => tape.run(blocks, &x, rotary, time, role),
-        _ => blocks.iter().try_fold(x, |x, block| block.forward(&x, rotary, time, role)),
+        Some(tape) if !blocks.is_empty() => tape.run(blocks, &x, sequence, time, role),
+        _ => blocks.iter().try_fold(x, |x, block| block.forward(&x, sequence, time, role)),
     }
 }
 
