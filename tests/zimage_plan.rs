@@ -275,6 +275,8 @@ fn setups_are_checked() -> Result<()> {
         (Setup { size: (48, 480), ..setup() }, "axis 2 has 64 positions, but 240"),
         (Setup { caption: 0, ..setup() }, "at least 1 token"),
         (Setup { caption: 97, ..setup() }, "axis 0"),
+        (Setup { caption: 96, ..setup() }, "axis 0 has 96 positions, but 98"),
+        (Setup { caption: i64::MAX, ..setup() }, "axis 0"),
         (Setup { batch: 0, ..setup() }, "batch"),
         (Setup { lora: Some(&wrong), ..setup() }, "rank"),
     ] {

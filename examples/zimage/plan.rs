@@ -136,6 +136,8 @@ impl Setup<'_> {
             let most = self.config.axes_lens[axis];
             ensure!(needed <= most, "axis {axis} has {most} positions, but {needed} are needed");
         }
+        let (needed, most) = (padded(self.caption) + 2, self.config.axes_lens[0]);
+        ensure!(needed <= most, "axis 0 has {most} positions, but {needed} are needed");
         Ok((padded(rows * columns) as u64, padded(self.caption) as u64))
     }
 }
