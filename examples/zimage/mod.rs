@@ -29,6 +29,7 @@ pub mod optimizer;
 pub mod options;
 pub mod picture;
 pub mod pipeline;
+pub mod plan;
 pub mod prompts;
 pub mod qwen3;
 pub mod report;
