@@ -8,28 +8,30 @@
 
 mod zimage;
 
-use std::fs::{self, File};
-use std::io::Write as _;
+use std::fs;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
-use indicatif::{ProgressBar, ProgressStyle};
 use tch::{Device, Kind, Tensor};
 use zimage::Role;
 use zimage::adapter::denoiser;
 use zimage::classifier::Classifier;
 use zimage::data::{EmojiData, Item};
-use zimage::distillation::{Distillation, Recipe, Record};
+use zimage::distillation::{Distillation, Recipe};
 use zimage::evaluation::{Evaluator, Row, Run};
-use zimage::metrics::{Judge, Scores};
+use zimage::fingerprint::fingerprint;
+use zimage::interrupt::INTERRUPTED;
+use zimage::metrics::Judge;
 use zimage::options::Options;
 use zimage::picture::{write_comparison, write_grid};
 use zimage::pipeline::{Pipeline, write_json};
 use zimage::prompts::Prompts;
 use zimage::report::{Report, Summary, table, write_curves};
+use zimage::training::{Outcome, train_student};
+use zimage::training_state::StateFolder;
 
 /// Steps of the teacher that the student is measured against.
 const TEACHER_STEPS: usize = 50;
@@ -39,11 +41,11 @@ const PICTURED: usize = 36;
 fn main() -> ExitCode {
     let options = Options::parse();
     let outcome = match &options.sample {
-        Some(caption) => sample(&options, caption),
+        Some(caption) => sample(&options, caption).map(|()| ExitCode::SUCCESS),
         None => distil(&options),
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -98,7 +100,7 @@ fn loading_bar() -> Result<ProgressBar> {
 }
 
 /// Trains a student and compares it with its teacher.
-fn distil(options: &Options) -> Result<()> {
+fn distil(options: &Options) -> Result<ExitCode> {
     let (device, threads) = set_up(options)?;
     let progress = loading_bar()?;
     let teacher = Pipeline::load_observed(&options.checkpoint, Kind::Float, device, &progress)?;
@@ -111,6 +113,7 @@ fn distil(options: &Options) -> Result<()> {
     let evaluator = Evaluator::new(judge, &prompts, &data, teacher.shift, options.prompts)?;
     fs::create_dir_all(&options.out)
         .with_context(|| format!("creating {}", options.out.display()))?;
+    let mut states = open_states(options, &recipe)?;
 
     println!("Distilling {} on {device:?}, {threads} threads", options.checkpoint.display());
     let start = Instant::now();
@@ -123,12 +126,20 @@ fn distil(options: &Options) -> Result<()> {
     let mut distillation =
         Distillation::new(recipe.clone(), &teacher.transformer, &prompts, &train, &data.images)?;
     let few = run(recipe.steps, Guidance::NEUTRAL, recipe.transition);
-    let start = Instant::now();
-    let history = train_student(options, &mut distillation, |distillation| {
+    let outcome = train_student(options, &mut distillation, &mut states, |distillation| {
         let samples = evaluator.generate(distillation.student(), few)?;
         evaluator.row("student", few, &samples, &reference)
     })?;
-    let training_seconds = start.elapsed().as_secs_f64();
+    let Outcome::Finished { history, seconds: training_seconds } = outcome else {
+        println!(
+            "\nStopped after update {} of {}; the state is in {}. The same command goes on from \
+             there, and starts anew with --fresh",
+            distillation.updates(),
+            recipe.updates,
+            options.out.display()
+        );
+        return Ok(ExitCode::from(INTERRUPTED));
+    };
 
     let start = Instant::now();
     let plural = |steps| if steps == 1 { "step" } else { "steps" };
@@ -196,7 +207,21 @@ fn distil(options: &Options) -> Result<()> {
         rows,
         summary,
     };
-    write_json(&options.out.join("report.json"), &report)
+    write_json(&options.out.join("report.json"), &report)?;
+    states.remove()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Where the run's state is kept; finds an unfinished run of the same recipe and data.
+fn open_states(options: &Options, recipe: &Recipe) -> Result<StateFolder> {
+    let identity = serde_json::json!({
+        "recipe": recipe,
+        "data": {
+            "teacher": fingerprint(&options.checkpoint)?,
+            "captions and pictures": fingerprint(&options.data)?,
+        },
+    });
+    StateFolder::open(&options.out.join("state"), &identity, options.fresh)
 }
 
 fn guided_suffix(run: Run) -> &'static str {
@@ -216,58 +241,6 @@ fn check_model(teacher: &Pipeline, data: &EmojiData) -> Result<()> {
         data.vocabulary.width()
     );
     Ok(())
-}
-
-/// Runs all updates with a progress bar; what was observed goes to metrics.jsonl and is returned.
-fn train_student(
-    options: &Options,
-    distillation: &mut Distillation<'_>,
-    evaluate: impl Fn(&Distillation<'_>) -> Result<Row>,
-) -> Result<Vec<(u64, Record)>> {
-    let path = options.out.join("metrics.jsonl");
-    let mut metrics =
-        File::create(&path).with_context(|| format!("creating {}", path.display()))?;
-    let mut history = Vec::new();
-    let bar = ProgressBar::new(options.updates).with_style(ProgressStyle::with_template(
-        "{bar:30} {pos}/{len} updates, {elapsed} gone, {eta} left  {msg}",
-    )?);
-    distillation.warm_up()?;
-    let start = Instant::now();
-    while distillation.updates() < options.updates {
-        let every = options.observe_every.max(1);
-        let observe = (distillation.updates() + 1).is_multiple_of(every);
-        let record = distillation.step(observe)?;
-        let update = distillation.updates();
-        let of = |name: &str| record.iter().find(|(n, _)| n == name).map_or(f64::NAN, |(_, v)| *v);
-        ensure!(
-            record.iter().all(|(_, value)| value.is_finite()),
-            "training broke down at update {update}: {record:?}"
-        );
-        bar.set_message(format!("CA {:.3}  DM {:.4}  fake {:.3}", of("ca"), of("dm"), of("fake")));
-        bar.inc(1);
-        if observe {
-            let mut line = serde_json::Map::new();
-            line.insert("update".into(), update.into());
-            line.insert("seconds".into(), start.elapsed().as_secs_f64().into());
-            line.extend(record.iter().map(|(name, value)| (name.clone(), (*value).into())));
-            writeln!(metrics, "{}", serde_json::Value::from(line))?;
-            history.push((update, record));
-        }
-        if options.evaluate_every > 0 && update.is_multiple_of(options.evaluate_every) {
-            let row = evaluate(distillation)?;
-            let Scores { alignment, frechet_distance, variance_drift, .. } = row.scores;
-            bar.suspend(|| {
-                println!(
-                    "update {update}: alignment {:.1}%, Fréchet {frechet_distance:.3}, drift \
-                     {variance_drift:+.3}",
-                    100.0 * alignment
-                );
-            });
-            writeln!(metrics, "{}", serde_json::json!({ "update": update, "student": row }))?;
-        }
-    }
-    bar.finish();
-    Ok(history)
 }
 
 /// The same captions and noise side by side: guided teacher, unguided few-step teacher, student.

@@ -5,43 +5,21 @@ mod zimage;
 
 mod common;
 
+#[path = "common/tiny.rs"]
+mod tiny;
+
 use anyhow::Result;
 use clap::Parser;
 use common::{max_difference, seeded, wave};
 use decoupled_dmd::{Condition, Guidance, PostShift, Shift, Transition};
 use tch::{Device, Kind, Tensor};
+use tiny::{prompts, teacher};
 use zimage::adapter::denoiser;
-use zimage::data::Vocabulary;
 use zimage::distillation::{Distillation, Recipe, Record};
 use zimage::options::Options;
 use zimage::pipeline::Pipeline;
-use zimage::prompts::{Prompts, is_caption_side};
-use zimage::{Config, Role, ZImageTransformer};
-
-/// A teacher whose zero-initialised parts are filled, so that captions and time matter.
-fn teacher() -> Result<ZImageTransformer> {
-    let config = Config {
-        all_patch_size: vec![4],
-        in_channels: 3,
-        dim: 24,
-        n_layers: 1,
-        n_refiner_layers: 1,
-        n_heads: 2,
-        n_kv_heads: 2,
-        cap_feat_dim: 64,
-        axes_dims: vec![4, 4, 4],
-        axes_lens: vec![96, 16, 16],
-        ..Config::default()
-    };
-    let model = ZImageTransformer::init(config, Device::Cpu)?;
-    let _guard = tch::no_grad_guard();
-    for (phase, tensor) in (0..).zip(model.parameters().values()) {
-        let _ = tensor
-            .shallow_clone()
-            .f_add_(&(wave(&tensor.size(), phase as f64, Kind::Float) * 0.05))?;
-    }
-    Ok(model)
-}
+use zimage::prompts::is_caption_side;
+use zimage::{Role, ZImageTransformer};
 
 fn recipe() -> Recipe {
     Recipe {
@@ -62,12 +40,6 @@ fn recipe() -> Recipe {
     }
 }
 
-fn prompts(teacher: &ZImageTransformer) -> Result<Prompts> {
-    let vocabulary = Vocabulary::load("assets/emoji".as_ref())?;
-    let captions = ["google cat face", "twitter pizza", "google red heart"];
-    Prompts::encode(teacher, &vocabulary, captions.into_iter())
-}
-
 type Parameters = Vec<(String, Tensor)>;
 
 fn parameters(model: &ZImageTransformer) -> Result<Parameters> {
@@ -79,7 +51,9 @@ fn run(teacher: &ZImageTransformer) -> Result<(Vec<Record>, Parameters)> {
     let prompts = prompts(teacher)?;
     let images = wave(&[5, 3, 16, 16], 0.2, Kind::Float);
     let mut distillation = Distillation::new(recipe(), teacher, &prompts, &[0, 1, 2], &images)?;
-    distillation.warm_up()?;
+    while !distillation.is_warm() {
+        distillation.warm_up()?;
+    }
     let records = (0..3).map(|_| distillation.step(true)).collect::<Result<_>>()?;
     Ok((records, parameters(distillation.student())?))
 }

@@ -3,14 +3,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
 use tch::{Device, Kind, Tensor};
 
 use super::blocks::Parameters;
 use super::config::{CLASS_NAME, Config};
 use super::transformer::ZImageTransformer;
-use super::weights::Weights;
+use super::weights::{Weights, check_shapes};
 
 /// Stem of the weight files in a diffusers folder.
 const WEIGHTS: &str = "diffusion_pytorch_model";
@@ -104,6 +104,29 @@ fn initial_value(name: &str, shape: &[i64], device: Device) -> Result<Tensor> {
 /// If the file cannot be read or is not a safetensors file.
 pub fn read_tensors(path: &Path) -> Result<Parameters> {
     Weights::open_file(path)?.all()
+}
+
+/// Copies `saved` into tensors of the same names, whose storage others share.
+///
+/// # Errors
+/// Names what is missing, unexpected, or of another shape or dtype; nothing is changed then.
+pub fn restore(tensors: &Parameters, saved: &Parameters) -> Result<()> {
+    let expected: Vec<_> = tensors.iter().map(|(name, t)| (name.clone(), t.size())).collect();
+    check_shapes(&expected, saved.iter().map(|(name, tensor)| (name.as_str(), tensor.size())))?;
+    for (name, tensor) in tensors {
+        let (found, expected) = (saved[name].f_kind()?, tensor.f_kind()?);
+        ensure!(found == expected, "{name} is {found:?}, expected {expected:?}");
+    }
+    let _guard = tch::no_grad_guard();
+    for (name, tensor) in tensors {
+        tensor.shallow_clone().f_copy_(&saved[name])?;
+    }
+    Ok(())
+}
+
+/// `tensors` with `prefix` and a dot before their names.
+pub fn prefixed(prefix: &str, tensors: Parameters) -> impl Iterator<Item = (String, Tensor)> {
+    tensors.into_iter().map(move |(name, tensor)| (format!("{prefix}.{name}"), tensor))
 }
 
 /// Writes named tensors as a safetensors file; a crash leaves the old file or the new one.

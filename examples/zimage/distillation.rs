@@ -1,6 +1,6 @@
 //! Decoupled DMD on a Z-Image model: the teacher stays, a student and a fake score start as copies.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use decoupled_dmd::{
     Batch, Condition, Denoiser, DistributionMatching, FewStepGrid, Guidance, Sampler, Schedule,
     Shift, Simulation, Trajectory, Transition,
@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::adapter::{denoiser, fake_denoiser};
+use super::blocks::Parameters;
+use super::checkpoint::{prefixed, restore};
 use super::ema::Ema;
 use super::flow_matching::step_seed;
 use super::lora;
@@ -74,6 +76,12 @@ impl Role {
         Ok(Self { model, optimizer: AdamW::new(trainable, settings)? })
     }
 
+    /// Trained parameters and the optimizer's moments; storage is shared.
+    fn state(&self) -> impl Iterator<Item = (String, Tensor)> {
+        prefixed("weights", self.optimizer.parameters())
+            .chain(prefixed("adamw", self.optimizer.state()))
+    }
+
     /// Descends along a loss; returns the norm of its gradient.
     fn descend(&mut self, loss: &Tensor) -> Result<Tensor> {
         self.optimizer.zero_grad();
@@ -81,6 +89,10 @@ impl Role {
         self.optimizer.step()
     }
 }
+
+/// Names of the counts in the state.
+const WARMED: &str = "fake_warmup_updates";
+const UPDATES: &str = "updates";
 
 /// What one update of the student has shown: names and values.
 pub type Record = Vec<(String, f64)>;
@@ -115,6 +127,8 @@ pub struct Distillation<'a> {
     /// What tells the fake score the student's step, `[K, D]`.
     fake_steps: Tensor,
     average: Ema,
+    /// Updates of the fake score before the first of the student, so far.
+    warmed: u64,
     update: u64,
 }
 
@@ -147,6 +161,7 @@ impl<'a> Distillation<'a> {
             fake_steps,
             average: Ema::new(&student.model, recipe.ema)?,
             student,
+            warmed: 0,
             update: 0,
             recipe,
         })
@@ -162,19 +177,58 @@ impl<'a> Distillation<'a> {
         self.update
     }
 
-    /// Trains the fake score alone on the student's first samples.
+    /// Everything that training changes, by name: the trained parameters, moments and step counts of
+    /// both roles, the moving average, and how far training is. Storage is shared, but for the counts.
+    /// What an update draws depends on the seed and its number alone, so that this is all there is.
+    pub fn state(&self) -> Parameters {
+        let role = |name, role: &Role| prefixed(name, role.state().collect());
+        let trained = self.student.optimizer.parameters();
+        let average = self.average.model.named_parameters();
+        let average = average.into_iter().filter(|(name, _)| trained.contains_key(name)).collect();
+        let count = |count: u64| Tensor::from(count as i64);
+        role("student", &self.student)
+            .chain(role("fake", &self.fake))
+            .chain(prefixed("average", average))
+            .chain([
+                (WARMED.to_owned(), count(self.warmed)),
+                (UPDATES.to_owned(), count(self.update)),
+            ])
+            .collect()
+    }
+
+    /// Restores what [`Self::state`] gave.
+    ///
+    /// # Errors
+    /// Names what is missing, unexpected, or of another shape or dtype; nothing is changed then.
+    pub fn load_state(&mut self, state: &Parameters) -> Result<()> {
+        let count = |name| -> Result<u64> {
+            let value = state.get(name).with_context(|| format!("{name} is missing"))?;
+            let value = i64::try_from(value).with_context(|| format!("reading {name}"))?;
+            u64::try_from(value).with_context(|| format!("{name} is {value}"))
+        };
+        let (warmed, update) = (count(WARMED)?, count(UPDATES)?);
+        restore(&self.state(), state)?;
+        (self.warmed, self.update) = (warmed, update);
+        Ok(())
+    }
+
+    /// Whether the fake score is ready for the first update of the student.
+    pub fn is_warm(&self) -> bool {
+        self.warmed >= self.recipe.fake_warmup
+    }
+
+    /// Trains the fake score alone on one rollout of the student, as often as in an update, as long
+    /// as [`Self::is_warm`] says no.
     ///
     /// # Errors
     /// If libtorch fails.
     pub fn warm_up(&mut self) -> Result<()> {
-        let steps: Vec<u64> = (0..self.recipe.fake_warmup).collect();
-        // As many updates on one rollout as there are in training.
-        for chunk in steps.chunks(self.recipe.fake_updates.max(1) as usize) {
-            tch::manual_seed(step_seed(self.recipe.seed, 1_000_000_000 + chunk[0]));
-            let rollout = self.roll_out()?;
-            for _ in chunk {
-                self.train_fake(&rollout)?;
-            }
+        let end = (self.warmed + self.recipe.fake_updates.max(1)).min(self.recipe.fake_warmup);
+        tch::manual_seed(step_seed(self.recipe.seed, 1_000_000_000 + self.warmed));
+        let rollout = self.roll_out()?;
+        while self.warmed < end {
+            self.train_fake(&rollout)?;
+            self.warmed += 1;
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 #![allow(dead_code, unreachable_pub, unused_imports)]
 
 pub mod adapter;
+pub mod autoencoder;
 pub mod blocks;
 pub mod checkpoint;
 pub mod classifier;
@@ -13,8 +14,11 @@ pub mod dispatcher;
 pub mod distillation;
 pub mod ema;
 pub mod evaluation;
+pub mod fingerprint;
 pub mod flow_matching;
+pub mod interrupt;
 pub mod layout;
+pub mod log;
 pub mod lora;
 pub mod lora_file;
 pub mod mapping;
@@ -29,6 +33,8 @@ pub mod rope;
 pub mod safetensors;
 pub mod tape;
 pub mod teacher_options;
+pub mod training;
+pub mod training_state;
 pub mod transformer;
 pub mod weights;
 
