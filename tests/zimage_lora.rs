@@ -212,7 +212,9 @@ fn settings_are_checked() {
         let error = Lora::new(&config(), &settings, Device::Cpu).expect_err(name).to_string();
         assert!(error.contains(name), "{error}");
     };
-    refused(LoraSettings { rank: 0, ..settings() }, "rank");
+    for rank in [i64::MIN, -1, 0, 65_537, i64::MAX] {
+        refused(LoraSettings { rank, ..settings() }, "rank");
+    }
     for alpha in [0.0, -1.0, f64::NAN, f64::INFINITY] {
         refused(LoraSettings { alpha, ..settings() }, "alpha");
     }

@@ -17,11 +17,14 @@ pub const PREFIX: &str = "transformer.";
 /// Endings of the two halves of a pair.
 pub const HALVES: [&str; 2] = [".lora_A.weight", ".lora_B.weight"];
 
+/// Far beyond any use, and small enough that sizes do not overflow.
+const LARGEST_RANK: i64 = 65_536;
+
 /// Shape and extent of an adapter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraSettings {
-    /// Rank r of every pair, at least 1.
+    /// Rank r of every pair, from 1 to 65536.
     pub rank: i64,
     /// The update is scaled by `alpha / rank`; positive.
     pub alpha: f64,
@@ -47,7 +50,11 @@ impl LoraSettings {
     /// # Errors
     /// If a number is out of range, or a target names no linear layer of the model.
     pub fn modules(&self, config: &Config) -> Result<Vec<(String, [i64; 2])>> {
-        ensure!(self.rank >= 1, "rank must be at least 1, found {}", self.rank);
+        ensure!(
+            (1..=LARGEST_RANK).contains(&self.rank),
+            "rank must be from 1 to {LARGEST_RANK}, found {}",
+            self.rank
+        );
         ensure!(
             self.alpha.is_finite() && self.alpha > 0.0,
             "alpha must be positive, found {}",

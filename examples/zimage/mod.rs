@@ -27,6 +27,7 @@ pub mod optimizer;
 pub mod options;
 pub mod picture;
 pub mod pipeline;
+pub mod plan;
 pub mod prompts;
 pub mod report;
 pub mod rope;
