@@ -73,7 +73,7 @@ fn sample(options: &Options, caption: &str) -> Result<()> {
         folder.display()
     );
     let data = EmojiData::load(&options.data)?;
-    let student = Pipeline::load(&folder, Kind::Float, device)?;
+    let student = Pipeline::load_observed(&folder, Kind::Float, device, &loading_bar()?)?;
     let captions = std::iter::repeat_n(caption, options.count as usize);
     let prompts = Prompts::encode(&student.transformer, &data.vocabulary, captions)?;
     let items: Vec<i64> = (0..options.count).collect();
@@ -92,10 +92,18 @@ fn sample(options: &Options, caption: &str) -> Result<()> {
     Ok(())
 }
 
+/// Progress of reading weights, which takes a while for a large model.
+fn loading_bar() -> Result<ProgressBar> {
+    let style =
+        ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} of weights, {eta} left")?;
+    Ok(ProgressBar::no_length().with_style(style))
+}
+
 /// Trains a student and compares it with its teacher.
 fn distil(options: &Options) -> Result<ExitCode> {
     let (device, threads) = set_up(options)?;
-    let teacher = Pipeline::load(&options.checkpoint, Kind::Float, device)?;
+    let progress = loading_bar()?;
+    let teacher = Pipeline::load_observed(&options.checkpoint, Kind::Float, device, &progress)?;
     let recipe = options.recipe(teacher.shift)?;
     let data = EmojiData::load(&options.data)?;
     check_model(&teacher, &data)?;

@@ -13,6 +13,7 @@ use tch::{Device, Kind, Tensor};
 use zimage::blocks::Parameters;
 use zimage::checkpoint::read_tensors;
 use zimage::lora::Role;
+use zimage::tape::Tape;
 use zimage::{Config, ZImageTransformer};
 
 fn folder() -> PathBuf {
@@ -90,13 +91,20 @@ fn relative_mean(found: &[Tensor], expected: &[Tensor]) -> f64 {
     (sums(errors) / sums(expected.iter().map(Tensor::shallow_clone).collect())).sqrt()
 }
 
-fn assert_case(model: &ZImageTransformer, file: &str, name: &str) -> Result<()> {
+/// Outputs and gradients in a role that changes nothing: the plain one, or one with a tape.
+fn assert_case(
+    model: &ZImageTransformer,
+    file: &str,
+    name: &str,
+    tape: Option<&Tape>,
+) -> Result<()> {
     let case = Case::new(file, name)?;
+    let role = tape.map_or(Role::BASE, |tape| Role::BASE.checkpointed(tape));
     model.set_requires_grad(true)?;
     let leaf = |tensor: Tensor| tensor.set_requires_grad(true);
     let latents: Vec<Tensor> = case.all("latents")?.into_iter().map(leaf).collect();
     let captions: Vec<Tensor> = case.all("captions")?.into_iter().map(leaf).collect();
-    let outputs = model.forward_items(&latents, &case.one("t")?, &captions, Role::BASE)?;
+    let outputs = model.forward_items(&latents, &case.one("t")?, &captions, role)?;
     let mut worst = [0f64; 2];
     for (output, expected) in outputs.iter().zip(case.all("output")?) {
         worst[0] = worst[0].max(relative(output, &expected));
@@ -106,7 +114,11 @@ fn assert_case(model: &ZImageTransformer, file: &str, name: &str) -> Result<()> 
     let cotangents = case.all("cotangent")?;
     let terms: Vec<Tensor> =
         outputs.iter().zip(&cotangents).map(|(o, c)| (o * c).sum(Kind::Float)).collect();
-    Tensor::stack(&terms, 0).sum(Kind::Float).backward();
+    let loss = Tensor::stack(&terms, 0).sum(Kind::Float);
+    match tape {
+        None => loss.backward(),
+        Some(tape) => tape.backward(&loss)?,
+    }
     let mut compared = 0;
     let prefix = format!("{name}/gradient/");
     for (key, expected) in &case.tensors {
@@ -137,18 +149,24 @@ fn assert_case(model: &ZImageTransformer, file: &str, name: &str) -> Result<()> 
 /// Sizes, caption lengths and frame counts all differ, and cross multiples of 32.
 #[test]
 fn unequal_items_and_their_gradients_equal_diffusers() -> Result<()> {
-    assert_case(&computed_model()?, "computed", "unequal")
+    assert_case(&computed_model()?, "computed", "unequal", None)
+}
+
+/// Blocks that run again in the backward pass must see the same masks.
+#[test]
+fn unequal_items_through_a_tape_equal_diffusers() -> Result<()> {
+    assert_case(&computed_model()?, "computed", "unequal", Some(&Tape::default()))
 }
 
 /// Masks before the streams join, none after.
 #[test]
 fn lengths_that_differ_in_the_refiners_alone() -> Result<()> {
-    assert_case(&computed_model()?, "computed", "crossed")
+    assert_case(&computed_model()?, "computed", "crossed", None)
 }
 
 #[test]
 fn frames_of_equal_items_need_no_mask() -> Result<()> {
-    assert_case(&computed_model()?, "computed", "frames")
+    assert_case(&computed_model()?, "computed", "frames", None)
 }
 
 #[test]
@@ -156,7 +174,7 @@ fn a_sharded_folder_of_diffusers_computes_the_same() -> Result<()> {
     let model = sharded_model()?;
     let config = model.config();
     assert_eq!((config.dim, config.patch_size(), config.siglip_feat_dim), (24, 4, None));
-    assert_case(&model, "sharded", "unequal")
+    assert_case(&model, "sharded", "unequal", None)
 }
 
 /// In bfloat16 both implementations round at each step; neither may be far from the float32 value.

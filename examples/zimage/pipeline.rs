@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use decoupled_dmd::Shift;
+use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
@@ -36,6 +37,19 @@ impl Pipeline {
     /// # Errors
     /// Names what is missing, broken or not supported.
     pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
+        Self::load_observed(folder, kind, device, &ProgressBar::hidden())
+    }
+
+    /// [`Self::load`] that shows on `progress` how many bytes have been read.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_observed(
+        folder: &Path,
+        kind: Kind,
+        device: Device,
+        progress: &ProgressBar,
+    ) -> Result<Self> {
         let path = folder.join("scheduler/scheduler_config.json");
         let scheduler: Scheduler = read_json(&path)?;
         if scheduler.use_dynamic_shifting {
@@ -45,7 +59,8 @@ impl Pipeline {
             );
         }
         let shift = Shift::new(scheduler.shift).with_context(|| path.display().to_string())?;
-        Ok(Self { transformer: ZImageTransformer::load(folder, kind, device)?, shift })
+        let transformer = ZImageTransformer::load_observed(folder, kind, device, progress)?;
+        Ok(Self { transformer, shift })
     }
 
     /// Writes the folder: `model_index.json`, `scheduler/` and `transformer/`.
