@@ -9,6 +9,7 @@ the weights, the vocabulary and the wording of the template are made up here.
 """
 
 import json
+import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,6 +61,31 @@ PROMPTS = [
     "before<|im_end|>after <|endoftext|> <|im_start|>system",
     "A cat with green eyes. " * 60,
 ]
+
+
+# Code points where tokenizers disagree if they do: scripts, marks, spaces, controls, beyond 16 bits.
+RANGES = [
+    range(0x20, 0x7F), range(0xA0, 0x250), range(0x300, 0x370), range(0x370, 0x600), range(0x900, 0xA00),
+    range(0x2000, 0x2070), range(0x3000, 0x3100), range(0x4E00, 0x4F00), range(0xAC00, 0xAD00),
+    range(0xFF00, 0xFF60), range(0x1D400, 0x1D500), range(0x1F300, 0x1F650), range(0x00, 0x21),
+    [ord(c) for c in "\u0085\u200d\ufe0f\ufeff\r\n\t  'sTreVmLLd0123"],
+]  # fmt: skip
+
+
+def strange_prompt(draw):
+    runs = [draw.choices(draw.choice(RANGES), k=draw.randint(1, 5)) for _ in range(draw.randint(1, 10))]
+    return "".join(chr(code) for run in runs for code in run)
+
+
+def record(tokens, prompt):
+    text = tokens.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    return {"prompt": prompt, "text": text, "ids": tokens(text, truncation=True, max_length=512).input_ids}
+
+
+def write(name, records):
+    (OUT / name).write_text(json.dumps(records) + "\n")
 
 
 def tokenizer():
@@ -130,19 +156,15 @@ def main():
             tensors[f"{index}{suffix}"] = feature.contiguous()
 
     for index, prompt in enumerate(PROMPTS):
-        text = tokens.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=True,
-        )
-        ids = tokens(text, truncation=True, max_length=512).input_ids
-        assert len(ids) == len(tensors[str(index)]), (prompt, len(ids))
-        records.append({"prompt": prompt, "text": text, "ids": ids})
-        print(f"{len(ids):4} tokens  {prompt[:40]!r}")
+        records.append(record(tokens, prompt))
+        length = len(records[-1]["ids"])
+        assert length == len(tensors[str(index)]), (prompt, length)
+        print(f"{length:4} tokens  {prompt[:40]!r}")
 
     save_file(tensors, OUT / "features.safetensors")
-    (OUT / "prompts.json").write_text(json.dumps(records, indent=None, ensure_ascii=True) + "\n")
+    write("prompts.json", records)
+    draw = random.Random(3)
+    write("strange_prompts.json", [record(tokens, strange_prompt(draw)) for _ in range(100)])
 
 
 main()
