@@ -15,6 +15,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
+use indicatif::{ProgressBar, ProgressStyle};
 use tch::{Device, Kind, Tensor};
 use zimage::Role;
 use zimage::adapter::denoiser;
