@@ -88,6 +88,28 @@ fn updates_move_the_student_alone_and_repeat_under_a_seed() -> Result<()> {
 }
 
 #[test]
+fn captions_of_several_lengths_are_trained_on() -> Result<()> {
+    let _guard = seeded(0);
+    let teacher = teacher()?;
+    let vocabulary = Vocabulary::load("assets/emoji".as_ref())?;
+    let long = "google cat face ".repeat(12);
+    let captions = ["google cat face", long.as_str()];
+    let prompts = Prompts::encode(&teacher, &vocabulary, captions.into_iter())?;
+    assert!(prompts.conditions(&[0, 1]).is_err(), "the captions are of one length");
+    let images = wave(&[5, 3, 16, 16], 0.2, Kind::Float);
+    // The null caption is short: once as long as the caption, once not.
+    for items in [[0, 0], [1, 1], [0, 1]] {
+        let mut distillation = Distillation::new(recipe(), &teacher, &prompts, &items, &images)?;
+        distillation.warm_up()?;
+        let record = distillation.step(true)?;
+        assert!(record.iter().all(|(_, value)| value.is_finite()), "{record:?}");
+    }
+    let none = Distillation::new(recipe(), &teacher, &prompts, &[], &images);
+    assert!(none.err().expect("a refusal").to_string().contains("no captions to draw from"));
+    Ok(())
+}
+
+#[test]
 fn the_adapter_turns_the_sign_and_pairs_conditions() -> Result<()> {
     let _guard = seeded(1);
     let teacher = teacher()?;

@@ -32,7 +32,7 @@ use zimage::training_state::StateFolder;
 const OUT: &str = "ZIMAGE_RESUME_OUT";
 /// Makes the evaluations of [`process`] last a minute.
 const SLOW: &str = "ZIMAGE_RESUME_SLOW";
-const UPDATES: u64 = 60;
+const UPDATES: u64 = 40;
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 

@@ -13,7 +13,7 @@ const STEP_SCALE: f64 = 10.0;
 /// `model` in `role` as a denoiser of `[B, C, H, W]` whose condition is one tensor of encoded captions
 /// `[B, L, D]`.
 ///
-/// Two conditions are answered in one forward of twice the batch.
+/// Two conditions are answered in one forward of twice the batch, where they are of one length.
 pub fn denoiser<'a>(model: &'a ZImageTransformer, role: Role<'a>) -> Denoiser<'a> {
     Denoiser::new(
         RectifiedFlow,
@@ -21,8 +21,12 @@ pub fn denoiser<'a>(model: &'a ZImageTransformer, role: Role<'a>) -> Denoiser<'a
         move |x: &Tensor, t: &Tensor, c: &Condition| velocity(model, x, t, captions(c)?, role),
     )
     .paired(move |x: &Tensor, t: &Tensor, one: &Condition, two: &Condition| -> Result<_> {
+        let (one, two) = (captions(one)?, captions(two)?);
+        if one.size() != two.size() {
+            return Ok((velocity(model, x, t, one, role)?, velocity(model, x, t, two, role)?));
+        }
         let twice = |tensor: &Tensor| Tensor::f_cat(&[tensor, tensor], 0);
-        let both = Tensor::f_cat(&[captions(one)?, captions(two)?], 0)?;
+        let both = Tensor::f_cat(&[one, two], 0)?;
         let output = velocity(model, &twice(x)?, &twice(t)?, &both, role)?;
         let batch = x.size()[0];
         Ok((output.f_narrow(0, 0, batch)?, output.f_narrow(0, batch, batch)?))

@@ -15,7 +15,7 @@ use super::ema::Ema;
 use super::flow_matching::step_seed;
 use super::lora;
 use super::optimizer::{AdamW, AdamWSettings};
-use super::prompts::{Prompts, is_caption_side};
+use super::prompts::{Buckets, Prompts, is_caption_side};
 use super::transformer::ZImageTransformer;
 
 /// The recipe of a distillation.
@@ -117,7 +117,7 @@ pub struct Distillation<'a> {
     teacher: &'a ZImageTransformer,
     prompts: &'a Prompts,
     /// Captions to draw from.
-    items: &'a [i64],
+    buckets: Buckets,
     /// Mean variance of a real picture: the reference of the variance drift.
     data_variance: f64,
     /// Size of one sample, `[C, H, W]`.
@@ -137,12 +137,12 @@ impl<'a> Distillation<'a> {
     /// `prompts`. `images` `[N, C, H, W]` are used for the reference of the variance drift alone.
     ///
     /// # Errors
-    /// If libtorch cannot allocate the copies.
+    /// If there are no captions to draw from, or libtorch cannot allocate the copies.
     pub fn new(
         recipe: Recipe,
         teacher: &'a ZImageTransformer,
         prompts: &'a Prompts,
-        items: &'a [i64],
+        items: &[i64],
         images: &Tensor,
     ) -> Result<Self> {
         let (_, channels, height, width) = images.size4()?;
@@ -154,7 +154,7 @@ impl<'a> Distillation<'a> {
         Ok(Self {
             teacher,
             prompts,
-            items,
+            buckets: prompts.buckets(items)?,
             data_variance: mean_variance(images)?,
             size: [channels, height, width],
             fake: Role::new(teacher, recipe.fake_learning_rate, Some(more))?,
@@ -312,7 +312,7 @@ impl<'a> Distillation<'a> {
 
     /// The student's way from fresh noise over its whole grid, for fresh captions.
     fn roll_out(&self) -> Result<Rollout> {
-        let (cond, null) = self.prompts.conditions(&self.draw_items()?)?;
+        let (cond, null) = self.prompts.conditions(&self.buckets.draw(self.recipe.batch)?)?;
         let [channels, height, width] = self.size;
         let shape = [self.recipe.batch as i64, channels, height, width];
         let noise = Tensor::f_randn(shape, (Kind::Float, self.teacher.device()))?;
@@ -324,18 +324,6 @@ impl<'a> Distillation<'a> {
     fn sampler<'d>(&self, student: &'d Denoiser<'d>) -> Result<Sampler<'d>> {
         let grid = FewStepGrid::even(self.recipe.steps, self.recipe.shift)?;
         Ok(Sampler::new(student, grid, self.recipe.transition))
-    }
-
-    fn draw_items(&self) -> Result<Vec<i64>> {
-        let picks = Tensor::f_randint(
-            self.items.len() as i64,
-            [self.recipe.batch as i64],
-            (Kind::Int64, tch::Device::Cpu),
-        )?;
-        Ok(Vec::<i64>::try_from(&picks)?
-            .into_iter()
-            .map(|pick| self.items[pick as usize])
-            .collect())
     }
 }
 

@@ -137,7 +137,11 @@ impl DeviceChoice {
     }
 }
 
-fn parse_device(text: &str) -> Result<DeviceChoice> {
+/// The choice that a word on the command line names.
+///
+/// # Errors
+/// If it names none.
+pub fn parse_device(text: &str) -> Result<DeviceChoice> {
     Ok(match text {
         "auto" => DeviceChoice::Auto,
         "cpu" => DeviceChoice::Named(Device::Cpu),
