@@ -15,10 +15,11 @@ use decoupled_dmd::{Condition, Guidance, PostShift, Shift, Transition};
 use tch::{Device, Kind, Tensor};
 use tiny::{prompts, teacher};
 use zimage::adapter::denoiser;
+use zimage::data::Vocabulary;
 use zimage::distillation::{Distillation, Recipe, Record};
 use zimage::options::Options;
 use zimage::pipeline::Pipeline;
-use zimage::prompts::is_caption_side;
+use zimage::prompts::{Prompts, is_caption_side};
 use zimage::{Role, ZImageTransformer};
 
 fn recipe() -> Recipe {
