@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
+use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::adapter::denoiser;
@@ -12,6 +13,7 @@ use super::classifier::Classifier;
 use super::data::{EmojiData, Item};
 use super::distillation::Distillation;
 use super::evaluation::{Evaluator, Row, Run};
+use super::fingerprint::fingerprint;
 use super::interrupt::INTERRUPTED;
 use super::metrics::{Judge, Scores};
 use super::options::Options;
@@ -73,12 +75,18 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     let judge = Judge::new(Classifier::load(&options.classifier, Kind::Float, device)?, &data)?;
     let evaluator = Evaluator::new(judge, &prompts, &data, teacher.shift, options.prompts)?;
     create_folder(&options.out)?;
-    let mut states = open_states(options, &recipe, &options.data)?;
+    let identity = json!({
+        "recipe": recipe,
+        "teacher": fingerprint(&options.checkpoint)?,
+        "data": fingerprint(&options.data)?,
+    });
+    let mut states = open_states(options, &identity)?;
 
     println!("Distilling {} on {device:?}, {threads} threads", options.checkpoint.display());
     let start = Instant::now();
     let run = |steps, guidance, transition| Run { steps, guidance, transition };
-    let guided = run(TEACHER_STEPS, options.teacher_guidance, Transition::Euler);
+    let teacher_guidance = options.teacher_guidance(Preset::Embedded)?;
+    let guided = run(TEACHER_STEPS, teacher_guidance, Transition::Euler);
     let reference = evaluator.generate(&teacher.transformer, guided)?;
     let mut evaluation_seconds = start.elapsed().as_secs_f64();
 
@@ -129,7 +137,7 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     };
     let base = Network::from(&teacher.transformer);
     let teacher_few = run(recipe.steps, Guidance::NEUTRAL, Transition::Euler);
-    let _ = add("teacher", base, run(recipe.steps, options.teacher_guidance, Transition::Euler))?;
+    let _ = add("teacher", base, run(recipe.steps, teacher_guidance, Transition::Euler))?;
     let (unguided, unguided_samples) = add("teacher", base, teacher_few)?;
     let (student, student_samples) = add("student", distillation.student(), few)?;
     for steps in [4, 2, 1] {

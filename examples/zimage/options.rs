@@ -56,6 +56,10 @@ pub struct Options {
     /// How many pictures
     #[arg(long, default_value_t = 8, help_heading = "Sampling")]
     pub count: i64,
+    /// Write sample.safetensors too (prompt, noise, pixels), to compare with other programs; for
+    /// released checkpoints
+    #[arg(long, help_heading = "Sampling")]
+    pub tensors: bool,
     /// Numbers to start from; the options below replace single ones. By default embedded, or
     /// zimage-8step for a checkpoint with a text encoder
     #[arg(long, value_parser = by_name::<Preset>, help_heading = "Recipe")]
@@ -132,10 +136,10 @@ pub struct Options {
     #[arg(long, help_heading = "Released checkpoints")]
     pub merge: bool,
 
-    /// Guidance scale of the teacher that the student is measured against
-    #[arg(long, default_value = "3", value_parser = parse_guidance, help_heading = "Evaluation")]
-    pub teacher_guidance: Guidance,
-    /// Captions on which teacher and student are compared
+    /// Guidance scale of the teacher that the student is compared with; the preset's by default
+    #[arg(long, value_parser = parse_guidance, help_heading = "Evaluation")]
+    pub teacher_guidance: Option<Guidance>,
+    /// Captions of the embedded model on which teacher and student are compared
     #[arg(long, default_value_t = 256, help_heading = "Evaluation")]
     pub prompts: usize,
     /// Updates between two lines of diagnostics in metrics.jsonl
@@ -213,6 +217,16 @@ impl Options {
     pub fn from_command_line() -> Result<Self> {
         let command = Self::command().after_help(Preset::table()?);
         Ok(Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit()))
+    }
+
+    /// Guidance of the teacher that the student is compared with.
+    ///
+    /// # Errors
+    /// None that depends on the options.
+    pub fn teacher_guidance(&self, default: Preset) -> Result<Guidance> {
+        // Not the recipe's, so that students of several guidance scales have one yardstick.
+        let preset = self.preset.unwrap_or(default).recipe(Shift::NONE)?;
+        Ok(self.teacher_guidance.unwrap_or(preset.guidance))
     }
 
     /// The recipe, with the shift of the teacher's scheduler.
