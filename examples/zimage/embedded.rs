@@ -17,7 +17,7 @@ use super::fingerprint::fingerprint;
 use super::interrupt::INTERRUPTED;
 use super::metrics::{Judge, Scores};
 use super::options::Options;
-use super::picture::{write_comparison, write_grid};
+use super::picture::{Sheet, write_comparison, write_grid};
 use super::pipeline::{Pipeline, loading_bar, write_json};
 use super::prompts::Prompts;
 use super::recipe::{Preset, Recipe};
@@ -235,5 +235,6 @@ fn write_pictures(
         &[&teacher, &few, &student],
         &columns,
         &captions,
+        Sheet::SMALL,
     )
 }

@@ -76,9 +76,11 @@ impl Preset {
     /// # Errors
     /// If a recipe cannot be written as JSON.
     pub fn table() -> Result<String> {
+        // That of the base model's scheduler.
+        let shift = Shift::new(6.0)?;
         let columns = Self::ALL
             .into_iter()
-            .map(|preset| Ok((serde_json::to_value(preset)?, preset.recipe(Shift::NONE)?)))
+            .map(|preset| Ok((serde_json::to_value(preset)?, preset.recipe(shift)?)))
             .map(|column: Result<_>| {
                 let (name, recipe) = column?;
                 Ok((name, serde_json::to_value(recipe)?))

@@ -20,7 +20,7 @@ use super::interrupt::INTERRUPTED;
 use super::lora::{Lora, Role};
 use super::model_card::write_model_card;
 use super::options::Options;
-use super::picture::write_grid;
+use super::picture::{Sheet, write_comparison, write_grid};
 use super::pipeline::{Pipeline, loading_bar, read_shift, write_json};
 use super::plan::{Plan, Setup};
 use super::prompts::Prompts;
@@ -136,7 +136,8 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
         Pipeline::load_observed(&options.checkpoint, kind(options), device, &loading_bar()?)?;
     let features = prompts.iter().map(|prompt| cache.get(prompt));
     let encoded = Prompts::from_features(&teacher.transformer, features, &cache.get("")?)?;
-    let noise = draw_noise(options.seed, prompts.len().min(PICTURED), size)?;
+    let captions: Vec<&str> = prompts.iter().take(PICTURED).map(String::as_str).collect();
+    let noise = draw_noise(options.seed, captions.len(), size)?;
     let studio = Studio::new(&options.checkpoint, &teacher, &encoded, noise);
 
     println!(
@@ -149,7 +150,9 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     let mut distillation = Distillation::new(recipe.clone(), base, &encoded, &items, size, None)?;
     let outcome = train_student(options, &mut distillation, &mut states, |distillation| {
         let path = options.out.join(format!("preview-{:06}.png", distillation.updates()));
-        studio.write(&path, &[studio.draw(distillation.student(), few_steps(&recipe))?])?;
+        let images = studio.draw(distillation.student(), few_steps(&recipe))?;
+        let heading = format!("student {}", recipe.steps);
+        write_comparison(&path, &[&heading], &[images], &captions, Sheet::LARGE)?;
         let message = format!("{}", path.display());
         Ok(Look { entry: json!({ "preview": message }), message })
     })?;
@@ -173,8 +176,9 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     };
     let columns =
         [studio.draw(base, many_steps)?, studio.draw(distillation.student(), few_steps(&recipe))?];
+    let (many, few) = (format!("teacher {TEACHER_STEPS}"), format!("student {}", recipe.steps));
     let path = options.out.join("samples.png");
-    studio.write(&path, &columns)?;
+    write_comparison(&path, &[&many, &few], &columns, &captions, Sheet::LARGE)?;
     println!("Teacher and student side by side in {}", path.display());
     states.remove()?;
     Ok(ExitCode::SUCCESS)

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Shift, Transition};
 use tch::{Device, Kind, Tensor};
 
@@ -10,7 +10,6 @@ use super::adapter::denoiser;
 use super::autoencoder::Decoder;
 use super::autoencoder::config::AutoencoderConfig;
 use super::config::Config;
-use super::picture::write_grid;
 use super::pipeline::Pipeline;
 use super::prompts::Prompts;
 use super::trained::Network;
@@ -69,16 +68,6 @@ impl<'a> Studio<'a> {
         let decoder = Decoder::load(self.checkpoint, Kind::Float, self.device)?;
         decoder.decode_in_parts(&Tensor::f_cat(&latents, 0)?, 1)
     }
-
-    /// One row for each prompt, one column for each generator.
-    ///
-    /// # Errors
-    /// If the columns differ in shape, or the file cannot be written.
-    pub fn write(&self, path: &Path, columns: &[Tensor]) -> Result<()> {
-        let rows = Tensor::f_stack(columns, 1)?.f_flatten(0, 1)?;
-        write_grid(path, &rows, columns.len() as i64, 1)
-            .with_context(|| format!("writing {}", path.display()))
-    }
 }
 
 /// Standard normal `[N, C, h, w]` for `count` pictures, the same on every device.
@@ -98,15 +87,18 @@ pub fn draw_noise(seed: u64, count: usize, [channels, height, width]: [i64; 3]) 
 /// If the two configs do not fit, or no latents are of that size.
 pub fn latent_size(checkpoint: &Path, config: &Config, side: i64) -> Result<[i64; 3]> {
     let path = checkpoint.join("vae/config.json");
-    let autoencoder =
-        if path.exists() { AutoencoderConfig::load(&path)? } else { AutoencoderConfig::released() };
-    ensure!(
-        autoencoder.latent_channels == config.in_channels,
-        "the autoencoder has {} channels and the transformer {}",
-        autoencoder.latent_channels,
-        config.in_channels
-    );
-    let factor = autoencoder.spatial_factor();
+    let factor = if path.exists() {
+        let autoencoder = AutoencoderConfig::load(&path)?;
+        ensure!(
+            autoencoder.latent_channels == config.in_channels,
+            "the autoencoder has {} channels and the transformer {}",
+            autoencoder.latent_channels,
+            config.in_channels
+        );
+        autoencoder.spatial_factor()
+    } else {
+        AutoencoderConfig::released().spatial_factor()
+    };
     let multiple = factor * config.patch_size();
     ensure!(
         side > 0 && side % multiple == 0,

@@ -51,7 +51,9 @@ impl Workplace {
         for (option, value) in [("--checkpoint", folder("model")), ("--out", folder("out"))] {
             arguments.extend([option.to_owned(), value]);
         }
-        arguments.extend(["--size".to_owned(), SIDE.to_string()]);
+        if !more.contains(&"--size") {
+            arguments.extend(["--size".to_owned(), SIDE.to_string()]);
+        }
         arguments.extend(more.iter().map(|argument| (*argument).to_owned()));
         arguments
     }
