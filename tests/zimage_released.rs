@@ -207,7 +207,7 @@ fn what_is_wrong_is_named() -> Result<()> {
     let prompts = place.0.join("prompts.txt").display().to_string();
     let missing = place.0.join("missing.txt").display().to_string();
     let file = ["--prompt-file", prompts.as_str()];
-    let training: [(&[&str], &str); 8] = [
+    let training: [(&[&str], &str); 9] = [
         (&[], "--prompt-file"),
         (&["--prompt-file", &missing], "missing.txt"),
         (
@@ -217,6 +217,7 @@ fn what_is_wrong_is_named() -> Result<()> {
         (&[&file[..], &["--size", "260"]].concat(), "--size must be at most 256"),
         (&[&file[..], &["--rank", "0"]].concat(), "add --float32"),
         (&[&file[..], &["--targets", "to_x"]].concat(), "\"to_x\" matches no linear layer"),
+        (&[&file[..], &["--targets", "cap_embedder.1"]].concat(), "caption side alone"),
         (&[&file[..], &["--dropout", "1.5"]].concat(), "dropout must be in [0, 1), found 1.5"),
         (&[&file[..], &["--batch", "0"]].concat(), "--batch must be at least 1"),
     ];
@@ -231,6 +232,7 @@ fn what_is_wrong_is_named() -> Result<()> {
     let sampling = |student: Option<&Path>| {
         let student = student.map(|path| path.display().to_string());
         let more = student.iter().flat_map(|student| ["--student", student]).collect::<Vec<_>>();
+        let _guard = seeded(2);
         sample(&place.options(&[&["--float32"], &more[..]].concat())?, Device::Cpu, "A cat")
     };
     assert!(message(sampling(None), "no student").contains("there is no student in"));
@@ -254,7 +256,10 @@ fn what_is_wrong_is_named() -> Result<()> {
     let reshaped = message(sampling(Some(&student)), "a pair of another model");
     assert!(reshaped.contains("layers.0.attention.to_q"), "{reshaped}");
 
-    fs::remove_dir_all(place.model().join("vae"))?;
+    let decoder = place.model().join("vae/diffusion_pytorch_model.safetensors");
+    fs::remove_file(&decoder)?;
+    let missing = message(distil(&place.options(&file)?, Device::Cpu, 1), "half an autoencoder");
+    assert!(missing.contains(&decoder.display().to_string()), "{missing}");
     copy(Path::new("tests/reference/autoencoder/four_levels/vae"), &place.model().join("vae"))?;
     let channels = message(distil(&place.options(&file)?, Device::Cpu, 1), "another autoencoder");
     assert!(channels.contains("has 3 channels and the transformer 4"), "{channels}");

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
+use decoupled_dmd::Transition;
 
 use super::checkpoint::write_atomically;
 use super::recipe::Recipe;
@@ -35,11 +36,17 @@ A student of {name} that draws in {steps} steps without guidance, distilled by D
 pipe = ZImagePipeline.from_pretrained(\"path/to/{name}\", torch_dtype=torch.bfloat16).to(\"cuda\")\n{load}\n\
 image = pipe(\n    \"a cat\", height={size}, width={size}, num_inference_steps={steps}, guidance_scale=0\n).images[0]\n```\n\n\
 `num_inference_steps` is {steps} from diffusers 0.39 on and {more} before, where the last step had no length.\n\
-The scheduler is that of the base model, shift {shift}: the grid that the student was trained on.\n\n\
+The scheduler is that of the base model, shift {shift}: the grid that the student was trained on.\n{transition}\n\
 ## Recipe\n\n```json\n{json}\n```\n",
         kind = if recipe.adapter.is_some() { "lora" } else { "distillation" },
         more = steps + 1,
         shift = recipe.shift.get(),
+        transition = match recipe.transition {
+            Transition::Euler => "",
+            Transition::Renoise =>
+                "It was trained with fresh noise between steps, which this pipeline does not add: pictures\n\
+                 will differ from those of the training.\n",
+        },
         json = serde_json::to_string_pretty(recipe)?,
     );
     write_atomically(&folder.join("README.md"), |path| Ok(fs::write(path, text)?))

@@ -10,6 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
+use super::autoencoder::Decoder;
 use super::blocks::Parameters;
 use super::checkpoint::write_tensors;
 use super::config::Config;
@@ -23,7 +24,7 @@ use super::options::Options;
 use super::picture::{Sheet, write_comparison, write_grid};
 use super::pipeline::{Pipeline, loading_bar, read_shift, write_json};
 use super::plan::{Plan, Setup};
-use super::prompts::Prompts;
+use super::prompts::{Prompts, is_caption_side};
 use super::recipe::{Preset, Recipe};
 use super::report::write_curves;
 use super::student::{ADAPTER, create_folder, open_states, save_student, student_folder};
@@ -44,9 +45,10 @@ const PRESET: Preset = Preset::ZImage8Step;
 /// The recipe of a student, beside it.
 const RECIPE: &str = "recipe.json";
 
-/// Whether a folder is a whole pipeline, with its own text encoder.
+/// Whether a folder is a whole pipeline, with a text encoder and an autoencoder of its own. One of them
+/// is enough, so that an incomplete folder is not taken for a small model.
 pub fn is_released(checkpoint: &Path) -> bool {
-    checkpoint.join("text_encoder").exists()
+    ["text_encoder", "vae"].iter().any(|part| checkpoint.join(part).exists())
 }
 
 /// Prints the memory that a training would take, from the configuration alone: `transformer/config.json`
@@ -111,9 +113,14 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     let recipe = options.recipe(PRESET, shift)?;
     check_kind(options, &recipe)?;
     if let Some(adapter) = &recipe.adapter {
-        let _ = adapter.modules(&config)?;
+        ensure!(
+            adapter.modules(&config)?.iter().any(|(name, _)| !is_caption_side(name)),
+            "--targets name layers of the caption side alone, which is encoded once and stays as it is"
+        );
     }
     let size = latent_size(&options.checkpoint, &config, options.size)?;
+    // Needed at the end, and not kept until then.
+    drop(Decoder::load(&options.checkpoint, Kind::Float, Device::Cpu)?);
     let prompts = read_prompts(prompt_file)?;
     if shift.get() == TURBO_SHIFT {
         eprintln!(

@@ -91,7 +91,8 @@ pub fn latent_size(checkpoint: &Path, config: &Config, side: i64) -> Result<[i64
         let autoencoder = AutoencoderConfig::load(&path)?;
         ensure!(
             autoencoder.latent_channels == config.in_channels,
-            "the autoencoder has {} channels and the transformer {}",
+            "the autoencoder of {} has {} channels and the transformer {}",
+            checkpoint.display(),
             autoencoder.latent_channels,
             config.in_channels
         );
