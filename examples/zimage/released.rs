@@ -186,7 +186,7 @@ pub fn sample(options: &Options, device: Device, prompt: &str) -> Result<()> {
     let weights = if adapter.exists() {
         Trained::Adapter(Lora::load(&adapter, base.transformer.config(), device)?)
     } else {
-        Trained::Copy(Pipeline::load(&folder, kind(options), device)?.transformer)
+        Trained::Copy(Box::new(Pipeline::load(&folder, kind(options), device)?.transformer))
     };
     let recipe = student_recipe(options, &folder, &base)?;
     let copies = std::iter::repeat_n(&features[0], options.count as usize);
