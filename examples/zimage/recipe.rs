@@ -71,6 +71,11 @@ impl Preset {
         }
     }
 
+    /// The shift of the models that the preset is for.
+    fn shift(self) -> f64 {
+        if self == Self::Embedded { 3.0 } else { 6.0 }
+    }
+
     /// The presets side by side, for `--help`.
     ///
     /// # Errors
@@ -78,7 +83,9 @@ impl Preset {
     pub fn table() -> Result<String> {
         let columns = Self::ALL
             .into_iter()
-            .map(|preset| Ok((serde_json::to_value(preset)?, preset.recipe(Shift::NONE)?)))
+            .map(|preset| {
+                Ok((serde_json::to_value(preset)?, preset.recipe(Shift::new(preset.shift())?)?))
+            })
             .map(|column: Result<_>| {
                 let (name, recipe) = column?;
                 Ok((name, serde_json::to_value(recipe)?))
@@ -99,6 +106,7 @@ impl Preset {
             "guidance",
             "steps",
             "transition",
+            "shift",
             "dm_shift",
             "updates",
             "fake_updates",
