@@ -28,6 +28,8 @@ use super::training::{Look, Outcome, report_interruption, train_student};
 
 /// Steps of the teacher that the student is measured against.
 const TEACHER_STEPS: usize = 50;
+/// Guidance scale of that teacher, not of the recipe: students of several scales have one yardstick.
+const TEACHER_GUIDANCE: f64 = 3.0;
 /// Captions in samples.png.
 const PICTURED: usize = 36;
 
@@ -85,7 +87,7 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     println!("Distilling {} on {device:?}, {threads} threads", options.checkpoint.display());
     let start = Instant::now();
     let run = |steps, guidance, transition| Run { steps, guidance, transition };
-    let teacher_guidance = options.teacher_guidance(Preset::Embedded)?;
+    let teacher_guidance = options.teacher_guidance.unwrap_or(Guidance::new(TEACHER_GUIDANCE)?);
     let guided = run(TEACHER_STEPS, teacher_guidance, Transition::Euler);
     let reference = evaluator.generate(&teacher.transformer, guided)?;
     let mut evaluation_seconds = start.elapsed().as_secs_f64();

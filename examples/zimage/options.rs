@@ -141,7 +141,8 @@ pub struct Options {
     #[arg(long, help_heading = "Released checkpoints")]
     pub merge: bool,
 
-    /// Guidance scale of the teacher that the student is compared with; the preset's by default
+    /// Guidance scale of the teacher that the student is compared with; by default 3 for the embedded
+    /// model and 4 for released ones
     #[arg(long, value_parser = parse_guidance, help_heading = "Evaluation")]
     pub teacher_guidance: Option<Guidance>,
     /// Captions of the embedded model on which teacher and student are compared
@@ -223,16 +224,6 @@ impl Options {
     pub fn from_command_line() -> Result<Self> {
         let command = Self::command().after_help(Preset::table()?);
         Ok(Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit()))
-    }
-
-    /// Guidance of the teacher that the student is compared with.
-    ///
-    /// # Errors
-    /// None that depends on the options.
-    pub fn teacher_guidance(&self, default: Preset) -> Result<Guidance> {
-        // Not the recipe's, so that students of several guidance scales have one yardstick.
-        let preset = self.preset.unwrap_or(default).recipe(Shift::NONE)?;
-        Ok(self.teacher_guidance.unwrap_or(preset.guidance))
     }
 
     /// The recipe, with the shift of the teacher's scheduler.

@@ -71,16 +71,21 @@ impl Preset {
         }
     }
 
+    /// The shift of the models that the preset is for.
+    fn shift(self) -> f64 {
+        if self == Self::Embedded { 3.0 } else { 6.0 }
+    }
+
     /// The presets side by side, for `--help`.
     ///
     /// # Errors
     /// If a recipe cannot be written as JSON.
     pub fn table() -> Result<String> {
-        // That of the base model's scheduler.
-        let shift = Shift::new(6.0)?;
         let columns = Self::ALL
             .into_iter()
-            .map(|preset| Ok((serde_json::to_value(preset)?, preset.recipe(shift)?)))
+            .map(|preset| {
+                Ok((serde_json::to_value(preset)?, preset.recipe(Shift::new(preset.shift())?)?))
+            })
             .map(|column: Result<_>| {
                 let (name, recipe) = column?;
                 Ok((name, serde_json::to_value(recipe)?))
@@ -101,6 +106,7 @@ impl Preset {
             "guidance",
             "steps",
             "transition",
+            "shift",
             "dm_shift",
             "updates",
             "fake_updates",
@@ -138,12 +144,12 @@ fn embedded(shift: Shift) -> Result<Recipe> {
     };
     Ok(Recipe {
         schedule: Schedule::DecoupledHybrid,
-        guidance: Guidance::new(3.0)?,
+        guidance: Guidance::new(4.0)?,
         steps: 8,
         transition: Transition::Euler,
         shift,
         // With that of the grid, samples become as faint as those of the unguided teacher.
-        dm_shift: Shift::NONE,
+        dm_shift: Shift::new(0.5)?,
         updates: 150,
         fake_updates: 5,
         fake_warmup: 20,

@@ -38,6 +38,8 @@ use super::weights::read_json;
 const PICTURED: usize = 4;
 /// Steps of the teacher beside the student in samples.png.
 const TEACHER_STEPS: usize = 50;
+/// Its guidance scale: the least that the base model's card recommends, in this form.
+const TEACHER_GUIDANCE: f64 = 4.0;
 /// Shift of the guidance-distilled Z-Image-Turbo; the base model's is 6.
 const TURBO_SHIFT: f64 = 3.0;
 /// Where options start from.
@@ -178,7 +180,7 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     println!("\nTraining {seconds:.0} s; the student is in {}", folder.display());
     let many_steps = Drawing {
         steps: TEACHER_STEPS,
-        guidance: options.teacher_guidance(PRESET)?,
+        guidance: options.teacher_guidance.unwrap_or(Guidance::new(TEACHER_GUIDANCE)?),
         transition: Transition::Euler,
     };
     let columns =

@@ -25,7 +25,7 @@ impl<'a> From<&'a ZImageTransformer> for Network<'a> {
 #[derive(Debug)]
 pub enum Trained {
     /// A whole model of its own, trained but for its caption side.
-    Copy(ZImageTransformer),
+    Copy(Box<ZImageTransformer>),
     /// Pairs on top of the base, which is shared.
     Adapter(Lora),
 }
@@ -38,7 +38,7 @@ impl Trained {
     pub fn new(base: &ZImageTransformer, adapter: Option<&LoraSettings>) -> Result<Self> {
         Ok(match adapter {
             Some(settings) => Self::Adapter(Lora::new(base.config(), settings, base.device())?),
-            None => Self::Copy(base.duplicate()?),
+            None => Self::Copy(Box::new(base.duplicate()?)),
         })
     }
 
@@ -60,7 +60,7 @@ impl Trained {
     /// If libtorch cannot allocate it.
     pub fn duplicate(&self) -> Result<Self> {
         Ok(match self {
-            Self::Copy(model) => Self::Copy(model.duplicate()?),
+            Self::Copy(model) => Self::Copy(Box::new(model.duplicate()?)),
             Self::Adapter(lora) => Self::Adapter(lora.duplicate()?),
         })
     }
@@ -68,7 +68,7 @@ impl Trained {
     /// What to sample with.
     pub fn network<'a>(&'a self, base: &'a ZImageTransformer) -> Network<'a> {
         match self {
-            Self::Copy(model) => model.into(),
+            Self::Copy(model) => (&**model).into(),
             Self::Adapter(lora) => Network { model: base, role: Role::adapted(lora) },
         }
     }
@@ -80,7 +80,7 @@ impl Trained {
         tape: Option<&'a Tape>,
     ) -> Network<'a> {
         let Network { model, role } = match self {
-            Self::Copy(model) => model.into(),
+            Self::Copy(model) => (&**model).into(),
             Self::Adapter(lora) => Network { model: base, role: Role::training(lora) },
         };
         Network { model, role: tape.map_or(role, |tape| role.checkpointed(tape)) }
