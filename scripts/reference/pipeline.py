@@ -178,7 +178,7 @@ def check(folder, run):
     pipeline.load_lora_weights(run / "student")
     loaded = pairs(pipeline.transformer)
     print(f"{len(loaded)} pairs of {len(in_file)} loaded")
-    if loaded != in_file or not loaded:
+    if loaded != in_file or len(keys) != 2 * len(in_file) or not loaded:
         faults += 1
         print("not loaded, or loaded without being in the file:", sorted(loaded ^ in_file))
     report("adapter, images of diffusers against Rust", images(pipeline))
