@@ -14,12 +14,14 @@ mod ablation;
 mod zimage;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ablation::arm::Arm;
 use ablation::bench::Bench;
 use ablation::experiments::{self, Experiment};
+use ablation::report;
+use ablation::results::Results;
 use ablation::run::{run, write_reference};
 use ablation::training::Material;
 use anyhow::{Context, Result, ensure};
@@ -30,6 +32,9 @@ use zimage::data::EmojiData;
 use zimage::metrics::Judge;
 use zimage::pipeline::Pipeline;
 use zimage::prompts::Prompts;
+
+/// The document with placeholders in place of numbers.
+const TEMPLATE: &str = include_str!("ablation/reproduction.md");
 
 /// Runs experiments on the paper's claims.
 #[derive(Debug, Parser)]
@@ -44,7 +49,10 @@ struct Options {
     /// Seeds of each experiment, from 0; by default as many as are reported
     #[arg(long)]
     seeds: Option<u64>,
-    /// Every experiment for two updates on a few captions
+    /// Run nothing: write the document, its tables and plots from the result files
+    #[arg(long)]
+    report: bool,
+    /// Every experiment for two updates on a few captions, and its report
     #[arg(long)]
     quick: bool,
     /// Where result files and pictures go
@@ -107,6 +115,10 @@ fn work(options: &Options) -> Result<()> {
     let default = if options.quick { "runs/ablation-quick" } else { "docs/reproduction" };
     let out = options.out.clone().unwrap_or_else(|| default.into());
     let results = out.join("results");
+    let document = out.with_extension("md");
+    if options.report {
+        return write_report(options, &results, &document, &out);
+    }
     fs::create_dir_all(&results).with_context(|| format!("creating {}", results.display()))?;
 
     let device = decoupled_dmd::default_device();
@@ -140,7 +152,20 @@ fn work(options: &Options) -> Result<()> {
             }
         }
     }
+    if options.quick {
+        write_report(options, &results, &document, &out)?;
+    }
     Ok(())
+}
+
+/// The document from all result files that are there.
+fn write_report(options: &Options, results: &Path, document: &Path, figures: &Path) -> Result<()> {
+    let mut experiments = experiments::all();
+    for experiment in &mut experiments {
+        experiment.arms = experiment.arms.drain(..).map(|arm| adapted(arm, options)).collect();
+    }
+    let results = Results::load(results, experiments)?;
+    report::write(TEMPLATE, document, figures, &results)
 }
 
 fn adapted(arm: Arm, options: &Options) -> Arm {

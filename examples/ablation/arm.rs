@@ -98,15 +98,15 @@ impl Arm {
             coupled: false,
             observer: false,
             guidance: 3.0,
-            updates: 60,
+            updates: 40,
             batch: 16,
             fake_updates: 3,
             fake_warmup: 12,
             student_learning_rate: 1e-4,
-            fake_learning_rate: 2e-4,
-            warmup: 10,
+            fake_learning_rate: 4e-4,
+            warmup: 8,
             ema: 0.9,
-            measure_every: 15,
+            measure_every: 10,
         }
     }
 

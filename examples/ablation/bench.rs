@@ -13,7 +13,7 @@ use crate::zimage::evaluation::{Evaluator, Run};
 use crate::zimage::metrics::Judge;
 
 /// Captions whose samples are drawn in the strips.
-pub const PICTURED: usize = 8;
+pub const PICTURED: usize = 5;
 /// Samples that an observer looks at.
 const OBSERVED: usize = 32;
 /// Times at which it looks, as the networks see them.

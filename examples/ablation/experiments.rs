@@ -105,8 +105,8 @@ fn dose() -> Vec<Arm> {
         change("guidance-6", |arm| arm.guidance = 6.0),
         change("guidance-12", |arm| arm.guidance = 12.0),
         change("fake-updates-1", |arm| arm.fake_updates = 1),
-        change("fake-rate-low", |arm| arm.fake_learning_rate = 2e-5),
-        change("fake-rate-high", |arm| arm.fake_learning_rate = 1e-3),
+        change("fake-rate-low", |arm| arm.fake_learning_rate = 4e-5),
+        change("fake-rate-high", |arm| arm.fake_learning_rate = 1.6e-3),
     ]
 }
 

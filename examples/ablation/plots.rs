@@ -1,0 +1,212 @@
+//! Curves over the updates, spectra, and what observers saw, as SVG.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+use plotters::coord::Shift;
+use plotters::prelude::*;
+
+use super::experiments::Experiment;
+use super::record::{Point, RunRecord};
+use super::results::Results;
+
+type Curve = Vec<(f64, f64)>;
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+type Drawn = Result<(), Box<dyn std::error::Error>>;
+
+/// Curves under one name: a thin one a seed, a bold one for their mean.
+struct Bundle {
+    name: String,
+    curves: Vec<Curve>,
+}
+
+/// One diagram.
+struct Panel {
+    title: &'static str,
+    x_axis: &'static str,
+    bundles: Vec<Bundle>,
+}
+
+/// Alignment, Fréchet distance, drift and saturation of all arms of an experiment.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_curves(path: &Path, results: &Results, experiment: &Experiment) -> Result<()> {
+    type Read<'a> = &'a dyn Fn(&Point) -> f64;
+    let drift = |point: &Point| results.drift(point.measurement.variance);
+    let panels: [(&'static str, Read<'_>); 4] = [
+        ("Alignment, %", &|point| 100.0 * point.measurement.alignment),
+        ("Fréchet distance", &|point| point.measurement.frechet_distance),
+        ("Variance drift against the guided teacher", &drift),
+        ("Saturation", &|point| point.measurement.saturation),
+    ];
+    let panels = panels
+        .into_iter()
+        .map(|(title, read)| {
+            let bundles = bundles(results, experiment, |run| {
+                run.points.iter().map(|point| (point.update as f64, read(point))).collect()
+            })?;
+            Ok(Panel { title, x_axis: "update of the student", bundles })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    write(path, &panels, 2)
+}
+
+/// Power of the change of the samples, as a share of all of it, over frequencies.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_spectra(path: &Path, results: &Results, experiment: &Experiment) -> Result<()> {
+    let share = |run: &RunRecord| {
+        let all: f64 = run.change_spectrum.iter().sum();
+        (0..)
+            .zip(&run.change_spectrum)
+            .map(|(ring, power)| (f64::from(ring), power / all))
+            .collect()
+    };
+    let size = |run: &RunRecord| {
+        (0..)
+            .zip(&run.change_spectrum)
+            .map(|(ring, power)| (f64::from(ring), power.max(1e-12).log10()))
+            .collect()
+    };
+    let x_axis = "periods to an image";
+    let panels = [
+        Panel {
+            title: "Share of the change's power",
+            x_axis,
+            bundles: bundles(results, experiment, share)?,
+        },
+        Panel {
+            title: "Power of the change, log10",
+            x_axis,
+            bundles: bundles(results, experiment, size)?,
+        },
+    ];
+    write(path, &panels, 2)
+}
+
+/// Drift of samples and of what fake score and teacher make of them, for each time that was looked at.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_observations(path: &Path, results: &Results, experiment: &Experiment) -> Result<()> {
+    const TITLES: [&str; 3] =
+        ["Seen at a noisy time, 0.2", "Seen at time 0.5", "Seen at a clean time, 0.8"];
+    let runs = || {
+        experiment
+            .arms
+            .iter()
+            .filter_map(|arm| results.runs(&arm.name).ok())
+            .flat_map(<[RunRecord]>::iter)
+    };
+    let mut panels = Vec::new();
+    for (index, title) in TITLES.into_iter().enumerate() {
+        let curves = |read: fn(&super::bench::Observation) -> f64| {
+            runs()
+                .map(|run| {
+                    run.points
+                        .iter()
+                        .filter_map(|point| {
+                            let seen = point.observations.get(index)?;
+                            Some((point.update as f64, results.drift(read(seen))))
+                        })
+                        .collect()
+                })
+                .collect()
+        };
+        let bundle = |name: &str, read| Bundle { name: name.to_owned(), curves: curves(read) };
+        panels.push(Panel {
+            title,
+            x_axis: "update of the student",
+            bundles: vec![
+                bundle("sample", |seen| seen.sample),
+                bundle("fake score", |seen| seen.fake),
+                bundle("teacher", |seen| seen.teacher),
+            ],
+        });
+    }
+    write(path, &panels, 3)
+}
+
+fn bundles(
+    results: &Results,
+    experiment: &Experiment,
+    curve: impl Fn(&RunRecord) -> Curve,
+) -> Result<Vec<Bundle>> {
+    experiment
+        .arms
+        .iter()
+        .map(|arm| {
+            let curves = results.runs(&arm.name)?.iter().map(&curve).collect();
+            Ok(Bundle { name: arm.name.clone(), curves })
+        })
+        .collect()
+}
+
+impl Bundle {
+    /// Mean over the curves at the places that all of them have.
+    fn mean(&self) -> Curve {
+        let shortest = self.curves.iter().map(Vec::len).min().unwrap_or(0);
+        let count = self.curves.len() as f64;
+        let mean = |index: usize| {
+            let sum: f64 = self.curves.iter().map(|curve| curve[index].1).sum();
+            (self.curves[0][index].0, sum / count)
+        };
+        (0..shortest).map(mean).collect()
+    }
+}
+
+fn write(path: &Path, panels: &[Panel], columns: usize) -> Result<()> {
+    let folder = path.parent().context("a plot needs a folder")?;
+    std::fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+    draw(path, panels, columns).map_err(|error| anyhow!("drawing {}: {error}", path.display()))
+}
+
+fn draw(path: &Path, panels: &[Panel], columns: usize) -> Drawn {
+    let rows = panels.len().div_ceil(columns);
+    let size = (460 * columns as u32, 330 * rows as u32);
+    let root = SVGBackend::new(path, size).into_drawing_area();
+    root.fill(&WHITE)?;
+    for (area, panel) in root.split_evenly((rows, columns)).iter().zip(panels) {
+        draw_panel(area, panel)?;
+    }
+    root.present()?;
+    Ok(())
+}
+
+fn draw_panel(area: &Area<'_>, panel: &Panel) -> Drawn {
+    let points = || panel.bundles.iter().flat_map(|bundle| &bundle.curves).flatten();
+    let last = points().map(|(x, _)| *x).fold(1.0, f64::max);
+    let low = points().map(|(_, y)| *y).fold(f64::INFINITY, f64::min);
+    let high = points().map(|(_, y)| *y).fold(f64::NEG_INFINITY, f64::max);
+    if !(low.is_finite() && high.is_finite()) {
+        return Ok(());
+    }
+    let margin = (0.05 * (high - low)).max(1e-3);
+    let mut chart = ChartBuilder::on(area)
+        .caption(panel.title, ("sans-serif", 16))
+        .margin(10)
+        .x_label_area_size(32)
+        .y_label_area_size(52)
+        .build_cartesian_2d(0.0..last, low - margin..high + margin)?;
+    chart.configure_mesh().x_desc(panel.x_axis).light_line_style(WHITE).draw()?;
+    for (index, bundle) in panel.bundles.iter().enumerate() {
+        let color = Palette99::pick(index).to_rgba();
+        if bundle.curves.len() > 1 {
+            for curve in &bundle.curves {
+                chart.draw_series(LineSeries::new(curve.clone(), color.mix(0.35)))?;
+            }
+        }
+        chart
+            .draw_series(LineSeries::new(bundle.mean(), color.stroke_width(2)))?
+            .label(bundle.name.as_str())
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color.stroke_width(2)));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperLeft)
+        .background_style(WHITE.mix(0.7))
+        .draw()?;
+    Ok(())
+}
