@@ -76,7 +76,12 @@ impl<'a> Bench<'a> {
         Ok(Self { evaluator })
     }
 
-    /// Captions measured on.
+    /// Indices of the captions measured on.
+    pub fn items(&self) -> &[i64] {
+        &self.evaluator.items
+    }
+
+    /// How many captions are measured on.
     pub fn captions(&self) -> usize {
         self.evaluator.items.len()
     }

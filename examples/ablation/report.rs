@@ -99,11 +99,16 @@ impl Report<'_> {
 
     /// One row an arm, the teacher below.
     fn table(&self, experiment: &str) -> Result<String> {
-        const FIELDS: [Field; 5] =
-            [Field::Alignment, Field::Frechet, Field::BestFrechet, Field::Drift, Field::Saturation];
+        const FIELDS: [Field; 5] = [
+            Field::LateAlignment,
+            Field::LateFrechet,
+            Field::BestFrechet,
+            Field::Drift,
+            Field::Saturation,
+        ];
         let mut text = String::from(
-            "| arm | seeds | alignment, % | Fréchet distance | its best on the way | drift | \
-             saturation |\n|---|---|---|---|---|---|---|\n",
+            "| arm | seeds | alignment, % | Fréchet distance | its best on the way | last drift | \
+             last saturation |\n|---|---|---|---|---|---|---|\n",
         );
         let experiment = self.results.experiment(experiment)?;
         for arm in &experiment.arms {

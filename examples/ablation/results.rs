@@ -20,6 +20,10 @@ pub enum Field {
     Frechet,
     /// Smallest on the way.
     BestFrechet,
+    /// Mean over the second half of the measurements, which move from one to the next.
+    LateFrechet,
+    /// In percent, the same mean.
+    LateAlignment,
     /// Log ratio of the mean variance of a sample to that of the guided teacher's.
     Drift,
     /// Largest on the way.
@@ -33,10 +37,12 @@ pub enum Field {
 }
 
 impl Field {
-    pub const ALL: [(&'static str, Self); 10] = [
+    pub const ALL: [(&'static str, Self); 12] = [
         ("alignment", Self::Alignment),
         ("frechet", Self::Frechet),
         ("best-frechet", Self::BestFrechet),
+        ("late-frechet", Self::LateFrechet),
+        ("late-alignment", Self::LateAlignment),
         ("drift", Self::Drift),
         ("highest-drift", Self::HighestDrift),
         ("saturation", Self::Saturation),
@@ -61,7 +67,7 @@ impl Field {
     /// Digits after the point.
     pub fn digits(self) -> usize {
         match self {
-            Self::Alignment => 1,
+            Self::Alignment | Self::LateAlignment => 1,
             Self::Drift | Self::HighestDrift | Self::DmToCa => 2,
             _ => 3,
         }
@@ -145,6 +151,8 @@ impl Results {
             Field::Alignment => Some(100.0 * last.measurement.alignment),
             Field::Frechet => Some(last.measurement.frechet_distance),
             Field::BestFrechet => over(|p| p.measurement.frechet_distance).reduce(f64::min),
+            Field::LateFrechet => late(run, |p| p.measurement.frechet_distance),
+            Field::LateAlignment => late(run, |p| 100.0 * p.measurement.alignment),
             Field::Drift => Some(self.drift(last.measurement.variance)),
             Field::HighestDrift => {
                 over(|p| p.measurement.variance).reduce(f64::max).map(|v| self.drift(v))
@@ -184,4 +192,12 @@ impl Results {
         }
         Ok(Interval::of(&differences))
     }
+}
+
+/// Mean over the measurements of the second half of the planned updates; `None` where a run has ended
+/// before.
+fn late(run: &RunRecord, of: fn(&super::record::Point) -> f64) -> Option<f64> {
+    let values: Vec<f64> =
+        run.points.iter().filter(|point| 2 * point.update >= run.arm.updates).map(of).collect();
+    Interval::of(&values).map(|interval| interval.mean)
 }

@@ -239,8 +239,11 @@ impl<'a> Trainer<'a> {
         Ok(record)
     }
 
-    /// The sum of the arm's terms.
-    fn objective<'o>(
+    /// The sum of the arm's terms, over the teacher.
+    ///
+    /// # Errors
+    /// If a shield lacks its network, or a setting is out of range.
+    pub fn objective<'o>(
         &'o self,
         dm: Option<&'o DistributionMatching<'o>>,
         gan: Option<&'o Adversarial<'o>>,
