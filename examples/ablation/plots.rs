@@ -10,6 +10,10 @@ use super::experiments::Experiment;
 use super::record::{Point, RunRecord};
 use super::results::Results;
 
+/// Size of one entry of the legend.
+const LEGEND_WIDTH: u32 = 190;
+const LEGEND_HEIGHT: u32 = 20;
+
 type Curve = Vec<(f64, f64)>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), Box<dyn std::error::Error>>;
@@ -145,6 +149,10 @@ fn bundles(
 }
 
 impl Bundle {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Mean over the curves at the places that all of them have.
     fn mean(&self) -> Curve {
         let shortest = self.curves.iter().map(Vec::len).min().unwrap_or(0);
@@ -165,14 +173,49 @@ fn write(path: &Path, panels: &[Panel], columns: usize) -> Result<()> {
 
 fn draw(path: &Path, panels: &[Panel], columns: usize) -> Drawn {
     let rows = panels.len().div_ceil(columns);
-    let size = (460 * columns as u32, 330 * rows as u32);
-    let root = SVGBackend::new(path, size).into_drawing_area();
+    let names: Vec<&str> =
+        panels.first().map_or(&[][..], |panel| &panel.bundles).iter().map(Bundle::name).collect();
+    let width = 460 * columns as u32;
+    let legend_rows = (names.len() as u32).div_ceil(width / LEGEND_WIDTH);
+    let legend_height = LEGEND_HEIGHT * legend_rows + 8;
+    let root =
+        SVGBackend::new(path, (width, 320 * rows as u32 + legend_height)).into_drawing_area();
     root.fill(&WHITE)?;
-    for (area, panel) in root.split_evenly((rows, columns)).iter().zip(panels) {
+    let (above, legend) = root.split_vertically(320 * rows as u32);
+    for (area, panel) in above.split_evenly((rows, columns)).iter().zip(panels) {
         draw_panel(area, panel)?;
     }
+    draw_legend(&legend, &names, width)?;
     root.present()?;
     Ok(())
+}
+
+/// One legend for all diagrams, below them, where it hides no curve.
+fn draw_legend(area: &Area<'_>, names: &[&str], width: u32) -> Drawn {
+    let across = (width / LEGEND_WIDTH) as usize;
+    for (index, name) in names.iter().enumerate() {
+        let x = 20 + (index % across) as i32 * LEGEND_WIDTH as i32;
+        let y = (index / across) as i32 * LEGEND_HEIGHT as i32 + 8;
+        area.draw(&PathElement::new([(x, y), (x + 20, y)], color(index).stroke_width(3)))?;
+        area.draw(&Text::new((*name).to_owned(), (x + 26, y - 7), ("sans-serif", 13)))?;
+    }
+    Ok(())
+}
+
+/// Colours that those who see few of them tell apart too (Okabe and Ito).
+fn color(index: usize) -> RGBColor {
+    const COLORS: [(u8, u8, u8); 8] = [
+        (0, 114, 178),
+        (213, 94, 0),
+        (0, 158, 115),
+        (204, 121, 167),
+        (86, 180, 233),
+        (230, 159, 0),
+        (0, 0, 0),
+        (140, 140, 140),
+    ];
+    let (red, green, blue) = COLORS[index % COLORS.len()];
+    RGBColor(red, green, blue)
 }
 
 fn draw_panel(area: &Area<'_>, panel: &Panel) -> Drawn {
@@ -192,21 +235,12 @@ fn draw_panel(area: &Area<'_>, panel: &Panel) -> Drawn {
         .build_cartesian_2d(0.0..last, low - margin..high + margin)?;
     chart.configure_mesh().x_desc(panel.x_axis).light_line_style(WHITE).draw()?;
     for (index, bundle) in panel.bundles.iter().enumerate() {
-        let color = Palette99::pick(index).to_rgba();
         if bundle.curves.len() > 1 {
             for curve in &bundle.curves {
-                chart.draw_series(LineSeries::new(curve.clone(), color.mix(0.35)))?;
+                chart.draw_series(LineSeries::new(curve.clone(), color(index).mix(0.3)))?;
             }
         }
-        chart
-            .draw_series(LineSeries::new(bundle.mean(), color.stroke_width(2)))?
-            .label(bundle.name.as_str())
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color.stroke_width(2)));
+        chart.draw_series(LineSeries::new(bundle.mean(), color(index).stroke_width(2)))?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
-        .background_style(WHITE.mix(0.7))
-        .draw()?;
     Ok(())
 }
