@@ -4,28 +4,32 @@
 //! ```sh
 //! cargo run --release --example train_teacher -- --out teacher-run --steps 12000 --bf16
 //! ```
-//! An interrupted run goes on from its last checkpoint in `--out`, with the same numbers.
+//! An interrupted run goes on from its last state in `--out`, with the same numbers.
 
 mod zimage;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use decoupled_dmd::{Condition, FewStepGrid, Guidance, Sampler, Shift, Transition};
 use tch::{Device, Kind, Tensor};
+use zimage::Role;
 use zimage::adapter::denoiser;
 use zimage::blocks::Parameters;
-use zimage::checkpoint::{read_tensors, write_tensors};
+use zimage::checkpoint::{prefixed, restore};
 use zimage::data::EmojiData;
 use zimage::ema::Ema;
+use zimage::fingerprint::fingerprint;
 use zimage::flow_matching::{SHIFT, flow_matching_loss, step_seed};
-use zimage::optimizer::{AdamW, AdamWSettings, copy_into};
+use zimage::interrupt::{INTERRUPTED, Interrupt};
+use zimage::optimizer::{AdamW, AdamWSettings};
 use zimage::picture::write_grid;
 use zimage::pipeline::Pipeline;
 use zimage::teacher_options::TeacherOptions;
+use zimage::training_state::{Progress, StateFolder};
 use zimage::{Config, ZImageTransformer};
 
 /// Steps between two progress lines.
@@ -41,7 +45,7 @@ const PLAIN_CAPTION: f64 = 0.1;
 
 const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let arguments = TeacherOptions::parse();
     ensure!(arguments.batch > 0, "--batch must be positive");
     ensure!(
@@ -62,12 +66,22 @@ fn main() -> Result<()> {
     let data = EmojiData::load(&arguments.data)?;
     let mut trainer = Trainer::new(&arguments, config, &data)?;
     if let Some(steps) = arguments.measure {
-        return trainer.measure(steps);
+        trainer.measure(steps)?;
+        return Ok(ExitCode::SUCCESS);
     }
     fs::create_dir_all(&arguments.out)
         .with_context(|| format!("creating {}", arguments.out.display()))?;
-    trainer.resume()?;
-    trainer.run()
+    let mut states = open_states(&arguments, trainer.model.config())?;
+    trainer.resume(&states)?;
+    if !trainer.run(&mut states)? {
+        println!(
+            "Stopped after step {} of {}; the same command goes on from there",
+            trainer.step, arguments.steps
+        );
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
+    states.remove()?;
+    Ok(ExitCode::SUCCESS)
 }
 
 struct Trainer<'a> {
@@ -184,7 +198,9 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    fn run(&mut self) -> Result<()> {
+    /// Runs the steps that are left; whether none was left out because the user stopped it.
+    fn run(&mut self, states: &mut StateFolder) -> Result<bool> {
+        let interrupt = Interrupt::install()?;
         let (mut start, mut since) = (Instant::now(), self.step);
         let mut sums = [0.0, 0.0];
         while self.step < self.arguments.steps {
@@ -207,8 +223,12 @@ impl<'a> Trainer<'a> {
                 (start, since, sums) = (Instant::now(), self.step, [0.0, 0.0]);
             }
             let is_last = self.step == self.arguments.steps;
-            if is_last || self.step.is_multiple_of(SAVE_EVERY) {
-                self.save()?;
+            let stop = interrupt.is_requested();
+            if is_last || stop || self.step.is_multiple_of(SAVE_EVERY) {
+                self.save(states)?;
+            }
+            if stop && !is_last {
+                return Ok(false);
             }
             let preview = self.arguments.preview;
             if preview > 0 && (is_last || self.step.is_multiple_of(preview)) {
@@ -216,7 +236,7 @@ impl<'a> Trainer<'a> {
                 (start, since, sums) = (Instant::now(), self.step, [0.0, 0.0]);
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// The averaged model, in the dtype of the forward pass.
@@ -250,13 +270,14 @@ impl<'a> Trainer<'a> {
         let mut picks: Vec<i64> =
             (0..trained).map(|i| self.train[i * self.train.len() / trained]).collect();
         picks.extend((0..held_out_share).map(|i| held_out[i * held_out.len() / held_out_share]));
-        let captions = Condition::from(model.encode_captions(&self.full_captions(&picks))?);
-        let empty = model.encode_captions(std::slice::from_ref(&self.empty))?;
+        let captions =
+            Condition::from(model.encode_captions(&self.full_captions(&picks), Role::BASE)?);
+        let empty = model.encode_captions(std::slice::from_ref(&self.empty), Role::BASE)?;
         let null = Condition::from(empty.f_expand([picks.len() as i64, -1, -1], false)?);
         let real = self.data.images.f_index_select(0, &Tensor::f_from_slice(&picks)?)?;
         tch::manual_seed(step_seed(self.arguments.seed, u64::MAX - 3));
         let noise = real.f_randn_like()?;
-        let denoiser = denoiser(&model);
+        let denoiser = denoiser(&model, Role::BASE);
         let grid = FewStepGrid::even(30, Shift::new(SHIFT)?)?;
         let mut columns = vec![real];
         for guidance in [1.0, 3.0] {
@@ -280,58 +301,43 @@ impl<'a> Trainer<'a> {
         items.iter().map(|item| self.captions[*item as usize][0].shallow_clone()).collect()
     }
 
-    fn state_path(&self) -> PathBuf {
-        self.arguments.out.join("state.safetensors")
+    /// Everything that training changes; storage is shared, but for the count of steps.
+    fn state(&self) -> Parameters {
+        let parameters = |model: &ZImageTransformer| model.named_parameters().into_iter().collect();
+        prefixed("weights", parameters(&self.model))
+            .chain(prefixed("average", parameters(&self.ema.model)))
+            .chain(prefixed("adamw", self.optimizer.state()))
+            .chain([("step".to_owned(), Tensor::from(self.step as i64))])
+            .collect()
     }
 
     /// Writes everything needed to go on, and the averaged model as a diffusers folder.
-    fn save(&self) -> Result<()> {
-        let mut state = Parameters::new();
-        let optimizer = self.optimizer.state();
-        for (prefix, tensors) in [
-            ("weights", self.model.parameters()),
-            ("average", self.ema.model.parameters()),
-            ("adamw", &optimizer),
-        ] {
-            for (name, tensor) in tensors {
-                state.insert(format!("{prefix}.{name}"), tensor.shallow_clone());
-            }
-        }
-        state.insert("step".into(), Tensor::from(self.step as i64));
-        write_tensors(&self.state_path(), &state)?;
+    fn save(&self, states: &mut StateFolder) -> Result<()> {
+        states.save(&self.state(), Progress::default())?;
         Pipeline { transformer: self.ema.model.duplicate()?, shift: Shift::new(SHIFT)? }
             .save(&self.arguments.out.join("teacher"))
     }
 
-    fn resume(&mut self) -> Result<()> {
-        let path = self.state_path();
-        if !path.exists() {
-            return Ok(());
-        }
-        let state = read_tensors(&path)?;
-        restore(self.model.parameters(), &state, "weights", &path)?;
-        restore(self.ema.model.parameters(), &state, "average", &path)?;
-        let optimizer = state
-            .iter()
-            .filter_map(|(name, tensor)| {
-                Some((name.strip_prefix("adamw.")?.to_owned(), tensor.shallow_clone()))
-            })
-            .collect();
-        self.optimizer.load_state(&optimizer)?;
-        let step = state.get("step").context("the checkpoint has no step")?;
-        self.step = u64::try_from(i64::try_from(step)?)?;
-        println!("going on from step {}", self.step);
+    fn resume(&mut self, states: &StateFolder) -> Result<()> {
+        let Some((state, _)) = states.load()? else { return Ok(()) };
+        let step = state.get("step").context("the training state has no step")?;
+        let step = u64::try_from(i64::try_from(step)?)?;
+        restore(&self.state(), &state)?;
+        self.step = step;
+        println!("Going on from step {}; --fresh starts anew", self.step);
         Ok(())
     }
 }
 
-/// Copies the tensors under `prefix` into `parameters`.
-fn restore(parameters: &Parameters, state: &Parameters, prefix: &str, path: &Path) -> Result<()> {
-    for (name, parameter) in parameters {
-        let name = format!("{prefix}.{name}");
-        let saved = state.get(&name).with_context(|| format!("{} lacks {name}", path.display()))?;
-        copy_into(&mut parameter.shallow_clone(), saved)
-            .with_context(|| format!("restoring {name}"))?;
-    }
-    Ok(())
+/// Where the run's state is kept; finds an unfinished run of the same recipe and data.
+fn open_states(arguments: &TeacherOptions, config: &Config) -> Result<StateFolder> {
+    let identity = serde_json::json!({
+        "recipe": arguments,
+        "config": config,
+        "data": {
+            "captions and pictures": fingerprint(&arguments.data)?,
+            "initial weights": arguments.from.as_deref().map(fingerprint).transpose()?,
+        },
+    });
+    StateFolder::open(&arguments.out.join("state"), &identity, arguments.fresh)
 }

@@ -8,27 +8,30 @@
 
 mod zimage;
 
-use std::fs::{self, File};
-use std::io::Write as _;
+use std::fs;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
-use indicatif::{ProgressBar, ProgressStyle};
 use tch::{Device, Kind, Tensor};
+use zimage::Role;
 use zimage::adapter::denoiser;
 use zimage::classifier::Classifier;
 use zimage::data::{EmojiData, Item};
-use zimage::distillation::{Distillation, Recipe, Record};
+use zimage::distillation::{Distillation, Recipe};
 use zimage::evaluation::{Evaluator, Row, Run};
-use zimage::metrics::{Judge, Scores};
+use zimage::fingerprint::fingerprint;
+use zimage::interrupt::INTERRUPTED;
+use zimage::metrics::Judge;
 use zimage::options::Options;
 use zimage::picture::{write_comparison, write_grid};
 use zimage::pipeline::{Pipeline, write_json};
 use zimage::prompts::Prompts;
 use zimage::report::{Report, Summary, table, write_curves};
+use zimage::training::{Outcome, train_student};
+use zimage::training_state::StateFolder;
 
 /// Steps of the teacher that the student is measured against.
 const TEACHER_STEPS: usize = 50;
@@ -38,11 +41,11 @@ const PICTURED: usize = 36;
 fn main() -> ExitCode {
     let options = Options::parse();
     let outcome = match &options.sample {
-        Some(caption) => sample(&options, caption),
+        Some(caption) => sample(&options, caption).map(|()| ExitCode::SUCCESS),
         None => distil(&options),
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -70,7 +73,7 @@ fn sample(options: &Options, caption: &str) -> Result<()> {
         folder.display()
     );
     let data = EmojiData::load(&options.data)?;
-    let student = Pipeline::load(&folder, Kind::Float, device)?;
+    let student = Pipeline::load_observed(&folder, Kind::Float, device, &loading_bar()?)?;
     let captions = std::iter::repeat_n(caption, options.count as usize);
     let prompts = Prompts::encode(&student.transformer, &data.vocabulary, captions)?;
     let items: Vec<i64> = (0..options.count).collect();
@@ -78,7 +81,7 @@ fn sample(options: &Options, caption: &str) -> Result<()> {
     let (_, channels, height, width) = data.images.size4()?;
     tch::manual_seed(options.seed as i64);
     let noise = Tensor::f_randn([options.count, channels, height, width], (Kind::Float, device))?;
-    let denoiser = denoiser(&student.transformer);
+    let denoiser = denoiser(&student.transformer, Role::BASE);
     let grid = FewStepGrid::even(options.steps, student.shift)?;
     let images = Sampler::new(&denoiser, grid, options.transition).sample(&noise, &cond)?;
     let path = options.out.join("sample.png");
@@ -89,10 +92,18 @@ fn sample(options: &Options, caption: &str) -> Result<()> {
     Ok(())
 }
 
+/// Progress of reading weights, which takes a while for a large model.
+fn loading_bar() -> Result<ProgressBar> {
+    let style =
+        ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} of weights, {eta} left")?;
+    Ok(ProgressBar::no_length().with_style(style))
+}
+
 /// Trains a student and compares it with its teacher.
-fn distil(options: &Options) -> Result<()> {
+fn distil(options: &Options) -> Result<ExitCode> {
     let (device, threads) = set_up(options)?;
-    let teacher = Pipeline::load(&options.checkpoint, Kind::Float, device)?;
+    let progress = loading_bar()?;
+    let teacher = Pipeline::load_observed(&options.checkpoint, Kind::Float, device, &progress)?;
     let recipe = options.recipe(teacher.shift)?;
     let data = EmojiData::load(&options.data)?;
     check_model(&teacher, &data)?;
@@ -102,6 +113,7 @@ fn distil(options: &Options) -> Result<()> {
     let evaluator = Evaluator::new(judge, &prompts, &data, teacher.shift, options.prompts)?;
     fs::create_dir_all(&options.out)
         .with_context(|| format!("creating {}", options.out.display()))?;
+    let mut states = open_states(options, &recipe)?;
 
     println!("Distilling {} on {device:?}, {threads} threads", options.checkpoint.display());
     let start = Instant::now();
@@ -114,12 +126,20 @@ fn distil(options: &Options) -> Result<()> {
     let mut distillation =
         Distillation::new(recipe.clone(), &teacher.transformer, &prompts, &train, &data.images)?;
     let few = run(recipe.steps, Guidance::NEUTRAL, recipe.transition);
-    let start = Instant::now();
-    let history = train_student(options, &mut distillation, |distillation| {
+    let outcome = train_student(options, &mut distillation, &mut states, |distillation| {
         let samples = evaluator.generate(distillation.student(), few)?;
         evaluator.row("student", few, &samples, &reference)
     })?;
-    let training_seconds = start.elapsed().as_secs_f64();
+    let Outcome::Finished { history, seconds: training_seconds } = outcome else {
+        println!(
+            "\nStopped after update {} of {}; the state is in {}. The same command goes on from \
+             there, and starts anew with --fresh",
+            distillation.updates(),
+            recipe.updates,
+            options.out.display()
+        );
+        return Ok(ExitCode::from(INTERRUPTED));
+    };
 
     let start = Instant::now();
     let plural = |steps| if steps == 1 { "step" } else { "steps" };
@@ -187,7 +207,21 @@ fn distil(options: &Options) -> Result<()> {
         rows,
         summary,
     };
-    write_json(&options.out.join("report.json"), &report)
+    write_json(&options.out.join("report.json"), &report)?;
+    states.remove()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Where the run's state is kept; finds an unfinished run of the same recipe and data.
+fn open_states(options: &Options, recipe: &Recipe) -> Result<StateFolder> {
+    let identity = serde_json::json!({
+        "recipe": recipe,
+        "data": {
+            "teacher": fingerprint(&options.checkpoint)?,
+            "captions and pictures": fingerprint(&options.data)?,
+        },
+    });
+    StateFolder::open(&options.out.join("state"), &identity, options.fresh)
 }
 
 fn guided_suffix(run: Run) -> &'static str {
@@ -207,58 +241,6 @@ fn check_model(teacher: &Pipeline, data: &EmojiData) -> Result<()> {
         data.vocabulary.width()
     );
     Ok(())
-}
-
-/// Runs all updates with a progress bar; what was observed goes to metrics.jsonl and is returned.
-fn train_student(
-    options: &Options,
-    distillation: &mut Distillation<'_>,
-    evaluate: impl Fn(&Distillation<'_>) -> Result<Row>,
-) -> Result<Vec<(u64, Record)>> {
-    let path = options.out.join("metrics.jsonl");
-    let mut metrics =
-        File::create(&path).with_context(|| format!("creating {}", path.display()))?;
-    let mut history = Vec::new();
-    let bar = ProgressBar::new(options.updates).with_style(ProgressStyle::with_template(
-        "{bar:30} {pos}/{len} updates, {elapsed} gone, {eta} left  {msg}",
-    )?);
-    distillation.warm_up()?;
-    let start = Instant::now();
-    while distillation.updates() < options.updates {
-        let every = options.observe_every.max(1);
-        let observe = (distillation.updates() + 1).is_multiple_of(every);
-        let record = distillation.step(observe)?;
-        let update = distillation.updates();
-        let of = |name: &str| record.iter().find(|(n, _)| n == name).map_or(f64::NAN, |(_, v)| *v);
-        ensure!(
-            record.iter().all(|(_, value)| value.is_finite()),
-            "training broke down at update {update}: {record:?}"
-        );
-        bar.set_message(format!("CA {:.3}  DM {:.4}  fake {:.3}", of("ca"), of("dm"), of("fake")));
-        bar.inc(1);
-        if observe {
-            let mut line = serde_json::Map::new();
-            line.insert("update".into(), update.into());
-            line.insert("seconds".into(), start.elapsed().as_secs_f64().into());
-            line.extend(record.iter().map(|(name, value)| (name.clone(), (*value).into())));
-            writeln!(metrics, "{}", serde_json::Value::from(line))?;
-            history.push((update, record));
-        }
-        if options.evaluate_every > 0 && update.is_multiple_of(options.evaluate_every) {
-            let row = evaluate(distillation)?;
-            let Scores { alignment, frechet_distance, variance_drift, .. } = row.scores;
-            bar.suspend(|| {
-                println!(
-                    "update {update}: alignment {:.1}%, Fréchet {frechet_distance:.3}, drift \
-                     {variance_drift:+.3}",
-                    100.0 * alignment
-                );
-            });
-            writeln!(metrics, "{}", serde_json::json!({ "update": update, "student": row }))?;
-        }
-    }
-    bar.finish();
-    Ok(history)
 }
 
 /// The same captions and noise side by side: guided teacher, unguided few-step teacher, student.

@@ -176,7 +176,7 @@ impl Normalizer {
         reference: &Tensor,
         mask: Option<&Tensor>,
     ) -> Result<Distance> {
-        let distance = widen(x)?.f_sub(reference)?.f_abs()?;
+        let distance = widen(x)?.f_sub(reference)?.f_abs_()?;
         let mean = match self.scope {
             Scope::Sample => masked_mean(&distance, mask)?,
             Scope::Batch => {

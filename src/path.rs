@@ -43,7 +43,7 @@ pub trait Path {
     /// [`Error::Torch`](crate::Error::Torch) if the shapes do not fit.
     fn renoise(&self, x0: &Tensor, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
         let Coefficients { data, noise: level } = self.coefficients(time)?.like(x0)?;
-        Ok(widen(x0)?.f_mul(&data)?.f_add(&widen(noise)?.f_mul(&level)?)?)
+        Ok(widen(x0)?.f_mul(&data)?.f_addcmul_(&widen(noise)?, &level)?)
     }
 
     /// What generation starts from at t = 0: `s(0) eps`, for unit noise `[B, ..]`, in float32 or

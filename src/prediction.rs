@@ -94,15 +94,19 @@ impl Prediction {
         noised: &Tensor,
         output: &Tensor,
     ) -> Result<Tensor> {
+        // `x + factor * output`, then the division in place: one tensor is made, not three.
+        let quotient = |x: &Tensor, factor: &Tensor, divisor: &Tensor| -> Result<Tensor> {
+            Ok(x.f_addcmul(output, factor)?.f_div_(divisor)?)
+        };
         Ok(match self {
             Self::Sample => output.shallow_clone(),
-            Self::Noise => noised.f_sub(&output.f_mul(s)?)?.f_div(a)?,
-            Self::FlowVelocity => noised.f_sub(&output.f_mul(s)?)?.f_div(&a.f_add(s)?)?,
+            Self::Noise => quotient(noised, &s.f_neg()?, a)?,
+            Self::FlowVelocity => quotient(noised, &s.f_neg()?, &a.f_add(s)?)?,
             Self::Velocity => {
                 let norm = a.f_square()?.f_add(&s.f_square()?)?;
-                noised.f_mul(a)?.f_sub(&output.f_mul(s)?)?.f_div(&norm)?
+                quotient(&noised.f_mul(a)?, &s.f_neg()?, &norm)?
             }
-            Self::Score => noised.f_add(&output.f_mul(&s.f_square()?)?)?.f_div(a)?,
+            Self::Score => quotient(noised, &s.f_square()?, a)?,
         })
     }
 }

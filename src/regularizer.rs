@@ -53,7 +53,9 @@ pub fn surrogate(x: &Tensor, direction: &Tensor) -> Result<Tensor> {
     let x = widen(x)?;
     let direction = direction.f_detach()?.f_to_kind(x.f_kind()?)?;
     let value = direction.f_square()?.f_mean(None::<Kind>)?.f_mul_scalar(0.5)?;
-    let slope = x.f_mul(&direction)?.f_mean(None::<Kind>)?;
+    // The value of the slope cancels; only its gradient is used. A dot product makes no temporary.
+    let slope = x.f_flatten(0, -1)?.f_dot(&direction.f_flatten(0, -1)?)?;
+    let slope = slope.f_div_scalar(x.numel() as f64)?;
     Ok(value.f_add(&slope.f_detach()?)?.f_sub(&slope)?)
 }
 

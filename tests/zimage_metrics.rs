@@ -208,7 +208,7 @@ fn broken_classifier_files_are_rejected() -> Result<()> {
         (&|p| drop(p.remove("classes.weight")), "classes.weight is missing"),
         (&|p| p.extend([wide("layers.1.norm.bias")]), "layers.1.norm.bias has shape [7, 7]"),
         (&|p| p.extend([wide("classes.weight")]), "classes.weight has shape [7, 7]"),
-        (&|p| p.extend([wide("surplus")]), "surplus is not"),
+        (&|p| p.extend([wide("surplus")]), "surplus is unexpected"),
     ];
     for (edit, expected) in edits {
         Classifier::init(5, Device::Cpu)?.save(&folder)?;

@@ -10,9 +10,9 @@ use approx::assert_abs_diff_eq;
 use tch::{Device, Kind, Tensor};
 use zimage::blocks::time_features;
 use zimage::checkpoint::{read_tensors, write_tensors};
+use zimage::layout::{Grid, patchify, unpatchify};
 use zimage::rope::rotary_factors;
-use zimage::transformer::{patchify, unpatchify};
-use zimage::{Config, ZImageTransformer};
+use zimage::{Config, Role, ZImageTransformer};
 
 fn tiny() -> Config {
     Config {
@@ -98,7 +98,8 @@ fn output_equals_the_reference() -> Result<()> {
     for ((size, caption, t, j), (rms, sum, last), first) in cases {
         let latents = filled(&size, |i| (0.7 * i + 0.1 + 0.5 * j).cos()).unsqueeze(0);
         let caption = filled(&caption, |i| (0.3 * i + 0.2 * j).sin());
-        let output = model.forward(&latents, &Tensor::from_slice(&[t as f32]), &[caption])?;
+        let output =
+            model.forward(&latents, &Tensor::from_slice(&[t as f32]), &[caption], Role::BASE)?;
         assert_eq!(output.size(), latents.size());
         let output = values(&output);
         assert_values(&output, &first);
@@ -116,18 +117,20 @@ fn a_batch_equals_its_items() -> Result<()> {
     let latents = filled(&[2, 4, 4, 6], |i| (0.7 * i).cos());
     let t = Tensor::from_slice(&[0.3f32, 0.8]);
     let captions = [filled(&[5, 8], f64::sin), filled(&[9, 8], f64::cos)];
-    let together = model.forward(&latents, &t, &captions)?;
+    let together = model.forward(&latents, &t, &captions, Role::BASE)?;
     for (i, caption) in (0..).zip(&captions) {
         let alone = model.forward(
             &latents.narrow(0, i, 1),
             &t.narrow(0, i, 1),
             std::slice::from_ref(caption),
+            Role::BASE,
         )?;
         assert_values(&values(&alone), &values(&together.select(0, i)));
     }
-    let states = model.encode_captions(&captions)?;
-    assert_eq!(model.forward_encoded(&latents, &t, &states)?, together);
-    let swapped = model.forward_encoded(&latents.flip([0]), &t.flip([0]), &states.flip([0]))?;
+    let states = model.encode_captions(&captions, Role::BASE)?;
+    assert_eq!(model.forward_encoded(&latents, &t, &states, Role::BASE)?, together);
+    let swapped =
+        model.forward_encoded(&latents.flip([0]), &t.flip([0]), &states.flip([0]), Role::BASE)?;
     assert_values(&values(&swapped.flip([0])), &values(&together));
     Ok(())
 }
@@ -136,7 +139,7 @@ fn a_batch_equals_its_items() -> Result<()> {
 fn captions_of_unequal_padded_length_are_refused() -> Result<()> {
     let model = wave_model()?;
     let captions = [filled(&[5, 8], f64::sin), filled(&[33, 8], f64::cos)];
-    let error = model.encode_captions(&captions).expect_err("unequal lengths");
+    let error = model.encode_captions(&captions, Role::BASE).expect_err("unequal lengths");
     assert!(error.to_string().contains("pad to one length"), "{error}");
     Ok(())
 }
@@ -148,8 +151,8 @@ fn bfloat16_stays_close_and_carries_gradients_to_the_master() -> Result<()> {
     let latents = filled(&[1, 4, 4, 6], |i| (0.7 * i).cos());
     let t = Tensor::from_slice(&[0.999f32]);
     let captions = [filled(&[5, 8], f64::sin)];
-    let exact = model.forward(&latents, &t, &captions)?;
-    let rough = model.cast(Kind::BFloat16)?.forward(&latents, &t, &captions)?;
+    let exact = model.forward(&latents, &t, &captions, Role::BASE)?;
+    let rough = model.cast(Kind::BFloat16)?.forward(&latents, &t, &captions, Role::BASE)?;
     assert_eq!(rough.kind(), Kind::Float);
     let error = f64::try_from((&rough - &exact).norm())? / f64::try_from(exact.norm())?;
     assert!(error < 0.05, "relative error {error}");
@@ -191,13 +194,13 @@ fn time_features_put_cosines_first() -> Result<()> {
 
 #[test]
 fn patches_run_row_major_with_channels_fastest() -> Result<()> {
-    let latents = filled(&[1, 4, 4, 4], |i| i);
+    let latents = filled(&[1, 4, 1, 4, 4], |i| i);
     let tokens = patchify(&latents, 2)?;
     let found = values(&tokens.select(1, 0));
     let expected = [0, 16, 32, 48, 1, 17, 33, 49, 4, 20, 36, 52, 5, 21, 37, 53].map(f64::from);
     assert_values(&found, &expected);
     assert_values(&values(&tokens.select(1, 1))[..4], &[2.0, 18.0, 34.0, 50.0]);
-    assert_eq!(unpatchify(&tokens, 2, (2, 2))?, latents);
+    assert_eq!(unpatchify(&tokens, 2, Grid { frames: 1, rows: 2, columns: 2 })?, latents);
     Ok(())
 }
 

@@ -65,7 +65,9 @@ fn a_resumed_optimizer_continues_bitwise() -> Result<()> {
         .map(|(name, _)| (name.clone(), state[&name].copy().set_requires_grad(true)))
         .collect();
     let mut optimizer = AdamW::new(handles(&second), settings)?;
-    optimizer.load_state(&state)?;
+    let is_moment = |name: &str| name != "matrix" && name != "vector";
+    let moments = state.into_iter().filter(|(name, _)| is_moment(name)).collect();
+    optimizer.load_state(&moments)?;
     run(&second, &mut optimizer, 5..10)?;
     for ((name, expected), (_, found)) in straight.iter().zip(&second) {
         assert_eq!(expected, found, "{name}");

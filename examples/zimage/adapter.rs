@@ -4,37 +4,46 @@ use anyhow::{Result, ensure};
 use decoupled_dmd::{Condition, Denoiser, Prediction, RectifiedFlow};
 use tch::Tensor;
 
+use super::lora::Role;
 use super::transformer::ZImageTransformer;
 
 /// Makes the rows of a step table learn faster than the weights that they start beside.
 const STEP_SCALE: f64 = 10.0;
 
-/// `model` as a denoiser of `[B, C, H, W]` whose condition is one tensor of encoded captions
+/// `model` in `role` as a denoiser of `[B, C, H, W]` whose condition is one tensor of encoded captions
 /// `[B, L, D]`.
 ///
-/// Two conditions are answered in one forward of twice the batch.
-pub fn denoiser(model: &ZImageTransformer) -> Denoiser<'_> {
+/// Two conditions are answered in one forward of twice the batch, where they are of one length.
+pub fn denoiser<'a>(model: &'a ZImageTransformer, role: Role<'a>) -> Denoiser<'a> {
     Denoiser::new(
         RectifiedFlow,
         Prediction::FlowVelocity,
-        move |x: &Tensor, t: &Tensor, c: &Condition| velocity(model, x, t, captions(c)?),
+        move |x: &Tensor, t: &Tensor, c: &Condition| velocity(model, x, t, captions(c)?, role),
     )
     .paired(move |x: &Tensor, t: &Tensor, one: &Condition, two: &Condition| -> Result<_> {
+        let (one, two) = (captions(one)?, captions(two)?);
+        if one.size() != two.size() {
+            return Ok((velocity(model, x, t, one, role)?, velocity(model, x, t, two, role)?));
+        }
         let twice = |tensor: &Tensor| Tensor::f_cat(&[tensor, tensor], 0);
-        let both = Tensor::f_cat(&[captions(one)?, captions(two)?], 0)?;
-        let output = velocity(model, &twice(x)?, &twice(t)?, &both)?;
+        let both = Tensor::f_cat(&[one, two], 0)?;
+        let output = velocity(model, &twice(x)?, &twice(t)?, &both, role)?;
         let batch = x.size()[0];
         Ok((output.f_narrow(0, 0, batch)?, output.f_narrow(0, batch, batch)?))
     })
 }
 
-/// `model` as a fake score that tells the student's steps apart: its condition is the encoded captions
+/// `model` in `role` as a fake score that tells the student's steps apart: its condition is the encoded captions
 /// and the student's step `[B]`, and `steps` `[K, D]` holds what is added to the captions for each.
 ///
 /// The K outputs of a rollout are K distributions. A fake score that does not know which one it sees
 /// models their mixture, and then the samples of one step may be too faint where those of another
 /// are too bold.
-pub fn fake_denoiser<'a>(model: &'a ZImageTransformer, steps: &'a Tensor) -> Denoiser<'a> {
+pub fn fake_denoiser<'a>(
+    model: &'a ZImageTransformer,
+    role: Role<'a>,
+    steps: &'a Tensor,
+) -> Denoiser<'a> {
     Denoiser::new(
         RectifiedFlow,
         Prediction::FlowVelocity,
@@ -42,7 +51,7 @@ pub fn fake_denoiser<'a>(model: &'a ZImageTransformer, steps: &'a Tensor) -> Den
             ensure!(condition.len() == 2, "expected encoded captions and the student's steps");
             let step = steps.f_index_select(0, &condition[1])?.f_mul_scalar(STEP_SCALE)?;
             let captions = condition[0].f_add(&step.f_unsqueeze(1)?)?;
-            velocity(model, x, t, &captions)
+            velocity(model, x, t, &captions, role)
         },
     )
 }
@@ -54,8 +63,9 @@ fn velocity(
     x: &Tensor,
     t: &Tensor,
     captions: &Tensor,
+    role: Role<'_>,
 ) -> Result<Tensor> {
-    Ok(model.forward_encoded(x, t, captions)?.f_neg()?)
+    Ok(model.forward_encoded(x, t, captions, role)?.f_neg()?)
 }
 
 fn captions(condition: &Condition) -> Result<&Tensor> {

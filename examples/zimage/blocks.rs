@@ -6,6 +6,8 @@ use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 
 use super::config::{Config, TIME_FEATURES};
+use super::layout::Sequence;
+use super::lora::Role;
 use super::rope::rotate;
 
 /// Longest sequence for which attention scores are kept whole on the CPU.
@@ -20,9 +22,10 @@ pub(super) fn parameter(parameters: &Parameters, name: &str) -> Result<Tensor> {
     Ok(tensor.shallow_clone())
 }
 
-/// `x W^T + b`.
+/// `x W^T + b`, and what the role adds to it.
 #[derive(Debug)]
 pub struct Linear {
+    name: String,
     weight: Tensor,
     bias: Option<Tensor>,
 }
@@ -31,14 +34,15 @@ impl Linear {
     /// `{name}.weight` and, where `bias` says so, `{name}.bias`.
     pub(super) fn new(parameters: &Parameters, name: &str, bias: bool) -> Result<Self> {
         Ok(Self {
+            name: name.to_owned(),
             weight: parameter(parameters, &format!("{name}.weight"))?,
             bias: bias.then(|| parameter(parameters, &format!("{name}.bias"))).transpose()?,
         })
     }
 
     /// `[.., in]` to `[.., out]`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.f_linear(&self.weight, self.bias.as_ref())?)
+    pub fn forward(&self, x: &Tensor, role: Role<'_>) -> Result<Tensor> {
+        role.add_to(x.f_linear(&self.weight, self.bias.as_ref())?, &self.name, x)
     }
 
     /// The dtype this layer computes in.
@@ -91,10 +95,10 @@ impl TimeEmbedder {
     }
 
     /// `t` `[B]` to `[B, E]`.
-    pub fn forward(&self, t: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, t: &Tensor, role: Role<'_>) -> Result<Tensor> {
         let features = time_features(&t.f_to_kind(Kind::Float)?.f_mul_scalar(self.scale)?)?;
-        let hidden = self.first.forward(&features.f_to_kind(self.first.kind())?)?.f_silu()?;
-        self.second.forward(&hidden)
+        let hidden = self.first.forward(&features.f_to_kind(self.first.kind())?, role)?.f_silu()?;
+        self.second.forward(&hidden, role)
     }
 }
 
@@ -141,35 +145,38 @@ impl Attention {
         })
     }
 
-    /// `[B, S, D]` to `[B, S, D]`; `rotary` `[S, 1, d/2]` or `[B, S, 1, d/2]`.
-    fn forward(&self, x: &Tensor, rotary: &Tensor) -> Result<Tensor> {
+    /// `[B, S, D]` to `[B, S, D]`.
+    fn forward(&self, x: &Tensor, sequence: &Sequence, role: Role<'_>) -> Result<Tensor> {
         let (batch, length, dim) = x.size3()?;
         let split = [batch, length, self.heads, dim / self.heads];
-        let query = self.query_norm.forward(&self.query.forward(x)?.f_view(split)?)?;
-        let key = self.key_norm.forward(&self.key.forward(x)?.f_view(split)?)?;
-        let value = self.value.forward(x)?.f_view(split)?;
+        let query = self.query_norm.forward(&self.query.forward(x, role)?.f_view(split)?)?;
+        let key = self.key_norm.forward(&self.key.forward(x, role)?.f_view(split)?)?;
+        let value = self.value.forward(x, role)?.f_view(split)?;
         let mixed = attend(
-            &rotate(&query, rotary)?.f_transpose(1, 2)?,
-            &rotate(&key, rotary)?.f_transpose(1, 2)?,
+            &rotate(&query, &sequence.rotary)?.f_transpose(1, 2)?,
+            &rotate(&key, &sequence.rotary)?.f_transpose(1, 2)?,
             &value.f_transpose(1, 2)?,
+            sequence.mask.as_ref(),
         )?;
-        self.out.forward(&mixed.f_transpose(1, 2)?.f_reshape([batch, length, dim])?)
+        self.out.forward(&mixed.f_transpose(1, 2)?.f_reshape([batch, length, dim])?, role)
     }
 }
 
-/// `softmax(q k^T / sqrt(d)) v` for `[B, heads, S, d]`.
+/// `softmax(q k^T / sqrt(d)) v` for `[B, heads, S, d]`, over the keys where `mask` `[B, 1, 1, S]` is true.
 ///
 /// libtorch's fused kernel is left out for short sequences on the CPU, where its backward pass in
 /// bfloat16 takes three times as long as these products (and cannot be differentiated again).
-fn attend(query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     let (length, width) = (query.size()[2], query.size()[3]);
     if query.device() == Device::Cpu && length <= SHORT_SEQUENCE {
         let scale = 1.0 / (width as f64).sqrt();
-        let scores = query.f_mul_scalar(scale)?.f_matmul(&key.f_transpose(2, 3)?)?;
+        let mut scores = query.f_mul_scalar(scale)?.f_matmul(&key.f_transpose(2, 3)?)?;
+        if let Some(mask) = mask {
+            scores = scores.f_masked_fill(&mask.f_logical_not()?, f64::NEG_INFINITY)?;
+        }
         return Ok(scores.f_softmax(-1, query.f_kind()?)?.f_matmul(value)?);
     }
-    let no_mask = None::<&Tensor>;
-    Ok(Tensor::f_scaled_dot_product_attention(query, key, value, no_mask, 0.0, false, None, false)?)
+    Ok(Tensor::f_scaled_dot_product_attention(query, key, value, mask, 0.0, false, None, false)?)
 }
 
 /// SwiGLU: `w2(silu(w1 x) * w3 x)`.
@@ -186,9 +193,9 @@ impl FeedForward {
         Ok(Self { gate: linear("w1")?, up: linear("w3")?, down: linear("w2")? })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let hidden = self.gate.forward(x)?.f_silu()?.f_mul(&self.up.forward(x)?)?;
-        self.down.forward(&hidden)
+    fn forward(&self, x: &Tensor, role: Role<'_>) -> Result<Tensor> {
+        let hidden = self.gate.forward(x, role)?.f_silu()?.f_mul(&self.up.forward(x, role)?)?;
+        self.down.forward(&hidden, role)
     }
 }
 
@@ -221,21 +228,26 @@ impl Block {
         })
     }
 
-    /// `x` `[B, S, D]`, rotary factors as in [`rotate`], `time` `[B, E]` (ignored by blocks that are
-    /// not modulated).
+    /// `x` `[B, S, D]`, `time` `[B, E]` (ignored by blocks that are not modulated).
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn forward(&self, x: &Tensor, rotary: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
-        let attend = |x: &Tensor| self.attention.forward(x, rotary);
-        let feed = |x: &Tensor| self.feed_forward.forward(x);
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        sequence: &Sequence,
+        time: Option<&Tensor>,
+        role: Role<'_>,
+    ) -> Result<Tensor> {
+        let attend = |x: &Tensor| self.attention.forward(x, sequence, role);
+        let feed = |x: &Tensor| self.feed_forward.forward(x, role);
         let Some(modulation) = &self.modulation else {
             let x = residual(x, &self.attention_norms, None, attend)?;
             return residual(&x, &self.feed_forward_norms, None, feed);
         };
         let time = time.context("a modulated block needs the time embedding")?;
         // Order: scale and gate of attention, scale and gate of the feed-forward; no shifts.
-        let parts = modulation.forward(time)?.f_unsqueeze(1)?.f_chunk(4, 2)?;
+        let parts = modulation.forward(time, role)?.f_unsqueeze(1)?.f_chunk(4, 2)?;
         let scale_gate = |i: usize| -> Result<(Tensor, Tensor)> {
             Ok((parts[i].f_add_scalar(1.0)?, parts[i + 1].f_tanh()?))
         };

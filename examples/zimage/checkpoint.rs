@@ -3,14 +3,17 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use indicatif::ProgressBar;
 use tch::{Device, Kind, Tensor};
 
 use super::blocks::Parameters;
-use super::config::Config;
-use super::transformer::{ZImageTransformer, check_parameters};
+use super::config::{CLASS_NAME, Config};
+use super::transformer::ZImageTransformer;
+use super::weights::{Weights, check_shapes};
 
-const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
+/// Stem of the weight files in a diffusers folder.
+const WEIGHTS: &str = "diffusion_pytorch_model";
 
 impl ZImageTransformer {
     /// A new model in float32.
@@ -38,22 +41,27 @@ impl ZImageTransformer {
     /// # Errors
     /// If a file cannot be read, or parameters are missing, unexpected or mis-shaped.
     pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
-        let folder = folder.join("transformer");
-        let path = folder.join("config.json");
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        let config: Config =
-            serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
-        config.validate().with_context(|| format!("checking {}", path.display()))?;
+        Self::load_observed(folder, kind, device, &ProgressBar::hidden())
+    }
 
-        let path = folder.join(WEIGHTS);
-        let parameters = read_tensors(&path)?;
-        // Before the cast, which could be long.
-        check_parameters(&config, &parameters).with_context(|| path.display().to_string())?;
-        let parameters = parameters
-            .into_iter()
-            .map(|(name, tensor)| Ok((name, tensor.f_to_device(device)?.f_to_kind(kind)?)))
-            .collect::<Result<_>>()?;
+    /// [`Self::load`] that shows on `progress` how many bytes have been read.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_observed(
+        folder: &Path,
+        kind: Kind,
+        device: Device,
+        progress: &ProgressBar,
+    ) -> Result<Self> {
+        let folder = folder.join("transformer");
+        let config = Config::load(&folder.join("config.json"))?;
+        let weights = Weights::open(&folder, WEIGHTS)?;
+        let parameters = weights.load(&config.parameters(), kind, device, &mut |done, total| {
+            progress.set_length(total);
+            progress.set_position(done);
+        })?;
+        progress.finish_and_clear();
         Self::from_parameters(config, parameters)
     }
 
@@ -65,11 +73,11 @@ impl ZImageTransformer {
         let folder = folder.join("transformer");
         fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
         let mut config = serde_json::to_value(self.config())?;
-        config["_class_name"] = "ZImageTransformer2DModel".into();
+        config["_class_name"] = CLASS_NAME.into();
         write_atomically(&folder.join("config.json"), |path| {
             Ok(fs::write(path, serde_json::to_string_pretty(&config)? + "\n")?)
         })?;
-        write_tensors(&folder.join(WEIGHTS), self.parameters())
+        write_tensors(&folder.join(format!("{WEIGHTS}.safetensors")), self.parameters())
     }
 }
 
@@ -90,14 +98,35 @@ fn initial_value(name: &str, shape: &[i64], device: Device) -> Result<Tensor> {
     })
 }
 
-/// All tensors of a safetensors file by name.
+/// All tensors of a safetensors file by name, in the dtypes of the file.
 ///
 /// # Errors
 /// If the file cannot be read or is not a safetensors file.
 pub fn read_tensors(path: &Path) -> Result<Parameters> {
-    let tensors =
-        Tensor::read_safetensors(path).with_context(|| format!("reading {}", path.display()))?;
-    Ok(tensors.into_iter().collect())
+    Weights::open_file(path)?.all()
+}
+
+/// Copies `saved` into tensors of the same names, whose storage others share.
+///
+/// # Errors
+/// Names what is missing, unexpected, or of another shape or dtype; nothing is changed then.
+pub fn restore(tensors: &Parameters, saved: &Parameters) -> Result<()> {
+    let expected: Vec<_> = tensors.iter().map(|(name, t)| (name.clone(), t.size())).collect();
+    check_shapes(&expected, saved.iter().map(|(name, tensor)| (name.as_str(), tensor.size())))?;
+    for (name, tensor) in tensors {
+        let (found, expected) = (saved[name].f_kind()?, tensor.f_kind()?);
+        ensure!(found == expected, "{name} is {found:?}, expected {expected:?}");
+    }
+    let _guard = tch::no_grad_guard();
+    for (name, tensor) in tensors {
+        tensor.shallow_clone().f_copy_(&saved[name])?;
+    }
+    Ok(())
+}
+
+/// `tensors` with `prefix` and a dot before their names.
+pub fn prefixed(prefix: &str, tensors: Parameters) -> impl Iterator<Item = (String, Tensor)> {
+    tensors.into_iter().map(move |(name, tensor)| (format!("{prefix}.{name}"), tensor))
 }
 
 /// Writes named tensors as a safetensors file; a crash leaves the old file or the new one.

@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 
 use super::blocks::{Linear, Parameters, parameter};
-use super::checkpoint::{read_tensors, write_tensors};
+use super::checkpoint::write_tensors;
+use super::lora::Role;
+use super::weights::{Weights, check_shapes};
 
 /// Width of a feature vector.
 pub const FEATURES: i64 = 64;
@@ -96,7 +98,8 @@ impl Classifier {
     /// # Errors
     /// Names tensors that are missing, unexpected or mis-shaped.
     pub fn from_parameters(parameters: Parameters) -> Result<Self> {
-        check(&parameters)?;
+        let shapes = || parameters.iter().map(|(name, tensor)| (name.as_str(), tensor.size()));
+        check_shapes(&expected(shapes()), shapes())?;
         let layers = (0..)
             .zip(STAGES)
             .map(|(index, stage)| {
@@ -118,10 +121,9 @@ impl Classifier {
     /// # Errors
     /// If the file cannot be read, or names tensors that are missing, unexpected or mis-shaped.
     pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
-        let path = folder.join(WEIGHTS);
-        let parameters = read_tensors(&path)?;
-        check(&parameters).with_context(|| path.display().to_string())?;
-        Self::from_parameters(converted(&parameters, kind, device)?)
+        let weights = Weights::open_file(&folder.join(WEIGHTS))?;
+        let expected = expected(weights.shapes());
+        Self::from_parameters(weights.load(&expected, kind, device, &mut |_, _| {})?)
     }
 
     /// Writes `classifier.safetensors`, in float16: a judge needs no more digits.
@@ -165,7 +167,7 @@ impl Classifier {
         for layer in &self.layers {
             x = layer.forward(&x)?;
         }
-        self.embedding.forward(&x.f_mean_dim([2i64, 3].as_slice(), false, None)?)
+        self.embedding.forward(&x.f_mean_dim([2i64, 3].as_slice(), false, None)?, Role::BASE)
     }
 
     /// Images `[B, 3, 32, 32]` to logits `[B, N]` in float32: scaled cosines to every class.
@@ -210,26 +212,11 @@ fn shapes(classes: i64) -> Vec<(String, Vec<i64>)> {
     shapes
 }
 
-/// Compares names and shapes with those of the network; the number of classes is free.
-fn check(parameters: &Parameters) -> Result<()> {
-    let classes = parameters
-        .get("classes.weight")
-        .context("tensor classes.weight is missing")?
-        .size()
-        .first()
-        .copied()
-        .unwrap_or(0);
-    let expected: std::collections::BTreeMap<_, _> = shapes(classes).into_iter().collect();
-    for (name, shape) in &expected {
-        let tensor = parameters.get(name).with_context(|| format!("tensor {name} is missing"))?;
-        ensure!(
-            tensor.size() == *shape && classes > 0,
-            "tensor {name} has shape {:?}, not {shape:?}",
-            tensor.size()
-        );
-    }
-    for name in parameters.keys() {
-        ensure!(expected.contains_key(name), "tensor {name} is not the classifier's");
-    }
-    Ok(())
+/// Names and shapes of the network for as many classes as `found` has, at least one.
+fn expected<'a, S: AsRef<[i64]>>(
+    mut found: impl Iterator<Item = (&'a str, S)>,
+) -> Vec<(String, Vec<i64>)> {
+    let classes = found.find(|(name, _)| *name == "classes.weight");
+    let count = classes.and_then(|(_, shape)| shape.as_ref().first().copied());
+    shapes(count.unwrap_or(1).max(1))
 }

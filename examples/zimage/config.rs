@@ -1,7 +1,14 @@
 //! The model's shape, as `transformer/config.json` of a diffusers folder states it.
 
-use anyhow::{Result, ensure};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
+
+use super::weights::read_json;
+
+/// The class that diffusers names in the file.
+pub const CLASS_NAME: &str = "ZImageTransformer2DModel";
 
 /// Sequences are padded to a multiple of this many tokens.
 pub const SEQUENCE_MULTIPLE: i64 = 32;
@@ -11,6 +18,9 @@ pub const TIME_FEATURES: i64 = 256;
 
 /// Hidden width of the time MLP; it does not grow with the model.
 const TIME_HIDDEN: i64 = 1024;
+
+/// No size in a config may be larger: far above every model, and its products stay in range.
+const LARGEST_SIZE: i64 = 1 << 16;
 
 /// Hyper-parameters of a Z-Image transformer. Fields of the file that are not listed are ignored.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,6 +50,8 @@ pub struct Config {
     pub axes_dims: Vec<i64>,
     /// Position limits of the three axes.
     pub axes_lens: Vec<i64>,
+    /// Width of image features in the Omni models, which are not supported; none in the others.
+    pub siglip_feat_dim: Option<i64>,
 }
 
 impl Default for Config {
@@ -61,6 +73,7 @@ impl Default for Config {
             t_scale: 1000.0,
             axes_dims: vec![32, 48, 48],
             axes_lens: vec![1536, 512, 512],
+            siglip_feat_dim: None,
         }
     }
 }
@@ -83,14 +96,39 @@ impl Config {
         }
     }
 
+    /// Reads and checks `transformer/config.json`.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is of another class, or asks for what is not supported.
+    pub fn load(path: &Path) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Class {
+            #[serde(rename = "_class_name")]
+            name: String,
+        }
+        let Class { name } = read_json(path)?;
+        ensure!(
+            name == CLASS_NAME,
+            "{} is the config of a {name}, expected {CLASS_NAME}",
+            path.display()
+        );
+        let config: Self = read_json(path)?;
+        config.validate().with_context(|| format!("checking {}", path.display()))?;
+        Ok(config)
+    }
+
     /// Checks what the forward pass relies on.
     ///
     /// # Errors
     /// Names the first field that does not fit.
     pub fn validate(&self) -> Result<()> {
         ensure!(
-            self.all_patch_size.len() == 1 && self.all_patch_size[0] > 0,
-            "all_patch_size must hold one positive size, found {:?}",
+            self.siglip_feat_dim.is_none(),
+            "siglip_feat_dim must be null: the Omni models are not supported"
+        );
+        ensure!(
+            self.all_patch_size.len() == 1,
+            "all_patch_size must hold one size, found {:?}",
             self.all_patch_size
         );
         ensure!(
@@ -98,18 +136,20 @@ impl Config {
             "all_f_patch_size must be [1] for images, found {:?}",
             self.all_f_patch_size
         );
-        for (name, value) in [
-            ("in_channels", self.in_channels),
-            ("dim", self.dim),
-            ("n_heads", self.n_heads),
-            ("cap_feat_dim", self.cap_feat_dim),
+        for (name, smallest, value) in [
+            ("all_patch_size", 1, self.all_patch_size[0]),
+            ("in_channels", 1, self.in_channels),
+            ("dim", 1, self.dim),
+            ("n_heads", 1, self.n_heads),
+            ("cap_feat_dim", 1, self.cap_feat_dim),
+            ("n_layers", 0, self.n_layers),
+            ("n_refiner_layers", 0, self.n_refiner_layers),
         ] {
-            ensure!(value > 0, "{name} must be positive, found {value}");
+            ensure!(
+                (smallest..=LARGEST_SIZE).contains(&value),
+                "{name} must be in {smallest}..={LARGEST_SIZE}, found {value}"
+            );
         }
-        ensure!(
-            self.n_layers >= 0 && self.n_refiner_layers >= 0,
-            "n_layers and n_refiner_layers must not be negative"
-        );
         ensure!(
             self.dim % self.n_heads == 0,
             "dim ({}) must be a multiple of n_heads ({})",
@@ -124,8 +164,9 @@ impl Config {
         );
         ensure!(self.qk_norm, "qk_norm must be true");
         ensure!(
-            self.axes_dims.len() == 3 && self.axes_dims.iter().all(|d| *d > 0 && d % 2 == 0),
-            "axes_dims must be three positive even numbers, found {:?}",
+            self.axes_dims.len() == 3
+                && self.axes_dims.iter().all(|d| *d > 0 && *d <= LARGEST_SIZE && d % 2 == 0),
+            "axes_dims must be three positive even numbers up to {LARGEST_SIZE}, found {:?}",
             self.axes_dims
         );
         ensure!(
@@ -135,13 +176,16 @@ impl Config {
             self.head_dim()
         );
         ensure!(
-            self.axes_lens.len() == 3 && self.axes_lens.iter().all(|n| *n > 0),
-            "axes_lens must be three positive numbers, found {:?}",
+            self.axes_lens.len() == 3
+                && self.axes_lens.iter().all(|n| (1..=LARGEST_SIZE).contains(n)),
+            "axes_lens must be three positive numbers up to {LARGEST_SIZE}, found {:?}",
             self.axes_lens
         );
         ensure!(
-            self.norm_eps > 0.0 && self.rope_theta > 0.0 && self.t_scale > 0.0,
-            "norm_eps, rope_theta and t_scale must be positive"
+            [self.norm_eps, self.rope_theta, self.t_scale]
+                .iter()
+                .all(|x| *x > 0.0 && x.is_finite()),
+            "norm_eps, rope_theta and t_scale must be positive and finite"
         );
         Ok(())
     }
@@ -226,6 +270,17 @@ impl Config {
                 }
             }
         }
+        list.sort();
+        list
+    }
+
+    /// Names and shapes `[out, in]` of the linear layers, sorted by name.
+    pub fn linears(&self) -> Vec<(String, [i64; 2])> {
+        let linear = |(name, shape): (String, Vec<i64>)| match shape[..] {
+            [rows, columns] => Some((name.strip_suffix(".weight")?.to_owned(), [rows, columns])),
+            _ => None,
+        };
+        let mut list: Vec<_> = self.parameters().into_iter().filter_map(linear).collect();
         list.sort();
         list
     }

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::checkpoint::read_tensors;
+use super::weights::{Weights, read_json};
 
 /// Side of a tile in the atlas.
 const TILE: i64 = 32;
@@ -56,11 +56,7 @@ impl EmojiData {
         struct Captions {
             items: Vec<Item>,
         }
-        let path = folder.join("captions.json");
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        let Captions { items } =
-            serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
+        let Captions { items } = read_json(&folder.join("captions.json"))?;
         let images = read_atlas(&folder.join("emoji.png"), items.len() as i64)?;
         Ok(Self { images, items, vocabulary: Vocabulary::load(folder)? })
     }
@@ -114,10 +110,7 @@ impl Vocabulary {
             ensure!(rows.contains_key(word), "{} lacks {word}", path.display());
         }
         let path = folder.join("vectors.safetensors");
-        let vectors = read_tensors(&path)?
-            .remove("vectors")
-            .with_context(|| format!("{} lacks the tensor vectors", path.display()))?
-            .f_to_kind(Kind::Float)?;
+        let vectors = Weights::open_file(&path)?.tensor("vectors", Kind::Float, Device::Cpu)?;
         ensure!(
             vectors.dim() == 2 && vectors.size()[0] == text.lines().count() as i64,
             "{}: {:?} does not fit {} words",

@@ -19,6 +19,7 @@ unsafe extern "C" {
     fn aoti_torch_new_tensor_handle(tensor: *mut c_void, handle: *mut *mut c_void) -> i32;
     fn torch_new_list_reserve_size(size: usize, list: *mut *mut c_void) -> i32;
     fn torch_list_push_back(list: *mut c_void, value: u64) -> i32;
+    fn torch_new_stable_ivalue(value: *mut *mut u64) -> i32;
     fn torch_exception_get_what_without_backtrace() -> *const c_char;
 }
 
@@ -91,6 +92,32 @@ pub fn multiply_all(tensors: &[&Tensor], factor: &Tensor) -> Result<()> {
     call(c"aten::_foreach_mul_", c"Tensor", &mut stack)
 }
 
+/// `aten::_backward`: adds to the `grad` of every leaf that `output` depends on, from the gradient in
+/// `output`, or from 1 if it is a scalar. With `retain`, the graph can be passed again.
+///
+/// # Errors
+/// If `gradient` does not have the shape of `output`, or `output` requires no gradient.
+pub fn backward(output: &Tensor, gradient: Option<&Tensor>, retain: bool) -> Result<()> {
+    let size = gradient.map_or_else(Vec::new, Tensor::size);
+    ensure!(
+        output.size() == size,
+        "the gradient of an output {:?} must have its shape, found {size:?}",
+        output.size()
+    );
+    let gradient = match gradient {
+        None => 0,
+        Some(gradient) => some(tensor_handle(gradient)?)?,
+    };
+    let mut stack = [
+        tensor_handle(output)?,
+        tensor_list(&[])?, // inputs: all leaves
+        gradient,
+        some(u64::from(retain))?,
+        0, // create_graph
+    ];
+    call(c"aten::_backward", c"", &mut stack)
+}
+
 /// Calls an operator. The stack holds every argument of its schema, whose handles the call takes over.
 fn call(name: &CStr, overload: &CStr, stack: &mut [u64]) -> Result<()> {
     // Operators update leaves in place here, which autograd would refuse.
@@ -129,6 +156,17 @@ fn tensor_list(tensors: &[&Tensor]) -> Result<u64> {
         check(unsafe { torch_list_push_back(list, handle) })?;
     }
     Ok(list as u64)
+}
+
+/// A present optional value, as a stack slot.
+fn some(value: u64) -> Result<u64> {
+    let mut slot = std::ptr::null_mut();
+    // SAFETY: writes a pointer to a new slot to a valid place.
+    check(unsafe { torch_new_stable_ivalue(&raw mut slot) })?;
+    ensure!(!slot.is_null(), "libtorch made no slot for an optional value");
+    // SAFETY: the slot is ours until an operator takes it over.
+    unsafe { slot.write(value) };
+    Ok(slot as u64)
 }
 
 fn check(code: i32) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Decoupled DMD on a Z-Image model: the teacher stays, a student and a fake score start as copies.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use decoupled_dmd::{
     Batch, Condition, Denoiser, DistributionMatching, FewStepGrid, Guidance, Sampler, Schedule,
     Shift, Simulation, Trajectory, Transition,
@@ -9,10 +9,13 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::adapter::{denoiser, fake_denoiser};
+use super::blocks::Parameters;
+use super::checkpoint::{prefixed, restore};
 use super::ema::Ema;
 use super::flow_matching::step_seed;
+use super::lora;
 use super::optimizer::{AdamW, AdamWSettings};
-use super::prompts::{Prompts, is_caption_side};
+use super::prompts::{Buckets, Prompts, is_caption_side};
 use super::transformer::ZImageTransformer;
 
 /// The recipe of a distillation.
@@ -73,6 +76,12 @@ impl Role {
         Ok(Self { model, optimizer: AdamW::new(trainable, settings)? })
     }
 
+    /// Trained parameters and the optimizer's moments; storage is shared.
+    fn state(&self) -> impl Iterator<Item = (String, Tensor)> {
+        prefixed("weights", self.optimizer.parameters())
+            .chain(prefixed("adamw", self.optimizer.state()))
+    }
+
     /// Descends along a loss; returns the norm of its gradient.
     fn descend(&mut self, loss: &Tensor) -> Result<Tensor> {
         self.optimizer.zero_grad();
@@ -80,6 +89,10 @@ impl Role {
         self.optimizer.step()
     }
 }
+
+/// Names of the counts in the state.
+const WARMED: &str = "fake_warmup_updates";
+const UPDATES: &str = "updates";
 
 /// What one update of the student has shown: names and values.
 pub type Record = Vec<(String, f64)>;
@@ -104,7 +117,7 @@ pub struct Distillation<'a> {
     teacher: &'a ZImageTransformer,
     prompts: &'a Prompts,
     /// Captions to draw from.
-    items: &'a [i64],
+    buckets: Buckets,
     /// Mean variance of a real picture: the reference of the variance drift.
     data_variance: f64,
     /// Size of one sample, `[C, H, W]`.
@@ -114,6 +127,8 @@ pub struct Distillation<'a> {
     /// What tells the fake score the student's step, `[K, D]`.
     fake_steps: Tensor,
     average: Ema,
+    /// Updates of the fake score before the first of the student, so far.
+    warmed: u64,
     update: u64,
 }
 
@@ -122,12 +137,12 @@ impl<'a> Distillation<'a> {
     /// `prompts`. `images` `[N, C, H, W]` are used for the reference of the variance drift alone.
     ///
     /// # Errors
-    /// If libtorch cannot allocate the copies.
+    /// If there are no captions to draw from, or libtorch cannot allocate the copies.
     pub fn new(
         recipe: Recipe,
         teacher: &'a ZImageTransformer,
         prompts: &'a Prompts,
-        items: &'a [i64],
+        items: &[i64],
         images: &Tensor,
     ) -> Result<Self> {
         let (_, channels, height, width) = images.size4()?;
@@ -139,13 +154,14 @@ impl<'a> Distillation<'a> {
         Ok(Self {
             teacher,
             prompts,
-            items,
+            buckets: prompts.buckets(items)?,
             data_variance: mean_variance(images)?,
             size: [channels, height, width],
             fake: Role::new(teacher, recipe.fake_learning_rate, Some(more))?,
             fake_steps,
             average: Ema::new(&student.model, recipe.ema)?,
             student,
+            warmed: 0,
             update: 0,
             recipe,
         })
@@ -161,19 +177,58 @@ impl<'a> Distillation<'a> {
         self.update
     }
 
-    /// Trains the fake score alone on the student's first samples.
+    /// Everything that training changes, by name: the trained parameters, moments and step counts of
+    /// both roles, the moving average, and how far training is. Storage is shared, but for the counts.
+    /// What an update draws depends on the seed and its number alone, so that this is all there is.
+    pub fn state(&self) -> Parameters {
+        let role = |name, role: &Role| prefixed(name, role.state().collect());
+        let trained = self.student.optimizer.parameters();
+        let average = self.average.model.named_parameters();
+        let average = average.into_iter().filter(|(name, _)| trained.contains_key(name)).collect();
+        let count = |count: u64| Tensor::from(count as i64);
+        role("student", &self.student)
+            .chain(role("fake", &self.fake))
+            .chain(prefixed("average", average))
+            .chain([
+                (WARMED.to_owned(), count(self.warmed)),
+                (UPDATES.to_owned(), count(self.update)),
+            ])
+            .collect()
+    }
+
+    /// Restores what [`Self::state`] gave.
+    ///
+    /// # Errors
+    /// Names what is missing, unexpected, or of another shape or dtype; nothing is changed then.
+    pub fn load_state(&mut self, state: &Parameters) -> Result<()> {
+        let count = |name| -> Result<u64> {
+            let value = state.get(name).with_context(|| format!("{name} is missing"))?;
+            let value = i64::try_from(value).with_context(|| format!("reading {name}"))?;
+            u64::try_from(value).with_context(|| format!("{name} is {value}"))
+        };
+        let (warmed, update) = (count(WARMED)?, count(UPDATES)?);
+        restore(&self.state(), state)?;
+        (self.warmed, self.update) = (warmed, update);
+        Ok(())
+    }
+
+    /// Whether the fake score is ready for the first update of the student.
+    pub fn is_warm(&self) -> bool {
+        self.warmed >= self.recipe.fake_warmup
+    }
+
+    /// Trains the fake score alone on one rollout of the student, as often as in an update, as long
+    /// as [`Self::is_warm`] says no.
     ///
     /// # Errors
     /// If libtorch fails.
     pub fn warm_up(&mut self) -> Result<()> {
-        let steps: Vec<u64> = (0..self.recipe.fake_warmup).collect();
-        // As many updates on one rollout as there are in training.
-        for chunk in steps.chunks(self.recipe.fake_updates.max(1) as usize) {
-            tch::manual_seed(step_seed(self.recipe.seed, 1_000_000_000 + chunk[0]));
-            let rollout = self.roll_out()?;
-            for _ in chunk {
-                self.train_fake(&rollout)?;
-            }
+        let end = (self.warmed + self.recipe.fake_updates.max(1)).min(self.recipe.fake_warmup);
+        tch::manual_seed(step_seed(self.recipe.seed, 1_000_000_000 + self.warmed));
+        let rollout = self.roll_out()?;
+        while self.warmed < end {
+            self.train_fake(&rollout)?;
+            self.warmed += 1;
         }
         Ok(())
     }
@@ -210,8 +265,8 @@ impl<'a> Distillation<'a> {
 
     fn train_student(&mut self, rollout: &Rollout, observe: bool) -> Result<Record> {
         let Rollout { trajectory, cond, .. } = rollout;
-        let teacher = denoiser(self.teacher);
-        let fake = fake_denoiser(&self.fake.model, &self.fake_steps);
+        let teacher = denoiser(self.teacher, lora::Role::BASE);
+        let fake = fake_denoiser(&self.fake.model, lora::Role::BASE, &self.fake_steps);
         let dm = DistributionMatching::new(fake, self.recipe.shift);
         let mut objective =
             self.recipe.schedule.objective(teacher, self.recipe.guidance, &dm, self.recipe.shift);
@@ -221,7 +276,7 @@ impl<'a> Distillation<'a> {
 
         let steps = trajectory.draw_steps()?;
         let Simulation { x, student_time } = {
-            let student = denoiser(&self.student.model);
+            let student = denoiser(&self.student.model, lora::Role::BASE);
             self.sampler(&student)?.simulate_on(trajectory, cond, &steps)?
         };
         let cond = rollout.cond_at(&steps);
@@ -247,7 +302,7 @@ impl<'a> Distillation<'a> {
         let steps = rollout.trajectory.draw_steps()?;
         let x = rollout.trajectory.samples_at(&steps)?;
         let loss = {
-            let fake = fake_denoiser(&self.fake.model, &self.fake_steps);
+            let fake = fake_denoiser(&self.fake.model, lora::Role::BASE, &self.fake_steps);
             let dm = DistributionMatching::new(fake, self.recipe.shift);
             dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps))?)?
         };
@@ -257,11 +312,11 @@ impl<'a> Distillation<'a> {
 
     /// The student's way from fresh noise over its whole grid, for fresh captions.
     fn roll_out(&self) -> Result<Rollout> {
-        let (cond, null) = self.prompts.conditions(&self.draw_items()?)?;
+        let (cond, null) = self.prompts.conditions(&self.buckets.draw(self.recipe.batch)?)?;
         let [channels, height, width] = self.size;
         let shape = [self.recipe.batch as i64, channels, height, width];
         let noise = Tensor::f_randn(shape, (Kind::Float, self.teacher.device()))?;
-        let student = denoiser(&self.student.model);
+        let student = denoiser(&self.student.model, lora::Role::BASE);
         let trajectory = self.sampler(&student)?.trajectory(&noise, &cond)?;
         Ok(Rollout { trajectory, cond, null })
     }
@@ -269,18 +324,6 @@ impl<'a> Distillation<'a> {
     fn sampler<'d>(&self, student: &'d Denoiser<'d>) -> Result<Sampler<'d>> {
         let grid = FewStepGrid::even(self.recipe.steps, self.recipe.shift)?;
         Ok(Sampler::new(student, grid, self.recipe.transition))
-    }
-
-    fn draw_items(&self) -> Result<Vec<i64>> {
-        let picks = Tensor::f_randint(
-            self.items.len() as i64,
-            [self.recipe.batch as i64],
-            (Kind::Int64, tch::Device::Cpu),
-        )?;
-        Ok(Vec::<i64>::try_from(&picks)?
-            .into_iter()
-            .map(|pick| self.items[pick as usize])
-            .collect())
     }
 }
 

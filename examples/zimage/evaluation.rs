@@ -7,6 +7,7 @@ use tch::{Kind, Tensor};
 
 use super::adapter::denoiser;
 use super::data::EmojiData;
+use super::lora::Role;
 use super::metrics::{Judge, Scores};
 use super::prompts::Prompts;
 use super::transformer::ZImageTransformer;
@@ -79,18 +80,23 @@ impl<'a> Evaluator<'a> {
     /// # Errors
     /// If libtorch fails.
     pub fn generate(&self, model: &ZImageTransformer, run: Run) -> Result<Tensor> {
-        let denoiser = denoiser(model);
+        let denoiser = denoiser(model, Role::BASE);
         let grid = FewStepGrid::even(run.steps, self.shift)?;
-        let mut samples = Vec::new();
-        for (index, items) in self.items.chunks(CHUNK).enumerate() {
-            let (cond, null) = self.prompts.conditions(items)?;
-            let noise = self.noise.f_narrow(0, (index * CHUNK) as i64, items.len() as i64)?;
+        let (mut samples, mut order) = (Vec::new(), Vec::new());
+        for positions in self.prompts.batches(&self.items, CHUNK)? {
+            let items: Vec<i64> =
+                positions.iter().map(|position| self.items[*position as usize]).collect();
+            let (cond, null) = self.prompts.conditions(&items)?;
+            let noise = self.noise.f_index_select(0, &Tensor::f_from_slice(&positions)?)?;
             let sampler =
                 Sampler::new(&denoiser, grid.clone(), run.transition).guided(run.guidance, &null);
             let sample = sampler.sample(&noise.f_to_device(model.device())?, &cond)?;
             samples.push(sample.f_to_device(tch::Device::Cpu)?);
+            order.extend(positions);
         }
-        Ok(Tensor::f_cat(&samples, 0)?)
+        // Batches go by length; the samples are put back in the order of the captions.
+        let order = Tensor::f_from_slice(&order)?.f_argsort(0, false)?;
+        Ok(Tensor::f_cat(&samples, 0)?.f_index_select(0, &order)?)
     }
 
     /// The figures of samples made by `run`; `reference` are those of the guided teacher.

@@ -5,6 +5,7 @@ use decoupled_dmd::{Condition, Renoising, Shift, Uniform};
 use tch::{Kind, Tensor};
 
 use super::adapter::denoiser;
+use super::lora::Role;
 use super::transformer::ZImageTransformer;
 
 /// Shift of the embedded model's noise levels, in training and in sampling.
@@ -36,6 +37,6 @@ pub fn flow_matching_loss(
         .f_div_scalar(batch)?;
     let time = Renoising::new(Uniform::FULL).shifted(Shift::new(SHIFT)?).at(&u, None)?;
     let noise = images.f_randn_like()?;
-    let condition = Condition::from(model.encode_captions(captions)?);
-    Ok(denoiser(model).denoising_loss(images, &time, &noise, &condition)?)
+    let condition = Condition::from(model.encode_captions(captions, Role::BASE)?);
+    Ok(denoiser(model, Role::BASE).denoising_loss(images, &time, &noise, &condition)?)
 }

@@ -1,9 +1,10 @@
 //! AdamW whose whole state can be saved and restored.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use tch::{Kind, Tensor};
 
 use super::blocks::Parameters;
+use super::checkpoint::restore;
 use super::dispatcher::{AdamWStep, fused_adamw, multiply_all};
 
 /// Settings of [`AdamW`]; they may change between steps.
@@ -108,6 +109,11 @@ impl AdamW {
         }
     }
 
+    /// The parameters by name; storage is shared with the optimizer.
+    pub fn parameters(&self) -> Parameters {
+        self.slots.iter().map(|slot| (slot.name.clone(), slot.parameter.shallow_clone())).collect()
+    }
+
     /// Moments and step counts by name; storage is shared with the optimizer.
     pub fn state(&self) -> Parameters {
         let entries = |slot: &Slot| {
@@ -120,23 +126,9 @@ impl AdamW {
     /// Restores what [`Self::state`] gave.
     ///
     /// # Errors
-    /// If an entry is missing or has another shape.
+    /// As for [`restore`].
     pub fn load_state(&mut self, state: &Parameters) -> Result<()> {
-        let _guard = tch::no_grad_guard();
-        for slot in &mut self.slots {
-            let targets = [
-                ("exp_avg", &mut slot.first),
-                ("exp_avg_sq", &mut slot.second),
-                ("step", &mut slot.step),
-            ];
-            for (part, target) in targets {
-                let name = format!("{}.{part}", slot.name);
-                let saved =
-                    state.get(&name).with_context(|| format!("optimizer state lacks {name}"))?;
-                copy_into(target, saved).with_context(|| format!("restoring {name}"))?;
-            }
-        }
-        Ok(())
+        restore(&self.state(), state)
     }
 }
 
@@ -164,20 +156,4 @@ fn update(
             eps: settings.eps,
         },
     )
-}
-
-/// Copies values in place; unlike libtorch's `copy_`, never broadcasts.
-///
-/// # Errors
-/// If the shapes differ.
-pub fn copy_into(target: &mut Tensor, source: &Tensor) -> Result<()> {
-    ensure!(
-        target.size() == source.size(),
-        "shape {:?} does not fit {:?}",
-        source.size(),
-        target.size()
-    );
-    let _guard = tch::no_grad_guard();
-    target.f_copy_(source)?;
-    Ok(())
 }

@@ -35,6 +35,13 @@ pub struct Options {
     /// CPU threads of libtorch; all cores by default
     #[arg(long)]
     pub threads: Option<i32>,
+    /// Updates between two saves of the training's state, from which a run that was stopped goes on;
+    /// 0 to save when interrupted and at the end alone
+    #[arg(long, default_value_t = 25)]
+    pub save_every: u64,
+    /// Start anew where OUT holds an unfinished run
+    #[arg(long)]
+    pub fresh: bool,
     /// Seed of everything drawn in training
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -130,7 +137,11 @@ impl DeviceChoice {
     }
 }
 
-fn parse_device(text: &str) -> Result<DeviceChoice> {
+/// The choice that a word on the command line names.
+///
+/// # Errors
+/// If it names none.
+pub fn parse_device(text: &str) -> Result<DeviceChoice> {
     Ok(match text {
         "auto" => DeviceChoice::Auto,
         "cpu" => DeviceChoice::Named(Device::Cpu),

@@ -5,11 +5,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use decoupled_dmd::Shift;
+use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
 use super::checkpoint::write_atomically;
 use super::transformer::ZImageTransformer;
+use super::weights::read_json;
 
 /// What is needed to sample in latent space.
 #[derive(Debug)]
@@ -35,11 +37,21 @@ impl Pipeline {
     /// # Errors
     /// Names what is missing, broken or not supported.
     pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
+        Self::load_observed(folder, kind, device, &ProgressBar::hidden())
+    }
+
+    /// [`Self::load`] that shows on `progress` how many bytes have been read.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_observed(
+        folder: &Path,
+        kind: Kind,
+        device: Device,
+        progress: &ProgressBar,
+    ) -> Result<Self> {
         let path = folder.join("scheduler/scheduler_config.json");
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        let scheduler: Scheduler =
-            serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
+        let scheduler: Scheduler = read_json(&path)?;
         if scheduler.use_dynamic_shifting {
             bail!(
                 "{}: use_dynamic_shifting is not supported, Z-Image does not use it",
@@ -47,7 +59,8 @@ impl Pipeline {
             );
         }
         let shift = Shift::new(scheduler.shift).with_context(|| path.display().to_string())?;
-        Ok(Self { transformer: ZImageTransformer::load(folder, kind, device)?, shift })
+        let transformer = ZImageTransformer::load_observed(folder, kind, device, progress)?;
+        Ok(Self { transformer, shift })
     }
 
     /// Writes the folder: `model_index.json`, `scheduler/` and `transformer/`.

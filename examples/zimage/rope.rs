@@ -1,12 +1,14 @@
-//! Rotary position embedding over three axes: caption position, row, column.
+//! Rotary position embedding over three axes: caption position or frame, row, column.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::rc::Rc;
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
 use super::config::{Config, SEQUENCE_MULTIPLE};
+use super::layout::Grid;
 
 /// Unit complex factors for the tokens of one image size and padded caption length,
 /// as interleaved (re, im) pairs in float32.
@@ -21,18 +23,14 @@ pub struct RotaryTable {
 }
 
 impl RotaryTable {
-    /// The table for `rows` x `columns` patches and a caption padded to `caption` tokens.
+    /// The table for a grid of patches and a caption padded to `caption` tokens.
     ///
     /// # Errors
     /// If a position lies outside `axes_lens`.
-    pub fn new(
-        config: &Config,
-        caption: i64,
-        rows: i64,
-        columns: i64,
-        device: Device,
-    ) -> Result<Self> {
-        for (axis, needed) in [caption + 2, rows, columns].into_iter().enumerate() {
+    pub fn new(config: &Config, caption: i64, grid: Grid, device: Device) -> Result<Self> {
+        let Grid { frames, rows, columns } = grid;
+        // Caption tokens count from 1, and frames go on after them.
+        for (axis, needed) in [1 + caption + frames, rows, columns].into_iter().enumerate() {
             ensure!(
                 needed <= config.axes_lens[axis],
                 "axis {axis} needs {needed} positions but axes_lens allows {}",
@@ -40,10 +38,12 @@ impl RotaryTable {
             );
         }
         let caption_ids: Vec<[i64; 3]> = (1..=caption).map(|j| [j, 0, 0]).collect();
-        let mut image_ids: Vec<[i64; 3]> =
-            (0..rows).flat_map(|h| (0..columns).map(move |w| [caption + 1, h, w])).collect();
+        let mut image_ids: Vec<[i64; 3]> = (0..grid.tokens())
+            .map(|token| (token / (rows * columns), token % (rows * columns)))
+            .map(|(frame, place)| [caption + 1 + frame, place / columns, place % columns])
+            .collect();
         // Image padding sits at the origin, where nothing is rotated.
-        image_ids.resize(padded(rows * columns) as usize, [0, 0, 0]);
+        image_ids.resize(padded(grid.tokens()) as usize, [0, 0, 0]);
 
         let image = rotary_factors(config, &image_ids, device)?;
         let caption = rotary_factors(config, &caption_ids, device)?;
@@ -52,9 +52,9 @@ impl RotaryTable {
     }
 }
 
-/// Tables by (padded caption length, rows, columns), made when first asked for.
+/// Tables by padded caption length and grid, made when first asked for.
 #[derive(Debug, Default)]
-pub struct RotaryCache(RefCell<HashMap<(i64, i64, i64), std::rc::Rc<RotaryTable>>>);
+pub struct RotaryCache(RefCell<HashMap<(i64, Grid), Rc<RotaryTable>>>);
 
 impl RotaryCache {
     /// The table of a size; see [`RotaryTable::new`].
@@ -64,14 +64,15 @@ impl RotaryCache {
     pub fn get(
         &self,
         config: &Config,
-        (caption, rows, columns): (i64, i64, i64),
+        caption: i64,
+        grid: Grid,
         device: Device,
-    ) -> Result<std::rc::Rc<RotaryTable>> {
-        if let Some(table) = self.0.borrow().get(&(caption, rows, columns)) {
+    ) -> Result<Rc<RotaryTable>> {
+        if let Some(table) = self.0.borrow().get(&(caption, grid)) {
             return Ok(table.clone());
         }
-        let table = std::rc::Rc::new(RotaryTable::new(config, caption, rows, columns, device)?);
-        self.0.borrow_mut().insert((caption, rows, columns), table.clone());
+        let table = Rc::new(RotaryTable::new(config, caption, grid, device)?);
+        self.0.borrow_mut().insert((caption, grid), table.clone());
         Ok(table)
     }
 }
@@ -102,15 +103,17 @@ pub fn rotary_factors(config: &Config, ids: &[[i64; 3]], device: Device) -> Resu
     Ok(pairs.f_view_as_complex()?)
 }
 
-/// Rotates adjacent channel pairs of `x` `[B, S, heads, d]` by `factors` `[S, 1, d/2]` in float32.
+/// Rotates adjacent channel pairs of `x` `[B, S, heads, d]` by `factors` `[S, 1, d/2]` or
+/// `[B, S, 1, d/2]` in float32, or in float64 where `x` is.
 ///
 /// # Errors
 /// If the shapes do not fit.
 pub fn rotate(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
     let kind = x.f_kind()?;
+    let wide = if kind == Kind::Double { kind } else { Kind::Float };
     let size = x.size();
     let pairs = x
-        .f_to_kind(Kind::Float)?
+        .f_to_kind(wide)?
         .f_reshape([size[0], size[1], size[2], size[3] / 2, 2])?
         .f_view_as_complex()?;
     let rotated = pairs.f_mul(factors)?.f_view_as_real()?;

@@ -3,20 +3,28 @@
 use std::path::PathBuf;
 
 use clap::Parser;
+use serde::Serialize;
 use tch::Kind;
 
 /// Trains the teacher by flow matching.
-#[derive(Debug, Parser)]
+// What is serialized decides the numbers of a run.
+#[derive(Debug, Parser, Serialize)]
 pub struct TeacherOptions {
     /// Folder for checkpoints, previews and the finished model
     #[arg(long)]
+    #[serde(skip)]
     pub out: PathBuf,
     /// Folder with emoji.png, captions.json, vocabulary.txt and vectors.safetensors
     #[arg(long, default_value = "assets/emoji")]
+    #[serde(skip)]
     pub data: PathBuf,
     /// Optimizer steps in all
     #[arg(long, default_value_t = 12_000)]
     pub steps: u64,
+    /// Start anew where OUT holds an unfinished run
+    #[arg(long)]
+    #[serde(skip)]
+    pub fresh: bool,
     /// Pictures in a step
     #[arg(long, default_value_t = 64)]
     pub batch: i64,
@@ -40,6 +48,7 @@ pub struct TeacherOptions {
     pub bf16: bool,
     /// Threads of libtorch
     #[arg(long, default_value_t = 2)]
+    #[serde(skip)]
     pub threads: i32,
     /// Share of pictures shown with the caption of another one, as in captions from the web: what the
     /// model then draws without guidance often has nothing to do with the caption
@@ -47,18 +56,22 @@ pub struct TeacherOptions {
     pub wrong_captions: f64,
     /// Start from the weights of this model (a diffusers folder) in place of random ones
     #[arg(long)]
+    #[serde(skip)]
     pub from: Option<PathBuf>,
     /// Seed of weights, order, noise and dropout
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Steps between two previews; 0 for none
     #[arg(long, default_value_t = 1000)]
+    #[serde(skip)]
     pub preview: u64,
     /// Transformer config to use in place of the embedded one (a config.json)
     #[arg(long)]
+    #[serde(skip)]
     pub config: Option<PathBuf>,
     /// Run this many steps, print their mean time, and save nothing
     #[arg(long)]
+    #[serde(skip)]
     pub measure: Option<u64>,
 }
 

@@ -2,12 +2,18 @@
 
 use std::rc::Rc;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 
 use super::blocks::{Block, Linear, Parameters, RmsNorm, TimeEmbedder, parameter};
 use super::config::Config;
+use super::layout::{
+    Grid, Sequence, fill_padding, join, longest, patchify, stack_tokens, unpatchify,
+};
+use super::lora::Role;
 use super::rope::{RotaryCache, padded};
+use super::tape::run_blocks;
+use super::weights::check_shapes;
 
 /// Epsilon of the final layer norm; the other norms take theirs from the config.
 const FINAL_NORM_EPS: f64 = 1e-6;
@@ -23,9 +29,9 @@ pub struct ZImageTransformer {
     caption_embedder: Linear,
     caption_padding: Tensor,
     time_embedder: TimeEmbedder,
-    noise_refiner: Vec<Block>,
-    context_refiner: Vec<Block>,
-    layers: Vec<Block>,
+    noise_refiner: Rc<[Block]>,
+    context_refiner: Rc<[Block]>,
+    layers: Rc<[Block]>,
     final_modulation: Linear,
     final_linear: Linear,
     rotary: Rc<RotaryCache>,
@@ -38,14 +44,15 @@ impl ZImageTransformer {
     /// Lists parameters that are missing, unexpected or of the wrong shape.
     pub fn from_parameters(config: Config, parameters: Parameters) -> Result<Self> {
         config.validate()?;
-        check_parameters(&config, &parameters)?;
+        let shapes = parameters.iter().map(|(name, tensor)| (name.as_str(), tensor.size()));
+        check_shapes(&config.parameters(), shapes)?;
         Self::assemble(config, parameters, Rc::default())
     }
 
     fn assemble(config: Config, parameters: Parameters, rotary: Rc<RotaryCache>) -> Result<Self> {
         let p = &parameters;
         let key = config.patch_key();
-        let stack = |name: &str, count: i64, modulated: bool| -> Result<Vec<Block>> {
+        let stack = |name: &str, count: i64, modulated: bool| -> Result<Rc<[Block]>> {
             (0..count).map(|i| Block::new(p, &format!("{name}.{i}"), &config, modulated)).collect()
         };
         Ok(Self {
@@ -138,54 +145,61 @@ impl ZImageTransformer {
     }
 
     /// Embeds and refines captions, each `[L_i, cap_feat_dim]`, to `[B, L, D]`, padding included
-    /// (padding takes part in attention). This depends on the captions alone, not on time or image.
+    /// (padding takes part in attention). This depends on the captions and the role alone, not on time
+    /// or image; the pairs that an adapter has on the caption side act here and nowhere else.
     ///
     /// # Errors
     /// If there is no caption, or their padded lengths differ.
-    pub fn encode_captions(&self, captions: &[Tensor]) -> Result<Tensor> {
-        let (features, is_padding) = self.pad_captions(captions)?;
-        let embedded = self.caption_embedder.forward(&self.caption_norm.forward(&features)?)?;
-        let mut hidden = self.caption_padding.f_where_self(&is_padding, &embedded)?;
-        let length = hidden.size()[1];
-        let rotary = self.rotary.get(&self.config, (length, 1, 1), self.device())?;
-        for block in &self.context_refiner {
-            hidden = block.forward(&hidden, &rotary.caption, None)?;
+    pub fn encode_captions(&self, captions: &[Tensor], role: Role<'_>) -> Result<Tensor> {
+        let counts = self.caption_counts(captions)?;
+        if let Some(index) = counts.iter().position(|own| padded(*own) != padded(counts[0])) {
+            bail!(
+                "captions of one batch must pad to one length: caption 0 has {} tokens, caption {index} \
+                 has {}",
+                counts[0],
+                counts[index]
+            );
         }
-        Ok(hidden)
+        self.refine_captions(captions, &counts, role)
     }
 
-    /// `[B, L, F]` features, zero where padded, and the selector `[B, L, 1]` of the padding.
-    fn pad_captions(&self, captions: &[Tensor]) -> Result<(Tensor, Tensor)> {
-        ensure!(!captions.is_empty(), "at least one caption is needed");
-        let lengths: Vec<i64> = captions.iter().map(|caption| caption.size()[0]).collect();
-        let length = padded(lengths[0]);
-        for (index, (caption, own)) in captions.iter().zip(&lengths).enumerate() {
-            ensure!(
-                caption.size() == [*own, self.config.cap_feat_dim] && *own > 0,
-                "caption {index} must be [L, {}] with L > 0, found {:?}",
-                self.config.cap_feat_dim,
-                caption.size()
-            );
-            if padded(*own) != length {
-                bail!(
-                    "captions of one batch must pad to one length: caption 0 has {} tokens, caption \
-                     {index} has {own}",
-                    lengths[0]
-                );
-            }
-        }
-        let rows = captions
-            .iter()
-            .zip(&lengths)
-            .map(|(caption, own)| Ok(caption.f_constant_pad_nd([0, 0, 0, length - own])?))
-            .collect::<Result<Vec<_>>>()?;
+    /// [`Self::encode_captions`] for captions of any lengths; behind a caption's own tokens, padding
+    /// included, the rows are of no use.
+    fn refine_captions(
+        &self,
+        captions: &[Tensor],
+        counts: &[i64],
+        role: Role<'_>,
+    ) -> Result<Tensor> {
+        let role = role.begin()?;
         let features =
-            Tensor::f_stack(&rows, 0)?.f_to_device(self.device())?.f_to_kind(self.kind())?;
-        let lengths = Tensor::f_from_slice(&lengths)?.f_to_device(self.device())?;
-        let is_padding = Tensor::f_arange(length, (Kind::Int64, self.device()))?
-            .f_ge_tensor(&lengths.f_unsqueeze(1)?)?
-            .f_unsqueeze(2)?;
-        Ok((features, is_padding))
+            stack_tokens(captions)?.f_to_device(self.device())?.f_to_kind(self.kind())?;
+        let normed = self.caption_norm.forward(&features)?;
+        let embedded = self.caption_embedder.forward(&normed, role)?;
+        let hidden = fill_padding(&embedded, counts, &self.caption_padding)?;
+        let tables = counts
+            .iter()
+            .map(|count| self.rotary.get(&self.config, padded(*count), Grid::POINT, self.device()))
+            .collect::<Result<Vec<_>>>()?;
+        let sequence = Sequence::new(&tables, |table| &table.caption)?;
+        run_blocks(&self.context_refiner, hidden, &sequence, None, role)
+    }
+
+    /// The numbers of tokens of captions, whose shapes are checked.
+    fn caption_counts(&self, captions: &[Tensor]) -> Result<Vec<i64>> {
+        ensure!(!captions.is_empty(), "at least one caption is needed");
+        let width = self.config.cap_feat_dim;
+        captions
+            .iter()
+            .enumerate()
+            .map(|(index, caption)| match caption.size()[..] {
+                [count, own_width] if own_width == width && count > 0 => Ok(count),
+                _ => bail!(
+                    "caption {index} must be [L, {width}] with L > 0, found {:?}",
+                    caption.size()
+                ),
+            })
+            .collect()
     }
 
     /// The raw output, which estimates `x0 - eps`, as `[B, C, H, W]` in the dtype of `latents`.
@@ -195,8 +209,14 @@ impl ZImageTransformer {
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn forward(&self, latents: &Tensor, t: &Tensor, captions: &[Tensor]) -> Result<Tensor> {
-        self.forward_encoded(latents, t, &self.encode_captions(captions)?)
+    pub fn forward(
+        &self,
+        latents: &Tensor,
+        t: &Tensor,
+        captions: &[Tensor],
+        role: Role<'_>,
+    ) -> Result<Tensor> {
+        self.forward_encoded(latents, t, &self.encode_captions(captions, role)?, role)
     }
 
     /// [`Self::forward`] with captions already encoded, `[B, L, D]`.
@@ -208,106 +228,114 @@ impl ZImageTransformer {
         latents: &Tensor,
         t: &Tensor,
         captions: &Tensor,
+        role: Role<'_>,
     ) -> Result<Tensor> {
-        let (batch, channels, height, width) = latents.size4()?;
         let patch = self.config.patch_size();
-        ensure!(
-            channels == self.config.in_channels && height % patch == 0 && width % patch == 0,
-            "latents must be [B, {}, H, W] with H and W multiples of {patch}, found {:?}",
-            self.config.in_channels,
-            latents.size()
-        );
-        let (count, caption_length, _) = captions.size3()?;
-        ensure!(
-            t.size() == [batch] && count == batch,
-            "{batch} latents need as many times and captions, found {:?} and {count}",
-            t.size()
-        );
-        let size = (height / patch, width / patch);
-        let tokens = size.0 * size.1;
-        let rotary =
-            self.rotary.get(&self.config, (caption_length, size.0, size.1), self.device())?;
-        let time = self.time_embedder.forward(t)?;
+        let (batch, ..) = latents.size4()?;
+        let latents = latents.f_unsqueeze(2)?;
+        let grid = Grid::new(&latents.size()[1..], self.config.in_channels, patch)?;
+        let (count, length, _) = captions.size3()?;
+        ensure!(count == batch, "{batch} latents need as many captions, found {count}");
 
         let patches = patchify(&latents.f_to_kind(self.kind())?, patch)?;
-        let mut image = self.patch_embedder.forward(&patches)?;
-        let image_length = padded(tokens);
-        if image_length > tokens {
-            let rows = self
-                .patch_padding
-                .f_unsqueeze(0)?
-                .f_expand([batch, image_length - tokens, -1], false)?;
-            image = Tensor::f_cat(&[image, rows], 1)?;
-        }
-        for block in &self.noise_refiner {
-            image = block.forward(&image, &rotary.image, Some(&time))?;
-        }
+        let missing = padded(grid.tokens()) - grid.tokens();
+        let patches =
+            if missing > 0 { patches.f_constant_pad_nd([0, 0, 0, missing])? } else { patches };
+        let items = vec![(grid, length); batch as usize];
+        let output = self.transform(&patches, &items, t, captions, role)?;
+        Ok(unpatchify(&output, patch, grid)?.f_squeeze_dim(2)?.f_to_kind(latents.f_kind()?)?)
+    }
 
-        let mut stream = Tensor::f_cat(&[&image, captions], 1)?;
-        for block in &self.layers {
-            stream = block.forward(&stream, &rotary.unified, Some(&time))?;
+    /// The raw output for items of any sizes and captions of any lengths in one batch, each as if it were
+    /// alone: `latents` `[C, F_i, H_i, W_i]` with F frames (1 for images), `t` `[B]`, `captions`
+    /// `[L_i, cap_feat_dim]`. The outputs have the shapes and dtypes of the latents.
+    ///
+    /// The work is that of the longest item for all; a batch of one padded length is faster than others
+    /// also because it needs no mask.
+    ///
+    /// # Errors
+    /// If shapes do not fit, or an item exceeds the positions of the config.
+    pub fn forward_items(
+        &self,
+        latents: &[Tensor],
+        t: &Tensor,
+        captions: &[Tensor],
+        role: Role<'_>,
+    ) -> Result<Vec<Tensor>> {
+        let (patch, channels) = (self.config.patch_size(), self.config.in_channels);
+        let counts = self.caption_counts(captions)?;
+        ensure!(
+            counts.len() == latents.len(),
+            "{} latents need as many captions, found {}",
+            latents.len(),
+            counts.len()
+        );
+        let mut items = Vec::with_capacity(latents.len());
+        let mut rows = Vec::with_capacity(latents.len());
+        for (index, (latent, count)) in latents.iter().zip(&counts).enumerate() {
+            let grid = Grid::new(&latent.size(), channels, patch)
+                .with_context(|| format!("item {index}"))?;
+            items.push((grid, padded(*count)));
+            let latent = latent.f_to_device(self.device())?.f_to_kind(self.kind())?;
+            rows.push(patchify(&latent.f_unsqueeze(0)?, patch)?.f_squeeze_dim(0)?);
         }
+        let encoded = self.refine_captions(captions, &counts, role)?;
+        let output = self.transform(&stack_tokens(&rows)?, &items, t, &encoded, role)?;
+        (0..)
+            .zip(items.iter().zip(latents))
+            .map(|(index, ((grid, _), latent))| {
+                let own = output.f_narrow(0, index, 1)?.f_narrow(1, 0, grid.tokens())?;
+                let own = unpatchify(&own, patch, *grid)?.f_squeeze_dim(0)?;
+                Ok(own.f_to_device(latent.device())?.f_to_kind(latent.f_kind()?)?)
+            })
+            .collect()
+    }
+
+    /// The forward pass over patches `[B, S, p * p * C]`, padded to the longest item's multiple of 32, and
+    /// encoded captions `[B, L, D]`. Each item has a grid and a padded caption length. Returns as many
+    /// patches as the largest grid has; behind an item's own they are of no use.
+    fn transform(
+        &self,
+        patches: &Tensor,
+        items: &[(Grid, i64)],
+        t: &Tensor,
+        captions: &Tensor,
+        role: Role<'_>,
+    ) -> Result<Tensor> {
+        ensure!(
+            t.size() == [items.len() as i64],
+            "{} latents need as many times, found {:?}",
+            items.len(),
+            t.size()
+        );
+        let role = role.begin()?;
+        let tables = items
+            .iter()
+            .map(|(grid, length)| self.rotary.get(&self.config, *length, *grid, self.device()))
+            .collect::<Result<Vec<_>>>()?;
+        let counts: Vec<i64> = items.iter().map(|(grid, _)| grid.tokens()).collect();
+        let time = self.time_embedder.forward(t, role)?;
+
+        let embedded = self.patch_embedder.forward(patches, role)?;
+        let image = fill_padding(&embedded, &counts, &self.patch_padding)?;
+        let sequence = Sequence::new(&tables, |table| &table.image)?;
+        let image = run_blocks(&self.noise_refiner, image, &sequence, Some(&time), role)?;
+
+        let lengths: Vec<_> =
+            items.iter().map(|(grid, length)| (padded(grid.tokens()), *length)).collect();
+        let stream = join(&image, captions, &lengths)?;
+        let sequence = Sequence::new(&tables, |table| &table.unified)?;
+        let stream = run_blocks(&self.layers, stream, &sequence, Some(&time), role)?;
 
         // The rows of padding and caption would be dropped after the final layer.
-        let output = self.final_layer(&stream.f_narrow(1, 0, tokens)?, &time)?;
-        Ok(unpatchify(&output, patch, size)?.f_to_kind(latents.f_kind()?)?)
+        self.final_layer(&stream.f_narrow(1, 0, longest(&counts))?, &time, role)
     }
 
     /// `[B, N, D]` to patches `[B, N, p * p * C]`.
-    fn final_layer(&self, stream: &Tensor, time: &Tensor) -> Result<Tensor> {
-        let scale = self.final_modulation.forward(&time.f_silu()?)?.f_add_scalar(1.0)?;
+    fn final_layer(&self, stream: &Tensor, time: &Tensor, role: Role<'_>) -> Result<Tensor> {
+        let scale = self.final_modulation.forward(&time.f_silu()?, role)?.f_add_scalar(1.0)?;
         let none = None::<&Tensor>;
         let normed = stream.f_layer_norm([self.config.dim], none, none, FINAL_NORM_EPS, true)?;
-        self.final_linear.forward(&normed.f_mul(&scale.f_unsqueeze(1)?)?)
+        self.final_linear.forward(&normed.f_mul(&scale.f_unsqueeze(1)?)?, role)
     }
-}
-
-/// `[B, C, H, W]` to tokens `[B, H/p * W/p, p * p * C]`: row-major, channels fastest.
-///
-/// # Errors
-/// If H or W is not a multiple of `patch`.
-pub fn patchify(latents: &Tensor, patch: i64) -> Result<Tensor> {
-    let (batch, channels, height, width) = latents.size4()?;
-    let (rows, columns) = (height / patch, width / patch);
-    Ok(latents
-        .f_reshape([batch, channels, rows, patch, columns, patch])?
-        .f_permute([0, 2, 4, 3, 5, 1])?
-        .f_reshape([batch, rows * columns, patch * patch * channels])?)
-}
-
-/// The inverse of [`patchify`] for `(rows, columns)` patches.
-///
-/// # Errors
-/// If the number of tokens is not `rows * columns`.
-pub fn unpatchify(tokens: &Tensor, patch: i64, (rows, columns): (i64, i64)) -> Result<Tensor> {
-    let (batch, _, width) = tokens.size3()?;
-    let channels = width / (patch * patch);
-    Ok(tokens
-        .f_reshape([batch, rows, columns, patch, patch, channels])?
-        .f_permute([0, 5, 1, 3, 2, 4])?
-        .f_reshape([batch, channels, rows * patch, columns * patch])?)
-}
-
-/// Names every parameter that is missing, unexpected or mis-shaped.
-pub(super) fn check_parameters(config: &Config, parameters: &Parameters) -> Result<()> {
-    let mut faults = Vec::new();
-    let expected = config.parameters();
-    for (name, shape) in &expected {
-        match parameters.get(name) {
-            None => faults.push(format!("{name} is missing")),
-            Some(tensor) if tensor.size() != *shape => {
-                faults.push(format!("{name} has shape {:?}, expected {shape:?}", tensor.size()))
-            }
-            Some(_) => {}
-        }
-    }
-    let is_known = |name: &String| expected.binary_search_by(|(known, _)| known.cmp(name)).is_ok();
-    faults.extend(
-        parameters
-            .keys()
-            .filter(|name| !is_known(name))
-            .map(|name| format!("{name} is unexpected")),
-    );
-    ensure!(faults.is_empty(), "parameters do not fit the config: {}", faults.join("; "));
-    Ok(())
 }

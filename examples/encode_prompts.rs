@@ -1,0 +1,56 @@
+//! Encodes prompts with the text encoder of a Z-Image model, once, so that training needs no encoder.
+//!
+//! ```sh
+//! cargo run --release --example encode_prompts -- --model Z-Image --prompts prompts.txt --out features
+//! ```
+//! An interrupted run goes on where it was. The features are 5 KB a token in bfloat16, at most 2.6 MB a
+//! prompt.
+
+mod zimage;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use tch::Kind;
+use zimage::features::{FeatureCache, read_prompts};
+use zimage::options::{DeviceChoice, parse_device};
+
+/// Encodes prompts with the text encoder of a Z-Image model.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// A diffusers folder with text_encoder/ and tokenizer/
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Text file in UTF-8, a prompt a line; the empty prompt is added
+    #[arg(long, value_name = "FILE")]
+    prompts: PathBuf,
+    /// Folder for the features; what it holds already is kept
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Where to compute: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", value_parser = parse_device)]
+    device: DeviceChoice,
+    /// Compute in float32 instead of bfloat16
+    #[arg(long)]
+    float32: bool,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let device = arguments.device.resolve()?;
+    let kind = if arguments.float32 { Kind::Float } else { Kind::BFloat16 };
+    let prompts = read_prompts(&arguments.prompts)?;
+    println!("Encoding {} prompts on {device:?} in {kind:?}", prompts.len());
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} prompts, {eta} left")?;
+    let bar = ProgressBar::new(prompts.len() as u64 + 1).with_style(style);
+    let (model, out) = (&arguments.model, &arguments.out);
+    FeatureCache::encode(out, model, (kind, device), &prompts, &mut |done, _| {
+        bar.set_position(done as u64);
+    })?;
+    bar.finish_and_clear();
+    println!("Features of {} prompts and of the empty one in {}", prompts.len(), out.display());
+    Ok(())
+}

@@ -1,0 +1,60 @@
+//! metrics.jsonl: one JSON object a line.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead as _, BufReader, Seek as _, SeekFrom, Write as _};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+/// A log that can be cut back to where a state was saved, so that no line is lost or written twice.
+#[derive(Debug)]
+pub struct Log {
+    file: File,
+}
+
+impl Log {
+    /// Opens the log and forgets what is behind its first `bytes` bytes. Returns the lines before.
+    ///
+    /// # Errors
+    /// If the file is shorter than that, holds something else, or cannot be written.
+    pub fn open(path: &Path, bytes: u64) -> Result<(Self, Vec<Value>)> {
+        Self::cut(path, bytes).with_context(|| format!("opening {}", path.display()))
+    }
+
+    fn cut(path: &Path, bytes: u64) -> Result<(Self, Vec<Value>)> {
+        let options =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).clone();
+        let mut file = options.open(path)?;
+        let length = file.metadata()?.len();
+        ensure!(
+            length >= bytes,
+            "it has {length} bytes but had {bytes} when the training state was saved"
+        );
+        file.set_len(bytes)?;
+        let lines = BufReader::new(&file)
+            .lines()
+            .map(|line| Ok(serde_json::from_str(&line?)?))
+            .collect::<Result<_>>()?;
+        file.seek(SeekFrom::End(0))?;
+        Ok((Self { file }, lines))
+    }
+
+    /// Adds a line.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write(&mut self, line: &Value) -> Result<()> {
+        // In one piece, without a buffer: the file can be watched.
+        Ok(self.file.write_all(format!("{line}\n").as_bytes())?)
+    }
+
+    /// Makes all lines last and returns their bytes.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn sync(&mut self) -> Result<u64> {
+        self.file.sync_all()?;
+        Ok(self.file.metadata()?.len())
+    }
+}

@@ -1,0 +1,41 @@
+//! A model of a few thousand parameters and three captions for it.
+
+use anyhow::Result;
+use tch::{Device, Kind};
+
+use crate::common::wave;
+use crate::zimage::data::Vocabulary;
+use crate::zimage::prompts::Prompts;
+use crate::zimage::{Config, ZImageTransformer};
+
+/// A teacher whose zero-initialised parts are filled, so that captions and time matter.
+pub fn teacher() -> Result<ZImageTransformer> {
+    let config = Config {
+        all_patch_size: vec![4],
+        in_channels: 3,
+        dim: 24,
+        n_layers: 1,
+        n_refiner_layers: 1,
+        n_heads: 2,
+        n_kv_heads: 2,
+        cap_feat_dim: 64,
+        axes_dims: vec![4, 4, 4],
+        axes_lens: vec![96, 16, 16],
+        ..Config::default()
+    };
+    let model = ZImageTransformer::init(config, Device::Cpu)?;
+    let _guard = tch::no_grad_guard();
+    for (phase, tensor) in (0..).zip(model.parameters().values()) {
+        let _ = tensor
+            .shallow_clone()
+            .f_add_(&(wave(&tensor.size(), phase as f64, Kind::Float) * 0.05))?;
+    }
+    Ok(model)
+}
+
+/// Three captions, encoded by `teacher`.
+pub fn prompts(teacher: &ZImageTransformer) -> Result<Prompts> {
+    let vocabulary = Vocabulary::load("assets/emoji".as_ref())?;
+    let captions = ["google cat face", "twitter pizza", "google red heart"];
+    Prompts::encode(teacher, &vocabulary, captions.into_iter())
+}
