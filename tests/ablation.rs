@@ -4,6 +4,8 @@
 #[path = "../examples/ablation/mod.rs"]
 mod ablation;
 mod common;
+#[path = "common/tiny.rs"]
+mod tiny;
 #[path = "../examples/zimage/mod.rs"]
 mod zimage;
 
@@ -26,45 +28,16 @@ use decoupled_dmd::{
 };
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
+use tiny::{prompts, teacher};
 use zimage::adapter::denoiser;
 use zimage::classifier::Classifier;
-use zimage::data::{EmojiData, Vocabulary};
+use zimage::data::EmojiData;
 use zimage::metrics::Judge;
 use zimage::pipeline::write_json;
 use zimage::prompts::Prompts;
-use zimage::{Config, ZImageTransformer};
+use zimage::{Role, ZImageTransformer};
 
 const DM: Shield = Shield::DistributionMatching(Tau::Full);
-
-/// A few thousand parameters, the zero-initialised ones filled so that captions and time matter.
-fn teacher() -> Result<ZImageTransformer> {
-    let config = Config {
-        all_patch_size: vec![4],
-        in_channels: 3,
-        dim: 24,
-        n_layers: 1,
-        n_refiner_layers: 1,
-        n_heads: 2,
-        n_kv_heads: 2,
-        cap_feat_dim: 64,
-        axes_dims: vec![4, 4, 4],
-        axes_lens: vec![96, 16, 16],
-        ..Config::default()
-    };
-    let model = ZImageTransformer::init(config, Device::Cpu)?;
-    let _guard = tch::no_grad_guard();
-    for (phase, tensor) in (0..).zip(model.parameters().values()) {
-        let fill = wave(&tensor.size(), f64::from(phase), Kind::Float) * 0.05;
-        let _ = tensor.shallow_clone().f_add_(&fill)?;
-    }
-    Ok(model)
-}
-
-fn prompts(teacher: &ZImageTransformer) -> Result<Prompts> {
-    let vocabulary = Vocabulary::load("assets/emoji".as_ref())?;
-    let captions = ["google cat face", "twitter pizza", "google red heart"];
-    Prompts::encode(teacher, &vocabulary, captions.into_iter())
-}
 
 fn material<'a>(teacher: &'a ZImageTransformer, prompts: &'a Prompts) -> Result<Material<'a>> {
     Ok(Material {
@@ -176,7 +149,8 @@ fn arms_of_the_schedules_are_the_presets() -> Result<()> {
         let time = PreShift::new(Tensor::from_slice(&[0.0f32, 0.25, 0.75]))?;
         let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
         let guidance = Guidance::new(arm.guidance)?;
-        let preset = schedule.objective(denoiser(&teacher), guidance, &dm, material.shift);
+        let preset =
+            schedule.objective(denoiser(&teacher, Role::BASE), guidance, &dm, material.shift);
         let groups = preset.draw(&batch)?.len();
         let draws = || -> Vec<Draw> {
             (0..groups)

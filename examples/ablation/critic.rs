@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use decoupled_dmd::Condition;
 use tch::{Kind, Tensor};
 
-use crate::zimage::ZImageTransformer;
+use crate::zimage::{Role, ZImageTransformer};
 
 /// The network and its readout.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ impl Critic {
     /// If the condition holds no captions, or shapes do not fit.
     pub fn logits(&self, x: &Tensor, t: &Tensor, condition: &Condition) -> Result<Tensor> {
         ensure!(!condition.is_empty(), "expected encoded captions");
-        let output = self.model.forward_encoded(x, t, &condition[0])?;
+        let output = self.model.forward_encoded(x, t, &condition[0], Role::BASE)?;
         let patch = self.model.config().patch_size();
         let logits = output.f_conv2d(&self.readout, None::<&Tensor>, patch, 0, 1, 1)?;
         Ok(logits.f_flatten(1, -1)?)
