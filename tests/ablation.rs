@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use ablation::arm::{Arm, Shield, Tau};
-use ablation::bench::{Bench, Measurement, mean_variance, radial_spectrum};
+use ablation::bench::{Bench, Measurement, Observation, mean_variance, radial_spectrum};
 use ablation::experiments::{self, Experiment};
 use ablation::record::{Point, Reference, RunRecord, reference_path, run_path};
 use ablation::results::{Field, Results};
@@ -288,7 +288,11 @@ fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
     assert_eq!(record.points[0].measurement.variance, rounded_variance(&bench, &teacher)?);
     assert!(record.points[2].measurement.variance != record.points[0].measurement.variance);
     assert!(record.points.iter().all(|point| point.observations.len() == 3));
-    assert!(record.change_spectrum.iter().sum::<f64>() > 0.0);
+    assert!(record.points[0].change_spectrum.is_empty());
+    for point in &record.points[1..] {
+        assert_eq!(point.change_spectrum.len(), 17);
+        assert!(point.change_spectrum.iter().sum::<f64>() > 0.0);
+    }
     for picture in ["ca.png", "ca-seen.png"] {
         assert!(folder.join(picture).exists(), "{picture}");
     }
@@ -333,7 +337,8 @@ fn made_up(folder: &str) -> Result<(PathBuf, Results)> {
                 update,
                 measurement: measurement(alignment, 1.0),
                 diagnostics: BTreeMap::new(),
-                observations: Vec::new(),
+                observations: vec![Observation { time: 0.5, sample: 2.0, fake: 8.0, teacher: 1.0 }],
+                change_spectrum: vec![1.0, 2.0, 1.0],
             };
             let run = RunRecord {
                 arm: arm.clone(),
@@ -341,7 +346,6 @@ fn made_up(folder: &str) -> Result<(PathBuf, Results)> {
                 captions: 96,
                 points: vec![point(0, 0.2), point(arm.updates, alignment)],
                 broken_after: None,
-                change_spectrum: vec![1.0, 3.0],
                 seconds: 1.0,
             };
             write_json(&run_path(&folder, &arm.name, seed), &run)?;
@@ -370,14 +374,14 @@ fn the_report_takes_its_numbers_from_the_files() -> Result<()> {
     let (folder, results) = made_up("report")?;
     let document = folder.join("document.md");
     let figures = folder.join("figures");
-    let template = "a {{value one alignment}} b {{value one drift}} c \
+    let template = "{{value one fine-power}} {{at one 0 drift}} {{seen two 0.5 fake}} a {{value one alignment}} b {{value one drift}} c \
                     {{paired two one alignment}} d {{verdict two one alignment}} e \
                     {{teacher guided frechet}} f {{runs}}\n{{table pair}}{{curves pair}}";
     report::write(template, &document, &figures, &results)?;
     let text = std::fs::read_to_string(&document)?;
     // The half width is 12.7062 times half the distance of two values.
     for part in [
-        "a 55.0 ± 63.5 b -0.69 ± 0.00 c +11.0 ± 12.7 d not told apart over 2 seeds",
+        "25.0 ± 0.0 -0.69 ± 0.00 +1.39 ± 0.00 a 55.0 ± 63.5 b -0.69 ± 0.00 c +11.0 ± 12.7 d not told apart over 2 seeds",
         "e 0.250 f 4 runs of 2 arms; not finished",
         "one (pair: 2 of 3)",
         "| two | 2 | 66.0 ± 76.2 |",
@@ -395,6 +399,8 @@ fn the_report_takes_its_numbers_from_the_files() -> Result<()> {
         ("{{value one speed}}", "field speed: not one of"),
         ("{{value three alignment}}", "there is no arm three"),
         ("{{table nothing}}", "there is no experiment nothing"),
+        ("{{at one 0 dm-cos}}", "not a field of one measurement"),
+        ("{{seen one 0.5 student}}", "expected sample, fake or teacher"),
         ("{{nonsense}}", "not a placeholder"),
         ("{{value one", "does not end"),
     ] {

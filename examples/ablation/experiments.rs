@@ -86,12 +86,16 @@ fn regularizers() -> Vec<Arm> {
 }
 
 fn tau_of_the_engine() -> Vec<Arm> {
-    [(0.0, 0.05), (0.0, 0.3), (0.0, 0.7), (0.0, 1.0), (0.7, 1.0)]
-        .into_iter()
-        .map(|(low, high)| {
-            Arm::new(&format!("tau-{low:.2}-{high:.2}"), 1).engine(Tau::Between(low, high))
-        })
-        .collect()
+    let between = |low: f64, high: f64| {
+        Arm::new(&format!("tau-{low:.2}-{high:.2}"), 1).engine(Tau::Between(low, high))
+    };
+    let ranges = [(0.0, 0.05), (0.0, 0.3), (0.0, 0.7), (0.0, 1.0), (0.7, 1.0)];
+    // As long updates near the data as near noise: is it the place or the size that matters?
+    let strong = between(0.7, 1.0).with(|arm| {
+        arm.name += "-strong";
+        arm.guidance = 41.0;
+    });
+    ranges.into_iter().map(|(low, high)| between(low, high)).chain([strong]).collect()
 }
 
 fn dose() -> Vec<Arm> {

@@ -56,35 +56,28 @@ pub fn write_curves(path: &Path, results: &Results, experiment: &Experiment) -> 
     write(path, &panels, 2)
 }
 
-/// Power of the change of the samples, as a share of all of it, over frequencies.
+/// Where the power of the change of the samples is, as shares of all of it over frequencies, at the first
+/// measurement after the start and at the last.
 ///
 /// # Errors
 /// If the file cannot be written.
 pub fn write_spectra(path: &Path, results: &Results, experiment: &Experiment) -> Result<()> {
-    let share = |run: &RunRecord| {
-        let all: f64 = run.change_spectrum.iter().sum();
-        (0..)
-            .zip(&run.change_spectrum)
-            .map(|(ring, power)| (f64::from(ring), power / all))
-            .collect()
-    };
-    let size = |run: &RunRecord| {
-        (0..)
-            .zip(&run.change_spectrum)
-            .map(|(ring, power)| (f64::from(ring), power.max(1e-12).log10()))
-            .collect()
+    let share = |point: Option<&Point>| -> Curve {
+        let spectrum = point.map_or(&[][..], |point| &point.change_spectrum);
+        let all: f64 = spectrum.iter().sum();
+        (0..).zip(spectrum).map(|(ring, power)| (f64::from(ring), power / all)).collect()
     };
     let x_axis = "periods to an image";
     let panels = [
         Panel {
-            title: "Share of the change's power",
+            title: "Share of the change's power, first measurement",
             x_axis,
-            bundles: bundles(results, experiment, share)?,
+            bundles: bundles(results, experiment, |run| share(run.points.get(1)))?,
         },
         Panel {
-            title: "Power of the change, log10",
+            title: "Last measurement",
             x_axis,
-            bundles: bundles(results, experiment, size)?,
+            bundles: bundles(results, experiment, |run| share(run.points.last()))?,
         },
     ];
     write(path, &panels, 2)

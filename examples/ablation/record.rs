@@ -21,6 +21,9 @@ pub struct Point {
     pub diagnostics: BTreeMap<String, f64>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub observations: Vec<Observation>,
+    /// Of the change of the samples since the first point.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub change_spectrum: Vec<f64>,
 }
 
 /// Everything that one run has shown.
@@ -34,8 +37,6 @@ pub struct RunRecord {
     pub points: Vec<Point>,
     /// The update after which a number was not finite any more.
     pub broken_after: Option<u64>,
-    /// Of the change of the samples from the first point to the last.
-    pub change_spectrum: Vec<f64>,
     pub seconds: f64,
 }
 

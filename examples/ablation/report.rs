@@ -3,6 +3,8 @@
 //! | placeholder | becomes |
 //! |---|---|
 //! | `{{value ARM FIELD}}` | mean over seeds, with its 95 % interval |
+//! | `{{at ARM UPDATE FIELD}}` | the same at one update, for what is measured at each |
+//! | `{{seen ARM TIME WHO}}` | last drift of `sample`, `fake` or `teacher` before an observer at this time |
 //! | `{{paired ONE TWO FIELD}}` | mean difference of the two over common seeds, with its interval |
 //! | `{{verdict ONE TWO FIELD}}` | whether that interval leaves out zero, and on which side |
 //! | `{{teacher guided FIELD}}`, `{{teacher 4 FIELD}}`, `{{teacher real FIELD}}` | guided teacher, unguided one at 4 steps, real pictures |
@@ -58,6 +60,8 @@ impl Report<'_> {
                 let field = Field::named(field)?;
                 Ok(shown(self.results.interval(arm, field)?, field, field.is_signed()))
             }
+            ["at", arm, update, field] => self.at(arm, update.parse()?, Field::named(field)?),
+            ["seen", arm, time, who] => self.seen(arm, time.parse()?, who),
             ["paired", one, two, field] => {
                 let field = Field::named(field)?;
                 Ok(shown(self.results.paired(one, two, field)?, field, true))
@@ -87,14 +91,43 @@ impl Report<'_> {
                 reference.unguided.get(&steps).context("not measured at these steps")?
             }
         };
-        let value = match field {
+        Ok(number(self.measured(measurement, field)?, field.digits(), field.is_signed()))
+    }
+
+    fn measured(&self, measurement: &Measurement, field: Field) -> Result<f64> {
+        Ok(match field {
             Field::Alignment => 100.0 * measurement.alignment,
             Field::Frechet => measurement.frechet_distance,
             Field::Drift => self.results.drift(measurement.variance),
             Field::Saturation => measurement.saturation,
-            _ => bail!("not a field of the teacher"),
-        };
-        Ok(number(value, field.digits(), field.is_signed()))
+            _ => bail!("not a field of one measurement"),
+        })
+    }
+
+    fn at(&self, arm: &str, update: u64, field: Field) -> Result<String> {
+        let points = self.results.runs(arm)?.iter().flat_map(|run| &run.points);
+        let values = points
+            .filter(|point| point.update == update)
+            .map(|point| self.measured(&point.measurement, field))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(shown(Interval::of(&values), field, field.is_signed()))
+    }
+
+    fn seen(&self, arm: &str, time: f64, who: &str) -> Result<String> {
+        let last = self.results.runs(arm)?.iter().filter_map(|run| run.points.last());
+        let mut drifts = Vec::new();
+        for seen in last.flat_map(|point| &point.observations) {
+            if (seen.time - time).abs() < 1e-9 {
+                let variance = match who {
+                    "sample" => seen.sample,
+                    "fake" => seen.fake,
+                    "teacher" => seen.teacher,
+                    _ => bail!("expected sample, fake or teacher"),
+                };
+                drifts.push(self.results.drift(variance));
+            }
+        }
+        Ok(shown(Interval::of(&drifts), Field::Drift, true))
     }
 
     /// One row an arm, the teacher below.

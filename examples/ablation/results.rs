@@ -34,10 +34,15 @@ pub enum Field {
     DmRelativeGap,
     DmToCa,
     FakeLoss,
+    /// Root mean square of CA's updates up to the first measurement after the start.
+    FirstCaSize,
+    /// Percent of the change's power in waves of more than 8 periods, at the first measurement after
+    /// the start.
+    FinePower,
 }
 
 impl Field {
-    pub const ALL: [(&'static str, Self); 12] = [
+    pub const ALL: [(&'static str, Self); 14] = [
         ("alignment", Self::Alignment),
         ("frechet", Self::Frechet),
         ("best-frechet", Self::BestFrechet),
@@ -50,6 +55,8 @@ impl Field {
         ("dm-gap", Self::DmRelativeGap),
         ("dm-to-ca", Self::DmToCa),
         ("fake-loss", Self::FakeLoss),
+        ("first-ca-size", Self::FirstCaSize),
+        ("fine-power", Self::FinePower),
     ];
 
     /// By the name that the template uses.
@@ -67,8 +74,8 @@ impl Field {
     /// Digits after the point.
     pub fn digits(self) -> usize {
         match self {
-            Self::Alignment | Self::LateAlignment => 1,
-            Self::Drift | Self::HighestDrift | Self::DmToCa => 2,
+            Self::Alignment | Self::LateAlignment | Self::FinePower => 1,
+            Self::Drift | Self::HighestDrift | Self::DmToCa | Self::FirstCaSize => 2,
             _ => 3,
         }
     }
@@ -162,6 +169,8 @@ impl Results {
             Field::DmRelativeGap => diagnostic("dm_rel_gap"),
             Field::DmToCa => diagnostic("dm_to_ca"),
             Field::FakeLoss => diagnostic("fake_loss"),
+            Field::FirstCaSize => run.points.get(1)?.diagnostics.get("ca_update_rms").copied(),
+            Field::FinePower => fine_power(&run.points.get(1)?.change_spectrum),
         }
     }
 
@@ -200,4 +209,10 @@ fn late(run: &RunRecord, of: fn(&super::record::Point) -> f64) -> Option<f64> {
     let values: Vec<f64> =
         run.points.iter().filter(|point| 2 * point.update >= run.arm.updates).map(of).collect();
     Interval::of(&values).map(|interval| interval.mean)
+}
+
+/// Percent of the power beyond half of the frequencies; `None` for a spectrum that was not taken.
+fn fine_power(spectrum: &[f64]) -> Option<f64> {
+    let fine = spectrum.get(spectrum.len() / 2 + 1..)?;
+    Some(100.0 * fine.iter().sum::<f64>() / spectrum.iter().sum::<f64>())
 }

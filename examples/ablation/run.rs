@@ -70,7 +70,7 @@ pub fn run(
     let mut points = Vec::new();
     let mut broken_after = None;
     let mut means = Means::default();
-    let mut ends: Option<(Tensor, Tensor)> = None;
+    let mut first: Option<Tensor> = None;
     let picks = Tensor::f_from_slice(&bench.pictured())?;
     trainer.warm_up()?;
     loop {
@@ -105,15 +105,19 @@ pub fn run(
                 measurement.variance,
                 start.elapsed().as_secs_f64()
             );
+            let change_spectrum = match &first {
+                Some(first) => radial_spectrum(&samples.f_sub(first)?)?,
+                None => Vec::new(),
+            };
             points.push(Point {
                 update: trainer.update,
                 measurement,
                 diagnostics: means.take(),
                 observations,
+                change_spectrum: change_spectrum.into_iter().map(rounded).collect(),
             });
             strip.push(samples.f_index_select(0, &picks)?);
-            ends =
-                Some((ends.map_or_else(|| samples.shallow_clone(), |(first, _)| first), samples));
+            first.get_or_insert(samples);
         }
         if trainer.update == arm.updates {
             break;
@@ -125,20 +129,17 @@ pub fn run(
         }
         means.add(record);
     }
-    let (first, last) = ends.context("no measurement")?;
     if seed == 0 {
         let columns = strip.len() as i64;
         let strip = Tensor::f_stack(&strip, 1)?.f_flatten(0, 1)?;
         write_grid(&picture(pictures, &arm.name)?, &strip, columns, 2)?;
     }
-    let spectrum = radial_spectrum(&last.f_sub(&first)?)?;
     let record = RunRecord {
         arm: arm.clone(),
         seed,
         captions: bench.captions(),
         points,
         broken_after,
-        change_spectrum: spectrum.into_iter().map(rounded).collect(),
         seconds: start.elapsed().as_secs_f64().round(),
     };
     write_json(&path, &record)
