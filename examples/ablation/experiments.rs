@@ -95,7 +95,12 @@ fn tau_of_the_engine() -> Vec<Arm> {
         arm.name += "-strong";
         arm.guidance = 41.0;
     });
-    ranges.into_iter().map(|(low, high)| between(low, high)).chain([strong]).collect()
+    // Does it collapse later?
+    let long = between(0.7, 1.0).with(|arm| {
+        arm.name += "-long";
+        (arm.updates, arm.measure_every) = (200, 20);
+    });
+    ranges.into_iter().map(|(low, high)| between(low, high)).chain([strong, long]).collect()
 }
 
 fn dose() -> Vec<Arm> {
