@@ -21,7 +21,7 @@ use zimage::adapter::denoiser;
 use zimage::blocks::Parameters;
 use zimage::checkpoint::{prefixed, restore};
 use zimage::data::EmojiData;
-use zimage::ema::Ema;
+use zimage::ema::update_average;
 use zimage::fingerprint::fingerprint;
 use zimage::flow_matching::{SHIFT, flow_matching_loss, step_seed};
 use zimage::interrupt::{INTERRUPTED, Interrupt};
@@ -92,7 +92,7 @@ struct Trainer<'a> {
     empty: Tensor,
     train: Vec<i64>,
     model: ZImageTransformer,
-    ema: Ema,
+    average: ZImageTransformer,
     optimizer: AdamW,
     step: u64,
 }
@@ -125,7 +125,7 @@ impl<'a> Trainer<'a> {
             empty: encode("")?,
             captions,
             train,
-            ema: Ema::new(&model, arguments.ema)?,
+            average: model.duplicate()?,
             optimizer: AdamW::new(model.named_parameters(), settings)?,
             model,
             step: 0,
@@ -182,7 +182,8 @@ impl<'a> Trainer<'a> {
         loss.f_backward()?;
         let norm = self.optimizer.step()?;
         self.step += 1;
-        self.ema.update(&self.model, self.step)?;
+        let average = self.average.named_parameters();
+        update_average(&average, &self.model.named_parameters(), self.arguments.ema, self.step)?;
         Ok((loss.f_detach()?, norm))
     }
 
@@ -241,7 +242,7 @@ impl<'a> Trainer<'a> {
 
     /// The averaged model, in the dtype of the forward pass.
     fn averaged(&self) -> Result<ZImageTransformer> {
-        self.ema.model.cast(self.arguments.kind())
+        self.average.cast(self.arguments.kind())
     }
 
     /// Prints the averaged model's loss on items trained on and held out, and draws a fixed choice of
@@ -277,7 +278,7 @@ impl<'a> Trainer<'a> {
         let real = self.data.images.f_index_select(0, &Tensor::f_from_slice(&picks)?)?;
         tch::manual_seed(step_seed(self.arguments.seed, u64::MAX - 3));
         let noise = real.f_randn_like()?;
-        let denoiser = denoiser(&model, Role::BASE);
+        let denoiser = denoiser(&model);
         let grid = FewStepGrid::even(30, Shift::new(SHIFT)?)?;
         let mut columns = vec![real];
         for guidance in [1.0, 3.0] {
@@ -305,7 +306,7 @@ impl<'a> Trainer<'a> {
     fn state(&self) -> Parameters {
         let parameters = |model: &ZImageTransformer| model.named_parameters().into_iter().collect();
         prefixed("weights", parameters(&self.model))
-            .chain(prefixed("average", parameters(&self.ema.model)))
+            .chain(prefixed("average", parameters(&self.average)))
             .chain(prefixed("adamw", self.optimizer.state()))
             .chain([("step".to_owned(), Tensor::from(self.step as i64))])
             .collect()
@@ -314,7 +315,7 @@ impl<'a> Trainer<'a> {
     /// Writes everything needed to go on, and the averaged model as a diffusers folder.
     fn save(&self, states: &mut StateFolder) -> Result<()> {
         states.save(&self.state(), Progress::default())?;
-        Pipeline { transformer: self.ema.model.duplicate()?, shift: Shift::new(SHIFT)? }
+        Pipeline { transformer: self.average.duplicate()?, shift: Shift::new(SHIFT)? }
             .save(&self.arguments.out.join("teacher"))
     }
 

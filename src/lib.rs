@@ -91,7 +91,7 @@ pub use regularizer::{
 };
 pub use renoising::{AboveStudent, LogNormal, LogitNormal, Renoising, TimeSampler, Uniform};
 pub use rollout::{Sampler, Simulation, Transition};
-pub use schedule::Schedule;
+pub use schedule::{Schedule, Shifts};
 pub use time::{PostShift, PreShift, Shift};
 pub use trajectory::Trajectory;
 pub use value::{Floor, Guidance};

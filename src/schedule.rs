@@ -44,32 +44,52 @@ impl Schedule {
     /// The objective of this schedule: CFG Augmentation under the name `ca` and `regularizer`,
     /// usually `&dm`, under the name `dm`, both of weight 1.
     ///
-    /// `shift` is the one that the model is run with at inference.
+    /// `shifts` is usually the one [`Shift`] that the model is run with at inference; [`Shifts`] gives
+    /// the regularizer another.
     #[must_use]
     pub fn objective<'a>(
         self,
         teacher: Denoiser<'a>,
         guidance: Guidance,
         regularizer: impl Regularizer + 'a,
-        shift: Shift,
+        shifts: impl Into<Shifts>,
     ) -> Objective<'a> {
-        let full = || Group::new(Renoising::new(Uniform::FULL).shifted(shift));
-        let above = || Group::new(Renoising::new(AboveStudent::FULL).shifted(shift));
+        let Shifts { engine, regularizer: shield } = shifts.into();
+        let full = |shift| Group::new(Renoising::new(Uniform::FULL).shifted(shift));
+        let above = |shift| Group::new(Renoising::new(AboveStudent::FULL).shifted(shift));
         let (ca, dm) = match self {
             Self::CoupledShared => {
                 let normalizer = Normalizer::guided(guidance);
-                let group = full()
+                let group = full(engine)
                     .normalizer(normalizer)
                     .engine("ca", 1.0, CfgAugmentation::new(guidance))
                     .regularizer("dm", 1.0, regularizer);
                 return Objective::new(teacher).with(group);
             }
-            Self::DecoupledFull => (full(), full()),
-            Self::DecoupledConstrained => (above(), above()),
-            Self::DecoupledHybrid => (above(), full()),
+            Self::DecoupledFull => (full(engine), full(shield)),
+            Self::DecoupledConstrained => (above(engine), above(shield)),
+            Self::DecoupledHybrid => (above(engine), full(shield)),
         };
         Objective::new(teacher)
             .with(ca.engine("ca", 1.0, CfgAugmentation::new(guidance)))
             .with(dm.regularizer("dm", 1.0, regularizer))
+    }
+}
+
+/// The shifts applied to what engine and regularizer draw, before they look at the samples there.
+///
+/// A smaller shift of the regularizer lets it look at less noise, where it corrects detail rather than
+/// contrast. A schedule with a shared tau has the engine's.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Shifts {
+    /// Of tau_CA.
+    pub engine: Shift,
+    /// Of tau_DM.
+    pub regularizer: Shift,
+}
+
+impl From<Shift> for Shifts {
+    fn from(shift: Shift) -> Self {
+        Self { engine: shift, regularizer: shift }
     }
 }

@@ -3,11 +3,13 @@
 mod common;
 
 use common::paper::{ALPHA, FAKE_VARIANCE, SHAPE, Setting, TEACHER_VARIANCE, mean_abs, setting};
-use common::{gaussian_teacher, gradient, max_difference, value, wave};
+use common::{
+    Calls, counting_teacher, gaussian_teacher, gradient, max_difference, value, values, wave,
+};
 use decoupled_dmd::{
     CfgAugmentation, Condition, Denoiser, DistributionMatching, Engine, Floor, Group, Guidance,
     Normalizer, Objective, PostShift, Prediction, Probe, RectifiedFlow, Regularizer, Renoising,
-    Result, Schedule, Shift, Uniform, surrogate,
+    Result, Schedule, Shift, Shifts, Uniform, surrogate,
 };
 use tch::{Kind, Tensor};
 
@@ -149,5 +151,30 @@ fn equation_8_the_terms_of_decoupled_groups_use_their_own_tau_and_noise() -> Res
     let expected = -(ca + dm) / ca_draw.x.numel() as f64;
     let slope = gradient(&evaluation.loss, &ca_draw.x);
     assert!(max_difference(&slope, &expected) < 1e-16);
+    Ok(())
+}
+
+#[test]
+fn engine_and_regularizer_may_have_shifts_of_their_own() -> Result<()> {
+    let (ca_draw, dm_draw) = (setting(Kind::Double), setting(Kind::Double));
+    let [engine, regularizer] = [3.0, 0.5].map(Shift::new);
+    let shifts = Shifts { engine: engine?, regularizer: regularizer? };
+    let calls = Calls::default();
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
+    let teacher = counting_teacher(&calls, TEACHER_VARIANCE);
+    let objective = Schedule::DecoupledFull.objective(teacher, Guidance::new(ALPHA)?, &dm, shifts);
+    let batch = ca_draw.batch();
+    let _ = objective.evaluate_at(&batch, vec![ca_draw.draw(), dm_draw.draw()])?;
+    let u = values(&ca_draw.u);
+    let shifted = |k: f64| u.iter().map(|u| k * u / (1.0 + (k - 1.0) * u)).collect::<Vec<_>>();
+    let times = calls.times.borrow();
+    // The clock of the shift runs from noise to data here: sigma = 1 - t is what grows.
+    let expected = [3.0, 3.0, 0.5].map(|k| shifted(1.0 / k));
+    for (found, expected) in times.iter().zip(&expected) {
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-15, "{found} {expected}");
+        }
+    }
+    assert_eq!(times.len(), 3);
     Ok(())
 }

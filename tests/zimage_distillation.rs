@@ -11,33 +11,32 @@ mod tiny;
 use anyhow::Result;
 use clap::Parser;
 use common::{max_difference, seeded, wave};
-use decoupled_dmd::{Condition, Guidance, PostShift, Shift, Transition};
+use decoupled_dmd::{Condition, PostShift, Shift};
 use tch::{Device, Kind, Tensor};
 use tiny::{prompts, teacher};
 use zimage::adapter::denoiser;
-use zimage::distillation::{Distillation, Recipe, Record};
+use zimage::data::Vocabulary;
+use zimage::distillation::{Distillation, Record};
+use zimage::lora::LoraSettings;
 use zimage::options::Options;
 use zimage::pipeline::Pipeline;
-use zimage::prompts::is_caption_side;
+use zimage::prompts::{Prompts, is_caption_side};
+use zimage::recipe::{Preset, Recipe};
 use zimage::{Role, ZImageTransformer};
 
+/// Of one sample.
+const SIZE: [i64; 3] = [3, 16, 16];
+
 fn recipe() -> Recipe {
-    Recipe {
-        schedule: Default::default(),
-        guidance: Guidance::new(3.0).unwrap(),
-        steps: 4,
-        transition: Transition::Euler,
-        shift: Shift::new(3.0).unwrap(),
-        updates: 3,
-        fake_updates: 2,
-        fake_warmup: 1,
-        batch: 4,
-        student_learning_rate: 1e-3,
-        fake_learning_rate: 1e-3,
-        warmup: 1,
-        ema: 0.5,
-        seed: 7,
-    }
+    let mut recipe = Preset::Embedded.recipe(Shift::new(3.0).unwrap()).unwrap();
+    recipe.steps = 4;
+    recipe.updates = 3;
+    (recipe.fake_updates, recipe.fake_warmup, recipe.warmup) = (2, 1, 1);
+    recipe.batch = 4;
+    recipe.student.learning_rate = 1e-3;
+    recipe.fake.learning_rate = 1e-3;
+    (recipe.ema, recipe.seed) = (0.5, 7);
+    recipe
 }
 
 type Parameters = Vec<(String, Tensor)>;
@@ -49,13 +48,13 @@ fn parameters(model: &ZImageTransformer) -> Result<Parameters> {
 /// Three updates; the records and the student.
 fn run(teacher: &ZImageTransformer) -> Result<(Vec<Record>, Parameters)> {
     let prompts = prompts(teacher)?;
-    let images = wave(&[5, 3, 16, 16], 0.2, Kind::Float);
-    let mut distillation = Distillation::new(recipe(), teacher, &prompts, &[0, 1, 2], &images)?;
+    let mut distillation =
+        Distillation::new(recipe(), teacher, &prompts, &[0, 1, 2], SIZE, Some(0.3))?;
     while !distillation.is_warm() {
         distillation.warm_up()?;
     }
     let records = (0..3).map(|_| distillation.step(true)).collect::<Result<_>>()?;
-    Ok((records, parameters(distillation.student())?))
+    Ok((records, parameters(distillation.student().model)?))
 }
 
 #[test]
@@ -88,6 +87,42 @@ fn updates_move_the_student_alone_and_repeat_under_a_seed() -> Result<()> {
 }
 
 #[test]
+fn adapters_are_trained_over_one_base_and_the_same_with_checkpointing() -> Result<()> {
+    let _guard = seeded(0);
+    let (teacher, size) = (teacher()?, SIZE);
+    let before = parameters(&teacher)?;
+    let prompts = prompts(&teacher)?;
+    let run = |checkpointing: bool, dropout: f64| -> Result<(Vec<Record>, Parameters)> {
+        let settings = LoraSettings { rank: 2, alpha: 4.0, dropout, ..Default::default() };
+        let recipe = Recipe { adapter: Some(settings), checkpointing, ..recipe() };
+        let mut distillation =
+            Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], size, None)?;
+        distillation.warm_up()?;
+        let records = (0..2).map(|_| distillation.step(true)).collect::<Result<_>>()?;
+        assert!(std::ptr::eq(distillation.student().model, &teacher));
+        Ok((records, distillation.student_weights().duplicate()?.parameters()))
+    };
+    let (records, student) = run(false, 0.0)?;
+    for ((name, start), (_, now)) in before.iter().zip(teacher.named_parameters()) {
+        assert_eq!(max_difference(start, &now), 0.0, "the base's {name} moved");
+        assert!(!now.requires_grad(), "the base's {name} wants a gradient");
+    }
+    let trained = student.iter().filter(|(name, _)| name.ends_with("lora_B.weight"));
+    assert!(trained.clone().count() > 0);
+    for (name, up) in trained.filter(|(name, _)| !name.contains("context_refiner")) {
+        assert!(up.abs().max().double_value(&[]) > 0.0, "{name} is still zero");
+    }
+    let (same_records, same_student) = run(true, 0.0)?;
+    assert_eq!(records, same_records);
+    for ((name, one), (_, two)) in student.iter().zip(&same_student) {
+        assert_eq!(max_difference(one, two), 0.0, "{name}");
+    }
+    let (dropped, _) = run(false, 0.5)?;
+    assert_ne!(records, dropped);
+    Ok(())
+}
+
+#[test]
 fn captions_of_several_lengths_are_trained_on() -> Result<()> {
     let _guard = seeded(0);
     let teacher = teacher()?;
@@ -96,15 +131,14 @@ fn captions_of_several_lengths_are_trained_on() -> Result<()> {
     let captions = ["google cat face", long.as_str()];
     let prompts = Prompts::encode(&teacher, &vocabulary, captions.into_iter())?;
     assert!(prompts.conditions(&[0, 1]).is_err(), "the captions are of one length");
-    let images = wave(&[5, 3, 16, 16], 0.2, Kind::Float);
     // The null caption is short: once as long as the caption, once not.
     for items in [[0, 0], [1, 1], [0, 1]] {
-        let mut distillation = Distillation::new(recipe(), &teacher, &prompts, &items, &images)?;
+        let mut distillation = Distillation::new(recipe(), &teacher, &prompts, &items, SIZE, None)?;
         distillation.warm_up()?;
         let record = distillation.step(true)?;
         assert!(record.iter().all(|(_, value)| value.is_finite()), "{record:?}");
     }
-    let none = Distillation::new(recipe(), &teacher, &prompts, &[], &images);
+    let none = Distillation::new(recipe(), &teacher, &prompts, &[], SIZE, None);
     assert!(none.err().expect("a refusal").to_string().contains("no captions to draw from"));
     Ok(())
 }
@@ -121,7 +155,7 @@ fn the_adapter_turns_the_sign_and_pairs_conditions() -> Result<()> {
     // raw = x0 - eps, so x0 = x_t + (1 - t) raw.
     let level: Tensor = 1.0 - time.tensor().view([2, 1, 1, 1]);
     let expected = &noised + level * raw;
-    let denoiser = denoiser(&teacher, Role::BASE);
+    let denoiser = denoiser(&teacher);
     assert!(max_difference(&denoiser.denoise(&noised, &time, &one)?, &expected) < 1e-6);
     let (cond, null) = denoiser.denoise_pair(&noised, &time, &one, &two)?;
     assert!(max_difference(&cond, &expected) < 1e-5);
@@ -188,9 +222,9 @@ fn bad_options_are_refused_by_name() -> Result<()> {
         (["--ema", "1"], "--ema"),
     ] {
         let joined = format!("{}={}", arguments[0], arguments[1]);
-        let error = parse(&[&joined])?.recipe(shift).unwrap_err().to_string();
+        let error = parse(&[&joined])?.recipe(Preset::Embedded, shift).unwrap_err().to_string();
         assert!(error.contains(complaint), "{arguments:?}: {error}");
     }
-    assert_eq!(parse(&[])?.recipe(shift)?.steps, 8);
+    assert_eq!(parse(&[])?.recipe(Preset::Embedded, shift)?.steps, 8);
     Ok(())
 }

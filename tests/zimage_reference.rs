@@ -8,7 +8,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use common::{max_difference, value};
+use common::{max_difference, value, wave};
 use tch::{Device, Kind, Tensor};
 use zimage::blocks::Parameters;
 use zimage::checkpoint::read_tensors;
@@ -199,6 +199,26 @@ fn bfloat16_is_as_close_to_float32_as_diffusers_is() -> Result<()> {
     Ok(())
 }
 
+/// Every item of a batch against its own batch of one; returns the outputs.
+fn assert_items_alone(
+    model: &ZImageTransformer,
+    latents: &[Tensor],
+    t: &Tensor,
+    captions: &[Tensor],
+    tolerance: f64,
+) -> Result<Vec<Tensor>> {
+    let together = model.forward_items(latents, t, captions, Role::BASE)?;
+    for (item, output) in together.iter().enumerate() {
+        let range = item..item + 1;
+        let t = t.narrow(0, item as i64, 1);
+        let (latents, captions) = (&latents[range.clone()], &captions[range]);
+        let alone = model.forward_items(latents, &t, captions, Role::BASE)?;
+        let error = relative(&alone[0], output);
+        assert!(error < tolerance, "item {item}: {error}");
+    }
+    Ok(together)
+}
+
 /// An item must not see its neighbours, nor the rows that make the batch rectangular.
 #[test]
 fn items_of_a_batch_equal_their_own_batches() -> Result<()> {
@@ -206,14 +226,7 @@ fn items_of_a_batch_equal_their_own_batches() -> Result<()> {
     let case = Case::new("computed", "unequal")?;
     let (latents, captions, t) = (case.all("latents")?, case.all("captions")?, case.one("t")?);
     let model = computed_model()?;
-    let together = model.forward_items(&latents, &t, &captions, Role::BASE)?;
-    for (item, output) in together.iter().enumerate() {
-        let range = item..item + 1;
-        let t = t.narrow(0, item as i64, 1);
-        let alone =
-            model.forward_items(&latents[range.clone()], &t, &captions[range], Role::BASE)?;
-        assert!(relative(&alone[0], output) < 1e-5, "item {item}");
-    }
+    let together = assert_items_alone(&model, &latents, &t, &captions, 1e-5)?;
     // Images of one size take the way of `forward` too.
     let still = latents[0].squeeze_dim(1).unsqueeze(0);
     let single = model.forward(&still, &t.narrow(0, 0, 1), &captions[..1], Role::BASE)?;
@@ -225,32 +238,15 @@ fn items_of_a_batch_equal_their_own_batches() -> Result<()> {
 #[test]
 fn long_sequences_equal_their_own_batches() -> Result<()> {
     let _guard = tch::no_grad_guard();
-    let config = Config { axes_lens: vec![96, 32, 32], ..computed_model()?.config().clone() };
-    let model = ZImageTransformer::from_parameters(
-        config,
-        computed_model()?
-            .parameters()
-            .iter()
-            .map(|(n, p)| (n.clone(), p.shallow_clone()))
-            .collect(),
-    )?;
-    let latents =
-        [[4, 1, 50, 48], [4, 1, 6, 8]].map(|shape| common::wave(&shape, 0.4, Kind::Float));
-    let captions = [[40, 20], [5, 20]].map(|shape| common::wave(&shape, 1.3, Kind::Float));
+    let model = computed_model()?;
+    let config = Config { axes_lens: vec![96, 32, 32], ..model.config().clone() };
+    let parameters = model.named_parameters().into_iter().collect();
+    let model = ZImageTransformer::from_parameters(config, parameters)?;
+    let latents = [[4, 1, 50, 48], [4, 1, 6, 8]].map(|shape| wave(&shape, 0.4, Kind::Float));
+    let captions = [[40, 20], [5, 20]].map(|shape| wave(&shape, 1.3, Kind::Float));
     let t = Tensor::from_slice(&[0.3f32, 0.8]);
-    for kind in [Kind::Float, Kind::BFloat16] {
-        let tolerance = if kind == Kind::Float { 1e-5 } else { 0.05 };
-        let model = model.cast(kind)?;
-        let together = model.forward_items(&latents, &t, &captions, Role::BASE)?;
-        for item in 0..2 {
-            let range = item..item + 1;
-            let t = t.narrow(0, item as i64, 1);
-            let alone =
-                model.forward_items(&latents[range.clone()], &t, &captions[range], Role::BASE)?;
-            let error = relative(&alone[0], &together[item]);
-            assert!(error < tolerance, "{kind:?} item {item}: {error}");
-        }
-    }
+    assert_items_alone(&model, &latents, &t, &captions, 1e-5)?;
+    assert_items_alone(&model.cast(Kind::BFloat16)?, &latents, &t, &captions, 0.05)?;
     Ok(())
 }
 

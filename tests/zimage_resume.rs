@@ -17,14 +17,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser as _;
-use common::{seeded, wave};
+use common::seeded;
 use decoupled_dmd::Shift;
 use serde_json::Value;
-use tch::Kind;
 use zimage::checkpoint::{read_tensors, write_tensors};
 use zimage::distillation::Distillation;
 use zimage::interrupt::INTERRUPTED;
 use zimage::options::Options;
+use zimage::recipe::Preset;
 use zimage::training::{Outcome, train_student};
 use zimage::training_state::StateFolder;
 
@@ -71,12 +71,12 @@ fn process() -> Result<()> {
     if slow {
         (options.evaluate_every, options.observe_every) = (1, 1);
     }
-    let recipe = options.recipe(Shift::new(3.0)?)?;
+    let recipe = options.recipe(Preset::Embedded, Shift::new(3.0)?)?;
     let teacher = tiny::teacher()?;
     let prompts = tiny::prompts(&teacher)?;
-    let images = wave(&[5, 3, 16, 16], 0.2, Kind::Float);
     let mut states = StateFolder::open(&out.join("state"), &recipe, options.fresh)?;
-    let mut distillation = Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], &images)?;
+    let mut distillation =
+        Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], [3, 16, 16], None)?;
     let outcome = train_student(&options, &mut distillation, &mut states, |_| {
         sleep(PATIENCE);
         bail!("was to be interrupted")

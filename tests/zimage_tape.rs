@@ -15,6 +15,7 @@ use tch::{Device, Kind, Tensor};
 use zimage::adapter::denoiser;
 use zimage::lora::{Lora, LoraSettings};
 use zimage::tape::Tape;
+use zimage::trained::Network;
 use zimage::{Role, ZImageTransformer};
 
 /// A scalar that depends on every entry.
@@ -224,7 +225,10 @@ fn two_calls_of_a_denoiser_share_a_loss() -> Result<()> {
     leaves.extend(fake.parameters());
     leaves.push(("x".into(), x.shallow_clone()));
     let run = |student: Role<'_>, fake: Role<'_>| -> Result<Tensor> {
-        let (student, fake) = (denoiser(&model, student), denoiser(&model, fake));
+        let (student, fake) = (
+            denoiser(Network { model: &model, role: student }),
+            denoiser(Network { model: &model, role: fake }),
+        );
         let sample = student.denoise(&x, &time, &condition)?;
         let seen = fake.denoise(&(&sample * 0.7), &more, &condition)?;
         let again = student.denoise(&(&sample + 0.1), &more, &condition)?;

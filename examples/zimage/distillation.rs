@@ -1,79 +1,47 @@
-//! Decoupled DMD on a Z-Image model: the teacher stays, a student and a fake score start as copies.
+//! Decoupled DMD on a Z-Image model: the teacher stays, a student and a fake score start equal to it.
 
 use anyhow::{Context, Result};
 use decoupled_dmd::{
-    Batch, Condition, Denoiser, DistributionMatching, FewStepGrid, Guidance, Sampler, Schedule,
-    Shift, Simulation, Trajectory, Transition,
+    Batch, Condition, Denoiser, DistributionMatching, FewStepGrid, Sampler, Shifts, Simulation,
+    Trajectory,
 };
-use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::adapter::{denoiser, fake_denoiser};
 use super::blocks::Parameters;
 use super::checkpoint::{prefixed, restore};
-use super::ema::Ema;
+use super::ema::update_average;
 use super::flow_matching::step_seed;
-use super::lora;
+use super::lora::LoraSettings;
 use super::optimizer::{AdamW, AdamWSettings};
-use super::prompts::{Buckets, Prompts, is_caption_side};
+use super::prompts::{Buckets, Prompts};
+use super::recipe::Recipe;
+use super::tape::Tape;
+use super::trained::{Network, Trained};
 use super::transformer::ZImageTransformer;
 
-/// The recipe of a distillation.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Recipe {
-    pub schedule: Schedule,
-    pub guidance: Guidance,
-    /// Steps of the student, in training and in sampling.
-    pub steps: usize,
-    pub transition: Transition,
-    pub shift: Shift,
-    /// Updates of the student.
-    pub updates: u64,
-    /// Updates of the fake score for each update of the student, all on the samples of one rollout.
-    pub fake_updates: u64,
-    /// Updates of the fake score before the first update of the student.
-    pub fake_warmup: u64,
-    pub batch: usize,
-    pub student_learning_rate: f64,
-    pub fake_learning_rate: f64,
-    /// Updates over which the student's learning rate rises from zero.
-    pub warmup: u64,
-    /// Decay of the moving average of the student's weights, which is the result.
-    pub ema: f64,
-    pub seed: u64,
-}
-
-/// One trainable copy of the teacher.
+/// Weights that are trained, and their optimizer.
 struct Role {
-    model: ZImageTransformer,
+    weights: Trained,
     optimizer: AdamW,
 }
 
 impl Role {
-    /// A copy of `teacher`; `more` parameters are trained beside its own.
+    /// Equal to `teacher` to begin with; `more` parameters are trained beside its own.
     fn new(
         teacher: &ZImageTransformer,
-        learning_rate: f64,
+        adapter: Option<&LoraSettings>,
+        settings: AdamWSettings,
         more: impl IntoIterator<Item = (String, Tensor)>,
     ) -> Result<Self> {
-        let model = teacher.duplicate()?;
-        let trainable: Vec<_> = model
-            .named_parameters()
+        let weights = Trained::new(teacher, adapter)?;
+        let trainable = weights
+            .parameters()
             .into_iter()
-            .filter(|(name, _)| !is_caption_side(name))
             .chain(more)
             .map(|(name, tensor)| (name, tensor.set_requires_grad(true)))
             .collect();
-        let settings = AdamWSettings {
-            learning_rate,
-            // No momentum over the moving target of two networks that chase one another, as in
-            // Self-Forcing and rCM.
-            betas: (0.0, 0.99),
-            weight_decay: 0.01,
-            max_gradient_norm: Some(1.0),
-            ..AdamWSettings::default()
-        };
-        Ok(Self { model, optimizer: AdamW::new(trainable, settings)? })
+        Ok(Self { weights, optimizer: AdamW::new(trainable, settings)? })
     }
 
     /// Trained parameters and the optimizer's moments; storage is shared.
@@ -82,10 +50,13 @@ impl Role {
             .chain(prefixed("adamw", self.optimizer.state()))
     }
 
-    /// Descends along a loss; returns the norm of its gradient.
-    fn descend(&mut self, loss: &Tensor) -> Result<Tensor> {
+    /// Descends along a loss, made with `tape` if there is one; returns the norm of its gradient.
+    fn descend(&mut self, loss: &Tensor, tape: Option<&Tape>) -> Result<Tensor> {
         self.optimizer.zero_grad();
-        loss.f_backward()?;
+        match tape {
+            Some(tape) => tape.backward(loss)?,
+            None => loss.f_backward()?,
+        }
         self.optimizer.step()
     }
 }
@@ -118,48 +89,52 @@ pub struct Distillation<'a> {
     prompts: &'a Prompts,
     /// Captions to draw from.
     buckets: Buckets,
-    /// Mean variance of a real picture: the reference of the variance drift.
-    data_variance: f64,
+    /// Mean variance of a real sample, the reference of the variance drift, where it is known.
+    data_variance: Option<f64>,
     /// Size of one sample, `[C, H, W]`.
     size: [i64; 3],
     student: Role,
     fake: Role,
     /// What tells the fake score the student's step, `[K, D]`.
     fake_steps: Tensor,
-    average: Ema,
+    average: Trained,
     /// Updates of the fake score before the first of the student, so far.
     warmed: u64,
     update: u64,
 }
 
 impl<'a> Distillation<'a> {
-    /// Student and fake score as copies of `teacher`, to be trained on the captions `items` of
-    /// `prompts`. `images` `[N, C, H, W]` are used for the reference of the variance drift alone.
+    /// Student and fake score, both equal to `teacher` to begin with, to be trained on the captions
+    /// `items` of `prompts` with samples of `size` `[C, H, W]`. `data_variance`, the mean variance of
+    /// a real sample, is the reference of the variance drift and used for nothing else.
     ///
     /// # Errors
-    /// If there are no captions to draw from, or libtorch cannot allocate the copies.
+    /// If there are no captions to draw from, the adapter's settings do not fit, or libtorch cannot
+    /// allocate the weights.
     pub fn new(
         recipe: Recipe,
         teacher: &'a ZImageTransformer,
         prompts: &'a Prompts,
         items: &[i64],
-        images: &Tensor,
+        size: [i64; 3],
+        data_variance: Option<f64>,
     ) -> Result<Self> {
-        let (_, channels, height, width) = images.size4()?;
-        let student = Role::new(teacher, recipe.student_learning_rate, None)?;
-        let dim = teacher.config().dim;
+        // What is random in new adapters.
+        tch::manual_seed(step_seed(recipe.seed, u64::MAX - 2));
+        let adapter = recipe.adapter.as_ref();
         let options = (Kind::Float, teacher.device());
-        let fake_steps = Tensor::f_zeros([recipe.steps as i64, dim], options)?;
+        let fake_steps = Tensor::f_zeros([recipe.steps as i64, teacher.config().dim], options)?;
         let more = ("student_steps".to_owned(), fake_steps.shallow_clone());
+        let student = Role::new(teacher, adapter, recipe.student, None)?;
         Ok(Self {
             teacher,
             prompts,
             buckets: prompts.buckets(items)?,
-            data_variance: mean_variance(images)?,
-            size: [channels, height, width],
-            fake: Role::new(teacher, recipe.fake_learning_rate, Some(more))?,
+            data_variance,
+            size,
+            fake: Role::new(teacher, adapter, recipe.fake, Some(more))?,
             fake_steps,
-            average: Ema::new(&student.model, recipe.ema)?,
+            average: student.weights.duplicate()?,
             student,
             warmed: 0,
             update: 0,
@@ -168,8 +143,18 @@ impl<'a> Distillation<'a> {
     }
 
     /// The moving average of the student: what to sample with and to keep.
-    pub fn student(&self) -> &ZImageTransformer {
-        &self.average.model
+    pub fn student(&self) -> Network<'_> {
+        self.average.network(self.teacher)
+    }
+
+    /// The weights behind [`Self::student`].
+    pub fn student_weights(&self) -> &Trained {
+        &self.average
+    }
+
+    /// The recipe.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
     }
 
     /// Updates of the student so far.
@@ -182,13 +167,10 @@ impl<'a> Distillation<'a> {
     /// What an update draws depends on the seed and its number alone, so that this is all there is.
     pub fn state(&self) -> Parameters {
         let role = |name, role: &Role| prefixed(name, role.state().collect());
-        let trained = self.student.optimizer.parameters();
-        let average = self.average.model.named_parameters();
-        let average = average.into_iter().filter(|(name, _)| trained.contains_key(name)).collect();
         let count = |count: u64| Tensor::from(count as i64);
         role("student", &self.student)
             .chain(role("fake", &self.fake))
-            .chain(prefixed("average", average))
+            .chain(prefixed("average", self.average.parameters().into_iter().collect()))
             .chain([
                 (WARMED.to_owned(), count(self.warmed)),
                 (UPDATES.to_owned(), count(self.update)),
@@ -241,7 +223,7 @@ impl<'a> Distillation<'a> {
     pub fn step(&mut self, observe: bool) -> Result<Record> {
         tch::manual_seed(step_seed(self.recipe.seed, self.update));
         self.student.optimizer.settings.learning_rate =
-            self.recipe.student_learning_rate * self.learning_rate_factor();
+            self.recipe.student.learning_rate * self.learning_rate_factor();
         let rollout = self.roll_out()?;
         let mut record = self.train_student(&rollout, observe)?;
         let mut fake_loss = 0.0;
@@ -250,7 +232,8 @@ impl<'a> Distillation<'a> {
         }
         record.push(("fake".into(), fake_loss / self.recipe.fake_updates.max(1) as f64));
         self.update += 1;
-        self.average.update(&self.student.model, self.update)?;
+        let current = self.student.weights.parameters();
+        update_average(&self.average.parameters(), &current, self.recipe.ema, self.update)?;
         Ok(record)
     }
 
@@ -265,18 +248,20 @@ impl<'a> Distillation<'a> {
 
     fn train_student(&mut self, rollout: &Rollout, observe: bool) -> Result<Record> {
         let Rollout { trajectory, cond, .. } = rollout;
-        let teacher = denoiser(self.teacher, lora::Role::BASE);
-        let fake = fake_denoiser(&self.fake.model, lora::Role::BASE, &self.fake_steps);
+        let teacher = denoiser(self.teacher);
+        let fake = fake_denoiser(self.fake.weights.network(self.teacher), &self.fake_steps);
         let dm = DistributionMatching::new(fake, self.recipe.shift);
-        let mut objective =
-            self.recipe.schedule.objective(teacher, self.recipe.guidance, &dm, self.recipe.shift);
+        let Recipe { schedule, guidance, shift, dm_shift, .. } = self.recipe;
+        let shifts = Shifts { engine: shift, regularizer: dm_shift };
+        let mut objective = schedule.objective(teacher, guidance, &dm, shifts);
         if observe {
             objective = objective.observed();
         }
 
         let steps = trajectory.draw_steps()?;
+        let tape = self.tape();
         let Simulation { x, student_time } = {
-            let student = denoiser(&self.student.model, lora::Role::BASE);
+            let student = denoiser(self.student.weights.training(self.teacher, tape.as_ref()));
             self.sampler(&student)?.simulate_on(trajectory, cond, &steps)?
         };
         let cond = rollout.cond_at(&steps);
@@ -288,10 +273,12 @@ impl<'a> Distillation<'a> {
         }
         if let Some(diagnostics) = &evaluation.diagnostics {
             record.extend(diagnostics.report()?);
-            let drift = diagnostics.variance_drift(self.data_variance)?;
-            record.extend(drift.map(|drift| ("variance_drift".to_owned(), drift)));
+            if let Some(variance) = self.data_variance {
+                let drift = diagnostics.variance_drift(variance)?;
+                record.extend(drift.map(|drift| ("variance_drift".to_owned(), drift)));
+            }
         }
-        let norm = self.student.descend(&evaluation.loss)?;
+        let norm = self.student.descend(&evaluation.loss, tape.as_ref())?;
         if observe {
             record.push(("student_gradient".into(), f64::try_from(&norm)?));
         }
@@ -301,12 +288,14 @@ impl<'a> Distillation<'a> {
     fn train_fake(&mut self, rollout: &Rollout) -> Result<f64> {
         let steps = rollout.trajectory.draw_steps()?;
         let x = rollout.trajectory.samples_at(&steps)?;
+        let tape = self.tape();
         let loss = {
-            let fake = fake_denoiser(&self.fake.model, lora::Role::BASE, &self.fake_steps);
+            let fake = self.fake.weights.training(self.teacher, tape.as_ref());
+            let fake = fake_denoiser(fake, &self.fake_steps);
             let dm = DistributionMatching::new(fake, self.recipe.shift);
             dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps))?)?
         };
-        let _norm = self.fake.descend(&loss)?;
+        let _norm = self.fake.descend(&loss, tape.as_ref())?;
         Ok(f64::try_from(&loss)?)
     }
 
@@ -316,19 +305,18 @@ impl<'a> Distillation<'a> {
         let [channels, height, width] = self.size;
         let shape = [self.recipe.batch as i64, channels, height, width];
         let noise = Tensor::f_randn(shape, (Kind::Float, self.teacher.device()))?;
-        let student = denoiser(&self.student.model, lora::Role::BASE);
+        let student = denoiser(self.student.weights.network(self.teacher));
         let trajectory = self.sampler(&student)?.trajectory(&noise, &cond)?;
         Ok(Rollout { trajectory, cond, null })
+    }
+
+    /// What the forward passes of one loss are kept on, if they are to be computed again.
+    fn tape(&self) -> Option<Tape> {
+        self.recipe.checkpointing.then(Tape::default)
     }
 
     fn sampler<'d>(&self, student: &'d Denoiser<'d>) -> Result<Sampler<'d>> {
         let grid = FewStepGrid::even(self.recipe.steps, self.recipe.shift)?;
         Ok(Sampler::new(student, grid, self.recipe.transition))
     }
-}
-
-/// Mean over the images of the variance of one image.
-fn mean_variance(images: &Tensor) -> Result<f64> {
-    let variance = images.f_flatten(1, -1)?.f_var_dim(&[1i64][..], false, false)?;
-    Ok(f64::try_from(variance.f_mean(Kind::Double)?)?)
 }

@@ -1,37 +1,30 @@
-//! Exponential moving average of a model's weights.
+//! Exponential moving average of weights.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use tch::Tensor;
 
-use super::transformer::ZImageTransformer;
-
-/// The average, itself a model.
-#[derive(Debug)]
-pub struct Ema {
-    pub model: ZImageTransformer,
+/// Moves the tensors of `average` towards those of `current`, which are the same in name and order;
+/// `step` counts from 1. Early steps move further, so that the start is soon forgotten.
+///
+/// # Errors
+/// If the two lists differ in names or shapes.
+pub fn update_average(
+    average: &[(String, Tensor)],
+    current: &[(String, Tensor)],
     decay: f64,
-}
-
-impl Ema {
-    /// Starts at a copy of `model`.
-    ///
-    /// # Errors
-    /// If libtorch cannot allocate it.
-    pub fn new(model: &ZImageTransformer, decay: f64) -> Result<Self> {
-        Ok(Self { model: model.duplicate()?, decay })
+    step: u64,
+) -> Result<()> {
+    ensure!(
+        average.len() == current.len(),
+        "{} tensors cannot be averaged into {}",
+        current.len(),
+        average.len()
+    );
+    let _guard = tch::no_grad_guard();
+    let decay = decay.min((1 + step) as f64 / (10 + step) as f64);
+    for ((name, average), (other, current)) in average.iter().zip(current) {
+        ensure!(name == other, "{other} cannot be averaged into {name}");
+        let _ = average.shallow_clone().f_lerp_(current, 1.0 - decay)?;
     }
-
-    /// Moves the average towards `model`; `step` counts from 1. Early steps decay faster, so that the
-    /// random start is soon forgotten.
-    ///
-    /// # Errors
-    /// If the two models differ in shape.
-    pub fn update(&mut self, model: &ZImageTransformer, step: u64) -> Result<()> {
-        let _guard = tch::no_grad_guard();
-        let decay = self.decay.min((1 + step) as f64 / (10 + step) as f64);
-        for (average, current) in self.model.parameters().values().zip(model.parameters().values())
-        {
-            let _ = average.shallow_clone().f_lerp_(current, 1.0 - decay)?;
-        }
-        Ok(())
-    }
+    Ok(())
 }

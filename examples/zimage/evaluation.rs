@@ -7,10 +7,9 @@ use tch::{Kind, Tensor};
 
 use super::adapter::denoiser;
 use super::data::EmojiData;
-use super::lora::Role;
 use super::metrics::{Judge, Scores};
 use super::prompts::Prompts;
-use super::transformer::ZImageTransformer;
+use super::trained::Network;
 
 /// Seed of the noise that every generator starts from.
 const NOISE_SEED: i64 = 20_251_127;
@@ -79,8 +78,10 @@ impl<'a> Evaluator<'a> {
     ///
     /// # Errors
     /// If libtorch fails.
-    pub fn generate(&self, model: &ZImageTransformer, run: Run) -> Result<Tensor> {
-        let denoiser = denoiser(model, Role::BASE);
+    pub fn generate<'n>(&self, network: impl Into<Network<'n>>, run: Run) -> Result<Tensor> {
+        let network = network.into();
+        let device = network.model.device();
+        let denoiser = denoiser(network);
         let grid = FewStepGrid::even(run.steps, self.shift)?;
         let (mut samples, mut order) = (Vec::new(), Vec::new());
         for positions in self.prompts.batches(&self.items, CHUNK)? {
@@ -90,7 +91,7 @@ impl<'a> Evaluator<'a> {
             let noise = self.noise.f_index_select(0, &Tensor::f_from_slice(&positions)?)?;
             let sampler =
                 Sampler::new(&denoiser, grid.clone(), run.transition).guided(run.guidance, &null);
-            let sample = sampler.sample(&noise.f_to_device(model.device())?, &cond)?;
+            let sample = sampler.sample(&noise.f_to_device(device)?, &cond)?;
             samples.push(sample.f_to_device(tch::Device::Cpu)?);
             order.extend(positions);
         }

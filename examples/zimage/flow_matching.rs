@@ -38,5 +38,5 @@ pub fn flow_matching_loss(
     let time = Renoising::new(Uniform::FULL).shifted(Shift::new(SHIFT)?).at(&u, None)?;
     let noise = images.f_randn_like()?;
     let condition = Condition::from(model.encode_captions(captions, Role::BASE)?);
-    Ok(denoiser(model, Role::BASE).denoising_loss(images, &time, &noise, &condition)?)
+    Ok(denoiser(model).denoising_loss(images, &time, &noise, &condition)?)
 }

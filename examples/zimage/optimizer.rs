@@ -1,6 +1,7 @@
 //! AdamW whose whole state can be saved and restored.
 
 use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::blocks::Parameters;
@@ -8,7 +9,7 @@ use super::checkpoint::restore;
 use super::dispatcher::{AdamWStep, fused_adamw, multiply_all};
 
 /// Settings of [`AdamW`]; they may change between steps.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdamWSettings {
     pub learning_rate: f64,
     pub betas: (f64, f64),

@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, bail, ensure};
-use clap::Parser;
+use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use decoupled_dmd::{Guidance, Schedule, Shift, Transition};
 use serde::de::DeserializeOwned;
 use tch::Device;
 
-use super::distillation::Recipe;
+use super::lora::LoraSettings;
+use super::recipe::{Preset, Recipe};
 
 /// Distils a Z-Image model into a generator of few steps without guidance, or samples from one.
 ///
@@ -55,44 +56,81 @@ pub struct Options {
     /// How many pictures
     #[arg(long, default_value_t = 8, help_heading = "Sampling")]
     pub count: i64,
+    /// Numbers to start from; the options below replace single ones. By default embedded, or
+    /// zimage-8step for a checkpoint with a text encoder
+    #[arg(long, value_parser = by_name::<Preset>, help_heading = "Recipe")]
+    pub preset: Option<Preset>,
     /// Steps of the student, in training and in sampling
-    #[arg(long, default_value_t = 8)]
-    pub steps: usize,
-
+    #[arg(long, help_heading = "Recipe")]
+    pub steps: Option<usize>,
     /// Where engine and regularizer look at the samples: coupled-shared, decoupled-full,
     /// decoupled-constrained or decoupled-hybrid
-    #[arg(long, default_value = "decoupled-hybrid", value_parser = by_name::<Schedule>, help_heading = "Recipe")]
-    pub schedule: Schedule,
+    #[arg(long, value_parser = by_name::<Schedule>, help_heading = "Recipe")]
+    pub schedule: Option<Schedule>,
     /// Guidance scale to bake in, alpha in null + alpha (cond - null)
-    #[arg(long, default_value = "3", value_parser = parse_guidance, help_heading = "Recipe")]
-    pub guidance: Guidance,
+    #[arg(long, value_parser = parse_guidance, help_heading = "Recipe")]
+    pub guidance: Option<Guidance>,
+    /// Shift of the noise levels at which distribution matching looks at the samples
+    #[arg(long, value_parser = parse_shift, help_heading = "Recipe")]
+    pub dm_shift: Option<Shift>,
     /// Transition between steps: euler or renoise
-    #[arg(long, default_value = "euler", value_parser = by_name::<Transition>, help_heading = "Recipe")]
-    pub transition: Transition,
+    #[arg(long, value_parser = by_name::<Transition>, help_heading = "Recipe")]
+    pub transition: Option<Transition>,
     /// Updates of the student
-    #[arg(long, default_value_t = 150, help_heading = "Recipe")]
-    pub updates: u64,
+    #[arg(long, help_heading = "Recipe")]
+    pub updates: Option<u64>,
     /// Updates of the fake score for each update of the student
-    #[arg(long, default_value_t = 5, help_heading = "Recipe")]
-    pub fake_updates: u64,
+    #[arg(long, help_heading = "Recipe")]
+    pub fake_updates: Option<u64>,
     /// Updates of the fake score before the first of the student
-    #[arg(long, default_value_t = 20, help_heading = "Recipe")]
-    pub fake_warmup: u64,
+    #[arg(long, help_heading = "Recipe")]
+    pub fake_warmup: Option<u64>,
     /// Samples in one update
-    #[arg(long, default_value_t = 24, help_heading = "Recipe")]
-    pub batch: usize,
+    #[arg(long, help_heading = "Recipe")]
+    pub batch: Option<usize>,
     /// Learning rate of the student
-    #[arg(long, default_value_t = 5e-5, help_heading = "Recipe")]
-    pub student_lr: f64,
+    #[arg(long, help_heading = "Recipe")]
+    pub student_lr: Option<f64>,
     /// Learning rate of the fake score
-    #[arg(long, default_value_t = 2e-4, help_heading = "Recipe")]
-    pub fake_lr: f64,
+    #[arg(long, help_heading = "Recipe")]
+    pub fake_lr: Option<f64>,
     /// Updates over which the student's learning rate rises
-    #[arg(long, default_value_t = 20, help_heading = "Recipe")]
-    pub warmup: u64,
+    #[arg(long, help_heading = "Recipe")]
+    pub warmup: Option<u64>,
     /// Decay of the moving average of the student's weights
-    #[arg(long, default_value_t = 0.95, help_heading = "Recipe")]
-    pub ema: f64,
+    #[arg(long, help_heading = "Recipe")]
+    pub ema: Option<f64>,
+    /// Rank of the adapters of student and fake score, alpha equal to it; 0 trains whole copies
+    #[arg(long, help_heading = "Recipe")]
+    pub rank: Option<i64>,
+    /// Linear layers to adapt, by the end of their name, with commas between
+    #[arg(long, value_delimiter = ',', help_heading = "Recipe")]
+    pub targets: Option<Vec<String>>,
+    /// Dropout of the adapters
+    #[arg(long, help_heading = "Recipe")]
+    pub dropout: Option<f64>,
+    /// Compute blocks again in the backward pass, which saves memory: true or false
+    #[arg(long, help_heading = "Recipe")]
+    pub checkpointing: Option<bool>,
+
+    /// Text file in UTF-8, a prompt a line, to train on
+    #[arg(long, value_name = "FILE", help_heading = "Released checkpoints")]
+    pub prompt_file: Option<PathBuf>,
+    /// Where the features of the prompts are kept; OUT/features by default
+    #[arg(long, value_name = "DIR", help_heading = "Released checkpoints")]
+    pub features: Option<PathBuf>,
+    /// Side of the square pictures in pixels, a multiple of 16
+    #[arg(long, default_value_t = 1024, help_heading = "Released checkpoints")]
+    pub size: i64,
+    /// Compute in float32 instead of bfloat16
+    #[arg(long, help_heading = "Released checkpoints")]
+    pub float32: bool,
+    /// Print the memory that training would take, by part, and do not train
+    #[arg(long, help_heading = "Released checkpoints")]
+    pub plan: bool,
+    /// Write the student as a whole transformer too, with its adapter merged
+    #[arg(long, help_heading = "Released checkpoints")]
+    pub merge: bool,
 
     /// Guidance scale of the teacher that the student is measured against
     #[arg(long, default_value = "3", value_parser = parse_guidance, help_heading = "Evaluation")]
@@ -162,33 +200,73 @@ fn parse_guidance(text: &str) -> Result<Guidance> {
     Ok(Guidance::new(text.parse()?)?)
 }
 
+fn parse_shift(text: &str) -> Result<Shift> {
+    Ok(Shift::new(text.parse()?)?)
+}
+
 impl Options {
+    /// The command line of this process, or a message about what is wrong with it, after which the
+    /// process ends.
+    ///
+    /// # Errors
+    /// If the table of presets cannot be written.
+    pub fn from_command_line() -> Result<Self> {
+        let command = Self::command().after_help(Preset::table()?);
+        Ok(Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit()))
+    }
+
     /// The recipe, with the shift of the teacher's scheduler.
     ///
     /// # Errors
     /// Names the option that is out of range.
-    pub fn recipe(&self, shift: Shift) -> Result<Recipe> {
-        ensure!(self.batch > 0, "--batch must be at least 1");
-        ensure!(self.steps > 0, "--steps must be at least 1");
-        for (option, value) in [("student-lr", self.student_lr), ("fake-lr", self.fake_lr)] {
+    pub fn recipe(&self, default: Preset, shift: Shift) -> Result<Recipe> {
+        let mut recipe = self.preset.unwrap_or(default).recipe(shift)?;
+        set(&mut recipe.schedule, &self.schedule);
+        set(&mut recipe.guidance, &self.guidance);
+        set(&mut recipe.dm_shift, &self.dm_shift);
+        set(&mut recipe.transition, &self.transition);
+        set(&mut recipe.steps, &self.steps);
+        set(&mut recipe.updates, &self.updates);
+        set(&mut recipe.fake_updates, &self.fake_updates);
+        set(&mut recipe.fake_warmup, &self.fake_warmup);
+        set(&mut recipe.batch, &self.batch);
+        set(&mut recipe.student.learning_rate, &self.student_lr);
+        set(&mut recipe.fake.learning_rate, &self.fake_lr);
+        set(&mut recipe.warmup, &self.warmup);
+        set(&mut recipe.ema, &self.ema);
+        set(&mut recipe.checkpointing, &self.checkpointing);
+        if let Some(rank) = self.rank {
+            ensure!(rank >= 0, "--rank must not be negative, found {rank}");
+            let settings = recipe.adapter.take().unwrap_or_default();
+            let adapter = LoraSettings { rank, alpha: rank as f64, ..settings };
+            recipe.adapter = (rank > 0).then_some(adapter);
+        }
+        match &mut recipe.adapter {
+            Some(adapter) => {
+                set(&mut adapter.targets, &self.targets);
+                set(&mut adapter.dropout, &self.dropout);
+            }
+            None => ensure!(
+                self.targets.is_none() && self.dropout.is_none(),
+                "--targets and --dropout are about adapters: give their --rank"
+            ),
+        }
+        recipe.seed = self.seed;
+        ensure!(recipe.batch > 0, "--batch must be at least 1");
+        ensure!(recipe.steps > 0, "--steps must be at least 1");
+        for (option, value) in
+            [("student-lr", recipe.student.learning_rate), ("fake-lr", recipe.fake.learning_rate)]
+        {
             ensure!(value.is_finite() && value > 0.0, "--{option} must be positive, found {value}");
         }
-        ensure!((0.0..1.0).contains(&self.ema), "--ema must be in [0, 1), found {}", self.ema);
-        Ok(Recipe {
-            schedule: self.schedule,
-            guidance: self.guidance,
-            steps: self.steps,
-            transition: self.transition,
-            shift,
-            updates: self.updates,
-            fake_updates: self.fake_updates,
-            fake_warmup: self.fake_warmup,
-            batch: self.batch,
-            student_learning_rate: self.student_lr,
-            fake_learning_rate: self.fake_lr,
-            warmup: self.warmup,
-            ema: self.ema,
-            seed: self.seed,
-        })
+        ensure!((0.0..1.0).contains(&recipe.ema), "--ema must be in [0, 1), found {}", recipe.ema);
+        Ok(recipe)
+    }
+}
+
+/// Replaces `value` by what the command line says, if it says something.
+fn set<T: Clone>(value: &mut T, option: &Option<T>) {
+    if let Some(option) = option {
+        value.clone_from(option);
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use decoupled_dmd::Shift;
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
@@ -50,15 +50,7 @@ impl Pipeline {
         device: Device,
         progress: &ProgressBar,
     ) -> Result<Self> {
-        let path = folder.join("scheduler/scheduler_config.json");
-        let scheduler: Scheduler = read_json(&path)?;
-        if scheduler.use_dynamic_shifting {
-            bail!(
-                "{}: use_dynamic_shifting is not supported, Z-Image does not use it",
-                path.display()
-            );
-        }
-        let shift = Shift::new(scheduler.shift).with_context(|| path.display().to_string())?;
+        let shift = read_shift(folder)?;
         let transformer = ZImageTransformer::load_observed(folder, kind, device, progress)?;
         Ok(Self { transformer, shift })
     }
@@ -87,6 +79,19 @@ impl Pipeline {
     }
 }
 
+/// The shift in `scheduler/` of a folder.
+///
+/// # Errors
+/// If the file cannot be read, or asks for what is not supported.
+pub fn read_shift(folder: &Path) -> Result<Shift> {
+    let path = folder.join("scheduler/scheduler_config.json");
+    let scheduler: Scheduler = read_json(&path)?;
+    if scheduler.use_dynamic_shifting {
+        bail!("{}: use_dynamic_shifting is not supported, Z-Image does not use it", path.display());
+    }
+    Shift::new(scheduler.shift).with_context(|| path.display().to_string())
+}
+
 /// Writes a value as indented JSON; a crash leaves the old file or the new one.
 ///
 /// # Errors
@@ -95,4 +100,14 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     write_atomically(path, |temporary| {
         Ok(fs::write(temporary, serde_json::to_string_pretty(value)? + "\n")?)
     })
+}
+
+/// Progress of reading weights, which takes a while for a large model.
+///
+/// # Errors
+/// None that depends on the machine.
+pub fn loading_bar() -> Result<ProgressBar> {
+    let style =
+        ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} of weights, {eta} left")?;
+    Ok(ProgressBar::no_length().with_style(style))
 }

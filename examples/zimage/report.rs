@@ -7,9 +7,10 @@ use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 use serde::Serialize;
 
-use super::distillation::{Recipe, Record};
+use super::distillation::Record;
 use super::evaluation::Row;
 use super::metrics::Scores;
+use super::recipe::Recipe;
 
 /// `report.json`.
 #[derive(Debug, Serialize)]

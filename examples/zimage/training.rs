@@ -7,15 +7,19 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::distillation::{Distillation, Record};
-use super::evaluation::Row;
 use super::interrupt::Interrupt;
 use super::log::Log;
-use super::metrics::Scores;
 use super::options::Options;
 use super::training_state::{Progress, StateFolder};
 
 /// What was observed, with the update it was observed at.
 pub type History = Vec<(u64, Record)>;
+
+/// A look at the student on the way: a line for people, and what goes to metrics.jsonl.
+pub struct Look {
+    pub message: String,
+    pub entry: Value,
+}
 
 /// How a training ended.
 pub enum Outcome {
@@ -55,9 +59,10 @@ pub fn train_student(
     options: &Options,
     distillation: &mut Distillation<'_>,
     states: &mut StateFolder,
-    evaluate: impl Fn(&Distillation<'_>) -> Result<Row>,
+    evaluate: impl Fn(&Distillation<'_>) -> Result<Look>,
 ) -> Result<Outcome> {
     let interrupt = Interrupt::install()?;
+    let updates = distillation.recipe().updates;
     let saved = states.load()?;
     let progress = saved.as_ref().map(|(_, progress)| *progress).unwrap_or_default();
     if let Some((tensors, _)) = &saved {
@@ -65,14 +70,14 @@ pub fn train_student(
         println!(
             "Going on after update {} of {}; --fresh starts anew",
             distillation.updates(),
-            options.updates
+            updates
         );
     }
     let (log, lines) = Log::open(&options.out.join("metrics.jsonl"), progress.log_bytes)?;
     let mut history: History = lines.iter().filter_map(observed).collect();
     let mut sitting = Sitting { states, log, start: Instant::now(), before: progress.seconds };
 
-    let bar = ProgressBar::new(options.updates).with_style(ProgressStyle::with_template(
+    let bar = ProgressBar::new(updates).with_style(ProgressStyle::with_template(
         "{bar:30} {pos}/{len} updates, {elapsed} gone, {eta} left  {msg}",
     )?);
     bar.set_position(distillation.updates());
@@ -84,7 +89,7 @@ pub fn train_student(
             return Ok(Outcome::Interrupted);
         }
     }
-    while distillation.updates() < options.updates {
+    while distillation.updates() < updates {
         let every = options.observe_every.max(1);
         let observe = (distillation.updates() + 1).is_multiple_of(every);
         let record = distillation.step(observe)?;
@@ -105,18 +110,11 @@ pub fn train_student(
             history.push((update, record));
         }
         if options.evaluate_every > 0 && update.is_multiple_of(options.evaluate_every) {
-            let row = evaluate(distillation)?;
-            let Scores { alignment, frechet_distance, variance_drift, .. } = row.scores;
-            bar.suspend(|| {
-                println!(
-                    "update {update}: alignment {:.1}%, Fréchet {frechet_distance:.3}, drift \
-                     {variance_drift:+.3}",
-                    100.0 * alignment
-                );
-            });
-            sitting.log.write(&json!({ "update": update, "student": row }))?;
+            let Look { message, entry } = evaluate(distillation)?;
+            bar.suspend(|| println!("update {update}: {message}"));
+            sitting.log.write(&json!({ "update": update, "student": entry }))?;
         }
-        let is_last = update == options.updates;
+        let is_last = update == updates;
         let is_due = options.save_every > 0 && update.is_multiple_of(options.save_every);
         let stop = interrupt.is_requested();
         if is_last || is_due || stop {
@@ -129,6 +127,17 @@ pub fn train_student(
     interrupt.leave_at_once();
     bar.finish();
     Ok(Outcome::Finished { history, seconds: sitting.seconds() })
+}
+
+/// Says where an interrupted training is, and how to go on.
+pub fn report_interruption(options: &Options, distillation: &Distillation<'_>) {
+    println!(
+        "\nStopped after update {} of {}; the state is in {}. The same command goes on from there, \
+         and starts anew with --fresh",
+        distillation.updates(),
+        distillation.recipe().updates,
+        options.out.display()
+    );
 }
 
 /// The record in a line of metrics.jsonl, if it holds one.

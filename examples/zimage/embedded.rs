@@ -1,0 +1,231 @@
+//! Distillation of the small model of this repository, with everything measured against its teacher.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
+use tch::{Device, Kind, Tensor};
+
+use super::adapter::denoiser;
+use super::classifier::Classifier;
+use super::data::{EmojiData, Item};
+use super::distillation::Distillation;
+use super::evaluation::{Evaluator, Row, Run};
+use super::interrupt::INTERRUPTED;
+use super::metrics::{Judge, Scores};
+use super::options::Options;
+use super::picture::{write_comparison, write_grid};
+use super::pipeline::{Pipeline, loading_bar, write_json};
+use super::prompts::Prompts;
+use super::recipe::{Preset, Recipe};
+use super::report::{Report, Summary, table, write_curves};
+use super::student::{create_folder, open_states, save_student, student_folder};
+use super::trained::Network;
+use super::training::{Look, Outcome, report_interruption, train_student};
+
+/// Steps of the teacher that the student is measured against.
+const TEACHER_STEPS: usize = 50;
+/// Captions in samples.png.
+const PICTURED: usize = 36;
+
+/// Steps of a student that does not say otherwise.
+const STEPS: usize = 8;
+
+/// Makes pictures of one caption with a trained student.
+///
+/// # Errors
+/// If there is no student, a word is unknown, or a file cannot be read or written.
+pub fn sample(options: &Options, device: Device, caption: &str) -> Result<()> {
+    let folder = student_folder(options)?;
+    let data = EmojiData::load(&options.data)?;
+    let student = Pipeline::load_observed(&folder, Kind::Float, device, &loading_bar()?)?;
+    let captions = std::iter::repeat_n(caption, options.count as usize);
+    let prompts = Prompts::encode(&student.transformer, &data.vocabulary, captions)?;
+    let items: Vec<i64> = (0..options.count).collect();
+    let (cond, _) = prompts.conditions(&items)?;
+    let (_, channels, height, width) = data.images.size4()?;
+    tch::manual_seed(options.seed as i64);
+    let noise = Tensor::f_randn([options.count, channels, height, width], (Kind::Float, device))?;
+    let denoiser = denoiser(&student.transformer);
+    let grid = FewStepGrid::even(options.steps.unwrap_or(STEPS), student.shift)?;
+    let images = Sampler::new(&denoiser, grid, options.transition.unwrap_or_default())
+        .sample(&noise, &cond)?;
+    let path = options.out.join("sample.png");
+    create_folder(&options.out)?;
+    write_grid(&path, &images, options.count.min(8), 4)?;
+    println!("{} pictures of \"{caption}\" in {}", options.count, path.display());
+    Ok(())
+}
+
+/// Trains a student and compares it with its teacher.
+///
+/// # Errors
+/// If something cannot be read or written, or training breaks down.
+pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCode> {
+    let progress = loading_bar()?;
+    let teacher = Pipeline::load_observed(&options.checkpoint, Kind::Float, device, &progress)?;
+    let recipe = options.recipe(Preset::Embedded, teacher.shift)?;
+    let data = EmojiData::load(&options.data)?;
+    check_model(&teacher, &data)?;
+    let captions = || data.items.iter().map(|item| item.caption.as_str());
+    let prompts = Prompts::encode(&teacher.transformer, &data.vocabulary, captions())?;
+    let judge = Judge::new(Classifier::load(&options.classifier, Kind::Float, device)?, &data)?;
+    let evaluator = Evaluator::new(judge, &prompts, &data, teacher.shift, options.prompts)?;
+    create_folder(&options.out)?;
+    let mut states = open_states(options, &recipe, &options.data)?;
+
+    println!("Distilling {} on {device:?}, {threads} threads", options.checkpoint.display());
+    let start = Instant::now();
+    let run = |steps, guidance, transition| Run { steps, guidance, transition };
+    let guided = run(TEACHER_STEPS, options.teacher_guidance, Transition::Euler);
+    let reference = evaluator.generate(&teacher.transformer, guided)?;
+    let mut evaluation_seconds = start.elapsed().as_secs_f64();
+
+    let train = data.indices(false);
+    let (_, channels, height, width) = data.images.size4()?;
+    let mut distillation = Distillation::new(
+        recipe.clone(),
+        &teacher.transformer,
+        &prompts,
+        &train,
+        [channels, height, width],
+        Some(mean_variance(&data.images)?),
+    )?;
+    let few = run(recipe.steps, Guidance::NEUTRAL, recipe.transition);
+    let outcome = train_student(options, &mut distillation, &mut states, |distillation| {
+        let samples = evaluator.generate(distillation.student(), few)?;
+        let row = evaluator.row("student", few, &samples, &reference)?;
+        let Scores { alignment, frechet_distance, variance_drift, .. } = row.scores;
+        let message = format!(
+            "alignment {:.1}%, Fréchet {frechet_distance:.3}, drift {variance_drift:+.3}",
+            100.0 * alignment
+        );
+        Ok(Look { message, entry: serde_json::to_value(row)? })
+    })?;
+    let Outcome::Finished { history, seconds: training_seconds } = outcome else {
+        report_interruption(options, &distillation);
+        return Ok(ExitCode::from(INTERRUPTED));
+    };
+
+    let start = Instant::now();
+    let plural = |steps| if steps == 1 { "step" } else { "steps" };
+    let mut rows = vec![evaluator.row(
+        &format!("teacher, {TEACHER_STEPS} steps, guided"),
+        guided,
+        &reference,
+        &reference,
+    )?];
+    let mut add = |name: &str, network: Network<'_>, run: Run| -> Result<(Row, Tensor)> {
+        let samples = evaluator.generate(network, run)?;
+        let row = evaluator.row(
+            &format!("{name}, {} {}{}", run.steps, plural(run.steps), guided_suffix(run)),
+            run,
+            &samples,
+            &reference,
+        )?;
+        rows.push(row.clone());
+        Ok((row, samples))
+    };
+    let base = Network::from(&teacher.transformer);
+    let teacher_few = run(recipe.steps, Guidance::NEUTRAL, Transition::Euler);
+    let _ = add("teacher", base, run(recipe.steps, options.teacher_guidance, Transition::Euler))?;
+    let (unguided, unguided_samples) = add("teacher", base, teacher_few)?;
+    let (student, student_samples) = add("student", distillation.student(), few)?;
+    for steps in [4, 2, 1] {
+        if steps < recipe.steps {
+            let _ = add("student", distillation.student(), Run { steps, ..few })?;
+        }
+    }
+    evaluation_seconds += start.elapsed().as_secs_f64();
+
+    let summary = Summary::new(&rows[0].scores, &unguided.scores, &student.scores);
+    write_pictures(
+        options,
+        &evaluator,
+        &data.items,
+        &recipe,
+        [&reference, &unguided_samples, &student_samples],
+    )?;
+    write_curves(&options.out.join("curves.svg"), &history)?;
+    let student_folder = options.out.join("student");
+    save_student(&student_folder, &teacher, distillation.student_weights(), true)?;
+    println!("\n{}", table(&rows));
+    println!(
+        "Student against the guided teacher: {:.1}% of its alignment, {:.0}% of the gap closed, \
+         {:.2} times its Fréchet distance, variance drift {:+.3}",
+        100.0 * summary.alignment_ratio,
+        100.0 * summary.gap_closed,
+        summary.frechet_ratio,
+        summary.variance_drift
+    );
+    println!("Training {training_seconds:.0} s, evaluation {evaluation_seconds:.0} s");
+    println!("Pictures, curves, report and student are in {}", options.out.display());
+    let report = Report {
+        recipe,
+        device: format!("{device:?}"),
+        threads,
+        training_seconds,
+        evaluation_seconds,
+        captions: evaluator.items.len(),
+        rows,
+        summary,
+    };
+    write_json(&options.out.join("report.json"), &report)?;
+    states.remove()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn guided_suffix(run: Run) -> &'static str {
+    if run.guidance.is_neutral() { "" } else { ", guided" }
+}
+
+fn check_model(teacher: &Pipeline, data: &EmojiData) -> Result<()> {
+    let config = teacher.transformer.config();
+    let (_, channels, _, _) = data.images.size4()?;
+    ensure!(
+        config.in_channels == channels && config.cap_feat_dim == data.vocabulary.width(),
+        "the checkpoint takes {} channels and captions of width {}, the data have {channels} and \
+         {}: it is not one of pixels and word vectors, and has no text encoder either",
+        config.in_channels,
+        config.cap_feat_dim,
+        data.vocabulary.width()
+    );
+    Ok(())
+}
+
+/// Mean over the images of the variance of one image.
+fn mean_variance(images: &Tensor) -> Result<f64> {
+    let variance = images.f_flatten(1, -1)?.f_var_dim(&[1i64][..], false, false)?;
+    Ok(f64::try_from(variance.f_mean(Kind::Double)?)?)
+}
+
+/// The same captions and noise side by side: guided teacher, unguided few-step teacher, student.
+fn write_pictures(
+    options: &Options,
+    evaluator: &Evaluator<'_>,
+    items: &[Item],
+    recipe: &Recipe,
+    samples: [&Tensor; 3],
+) -> Result<()> {
+    let count = evaluator.items.len();
+    let shown = PICTURED.min(count);
+    let picks: Vec<i64> = (0..shown).map(|i| (i * count / shown) as i64).collect();
+    let index = Tensor::f_from_slice(&picks)?;
+    let columns = samples
+        .iter()
+        .map(|images| Ok(images.f_index_select(0, &index)?))
+        .collect::<Result<Vec<_>>>()?;
+    let captions: Vec<&str> = picks
+        .iter()
+        .map(|pick| items[evaluator.items[*pick as usize] as usize].caption.as_str())
+        .collect();
+    let (teacher, few) = (format!("teacher {TEACHER_STEPS}"), format!("teacher {}", recipe.steps));
+    let student = format!("student {}", recipe.steps);
+    write_comparison(
+        &options.out.join("samples.png"),
+        &[&teacher, &few, &student],
+        &columns,
+        &captions,
+    )
+}
