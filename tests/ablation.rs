@@ -29,13 +29,13 @@ use decoupled_dmd::{
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 use tiny::{prompts, teacher};
+use zimage::ZImageTransformer;
 use zimage::adapter::denoiser;
 use zimage::classifier::Classifier;
 use zimage::data::EmojiData;
 use zimage::metrics::Judge;
 use zimage::pipeline::write_json;
 use zimage::prompts::Prompts;
-use zimage::{Role, ZImageTransformer};
 
 const DM: Shield = Shield::DistributionMatching(Tau::Full);
 
@@ -149,8 +149,7 @@ fn arms_of_the_schedules_are_the_presets() -> Result<()> {
         let time = PreShift::new(Tensor::from_slice(&[0.0f32, 0.25, 0.75]))?;
         let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
         let guidance = Guidance::new(arm.guidance)?;
-        let preset =
-            schedule.objective(denoiser(&teacher, Role::BASE), guidance, &dm, material.shift);
+        let preset = schedule.objective(denoiser(&teacher), guidance, &dm, material.shift);
         let groups = preset.draw(&batch)?.len();
         let draws = || -> Vec<Draw> {
             (0..groups)

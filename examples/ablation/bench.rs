@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::training::{Fake, Material, TRANSITION};
+use crate::zimage::ZImageTransformer;
 use crate::zimage::adapter::denoiser;
 use crate::zimage::data::EmojiData;
 use crate::zimage::evaluation::{Evaluator, Run};
 use crate::zimage::metrics::Judge;
-use crate::zimage::{Role, ZImageTransformer};
 
 /// Captions whose samples are drawn in the strips.
 pub const PICTURED: usize = 5;
@@ -164,7 +164,7 @@ impl<'a> Bench<'a> {
         let fake_cond = Condition::from(vec![cond[0].shallow_clone(), step]);
         tch::manual_seed(OBSERVER_SEED);
         let noise = x.f_randn_like()?;
-        let (teacher, fake) = (denoiser(material.teacher, Role::BASE), fake.denoiser());
+        let (teacher, fake) = (denoiser(material.teacher), fake.denoiser());
         let mut observations = Vec::new();
         let mut pictures = None;
         for (index, time) in OBSERVER_TIMES.into_iter().enumerate() {

@@ -10,12 +10,12 @@ use tch::{Kind, Tensor};
 
 use super::arm::{Arm, Shield, Tau};
 use super::critic::Critic;
+use crate::zimage::ZImageTransformer;
 use crate::zimage::adapter::{denoiser, fake_denoiser};
-use crate::zimage::ema::Ema;
+use crate::zimage::ema::update_average;
 use crate::zimage::flow_matching::step_seed;
 use crate::zimage::optimizer::{AdamW, AdamWSettings};
 use crate::zimage::prompts::{Prompts, is_caption_side};
-use crate::zimage::{Role, ZImageTransformer};
 
 /// How students walk their grid, in training and in sampling.
 pub const TRANSITION: Transition = Transition::Euler;
@@ -88,7 +88,7 @@ impl Fake {
 
     /// As a denoiser, whose condition holds captions and the student's steps.
     pub fn denoiser(&self) -> Denoiser<'_> {
-        fake_denoiser(&self.model, Role::BASE, &self.steps)
+        fake_denoiser(&self.model, &self.steps)
     }
 }
 
@@ -116,7 +116,7 @@ pub struct Trainer<'a> {
     student_optimizer: AdamW,
     pub fake: Option<Fake>,
     critic: Option<(Critic, AdamW)>,
-    average: Ema,
+    average: ZImageTransformer,
     pub update: u64,
 }
 
@@ -142,7 +142,7 @@ impl<'a> Trainer<'a> {
         };
         Ok(Self {
             student_optimizer: optimizer(&student, arm.student_learning_rate, None)?,
-            average: Ema::new(&student, arm.ema)?,
+            average: teacher.duplicate()?,
             student,
             fake: arm.has_fake().then(|| Fake::new(arm, teacher)).transpose()?,
             critic: arm.has_critic().then(critic).transpose()?,
@@ -155,7 +155,7 @@ impl<'a> Trainer<'a> {
 
     /// The moving average of the student: what is measured.
     pub fn student(&self) -> &ZImageTransformer {
-        &self.average.model
+        &self.average
     }
 
     /// Trains the fake score alone on the student's first samples.
@@ -201,7 +201,8 @@ impl<'a> Trainer<'a> {
             record.push(("critic_loss".into(), self.train_critic(&rollout)?));
         }
         self.update += 1;
-        self.average.update(&self.student, self.update)?;
+        let average = self.average.named_parameters();
+        update_average(&average, &self.student.named_parameters(), self.arm.ema, self.update)?;
         Ok(record)
     }
 
@@ -218,7 +219,7 @@ impl<'a> Trainer<'a> {
         let gan = self.adversarial();
         let steps = rollout.trajectory.draw_steps()?;
         let Simulation { x, student_time } = {
-            let student = denoiser(&self.student, Role::BASE);
+            let student = denoiser(&self.student);
             self.sampler(&student)?.simulate_on(&rollout.trajectory, &rollout.cond, &steps)?
         };
         let cond = rollout.cond_at(&steps);
@@ -252,7 +253,7 @@ impl<'a> Trainer<'a> {
         let group = |tau: Tau| -> Result<Group<'o>> { Ok(Group::new(tau.renoising(shift)?)) };
         let guidance = Guidance::new(self.arm.guidance)?;
         let engine = CfgAugmentation::new(guidance);
-        let mut objective = Objective::new(denoiser(self.material.teacher, Role::BASE)).observed();
+        let mut objective = Objective::new(denoiser(self.material.teacher)).observed();
         // The group of the engine waits for distribution matching where the two are coupled.
         let mut coupled = None;
         if let Some(tau) = self.arm.engine {
@@ -335,7 +336,7 @@ impl<'a> Trainer<'a> {
         let (_, channels, height, width) = images.size4()?;
         let shape = [batch, channels, height, width];
         let noise = Tensor::f_randn(shape, (Kind::Float, teacher.device()))?;
-        let student = denoiser(&self.student, Role::BASE);
+        let student = denoiser(&self.student);
         let trajectory = self.sampler(&student)?.trajectory(&noise, &cond)?;
         Ok(Rollout { trajectory, cond, null, real: self.material.pictures(&picked)? })
     }
