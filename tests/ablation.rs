@@ -375,7 +375,8 @@ fn the_report_takes_its_numbers_from_the_files() -> Result<()> {
     let figures = folder.join("figures");
     let template = "{{value one fine-power}} {{at one 0 drift}} {{seen two 0.5 fake}} a {{value one alignment}} b {{value one drift}} c \
                     {{paired two one alignment}} d {{verdict two one alignment}} e \
-                    {{teacher guided frechet}} f {{runs}}\n{{table pair}}{{curves pair}}";
+                    {{teacher guided frechet}} f {{runs}}\n{{table pair}}{{curves pair}}\
+                    {{when pair}}finished{{end}}{{unless pair}}open{{end}}";
     report::write(template, &document, &figures, &results)?;
     let text = std::fs::read_to_string(&document)?;
     // The half width is 12.7062 times half the distance of two values.
@@ -389,6 +390,7 @@ fn the_report_takes_its_numbers_from_the_files() -> Result<()> {
     ] {
         assert!(text.contains(part), "{part} is not in\n{text}");
     }
+    assert!(text.ends_with("finished"), "{text}");
     let plot = std::fs::read(figures.join("pair-curves.svg"))?;
     report::write(template, &document, &figures, &results)?;
     assert_eq!(std::fs::read_to_string(&document)?, text);
@@ -401,6 +403,8 @@ fn the_report_takes_its_numbers_from_the_files() -> Result<()> {
         ("{{at one 0 dm-cos}}", "not a field of one measurement"),
         ("{{seen one 0.5 student}}", "expected sample, fake or teacher"),
         ("{{nonsense}}", "not a placeholder"),
+        ("{{when pair}}", "has no {{end}}"),
+        ("{{unless nothing}}{{end}}", "there is no experiment nothing"),
         ("{{value one", "does not end"),
     ] {
         let error = report::write(template, &document, &figures, &results).unwrap_err();

@@ -11,6 +11,7 @@
 //! | `{{table EXPERIMENT}}` | one row an arm |
 //! | `{{curves EXPERIMENT}}`, `{{spectra EXPERIMENT}}`, `{{observations EXPERIMENT}}` | a plot |
 //! | `{{strips EXPERIMENT}}` | pictures of seed 0 over training |
+//! | `{{when EXPERIMENT}}`, `{{unless EXPERIMENT}}` .. `{{end}}` | the text between, if every arm has a run, or if not |
 //! | `{{runs}}` | how many runs there are, and what is missing |
 
 use std::fmt::Write as _;
@@ -33,7 +34,8 @@ pub fn write(template: &str, document: &Path, figures: &Path, results: &Results)
     let link = figures.strip_prefix(folder).unwrap_or(figures).display().to_string();
     let report = Report { results, figures, link };
     let mut text = String::new();
-    let mut rest = template;
+    let template = report.chosen(template)?;
+    let mut rest = template.as_str();
     while let Some((before, after)) = rest.split_once("{{") {
         let (placeholder, after) = after.split_once("}}").context("a placeholder does not end")?;
         text.push_str(before);
@@ -53,6 +55,39 @@ struct Report<'a> {
 }
 
 impl Report<'_> {
+    /// The template with the text of finished or of unfinished experiments only.
+    fn chosen(&self, template: &str) -> Result<String> {
+        let mut text = String::new();
+        let mut rest = template;
+        loop {
+            let start = ["{{when ", "{{unless "].iter().filter_map(|mark| rest.find(mark)).min();
+            let Some(start) = start else { break };
+            text.push_str(&rest[..start]);
+            let (mark, after) =
+                rest[start + 2..].split_once("}}").context("a mark does not end")?;
+            let (block, after) = after
+                .split_once("{{end}}")
+                .with_context(|| format!("{{{{{mark}}}}} has no {{{{end}}}}"))?;
+            let (word, experiment) = mark.split_once(' ').context("a mark names an experiment")?;
+            if self.is_run(experiment)? == (word == "when") {
+                text.push_str(block);
+            }
+            rest = after;
+        }
+        text.push_str(rest);
+        Ok(text)
+    }
+
+    /// Whether every arm of an experiment has a run.
+    fn is_run(&self, experiment: &str) -> Result<bool> {
+        let arms = &self.results.experiment(experiment)?.arms;
+        let missing = arms
+            .iter()
+            .map(|arm| Ok(self.results.runs(&arm.name)?.is_empty()))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(!missing.contains(&true))
+    }
+
     fn fill(&self, placeholder: &str) -> Result<String> {
         let words: Vec<&str> = placeholder.split_whitespace().collect();
         match *words {
