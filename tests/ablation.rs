@@ -49,13 +49,15 @@ fn material<'a>(teacher: &'a ZImageTransformer, prompts: &'a Prompts) -> Result<
     })
 }
 
+type Record = Vec<(String, f64)>;
+
 /// Two updates; the diagnostics of the last and the raw weights of the average.
-fn train(arm: &Arm, material: &Material<'_>) -> Result<(Vec<(String, f64)>, Vec<Tensor>)> {
+fn train(arm: &Arm, material: &Material<'_>) -> Result<(Record, Vec<Tensor>)> {
     let mut trainer = Trainer::new(arm, 3, material)?;
     trainer.warm_up()?;
     let _first = trainer.step()?;
     let record = trainer.step()?;
-    let student = trainer.student().duplicate()?;
+    let student = trainer.averaged_student().duplicate()?;
     Ok((record, student.named_parameters().into_iter().map(|(_, tensor)| tensor).collect()))
 }
 

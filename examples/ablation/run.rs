@@ -75,7 +75,7 @@ pub fn run(
     trainer.warm_up()?;
     loop {
         if trainer.update.is_multiple_of(arm.measure_every) || trainer.update == arm.updates {
-            let samples = bench.samples(trainer.student(), arm.steps)?;
+            let samples = bench.samples(trainer.averaged_student(), arm.steps)?;
             if !bool::try_from(samples.f_isfinite()?.f_all()?)? {
                 broken_after = Some(trainer.update);
                 break;

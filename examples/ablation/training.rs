@@ -154,7 +154,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// The moving average of the student: what is measured.
-    pub fn student(&self) -> &ZImageTransformer {
+    pub fn averaged_student(&self) -> &ZImageTransformer {
         &self.average
     }
 
