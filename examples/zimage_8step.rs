@@ -1,5 +1,6 @@
 //! Distils a text-to-image model of the Z-Image architecture into an 8-step generator without
-//! guidance, by Decoupled DMD.
+//! guidance, by Decoupled DMD: the small model of this repository, or a released checkpoint
+//! (docs/zimage.md).
 //!
 //! ```sh
 //! ./with-libtorch cargo run --release --example zimage_8step                  # about ten minutes
@@ -28,6 +29,11 @@ fn main() -> ExitCode {
 fn run(options: &Options) -> Result<ExitCode> {
     ensure!(options.count > 0, "--count must be at least 1");
     let is_released = released::is_released(&options.checkpoint);
+    ensure!(
+        is_released || options.prompt_file.is_none(),
+        "--prompt-file is for released checkpoints: {} has neither text_encoder/ nor vae/",
+        options.checkpoint.display()
+    );
     if options.plan {
         return released::plan(options).map(|()| ExitCode::SUCCESS);
     }

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 
 use super::blocks::Parameters;
-use super::weights::{Weights, check_shapes, read_json};
+use super::weights::{Weights, check_shapes};
 use blocks::Network;
 use config::{AutoencoderConfig, Half};
 
@@ -156,9 +156,7 @@ fn read(
     device: Device,
 ) -> Result<(AutoencoderConfig, Parameters)> {
     let folder = folder.join("vae");
-    let path = folder.join("config.json");
-    let config: AutoencoderConfig = read_json(&path)?;
-    config.validate().with_context(|| format!("checking {}", path.display()))?;
+    let config = AutoencoderConfig::load(&folder.join("config.json"))?;
     let kind = match kind {
         Kind::Half | Kind::BFloat16 if config.force_upcast => Kind::Float,
         kind => kind,

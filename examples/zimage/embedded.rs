@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
+use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::adapter::denoiser;
@@ -12,10 +13,11 @@ use super::classifier::Classifier;
 use super::data::{EmojiData, Item};
 use super::distillation::Distillation;
 use super::evaluation::{Evaluator, Row, Run};
+use super::fingerprint::fingerprint;
 use super::interrupt::INTERRUPTED;
 use super::metrics::{Judge, Scores};
 use super::options::Options;
-use super::picture::{write_comparison, write_grid};
+use super::picture::{Sheet, write_comparison, write_grid};
 use super::pipeline::{Pipeline, loading_bar, write_json};
 use super::prompts::Prompts;
 use super::recipe::{Preset, Recipe};
@@ -26,6 +28,8 @@ use super::training::{Look, Outcome, report_interruption, train_student};
 
 /// Steps of the teacher that the student is measured against.
 const TEACHER_STEPS: usize = 50;
+/// Guidance scale of that teacher, not of the recipe: students of several scales have one yardstick.
+const TEACHER_GUIDANCE: f64 = 3.0;
 /// Captions in samples.png.
 const PICTURED: usize = 36;
 
@@ -73,12 +77,18 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     let judge = Judge::new(Classifier::load(&options.classifier, Kind::Float, device)?, &data)?;
     let evaluator = Evaluator::new(judge, &prompts, &data, teacher.shift, options.prompts)?;
     create_folder(&options.out)?;
-    let mut states = open_states(options, &recipe, &options.data)?;
+    let identity = json!({
+        "recipe": recipe,
+        "teacher": fingerprint(&options.checkpoint)?,
+        "data": fingerprint(&options.data)?,
+    });
+    let mut states = open_states(options, &identity)?;
 
     println!("Distilling {} on {device:?}, {threads} threads", options.checkpoint.display());
     let start = Instant::now();
     let run = |steps, guidance, transition| Run { steps, guidance, transition };
-    let guided = run(TEACHER_STEPS, options.teacher_guidance, Transition::Euler);
+    let teacher_guidance = options.teacher_guidance.unwrap_or(Guidance::new(TEACHER_GUIDANCE)?);
+    let guided = run(TEACHER_STEPS, teacher_guidance, Transition::Euler);
     let reference = evaluator.generate(&teacher.transformer, guided)?;
     let mut evaluation_seconds = start.elapsed().as_secs_f64();
 
@@ -129,7 +139,7 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     };
     let base = Network::from(&teacher.transformer);
     let teacher_few = run(recipe.steps, Guidance::NEUTRAL, Transition::Euler);
-    let _ = add("teacher", base, run(recipe.steps, options.teacher_guidance, Transition::Euler))?;
+    let _ = add("teacher", base, run(recipe.steps, teacher_guidance, Transition::Euler))?;
     let (unguided, unguided_samples) = add("teacher", base, teacher_few)?;
     let (student, student_samples) = add("student", distillation.student(), few)?;
     for steps in [4, 2, 1] {
@@ -227,5 +237,6 @@ fn write_pictures(
         &[&teacher, &few, &student],
         &columns,
         &captions,
+        Sheet::SMALL,
     )
 }

@@ -40,6 +40,7 @@ pub mod report;
 pub mod rope;
 pub mod safetensors;
 pub mod student;
+pub mod studio;
 pub mod tape;
 pub mod teacher_options;
 pub mod text;

@@ -15,16 +15,20 @@ use super::recipe::{Preset, Recipe};
 ///
 /// Without arguments: distils the embedded model of 32x32 emoji on the GPU if there is one, else on
 /// the CPU, and writes samples.png, curves.svg, metrics.jsonl, report.json and the student.
+///
+/// With --checkpoint and --prompt-file: distils a released Z-Image model on the prompts of a file into
+/// an adapter that diffusers and ComfyUI load. docs/zimage.md goes through it.
 #[derive(Debug, Parser)]
 #[command(version)]
 pub struct Options {
-    /// Teacher: a diffusers folder with transformer/ and scheduler/
+    /// Teacher: a diffusers folder with transformer/ and scheduler/, for a released model with
+    /// text_encoder/, tokenizer/ and vae/ too
     #[arg(long, value_name = "DIR", default_value = "assets/teacher")]
     pub checkpoint: PathBuf,
-    /// Captions and pictures
+    /// Captions and pictures of the embedded model
     #[arg(long, value_name = "DIR", default_value = "assets/emoji")]
     pub data: PathBuf,
-    /// Classifier that judges the samples
+    /// Classifier that judges the samples of the embedded model
     #[arg(long, value_name = "DIR", default_value = "assets/classifier")]
     pub classifier: PathBuf,
     /// Where results go
@@ -43,12 +47,12 @@ pub struct Options {
     /// Start anew where OUT holds an unfinished run
     #[arg(long)]
     pub fresh: bool,
-    /// Seed of everything drawn in training
+    /// Seed of everything that is drawn, in training and for pictures
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 
-    /// Make pictures of a caption with the student of an earlier run, and do not train
-    #[arg(long, value_name = "CAPTION", help_heading = "Sampling")]
+    /// Make pictures of a prompt with the student of an earlier run, and do not train
+    #[arg(long, value_name = "PROMPT", help_heading = "Sampling")]
     pub sample: Option<String>,
     /// Student to sample from; OUT/student by default
     #[arg(long, value_name = "DIR", help_heading = "Sampling")]
@@ -56,6 +60,10 @@ pub struct Options {
     /// How many pictures
     #[arg(long, default_value_t = 8, help_heading = "Sampling")]
     pub count: i64,
+    /// Write sample.safetensors too (prompt, noise, pixels), to compare with other programs; for
+    /// released checkpoints
+    #[arg(long, help_heading = "Sampling")]
+    pub tensors: bool,
     /// Numbers to start from; the options below replace single ones. By default embedded, or
     /// zimage-8step for a checkpoint with a text encoder
     #[arg(long, value_parser = by_name::<Preset>, help_heading = "Recipe")]
@@ -113,35 +121,38 @@ pub struct Options {
     #[arg(long, help_heading = "Recipe")]
     pub checkpointing: Option<bool>,
 
-    /// Text file in UTF-8, a prompt a line, to train on
+    /// Text file in UTF-8, a prompt a line, to train on; needed
     #[arg(long, value_name = "FILE", help_heading = "Released checkpoints")]
     pub prompt_file: Option<PathBuf>,
     /// Where the features of the prompts are kept; OUT/features by default
     #[arg(long, value_name = "DIR", help_heading = "Released checkpoints")]
     pub features: Option<PathBuf>,
-    /// Side of the square pictures in pixels, a multiple of 16
+    /// Side of the square pictures in pixels, a multiple of 16, in training and in sampling
     #[arg(long, default_value_t = 1024, help_heading = "Released checkpoints")]
     pub size: i64,
     /// Compute in float32 instead of bfloat16
     #[arg(long, help_heading = "Released checkpoints")]
     pub float32: bool,
-    /// Print the memory that training would take, by part, and do not train
+    /// Print the memory that training would take, by part, and do not train: needs CHECKPOINT's
+    /// transformer/config.json alone
     #[arg(long, help_heading = "Released checkpoints")]
     pub plan: bool,
     /// Write the student as a whole transformer too, with its adapter merged
     #[arg(long, help_heading = "Released checkpoints")]
     pub merge: bool,
 
-    /// Guidance scale of the teacher that the student is measured against
-    #[arg(long, default_value = "3", value_parser = parse_guidance, help_heading = "Evaluation")]
-    pub teacher_guidance: Guidance,
-    /// Captions on which teacher and student are compared
+    /// Guidance scale of the teacher that the student is compared with; by default 3 for the embedded
+    /// model and 4 for released ones
+    #[arg(long, value_parser = parse_guidance, help_heading = "Evaluation")]
+    pub teacher_guidance: Option<Guidance>,
+    /// Captions of the embedded model on which teacher and student are compared
     #[arg(long, default_value_t = 256, help_heading = "Evaluation")]
     pub prompts: usize,
     /// Updates between two lines of diagnostics in metrics.jsonl
     #[arg(long, default_value_t = 10, help_heading = "Evaluation")]
     pub observe_every: u64,
-    /// Updates between two evaluations of the student on the way; 0 for none
+    /// Updates between two looks at the student on the way: scores of the embedded model, a picture
+    /// preview-N.png of a released one; 0 for none
     #[arg(long, default_value_t = 0, help_heading = "Evaluation")]
     pub evaluate_every: u64,
 }

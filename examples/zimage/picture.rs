@@ -56,8 +56,24 @@ fn save(path: &Path, picture: &Tensor) -> Result<()> {
     })
 }
 
-/// Side of a letter.
+/// Side of a letter of scale 1.
 const LETTER: i64 = 8;
+
+/// How a table of pictures is laid out.
+#[derive(Clone, Copy, Debug)]
+pub struct Sheet {
+    /// How many times as large every pixel is.
+    pub zoom: i64,
+    /// Tables side by side.
+    pub blocks: i64,
+}
+
+impl Sheet {
+    /// Of many pictures of a few pixels.
+    pub const SMALL: Self = Self { zoom: 3, blocks: 3 };
+    /// Of a few large pictures.
+    pub const LARGE: Self = Self { zoom: 1, blocks: 1 };
+}
 
 /// Writes a table of pictures: one row for each caption, one headed column for each tensor
 /// `[N, 3, H, W]` in [-1, 1], the caption under its row.
@@ -69,54 +85,60 @@ pub fn write_comparison(
     headings: &[&str],
     columns: &[Tensor],
     captions: &[&str],
+    Sheet { zoom, blocks }: Sheet,
 ) -> Result<()> {
-    const ZOOM: i64 = 3;
-    const GAP: i64 = 4;
-    /// Tables side by side.
-    const BLOCKS: i64 = 3;
-    let (count, _, height, width) = columns.first().context("no column")?.size4()?;
+    let size = columns.first().context("no column")?.size();
+    let (count, _, height, width) = columns[0].size4()?;
     ensure!(headings.len() == columns.len(), "one heading a column");
     ensure!(captions.len() as i64 == count, "one caption a picture");
-    let (cell_h, cell_w) = (height * ZOOM + LETTER + 2 * GAP, width * ZOOM + GAP);
-    let block_w = cell_w * columns.len() as i64 + 4 * GAP;
-    let rows = (count + BLOCKS - 1) / BLOCKS;
-    let top = LETTER + 2 * GAP;
+    ensure!(columns.iter().all(|images| images.size() == size), "columns must be of one shape");
+    // Letters and gaps that are to be seen beside large pictures.
+    let scale = (width * zoom / 256).max(1);
+    let (letter, gap) = (LETTER * scale, 4 * scale);
+    let (cell_h, cell_w) = (height * zoom + letter + 2 * gap, width * zoom + gap);
+    let block_w = cell_w * columns.len() as i64 + if blocks > 1 { 4 * gap } else { 0 };
+    let rows = (count + blocks - 1) / blocks;
+    let top = letter + 2 * gap;
     let options = (Kind::Uint8, tch::Device::Cpu);
-    let page = Tensor::f_full([3, top + rows * cell_h, BLOCKS * block_w], 255, options)?;
-    for block in 0..BLOCKS {
+    let page = Tensor::f_full([3, top + rows * cell_h, blocks * block_w], 255, options)?;
+    for block in 0..blocks {
         for (heading, x) in headings.iter().zip((block * block_w..).step_by(cell_w as usize)) {
-            write_text(&page, heading, (GAP, x), cell_w - GAP)?;
+            write_text(&page, heading, (gap, x), cell_w - gap, scale)?;
         }
     }
     for (column, images) in (0..).zip(columns) {
-        let bytes = to_bytes(images, ZOOM)?;
+        let bytes = to_bytes(images, zoom)?;
         for index in 0..count {
             let (block, row) = (index / rows, index % rows);
             let (x, y) = (block * block_w + column * cell_w, top + row * cell_h);
-            let mut cell = page.f_narrow(1, y, height * ZOOM)?.f_narrow(2, x, width * ZOOM)?;
+            let mut cell = page.f_narrow(1, y, height * zoom)?.f_narrow(2, x, width * zoom)?;
             cell.f_copy_(&bytes.f_select(0, index)?)?;
         }
     }
     for (index, caption) in (0..).zip(captions) {
         let (block, row) = (index / rows, index % rows);
-        let y = top + row * cell_h + height * ZOOM + GAP / 2;
-        write_text(&page, caption, (y, block * block_w), block_w - GAP)?;
+        let y = top + row * cell_h + height * zoom + gap / 2;
+        write_text(&page, caption, (y, block * block_w), block_w - gap, scale)?;
     }
     save(path, &page)
 }
 
 /// Draws black letters on `[3, H, W]` bytes; what does not fit into `width` is left out.
-fn write_text(page: &Tensor, text: &str, (y, x): (i64, i64), width: i64) -> Result<()> {
+fn write_text(page: &Tensor, text: &str, (y, x): (i64, i64), width: i64, scale: i64) -> Result<()> {
     use font8x8::UnicodeFonts;
 
-    for (index, letter) in (0..width / LETTER).zip(text.chars()) {
+    let side = LETTER * scale;
+    for (index, letter) in (0..width / side).zip(text.chars()) {
         let Some(rows) = font8x8::BASIC_FONTS.get(letter) else { continue };
         let dark: Vec<u8> = rows
             .iter()
             .flat_map(|row| (0..LETTER).map(move |bit| if row >> bit & 1 == 1 { 0 } else { 255 }))
             .collect();
-        let glyph = Tensor::f_from_slice(&dark)?.f_view([1, LETTER, LETTER])?;
-        let mut cell = page.f_narrow(1, y, LETTER)?.f_narrow(2, x + index * LETTER, LETTER)?;
+        let glyph = Tensor::f_from_slice(&dark)?
+            .f_view([1, LETTER, LETTER])?
+            .f_repeat_interleave_self_int(scale, 1, None)?
+            .f_repeat_interleave_self_int(scale, 2, None)?;
+        let mut cell = page.f_narrow(1, y, side)?.f_narrow(2, x + index * side, side)?;
         cell.f_copy_(&glyph)?;
     }
     Ok(())

@@ -144,12 +144,12 @@ fn embedded(shift: Shift) -> Result<Recipe> {
     };
     Ok(Recipe {
         schedule: Schedule::DecoupledHybrid,
-        guidance: Guidance::new(4.0)?,
+        guidance: Guidance::new(4.5)?,
         steps: 8,
         transition: Transition::Euler,
         shift,
         // With that of the grid, samples become as faint as those of the unguided teacher.
-        dm_shift: Shift::new(0.5)?,
+        dm_shift: Shift::NONE,
         updates: 150,
         fake_updates: 5,
         fake_warmup: 20,

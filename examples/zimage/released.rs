@@ -1,58 +1,72 @@
 //! Distillation of a released checkpoint: text encoder, transformer and autoencoder of a diffusers
 //! folder, student and fake score as adapters over one frozen transformer.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail, ensure};
-use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
+use anyhow::{Result, bail, ensure};
+use decoupled_dmd::{Guidance, Shift, Transition};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use super::adapter::denoiser;
 use super::autoencoder::Decoder;
+use super::blocks::Parameters;
+use super::checkpoint::write_tensors;
 use super::config::Config;
 use super::distillation::Distillation;
 use super::features::{FeatureCache, read_prompts};
+use super::fingerprint::fingerprint;
 use super::interrupt::INTERRUPTED;
 use super::lora::{Lora, Role};
 use super::model_card::write_model_card;
 use super::options::Options;
-use super::picture::write_grid;
+use super::picture::{Sheet, write_comparison, write_grid};
 use super::pipeline::{Pipeline, loading_bar, read_shift, write_json};
 use super::plan::{Plan, Setup};
-use super::prompts::Prompts;
+use super::prompts::{Prompts, is_caption_side};
 use super::recipe::{Preset, Recipe};
 use super::report::write_curves;
 use super::student::{ADAPTER, create_folder, open_states, save_student, student_folder};
+use super::studio::{Drawing, Studio, draw_noise, latent_size};
 use super::text::{MAX_TOKENS, TextEncoder};
-use super::trained::{Network, Trained};
+use super::trained::Network;
 use super::training::{Look, Outcome, report_interruption, train_student};
+use super::weights::read_json;
 
 /// Prompts in samples.png.
 const PICTURED: usize = 4;
 /// Steps of the teacher beside the student in samples.png.
 const TEACHER_STEPS: usize = 50;
+/// Its guidance scale: the least that the base model's card recommends, in this form.
+const TEACHER_GUIDANCE: f64 = 4.0;
 /// Shift of the guidance-distilled Z-Image-Turbo; the base model's is 6.
 const TURBO_SHIFT: f64 = 3.0;
+/// Where options start from.
+const PRESET: Preset = Preset::ZImage8Step;
+/// The recipe of a student, beside it.
+const RECIPE: &str = "recipe.json";
 
-/// Whether a folder is a whole pipeline, with its own text encoder.
+/// Whether a folder is a whole pipeline, with a text encoder and an autoencoder of its own. One of them
+/// is enough, so that an incomplete folder is not taken for a small model.
 pub fn is_released(checkpoint: &Path) -> bool {
-    checkpoint.join("text_encoder").exists()
+    ["text_encoder", "vae"].iter().any(|part| checkpoint.join(part).exists())
 }
 
-/// Prints the memory that a training would take, from the configuration alone.
+/// Prints the memory that a training would take, from the configuration alone: `transformer/config.json`
+/// must be there, the rest of the folder need not.
 ///
 /// # Errors
 /// If the configuration cannot be read, or an option does not fit.
 pub fn plan(options: &Options) -> Result<()> {
-    let config = Config::load(&options.checkpoint.join("transformer/config.json"))?;
-    let recipe = options.recipe(Preset::ZImage8Step, read_shift(&options.checkpoint)?)?;
-    let side = latent_side(options, &config, AUTOENCODER_FACTOR)?;
+    let config = transformer_config(&options.checkpoint)?;
+    // No shift changes what is kept.
+    let recipe = options.recipe(PRESET, Shift::NONE)?;
+    let [_, height, width] = latent_size(&options.checkpoint, &config, options.size)?;
+    check_kind(options, &recipe)?;
     let plan = Plan::new(&Setup {
         config: &config,
-        size: (side, side),
+        size: (height, width),
         caption: MAX_TOKENS as i64,
         batch: recipe.batch as i64,
         kind: kind(options),
@@ -62,28 +76,26 @@ pub fn plan(options: &Options) -> Result<()> {
         ema: true,
     })?;
     println!(
-        "Training at {0}x{0} pixels, {1} samples an update:\n{plan}",
+        "Training at {0}x{0} pixels, {1} samples an update, prompts of up to {MAX_TOKENS} tokens:\n{plan}",
         options.size, recipe.batch
     );
     Ok(())
 }
 
-/// Pixels to a latent pixel in the released autoencoder.
-const AUTOENCODER_FACTOR: i64 = 8;
-
 fn kind(options: &Options) -> Kind {
     if options.float32 { Kind::Float } else { Kind::BFloat16 }
 }
 
-/// Side of the latents of the pictures asked for.
-fn latent_side(options: &Options, config: &Config, factor: i64) -> Result<i64> {
-    let multiple = factor * config.patch_size();
+fn check_kind(options: &Options, recipe: &Recipe) -> Result<()> {
     ensure!(
-        options.size > 0 && options.size % multiple == 0,
-        "--size must be a positive multiple of {multiple}, found {}",
-        options.size
+        options.float32 || recipe.adapter.is_some(),
+        "whole copies (--rank 0) are trained in float32: add --float32"
     );
-    Ok(options.size / factor)
+    Ok(())
+}
+
+fn transformer_config(folder: &Path) -> Result<Config> {
+    Config::load(&folder.join("transformer/config.json"))
 }
 
 /// Trains a student on the prompts of a file.
@@ -97,26 +109,45 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
             options.checkpoint.display()
         );
     };
+    // Whatever is wrong with options or files, before encoding and loading take their time.
+    let config = transformer_config(&options.checkpoint)?;
+    let shift = read_shift(&options.checkpoint)?;
+    let recipe = options.recipe(PRESET, shift)?;
+    check_kind(options, &recipe)?;
+    if let Some(adapter) = &recipe.adapter {
+        ensure!(
+            adapter.modules(&config)?.iter().any(|(name, _)| !is_caption_side(name)),
+            "--targets name layers of the caption side alone, which is encoded once and stays as it is"
+        );
+    }
+    let size = latent_size(&options.checkpoint, &config, options.size)?;
+    // Needed at the end, and not kept until then.
+    drop(Decoder::load(&options.checkpoint, Kind::Float, Device::Cpu)?);
     let prompts = read_prompts(prompt_file)?;
-    create_folder(&options.out)?;
-    let cache = encode(options, device, &prompts)?;
-    let teacher =
-        Pipeline::load_observed(&options.checkpoint, kind(options), device, &loading_bar()?)?;
-    if teacher.shift.get() == TURBO_SHIFT {
+    if shift.get() == TURBO_SHIFT {
         eprintln!(
             "warning: the scheduler's shift is {TURBO_SHIFT}, that of Z-Image-Turbo, whose guidance is \
              distilled away already: distil the base model, or there is nothing left to learn from"
         );
     }
-    let recipe = options.recipe(Preset::ZImage8Step, teacher.shift)?;
-    ensure!(
-        options.float32 || recipe.adapter.is_some(),
-        "whole copies (--rank 0) are trained in float32: add --float32"
-    );
+    create_folder(&options.out)?;
+    let identity = json!({
+        "recipe": recipe,
+        "size": options.size,
+        "float32": options.float32,
+        "teacher": fingerprint(&options.checkpoint)?,
+        "data": fingerprint(prompt_file)?,
+    });
+    let mut states = open_states(options, &identity)?;
+
+    let cache = encode(options, device, &prompts)?;
+    let teacher =
+        Pipeline::load_observed(&options.checkpoint, kind(options), device, &loading_bar()?)?;
     let features = prompts.iter().map(|prompt| cache.get(prompt));
     let encoded = Prompts::from_features(&teacher.transformer, features, &cache.get("")?)?;
-    let mut states = open_states(options, &recipe, prompt_file)?;
-    let studio = Studio::new(options, &teacher, &encoded, prompts.len(), device)?;
+    let captions: Vec<&str> = prompts.iter().take(PICTURED).map(String::as_str).collect();
+    let noise = draw_noise(options.seed, captions.len(), size)?;
+    let studio = Studio::new(&options.checkpoint, &teacher, &encoded, noise);
 
     println!(
         "Distilling {} on {device:?}, {threads} threads, {} prompts",
@@ -124,17 +155,13 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
         prompts.len()
     );
     let items: Vec<i64> = (0..prompts.len() as i64).collect();
-    let mut distillation = Distillation::new(
-        recipe.clone(),
-        &teacher.transformer,
-        &encoded,
-        &items,
-        studio.size,
-        None,
-    )?;
+    let base = &teacher.transformer;
+    let mut distillation = Distillation::new(recipe.clone(), base, &encoded, &items, size, None)?;
     let outcome = train_student(options, &mut distillation, &mut states, |distillation| {
         let path = options.out.join(format!("preview-{:06}.png", distillation.updates()));
-        studio.write(&path, &[studio.draw(distillation.student(), &recipe)?])?;
+        let images = studio.draw(distillation.student(), few_steps(&recipe))?;
+        let heading = format!("student {}", recipe.steps);
+        write_comparison(&path, &[&heading], &[images], &captions, Sheet::LARGE)?;
         let message = format!("{}", path.display());
         Ok(Look { entry: json!({ "preview": message }), message })
     })?;
@@ -145,29 +172,32 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
 
     let folder = options.out.join("student");
     save_student(&folder, &teacher, distillation.student_weights(), options.merge)?;
-    write_model_card(&folder, &options.checkpoint, &recipe)?;
+    write_model_card(&folder, &options.checkpoint, options.size, &recipe)?;
     write_json(&folder.join(RECIPE), &recipe)?;
     write_curves(&options.out.join("curves.svg"), &history)?;
     let report = json!({ "recipe": recipe, "training_seconds": seconds, "prompts": prompts.len() });
     write_json(&options.out.join("report.json"), &report)?;
     println!("\nTraining {seconds:.0} s; the student is in {}", folder.display());
-    let columns = [
-        studio.draw_guided(
-            (&teacher.transformer).into(),
-            TEACHER_STEPS,
-            options.teacher_guidance,
-        )?,
-        studio.draw(distillation.student(), &recipe)?,
-    ];
+    let many_steps = Drawing {
+        steps: TEACHER_STEPS,
+        guidance: options.teacher_guidance.unwrap_or(Guidance::new(TEACHER_GUIDANCE)?),
+        transition: Transition::Euler,
+    };
+    let columns =
+        [studio.draw(base, many_steps)?, studio.draw(distillation.student(), few_steps(&recipe))?];
+    let (many, few) = (format!("teacher {TEACHER_STEPS}"), format!("student {}", recipe.steps));
     let path = options.out.join("samples.png");
-    studio.write(&path, &columns)?;
+    write_comparison(&path, &[&many, &few], &columns, &captions, Sheet::LARGE)?;
     println!("Teacher and student side by side in {}", path.display());
     states.remove()?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// The recipe of a student, beside it.
-const RECIPE: &str = "recipe.json";
+/// How a student is run: as it was trained.
+fn few_steps(recipe: &Recipe) -> Drawing {
+    let Recipe { steps, transition, .. } = *recipe;
+    Drawing { steps, guidance: Guidance::NEUTRAL, transition }
+}
 
 /// Makes pictures of one prompt with a trained student.
 ///
@@ -175,39 +205,56 @@ const RECIPE: &str = "recipe.json";
 /// If there is no student, or a file cannot be read or written.
 pub fn sample(options: &Options, device: Device, prompt: &str) -> Result<()> {
     let folder = student_folder(options)?;
+    let adapter = folder.join(ADAPTER);
+    let is_adapter = adapter.exists();
+    ensure!(
+        is_adapter || folder.join("transformer").exists(),
+        "{} is no student: it holds neither {ADAPTER} nor transformer/",
+        folder.display()
+    );
+    // A whole student takes the place of the base.
+    let source = if is_adapter { &options.checkpoint } else { &folder };
+    let config = transformer_config(source)?;
+    let size = latent_size(&options.checkpoint, &config, options.size)?;
+    let lora = is_adapter.then(|| Lora::load(&adapter, &config, device)).transpose()?;
+    let recipe = student_recipe(options, &folder)?;
     let features = {
         // Gone before the transformer comes, as both do not fit on every device.
         let encoder = TextEncoder::load(&options.checkpoint, kind(options), device)?;
         encoder.encode(&[prompt, ""])?
     };
-    let base =
-        Pipeline::load_observed(&options.checkpoint, kind(options), device, &loading_bar()?)?;
-    let adapter = folder.join(ADAPTER);
-    let weights = if adapter.exists() {
-        Trained::Adapter(Lora::load(&adapter, base.transformer.config(), device)?)
-    } else {
-        Trained::Copy(Box::new(Pipeline::load(&folder, kind(options), device)?.transformer))
-    };
-    let recipe = student_recipe(options, &folder, &base)?;
-    let copies = std::iter::repeat_n(&features[0], options.count as usize);
-    let copies = copies.map(|features| Ok(features.shallow_clone()));
+    let base = Pipeline::load_observed(source, kind(options), device, &loading_bar()?)?;
+    let count = options.count as usize;
+    let copies = (0..count).map(|_| Ok(features[0].shallow_clone()));
     let encoded = Prompts::from_features(&base.transformer, copies, &features[1])?;
-    let studio = Studio::new(options, &base, &encoded, options.count as usize, device)?;
-    let images = studio.draw(weights.network(&base.transformer), &recipe)?;
+    let noise = draw_noise(options.seed, count, size)?;
+    let studio = Studio::new(&options.checkpoint, &base, &encoded, noise);
+    let role = lora.as_ref().map_or(Role::BASE, Role::adapted);
+    let images = studio.draw(Network { model: &base.transformer, role }, few_steps(&recipe))?;
     create_folder(&options.out)?;
     let path = options.out.join("sample.png");
     write_grid(&path, &images, options.count.min(4), 1)?;
-    println!("{} pictures of \"{prompt}\" in {}", options.count, path.display());
+    println!("{count} pictures of \"{prompt}\" in {}", path.display());
+    if options.tensors {
+        let tensors = Parameters::from([
+            ("prompt".to_owned(), Tensor::f_from_slice(prompt.as_bytes())?),
+            ("noise".to_owned(), studio.noise().shallow_clone()),
+            ("images".to_owned(), images),
+        ]);
+        let path = path.with_extension("safetensors");
+        write_tensors(&path, &tensors)?;
+        println!("Their noise and pixels in {}", path.display());
+    }
     Ok(())
 }
 
 /// The recipe that lies beside a student, with what the command line says otherwise.
-fn student_recipe(options: &Options, folder: &Path, base: &Pipeline) -> Result<Recipe> {
-    let path: PathBuf = folder.join(RECIPE);
+fn student_recipe(options: &Options, folder: &Path) -> Result<Recipe> {
+    let path = folder.join(RECIPE);
     if !path.exists() {
-        return options.recipe(Preset::ZImage8Step, base.shift);
+        return options.recipe(PRESET, read_shift(&options.checkpoint)?);
     }
-    let mut recipe: Recipe = super::weights::read_json(&path)?;
+    let mut recipe: Recipe = read_json(&path)?;
     recipe.steps = options.steps.unwrap_or(recipe.steps);
     recipe.transition = options.transition.unwrap_or(recipe.transition);
     Ok(recipe)
@@ -225,89 +272,4 @@ fn encode(options: &Options, device: Device, prompts: &[String]) -> Result<Featu
         })?;
     bar.finish_and_clear();
     Ok(cache)
-}
-
-/// Draws the first prompts, always from the same noise.
-struct Studio<'a> {
-    checkpoint: &'a Path,
-    prompts: &'a Prompts,
-    shift: decoupled_dmd::Shift,
-    /// Size of one sample in latent space, `[C, H, W]`.
-    size: [i64; 3],
-    noise: Tensor,
-    device: Device,
-}
-
-impl<'a> Studio<'a> {
-    fn new(
-        options: &'a Options,
-        teacher: &Pipeline,
-        prompts: &'a Prompts,
-        count: usize,
-        device: Device,
-    ) -> Result<Self> {
-        let config = teacher.transformer.config();
-        let decoder = Decoder::load(&options.checkpoint, Kind::Float, Device::Cpu)?;
-        ensure!(
-            decoder.config().latent_channels == config.in_channels,
-            "the autoencoder has {} channels and the transformer {}",
-            decoder.config().latent_channels,
-            config.in_channels
-        );
-        let side = latent_side(options, config, decoder.config().spatial_factor())?;
-        let size = [config.in_channels, side, side];
-        let count = if options.sample.is_some() { count } else { count.min(PICTURED) };
-        tch::manual_seed(options.seed as i64);
-        let shape = [count as i64, size[0], size[1], size[2]];
-        // Drawn on the CPU, so that pictures compare across devices.
-        let noise = Tensor::f_randn(shape, (Kind::Float, Device::Cpu))?;
-        let checkpoint = &options.checkpoint;
-        Ok(Self { checkpoint, prompts, shift: teacher.shift, size, noise, device })
-    }
-
-    /// The student's pictures `[N, 3, H, W]`.
-    fn draw(&self, network: Network<'_>, recipe: &Recipe) -> Result<Tensor> {
-        self.draw_with(network, recipe.steps, Guidance::NEUTRAL, recipe.transition)
-    }
-
-    /// The guided teacher's pictures.
-    fn draw_guided(
-        &self,
-        network: Network<'_>,
-        steps: usize,
-        guidance: Guidance,
-    ) -> Result<Tensor> {
-        self.draw_with(network, steps, guidance, Transition::Euler)
-    }
-
-    fn draw_with(
-        &self,
-        network: Network<'_>,
-        steps: usize,
-        guidance: Guidance,
-        transition: Transition,
-    ) -> Result<Tensor> {
-        let _guard = tch::no_grad_guard();
-        let denoiser = denoiser(network);
-        let grid = FewStepGrid::even(steps, self.shift)?;
-        // One after the other: captions differ in length.
-        let latents = (0..self.noise.size()[0])
-            .map(|item| {
-                let (cond, null) = self.prompts.conditions(&[item])?;
-                let noise = self.noise.f_narrow(0, item, 1)?.f_to_device(self.device)?;
-                let sampler = Sampler::new(&denoiser, grid.clone(), transition);
-                Ok(sampler.guided(guidance, &null).sample(&noise, &cond)?)
-            })
-            .collect::<Result<Vec<_>>>()?;
-        // Not kept while training, which needs the memory.
-        let decoder = Decoder::load(self.checkpoint, Kind::Float, self.device)?;
-        decoder.decode_in_parts(&Tensor::f_cat(&latents, 0)?, 1)
-    }
-
-    /// One row for each prompt, one column for each generator.
-    fn write(&self, path: &Path, columns: &[Tensor]) -> Result<()> {
-        let rows = Tensor::f_stack(columns, 1)?.f_flatten(0, 1)?;
-        write_grid(path, &rows, columns.len() as i64, 1)
-            .with_context(|| format!("writing {}", path.display()))
-    }
 }

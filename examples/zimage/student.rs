@@ -4,11 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
-use super::fingerprint::fingerprint;
 use super::options::Options;
 use super::pipeline::Pipeline;
-use super::recipe::Recipe;
 use super::trained::Trained;
 use super::training_state::StateFolder;
 
@@ -54,17 +53,13 @@ pub fn student_folder(options: &Options) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Where the state of the run is kept; finds an unfinished run of the same recipe, teacher and `data`.
+/// Where the state of the run is kept; finds an unfinished run of the same `identity`: the recipe, and
+/// whatever else decides the numbers.
 ///
 /// # Errors
 /// If the unfinished run there is another one.
-pub fn open_states(options: &Options, recipe: &Recipe, data: &Path) -> Result<StateFolder> {
-    let identity = serde_json::json!({
-        "recipe": recipe,
-        "teacher": fingerprint(&options.checkpoint)?,
-        "data": fingerprint(data)?,
-    });
-    StateFolder::open(&options.out.join("state"), &identity, options.fresh)
+pub fn open_states(options: &Options, identity: &Value) -> Result<StateFolder> {
+    StateFolder::open(&options.out.join("state"), identity, options.fresh)
 }
 
 /// Creates a folder, and those that it lies in.

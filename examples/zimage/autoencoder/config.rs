@@ -1,7 +1,11 @@
 //! The autoencoder's shape, as `vae/config.json` of a diffusers folder states it.
 
-use anyhow::{Result, ensure};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
+
+use super::super::weights::read_json;
 
 /// Bounds against sizes that no model has and whose products would overflow.
 const MAX_CHANNELS: i64 = 1 << 16;
@@ -114,6 +118,16 @@ impl AutoencoderConfig {
             use_post_quant_conv: false,
             ..Self::default()
         }
+    }
+
+    /// Reads and checks `vae/config.json`.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or asks for what is not supported.
+    pub fn load(path: &Path) -> Result<Self> {
+        let config: Self = read_json(path)?;
+        config.validate().with_context(|| format!("checking {}", path.display()))?;
+        Ok(config)
     }
 
     /// Checks what the forward pass relies on.

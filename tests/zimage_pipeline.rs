@@ -1,0 +1,88 @@
+//! From prompts to pixels against diffusers' ZImagePipeline (`scripts/reference/pipeline.py`).
+
+#[path = "../examples/zimage/mod.rs"]
+mod zimage;
+
+mod common;
+
+#[path = "common/small_pipeline.rs"]
+mod small_pipeline;
+
+use std::path::Path;
+
+use anyhow::Result;
+use common::max_difference;
+use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
+use small_pipeline::Workplace;
+use tch::{Device, Kind, Tensor};
+use zimage::adapter::denoiser;
+use zimage::autoencoder::Decoder;
+use zimage::checkpoint::read_tensors;
+use zimage::pipeline::Pipeline;
+use zimage::prompts::Prompts;
+use zimage::studio::{Drawing, Studio};
+use zimage::text::TextEncoder;
+
+const PROMPTS: usize = 3;
+const STEPS: usize = 8;
+/// Relative to the largest value.
+const LIMIT: f64 = 1e-4;
+
+/// [-1, 1] and a little beyond to what pipelines return.
+fn pixels(images: &Tensor) -> Tensor {
+    (images / 2 + 0.5).clamp(0.0, 1.0)
+}
+
+fn assert_equal(found: &Tensor, expected: &Tensor, what: &str) {
+    assert_eq!(found.size(), expected.size(), "{what}");
+    let error = max_difference(found, expected) / expected.abs().max().double_value(&[]);
+    println!("{what}: {error:.1e}");
+    assert!(error < LIMIT, "{what}: {error:.1e}");
+}
+
+#[test]
+fn images_equal_those_of_diffusers() -> Result<()> {
+    let place = Workplace::new("images")?;
+    let (kind, device) = (Kind::Float, Device::Cpu);
+    let expected = read_tensors(Path::new("tests/reference/pipeline/expected.safetensors"))?;
+    let texts: Vec<String> = (0..PROMPTS)
+        .map(|i| Ok(String::from_utf8(Vec::try_from(&expected[&format!("prompts/{i}")])?)?))
+        .collect::<Result<_>>()?;
+    let texts: Vec<&str> = texts.iter().map(String::as_str).chain([""]).collect();
+    let mut features = TextEncoder::load(&place.model(), kind, device)?.encode(&texts)?;
+    let empty = features.pop().expect("the empty prompt");
+    let lengths: Vec<i64> = features.iter().map(|features| features.size()[0]).collect();
+    assert_eq!(lengths, [17, 15, 47]);
+
+    let base = Pipeline::load(&place.model(), kind, device)?;
+    let prompts = Prompts::from_features(&base.transformer, features.into_iter().map(Ok), &empty)?;
+    let latents = &expected["latents"];
+    let model = place.model();
+    let studio = Studio::new(&model, &base, &prompts, latents.shallow_clone());
+    let decoder = Decoder::load(&model, kind, device)?;
+    // The pipeline counts pos + g (pos - neg).
+    for (name, guidance) in [("unguided", Guidance::NEUTRAL), ("guided", Guidance::from_w(3.0)?)] {
+        let drawing = Drawing { steps: STEPS, guidance, transition: Transition::Euler };
+        let single = pixels(&studio.draw(&base.transformer, drawing)?);
+        assert_equal(&single, &expected[name], &format!("{name}, one by one"));
+
+        // What is of one padded length, as training batches it.
+        let batches = prompts.batches(&[0, 1, 2], PROMPTS)?;
+        assert_eq!(batches, [vec![0, 1], vec![2]]);
+        let _guard = tch::no_grad_guard();
+        let denoiser = denoiser(&base.transformer);
+        for batch in batches {
+            let index = Tensor::from_slice(&batch);
+            let (cond, null) = prompts.conditions(&batch)?;
+            let grid = FewStepGrid::even(STEPS, base.shift)?;
+            let sampler = Sampler::new(&denoiser, grid, Transition::Euler).guided(guidance, &null);
+            let images =
+                decoder.decode(&sampler.sample(&latents.index_select(0, &index), &cond)?)?;
+            let what = format!("{name}, {batch:?} together");
+            assert_equal(&pixels(&images), &expected[name].index_select(0, &index), &what);
+        }
+    }
+    // Nothing above would notice if both were the same.
+    assert!(max_difference(&expected["guided"], &expected["unguided"]) > 0.1);
+    Ok(())
+}
