@@ -1,0 +1,77 @@
+//! The result files: one for each run, and one for the teacher that all are compared with.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::arm::Arm;
+use super::bench::{Measurement, Observation};
+
+/// A measurement on the way, and the means of the diagnostics since the one before.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Point {
+    pub update: u64,
+    #[serde(flatten)]
+    pub measurement: Measurement,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub diagnostics: BTreeMap<String, f64>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub observations: Vec<Observation>,
+    /// Of the change of the samples since the first point.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub change_spectrum: Vec<f64>,
+}
+
+/// Everything that one run has shown.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunRecord {
+    pub arm: Arm,
+    pub seed: u64,
+    /// Captions measured on.
+    pub captions: usize,
+    /// From update 0, the teacher's weights, to the last.
+    pub points: Vec<Point>,
+    /// The update after which a number was not finite any more.
+    pub broken_after: Option<u64>,
+    pub seconds: f64,
+}
+
+/// The teacher on the same captions and noise.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Reference {
+    pub captions: usize,
+    pub guidance: f64,
+    /// At 50 steps, with guidance.
+    pub guided: Measurement,
+    /// Without guidance, by the number of steps.
+    pub unguided: BTreeMap<usize, Measurement>,
+    pub real: Measurement,
+}
+
+/// File of one run.
+pub fn run_path(folder: &Path, arm: &str, seed: u64) -> PathBuf {
+    folder.join(format!("{arm}-seed{seed}.json"))
+}
+
+/// File of the teacher's scores.
+pub fn reference_path(folder: &Path) -> PathBuf {
+    folder.join("teacher.json")
+}
+
+/// Reads a JSON file.
+///
+/// # Errors
+/// Names the file that is missing or broken.
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))
+}
+
+/// Numbers at six digits: what a file keeps.
+pub fn rounded(value: f64) -> f64 {
+    format!("{value:.5e}").parse().unwrap_or(value)
+}

@@ -1,0 +1,183 @@
+//! One run: training, measurements on the way, the result file.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use decoupled_dmd::Guidance;
+use tch::Tensor;
+
+use super::arm::Arm;
+use super::bench::{Bench, Measurement, radial_spectrum};
+use super::record::{Point, Reference, RunRecord, reference_path, rounded, run_path};
+use super::training::{Material, Trainer};
+use crate::zimage::picture::write_grid;
+use crate::zimage::pipeline::write_json;
+
+/// Steps and guidance of the teacher that students are compared with.
+const TEACHER_STEPS: usize = 50;
+const TEACHER_GUIDANCE: f64 = 3.0;
+/// Steps of students, for which the unguided teacher is measured too.
+const FEW_STEPS: [usize; 3] = [1, 4, 8];
+
+/// Measures the teacher unless its file is there.
+///
+/// # Errors
+/// If libtorch fails or the file cannot be written.
+pub fn write_reference(folder: &Path, material: &Material<'_>, bench: &Bench<'_>) -> Result<()> {
+    let path = reference_path(folder);
+    if path.exists() {
+        return Ok(());
+    }
+    let guidance = Guidance::new(TEACHER_GUIDANCE)?;
+    let measure = |samples: &Tensor| Ok::<_, anyhow::Error>(tidy(bench.measure(samples)?));
+    let unguided = FEW_STEPS
+        .into_iter()
+        .map(|steps| Ok((steps, measure(&bench.samples(material.teacher, steps)?)?)))
+        .collect::<Result<_>>()?;
+    let reference = Reference {
+        captions: bench.captions(),
+        guidance: TEACHER_GUIDANCE,
+        guided: measure(&bench.guided(material.teacher, TEACHER_STEPS, guidance)?)?,
+        unguided,
+        real: measure(&bench.real(material)?)?,
+    };
+    write_json(&path, &reference)
+}
+
+/// Trains one arm with one seed unless its file is there. The strip of seed 0, rows of captions
+/// over columns of measurements, goes to `pictures`.
+///
+/// # Errors
+/// If libtorch fails or a file cannot be written. Numbers that are not finite are a result.
+pub fn run(
+    folder: &Path,
+    pictures: &Path,
+    arm: &Arm,
+    seed: u64,
+    material: &Material<'_>,
+    bench: &Bench<'_>,
+) -> Result<()> {
+    let path = run_path(folder, &arm.name, seed);
+    if path.exists() {
+        return Ok(());
+    }
+    let start = Instant::now();
+    let mut trainer = Trainer::new(arm, seed, material)?;
+    let mut strip = Vec::new();
+    let mut points = Vec::new();
+    let mut broken_after = None;
+    let mut means = Means::default();
+    let mut first: Option<Tensor> = None;
+    let picks = Tensor::f_from_slice(&bench.pictured())?;
+    trainer.warm_up()?;
+    loop {
+        if trainer.update.is_multiple_of(arm.measure_every) || trainer.update == arm.updates {
+            let samples = bench.samples(trainer.averaged_student(), arm.steps)?;
+            if !bool::try_from(samples.f_isfinite()?.f_all()?)? {
+                broken_after = Some(trainer.update);
+                break;
+            }
+            let mut observations = Vec::new();
+            if let Some(fake) = trainer.fake.as_ref().filter(|_| arm.observer) {
+                let (seen, rows) = bench.observe(material, fake, &samples, arm.steps - 1)?;
+                observations = seen;
+                if seed == 0 && trainer.update == arm.updates {
+                    let columns = rows.size()[1];
+                    let rows = rows.f_flatten(0, 1)?;
+                    write_grid(
+                        &picture(pictures, &format!("{}-seen", arm.name))?,
+                        &rows,
+                        columns,
+                        2,
+                    )?;
+                }
+            }
+            let measurement = tidy(bench.measure(&samples)?);
+            eprintln!(
+                "{} seed {seed} update {}: alignment {:.3}, Fréchet {:.4}, variance {:.4}, {:.0} s",
+                arm.name,
+                trainer.update,
+                measurement.alignment,
+                measurement.frechet_distance,
+                measurement.variance,
+                start.elapsed().as_secs_f64()
+            );
+            let change_spectrum = match &first {
+                Some(first) => radial_spectrum(&samples.f_sub(first)?)?,
+                None => Vec::new(),
+            };
+            points.push(Point {
+                update: trainer.update,
+                measurement,
+                diagnostics: means.take(),
+                observations,
+                change_spectrum: change_spectrum.into_iter().map(rounded).collect(),
+            });
+            strip.push(samples.f_index_select(0, &picks)?);
+            first.get_or_insert(samples);
+        }
+        if trainer.update == arm.updates {
+            break;
+        }
+        let record = trainer.step()?;
+        if record.iter().any(|(_, value)| !value.is_finite()) {
+            broken_after = Some(trainer.update);
+            break;
+        }
+        means.add(record);
+    }
+    if seed == 0 {
+        let columns = strip.len() as i64;
+        let strip = Tensor::f_stack(&strip, 1)?.f_flatten(0, 1)?;
+        write_grid(&picture(pictures, &arm.name)?, &strip, columns, 2)?;
+    }
+    let record = RunRecord {
+        arm: arm.clone(),
+        seed,
+        captions: bench.captions(),
+        points,
+        broken_after,
+        seconds: start.elapsed().as_secs_f64().round(),
+    };
+    write_json(&path, &record)
+}
+
+fn picture(folder: &Path, name: &str) -> Result<std::path::PathBuf> {
+    fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+    Ok(folder.join(format!("{name}.png")))
+}
+
+/// Six digits of each number.
+fn tidy(measurement: Measurement) -> Measurement {
+    Measurement {
+        alignment: rounded(measurement.alignment),
+        alignment_at_16: rounded(measurement.alignment_at_16),
+        frechet_distance: rounded(measurement.frechet_distance),
+        variance: rounded(measurement.variance),
+        saturation: rounded(measurement.saturation),
+    }
+}
+
+/// Means of named numbers, each over the times that it was there.
+#[derive(Default)]
+struct Means(BTreeMap<String, (f64, u32)>);
+
+impl Means {
+    fn add(&mut self, record: Vec<(String, f64)>) {
+        for (name, value) in record {
+            let (sum, count) = self.0.entry(name).or_default();
+            *sum += value;
+            *count += 1;
+        }
+    }
+
+    fn take(&mut self) -> BTreeMap<String, f64> {
+        let sums = std::mem::take(&mut self.0);
+        sums.into_iter()
+            .map(|(name, (sum, count))| (name, rounded(sum / f64::from(count))))
+            .collect()
+    }
+}

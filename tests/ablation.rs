@@ -1,0 +1,427 @@
+//! The experiments: their arms against the library's schedules, training on a tiny model, statistics,
+//! spectra and the report.
+
+#[path = "../examples/ablation/mod.rs"]
+mod ablation;
+mod common;
+#[path = "common/tiny.rs"]
+mod tiny;
+#[path = "../examples/zimage/mod.rs"]
+mod zimage;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use ablation::arm::{Arm, Shield, Tau};
+use ablation::bench::{Bench, Measurement, Observation, mean_variance, radial_spectrum};
+use ablation::experiments::{self, Experiment};
+use ablation::record::{Point, Reference, RunRecord, reference_path, run_path};
+use ablation::results::{Field, Results};
+use ablation::run::{run, write_reference};
+use ablation::statistics::{Interval, quantile};
+use ablation::training::{Material, Trainer};
+use ablation::{record, report};
+use anyhow::Result;
+use common::{gradient, max_difference, seeded, wave};
+use decoupled_dmd::{
+    Batch, Condition, DistributionMatching, Draw, Guidance, PreShift, Schedule, Shift,
+};
+use serde::Deserialize;
+use tch::{Device, Kind, Tensor};
+use tiny::{prompts, teacher};
+use zimage::ZImageTransformer;
+use zimage::adapter::denoiser;
+use zimage::classifier::Classifier;
+use zimage::data::EmojiData;
+use zimage::metrics::Judge;
+use zimage::pipeline::write_json;
+use zimage::prompts::Prompts;
+
+const DM: Shield = Shield::DistributionMatching(Tau::Full);
+
+fn material<'a>(teacher: &'a ZImageTransformer, prompts: &'a Prompts) -> Result<Material<'a>> {
+    Ok(Material {
+        teacher,
+        shift: Shift::new(3.0)?,
+        prompts,
+        items: vec![0, 1, 2],
+        images: wave(&[3, 3, 16, 16], 0.2, Kind::Float),
+    })
+}
+
+type Record = Vec<(String, f64)>;
+
+/// Two updates; the diagnostics of the last and the raw weights of the average.
+fn train(arm: &Arm, material: &Material<'_>) -> Result<(Record, Vec<Tensor>)> {
+    let mut trainer = Trainer::new(arm, 3, material)?;
+    trainer.warm_up()?;
+    let _first = trainer.step()?;
+    let record = trainer.step()?;
+    let student = trainer.averaged_student().duplicate()?;
+    Ok((record, student.named_parameters().into_iter().map(|(_, tensor)| tensor).collect()))
+}
+
+#[test]
+fn every_arm_trains_and_says_what_its_terms_do() -> Result<()> {
+    let _guard = seeded(0);
+    let teacher = teacher()?;
+    let prompts = prompts(&teacher)?;
+    let material = material(&teacher, &prompts)?;
+    let mut seen = BTreeSet::new();
+    for arm in experiments::all().into_iter().flat_map(|experiment| experiment.arms) {
+        let arm = arm.quick();
+        if !seen.insert(arm.name.clone()) {
+            continue;
+        }
+        let (record, _) = train(&arm, &material)?;
+        let has = |name: &str| record.iter().any(|(n, value)| n == name && value.is_finite());
+        assert_eq!(has("ca_loss"), arm.engine.is_some(), "{}: {record:?}", arm.name);
+        assert_eq!(has("fake_loss"), arm.has_fake(), "{}", arm.name);
+        assert_eq!(has("critic_loss"), arm.has_critic(), "{}", arm.name);
+        for shield in &arm.shields {
+            let name = match shield {
+                Shield::DistributionMatching(_) => "dm_loss",
+                Shield::MeanVariance { .. } | Shield::ChannelMeanVariance { .. } => {
+                    "mean_variance_loss"
+                }
+                Shield::MaximumMeanDiscrepancy { .. } => "mmd_loss",
+                Shield::Adversarial { .. } => "gan_loss",
+            };
+            assert!(has(name), "{} lacks {name}: {record:?}", arm.name);
+        }
+    }
+    assert!(seen.len() > 20, "only {} arms", seen.len());
+    Ok(())
+}
+
+#[test]
+fn an_arm_that_is_shared_has_the_same_settings_everywhere() {
+    let mut by_name: BTreeMap<String, Arm> = BTreeMap::new();
+    for arm in experiments::all().into_iter().flat_map(|experiment| experiment.arms) {
+        let first = by_name.entry(arm.name.clone()).or_insert_with(|| arm.clone());
+        assert_eq!(*first, arm);
+    }
+}
+
+#[test]
+fn an_observer_and_a_repetition_leave_the_student_alone() -> Result<()> {
+    let _guard = seeded(1);
+    let teacher = teacher()?;
+    let prompts = prompts(&teacher)?;
+    let material = material(&teacher, &prompts)?;
+    let ca = Arm::new("ca", 2).engine(Tau::AboveStudent).quick();
+    let (_, alone) = train(&ca, &material)?;
+    let (_, again) = train(&ca, &material)?;
+    let (record, observed) = train(&ca.clone().observer(), &material)?;
+    assert!(record.iter().any(|(name, _)| name == "fake_loss"));
+    let (_, shielded) = train(&ca.shield(DM), &material)?;
+    let largest = |others: &[Tensor]| {
+        alone.iter().zip(others).map(|(a, b)| max_difference(a, b)).fold(0.0, f64::max)
+    };
+    assert_eq!(largest(&again), 0.0);
+    assert_eq!(largest(&observed), 0.0);
+    assert!(largest(&shielded) > 0.0, "the shield must matter");
+    Ok(())
+}
+
+/// The arms of the schedules are those of the library: loss and gradient, for the same draws.
+#[test]
+fn arms_of_the_schedules_are_the_presets() -> Result<()> {
+    let _guard = seeded(2);
+    let teacher = teacher()?;
+    let prompts = prompts(&teacher)?;
+    let material = material(&teacher, &prompts)?;
+    let presets = [
+        ("coupled", Schedule::CoupledShared),
+        ("full", Schedule::DecoupledFull),
+        ("constrained", Schedule::DecoupledConstrained),
+        ("hybrid", Schedule::DecoupledHybrid),
+    ];
+    let experiment = experiments::all().remove(0);
+    assert_eq!(experiment.arms.len(), presets.len());
+    for (arm, (name, schedule)) in experiment.arms.iter().zip(presets) {
+        assert_eq!(arm.name, name);
+        let trainer = Trainer::new(arm, 0, &material)?;
+        let fake = trainer.fake.as_ref().expect("a fake score");
+        let dm = DistributionMatching::new(fake.denoiser(), material.shift);
+        let (captions, null) = prompts.conditions(&[0, 1, 2])?;
+        let step = Tensor::from_slice(&[0i64, 1, 3]);
+        let cond = Condition::from(vec![captions[0].shallow_clone(), step]);
+        let x = wave(&[3, 3, 16, 16], 0.4, Kind::Float).set_requires_grad(true);
+        let time = PreShift::new(Tensor::from_slice(&[0.0f32, 0.25, 0.75]))?;
+        let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
+        let guidance = Guidance::new(arm.guidance)?;
+        let preset = schedule.objective(denoiser(&teacher), guidance, &dm, material.shift);
+        let groups = preset.draw(&batch)?.len();
+        let draws = || -> Vec<Draw> {
+            (0..groups)
+                .map(|group| Draw {
+                    u: Tensor::from_slice(&[0.2f32, 0.5, 0.7]) * (1.0 - 0.1 * group as f64),
+                    noise: wave(&[3, 3, 16, 16], 1.3 + group as f64, Kind::Float),
+                })
+                .collect()
+        };
+        let ours = trainer.objective(Some(&dm), None)?.evaluate_at(&batch, draws())?;
+        let theirs = preset.evaluate_at(&batch, draws())?;
+        assert_eq!(common::value(&ours.loss), common::value(&theirs.loss), "{name}");
+        let gradients = [&ours, &theirs].map(|evaluation| gradient(&evaluation.loss, &x));
+        assert!(common::value(&gradients[0].abs().max()) > 0.0, "{name}");
+        assert_eq!(max_difference(&gradients[0], &gradients[1]), 0.0, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn arms_without_terms_or_partner_are_refused() -> Result<()> {
+    let _guard = seeded(4);
+    let teacher = teacher()?;
+    let prompts = prompts(&teacher)?;
+    let material = material(&teacher, &prompts)?;
+    let error = Trainer::new(&Arm::new("nothing", 1), 0, &material).unwrap_err().to_string();
+    assert!(error.contains("arm nothing has neither engine nor shield"), "{error}");
+    let alone = Arm::new("alone", 1).engine(Tau::Full).coupled().quick();
+    let error = format!("{:#}", Trainer::new(&alone, 0, &material)?.step().unwrap_err());
+    assert!(error.contains("a coupled arm needs distribution matching"), "{error}");
+    let range = Arm::new("range", 1).engine(Tau::Between(0.7, 0.3)).quick();
+    let error = format!("{:#}", Trainer::new(&range, 0, &material)?.step().unwrap_err());
+    assert!(error.contains("upper bound of the time"), "{error}");
+    Ok(())
+}
+
+#[derive(Deserialize)]
+struct Numbers {
+    quantiles: Vec<f64>,
+    samples: Vec<Sample>,
+    images: Vec<f64>,
+    shape: Vec<i64>,
+    spectrum: Vec<f64>,
+}
+
+#[derive(Deserialize)]
+struct Sample {
+    values: Vec<f64>,
+    low: f64,
+    high: f64,
+}
+
+fn numbers() -> Result<Numbers> {
+    record::read("tests/reference/ablation.json".as_ref())
+}
+
+#[test]
+fn intervals_are_those_of_scipy() -> Result<()> {
+    let numbers = numbers()?;
+    for (degrees, expected) in (1..).zip(&numbers.quantiles) {
+        // The table holds four digits after the point.
+        assert!((quantile(degrees) - expected).abs() < 1e-4, "{degrees} degrees of freedom");
+    }
+    assert_eq!(numbers.quantiles.len(), 20);
+    for sample in &numbers.samples {
+        let interval = Interval::of(&sample.values).expect("values");
+        let half_width = interval.half_width.expect("two values or more");
+        let tolerance = 3e-5 * half_width;
+        assert!((interval.mean - half_width - sample.low).abs() < tolerance);
+        assert!((interval.mean + half_width - sample.high).abs() < tolerance);
+        assert_eq!(interval.excludes_zero(), sample.low > 0.0 || sample.high < 0.0);
+    }
+    assert_eq!(Interval::of(&[]), None);
+    assert_eq!(Interval::of(&[2.0]), Some(Interval { mean: 2.0, half_width: None, count: 1 }));
+    Ok(())
+}
+
+#[test]
+fn spectra_are_those_of_numpy() -> Result<()> {
+    let numbers = numbers()?;
+    let images = Tensor::from_slice(&numbers.images).view(numbers.shape.as_slice());
+    let spectrum = radial_spectrum(&images)?;
+    assert_eq!(spectrum.len(), numbers.spectrum.len());
+    for (found, expected) in spectrum.iter().zip(&numbers.spectrum) {
+        assert!((found - expected).abs() < 1e-12, "{spectrum:?} {:?}", numbers.spectrum);
+    }
+    // A wave of three periods is in ring 3 alone, with half its squared amplitude.
+    let phase = Tensor::arange(16, common::DOUBLE) * (6.0 * std::f64::consts::PI / 16.0);
+    let wave = (phase.cos() * 2.0).view([1, 1, 1, 16]).repeat([1, 1, 16, 1]);
+    for (ring, power) in radial_spectrum(&wave)?.into_iter().enumerate() {
+        assert!((power - if ring == 3 { 2.0 } else { 0.0 }).abs() < 1e-12, "{ring}: {power}");
+    }
+    let error = radial_spectrum(&Tensor::zeros([1, 1, 4, 8], common::DOUBLE)).unwrap_err();
+    assert!(error.to_string().contains("4x8"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn variance_is_that_of_one_image_averaged() -> Result<()> {
+    let images = Tensor::from_slice(&[1.0, 3.0, 10.0, 16.0]).view([2, 2]);
+    assert!((mean_variance(&images)? - 5.0).abs() < 1e-12);
+    Ok(())
+}
+
+/// The whole way of a run, on the real pictures with the tiny model.
+#[test]
+fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
+    let _guard = seeded(5);
+    let folder = std::env::temp_dir().join(format!("ablation-{}-run", std::process::id()));
+    std::fs::create_dir_all(&folder)?;
+    let teacher = teacher()?;
+    let data = EmojiData::load("assets/emoji".as_ref())?;
+    let captions = data.items.iter().map(|item| item.caption.as_str());
+    let prompts = Prompts::encode(&teacher, &data.vocabulary, captions)?;
+    let images = data.images.shallow_clone();
+    let items = data.indices(false);
+    let material =
+        Material { teacher: &teacher, shift: Shift::new(3.0)?, prompts: &prompts, items, images };
+    let judge = || -> Result<Judge> {
+        let classifier = Classifier::load("assets/classifier".as_ref(), Kind::Float, Device::Cpu)?;
+        Judge::new(classifier, &data)
+    };
+    let bench = Bench::new(judge()?, &material, &data, 6, false)?;
+    write_reference(&folder, &material, &bench)?;
+    let reference: Reference = record::read(&reference_path(&folder))?;
+    assert_eq!((reference.real.alignment, reference.real.frechet_distance), (1.0, 0.0));
+    let arm = Arm::new("ca", 2).engine(Tau::AboveStudent).observer().quick();
+    run(&folder, &folder, &arm, 0, &material, &bench)?;
+
+    let path = run_path(&folder, "ca", 0);
+    let record: RunRecord = record::read(&path)?;
+    assert_eq!(record.arm, arm);
+    assert_eq!(record.captions, 6);
+    assert_eq!(record.points.iter().map(|p| p.update).collect::<Vec<_>>(), [0, 1, 2]);
+    assert_eq!(record.points[0].measurement.variance, rounded_variance(&bench, &teacher)?);
+    assert!(record.points[2].measurement.variance != record.points[0].measurement.variance);
+    assert!(record.points.iter().all(|point| point.observations.len() == 3));
+    assert!(record.points[0].change_spectrum.is_empty());
+    for point in &record.points[1..] {
+        assert_eq!(point.change_spectrum.len(), 17);
+        assert!(point.change_spectrum.iter().sum::<f64>() > 0.0);
+    }
+    for picture in ["ca.png", "ca-seen.png"] {
+        assert!(folder.join(picture).exists(), "{picture}");
+    }
+
+    let before = std::fs::metadata(&path)?.modified()?;
+    run(&folder, &folder, &arm, 0, &material, &bench)?;
+    assert_eq!(std::fs::metadata(&path)?.modified()?, before);
+
+    // Captions for choosing and captions for reporting do not meet.
+    let selection = Bench::new(judge()?, &material, &data, 6, true)?;
+    let both: BTreeSet<i64> = bench.items().iter().chain(selection.items()).copied().collect();
+    assert_eq!(both.len(), 12);
+    let error = Bench::new(judge()?, &material, &data, data.items.len(), false).err();
+    assert!(error.is_some_and(|error| error.to_string().contains("--captions")));
+    std::fs::remove_dir_all(&folder)?;
+    Ok(())
+}
+
+fn rounded_variance(bench: &Bench<'_>, teacher: &ZImageTransformer) -> Result<f64> {
+    Ok(record::rounded(mean_variance(&bench.samples(teacher, 2)?)?))
+}
+
+fn measurement(alignment: f64, variance: f64) -> Measurement {
+    Measurement {
+        alignment,
+        alignment_at_16: alignment,
+        frechet_distance: 0.25 * alignment,
+        variance,
+        saturation: 0.5,
+    }
+}
+
+/// Two arms with made-up runs: the second is better by 10 and by 12 points.
+fn made_up(folder: &str) -> Result<(PathBuf, Results)> {
+    let folder = std::env::temp_dir().join(format!("ablation-{}-{folder}", std::process::id()));
+    std::fs::create_dir_all(&folder)?;
+    let one = Arm::new("one", 4).engine(Tau::Full);
+    let two = one.clone().with(|arm| arm.name = "two".to_owned());
+    for (arm, alignments) in [(&one, [0.5, 0.6]), (&two, [0.6, 0.72])] {
+        for (seed, alignment) in (0..).zip(alignments) {
+            let point = |update, alignment| Point {
+                update,
+                measurement: measurement(alignment, 1.0),
+                diagnostics: BTreeMap::new(),
+                observations: vec![Observation { time: 0.5, sample: 2.0, fake: 8.0, teacher: 1.0 }],
+                change_spectrum: vec![1.0, 2.0, 1.0],
+            };
+            let run = RunRecord {
+                arm: arm.clone(),
+                seed,
+                captions: 96,
+                points: vec![point(0, 0.2), point(arm.updates, alignment)],
+                broken_after: None,
+                seconds: 1.0,
+            };
+            write_json(&run_path(&folder, &arm.name, seed), &run)?;
+        }
+    }
+    let reference = Reference {
+        captions: 96,
+        guidance: 3.0,
+        guided: measurement(1.0, 2.0),
+        unguided: [(4, measurement(0.8, 1.0))].into(),
+        real: measurement(1.0, 1.5),
+    };
+    write_json(&reference_path(&folder), &reference)?;
+    let experiment = || Experiment { name: "pair", seeds: 3, arms: vec![one.clone(), two.clone()] };
+    let results = Results::load(&folder, vec![experiment()])?;
+
+    // Files of other settings are not mixed in.
+    let other = Experiment { arms: vec![one.clone().with(|arm| arm.batch = 99)], ..experiment() };
+    let error = Results::load(&folder, vec![other]).unwrap_err().to_string();
+    assert!(error.contains("one-seed0.json was made with other settings"), "{error}");
+    Ok((folder, results))
+}
+
+#[test]
+fn the_report_takes_its_numbers_from_the_files() -> Result<()> {
+    let (folder, results) = made_up("report")?;
+    let document = folder.join("document.md");
+    let figures = folder.join("figures");
+    let template = "{{value one fine-power}} {{at one 0 drift}} {{seen two 0.5 fake}} a {{value one alignment}} b {{value one drift}} c \
+                    {{paired two one alignment}} d {{verdict two one alignment}} e \
+                    {{teacher guided frechet}} f {{runs}}\n{{table pair}}{{curves pair}}\
+                    {{when pair}}finished{{end}}{{unless pair}}open{{end}}";
+    report::write(template, &document, &figures, &results)?;
+    let text = std::fs::read_to_string(&document)?;
+    // The half width is 12.7062 times half the distance of two values.
+    for part in [
+        "25.0 ± 0.0 -0.69 ± 0.00 +1.39 ± 0.00 a 55.0 ± 63.5 b -0.69 ± 0.00 c +11.0 ± 12.7 d not told apart over 2 seeds",
+        "e 0.250 f 4 runs of 2 arms; not finished",
+        "one (pair: 2 of 3)",
+        "| two | 2 | 66.0 ± 76.2 |",
+        "| *teacher, 4 steps, unguided* | | 80.0 |",
+        "](figures/pair-curves.svg)",
+    ] {
+        assert!(text.contains(part), "{part} is not in\n{text}");
+    }
+    assert!(text.ends_with("finished"), "{text}");
+    let plot = std::fs::read(figures.join("pair-curves.svg"))?;
+    report::write(template, &document, &figures, &results)?;
+    assert_eq!(std::fs::read_to_string(&document)?, text);
+    assert_eq!(std::fs::read(figures.join("pair-curves.svg"))?, plot);
+
+    for (template, complaint) in [
+        ("{{value one speed}}", "field speed: not one of"),
+        ("{{value three alignment}}", "there is no arm three"),
+        ("{{table nothing}}", "there is no experiment nothing"),
+        ("{{at one 0 dm-cos}}", "not a field of one measurement"),
+        ("{{seen one 0.5 student}}", "expected sample, fake or teacher"),
+        ("{{nonsense}}", "not a placeholder"),
+        ("{{when pair}}", "has no {{end}}"),
+        ("{{unless nothing}}{{end}}", "there is no experiment nothing"),
+        ("{{value one", "does not end"),
+    ] {
+        let error = report::write(template, &document, &figures, &results).unwrap_err();
+        assert!(format!("{error:#}").contains(complaint), "{template}: {error:#}");
+    }
+    std::fs::remove_dir_all(&folder)?;
+    Ok(())
+}
+
+#[test]
+fn fields_have_one_name_each() -> Result<()> {
+    let names: BTreeSet<&str> = Field::ALL.iter().map(|(name, _)| *name).collect();
+    assert_eq!(names.len(), Field::ALL.len());
+    for (name, field) in Field::ALL {
+        assert_eq!(Field::named(name)?, field);
+    }
+    Ok(())
+}
