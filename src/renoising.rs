@@ -142,6 +142,16 @@ mod tests {
     }
 
     #[test]
+    fn a_sampler_may_be_lent_or_boxed() -> Result<()> {
+        let (u, sampler) = (Tensor::from_slice(&[0.5]), Uniform::new(0.25, 0.5)?);
+        let boxed: Box<dyn TimeSampler> = Box::new(sampler);
+        for renoising in [Renoising::new(&sampler), Renoising::new(boxed)] {
+            assert_eq!(renoising.at(&u, None)?.tensor().double_value(&[0]), 0.375);
+        }
+        Ok(())
+    }
+
+    #[test]
     fn bad_parameters_are_refused() {
         for (low, high) in [(0.6, 0.5), (-0.1, 0.5), (0.5, 1.1), (f64::NAN, 0.5), (0.5, f64::NAN)] {
             assert!(matches!(Uniform::new(low, high), Err(Error::OutOfRange { .. })));

@@ -175,6 +175,8 @@ fn mean_variance_checks_its_target_and_the_channels() -> Result<()> {
         MeanVariance::per_channel(&ones, &Tensor::from_slice(&[1.0f32, f32::NAN, 1.0])),
         Err(Error::OutOfRange { what: "target variance", .. })
     ));
+    let matrix = Tensor::ones([3, 1], FLOAT);
+    assert!(is_shape(MeanVariance::per_channel(&matrix, &matrix), "target mean"));
     assert!(is_shape(
         MeanVariance::measured(&Tensor::from(1.0), Statistics::PerSample),
         "real samples"
@@ -267,6 +269,10 @@ fn bad_parameters_of_paths_are_refused() {
     let table = VariancePreserving::scaled_linear(0.00085, 0.012, 1000).unwrap();
     for n in [-1.0, 1000.0, f64::NAN] {
         assert!(matches!(table.time_of(n), Err(Error::OutOfRange { what: "timestep", .. })));
+    }
+    let linear = VariancePreserving::linear(0.1, 20.0).unwrap();
+    for r in [-0.1, 1.1, f64::NAN] {
+        assert!(matches!(linear.time_of(r), Err(Error::OutOfRange { what: "timestep", .. })));
     }
     for (low, high, rho) in
         [(0.0, 80.0, 7.0), (2.0, 1.0, 7.0), (0.1, f64::NAN, 7.0), (0.1, 1.0, 0.5)]

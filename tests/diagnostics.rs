@@ -101,6 +101,7 @@ fn cosines_with_nothing_are_none_and_not_nan() -> Result<()> {
     assert_eq!(cos.to_vec()?, [None, None, None]);
     assert_eq!((cos.mean()?, all.update_balance("dm", "ca")?), (None, None));
     assert!(!names(&all)?.iter().any(|name| name == "ca_dm_cos" || name == "dm_to_ca"));
+    assert!(all.update_cos("ca", "x")?.is_none() && all.update_cos("mv", "dm")?.is_none());
     assert!(all.update_cos("ca", "mv")?.is_none() && all.update_balance("x", "ca")?.is_none());
 
     // The clean end: both scores return the sample.
