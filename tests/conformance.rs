@@ -168,6 +168,27 @@ fn what_belongs_to_the_samples_one_by_one_turns_with_them() -> Result<(), Failur
 }
 
 #[test]
+fn a_gradient_may_be_off_by_rounding_and_not_by_more() -> Result<(), Failure> {
+    let (s, teacher) = (setting(Kind::Double), gaussian_teacher(0.5));
+    let off_by = |error: f64, offset: f64| {
+        let loss = regularizer_fn(move |probe| {
+            let value = (probe.x().f_pow_tensor_scalar(4)?.f_mean(None)? * 0.5) + offset;
+            let slope = &value - value.detach();
+            Ok(value.detach() + slope * (1.0 + error))
+        });
+        broken(check_gradient(&loss, &teacher, &s.batch()))
+    };
+    assert_eq!(off_by(0.0, 0.0), None);
+    assert_eq!(off_by(1e-7, 0.0), None);
+    assert_eq!(off_by(1e-4, 0.0), Some(Check::Gradient));
+    assert_eq!(off_by(-1e-4, 0.0), Some(Check::Gradient));
+    // A large value leaves fewer digits to its differences.
+    assert_eq!(off_by(0.0, 1e6), None);
+    assert_eq!(off_by(1.0, 1e6), Some(Check::Gradient));
+    Ok(())
+}
+
+#[test]
 fn an_error_of_libtorch_is_that_of_the_term() {
     let check = || -> Result<(), Failure> {
         let _sum = wave(&[2], 0.0, Kind::Float).f_add(&wave(&[3], 0.0, Kind::Float))?;

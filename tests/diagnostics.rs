@@ -151,6 +151,9 @@ fn a_mask_takes_elements_and_samples_out() -> Result<()> {
     let drift = all.variance_drift(1.0)?.unwrap();
     let variance = |index: usize| std[index].unwrap().powi(2);
     approx::assert_relative_eq!(drift, ((variance(0) + variance(2)) / 2.0).ln(), epsilon = 1e-14);
+    let half = all.variance_drift(2.0)?.unwrap();
+    approx::assert_relative_eq!(half, drift - 2f64.ln(), epsilon = 1e-14);
+    assert!(all.variance_drift(f64::INFINITY).is_err() && all.variance_drift(-1.0).is_err());
     assert!(matches!(
         all.variance_drift(0.0),
         Err(Error::OutOfRange { what: "target variance", .. })

@@ -88,6 +88,8 @@ fn times_snap_to_the_timesteps_of_the_table_in_every_precision() -> Result<()> {
         assert_eq!(timesteps(&all), (0..1000).map(f64::from).collect::<Vec<_>>());
     }
     assert_eq!(path.timestep(&Tensor::from_slice(&[0.5f32]))?.kind(), Kind::Int64);
+    // Times off the clock stay in the table.
+    assert_eq!(values(&path.timestep(&Tensor::from_slice(&[-0.1, 1.1]))?), [999.0, 0.0]);
     Ok(())
 }
 

@@ -281,6 +281,11 @@ fn bad_input_is_named() -> Result<()> {
         loss_of(&Adversarial::new(RectifiedFlow, Shift::NONE, summing), &batch),
         "critic logits"
     ));
+    let without = |x: &Tensor, _: &Tensor, _: &Condition| x.narrow(1, 0, 0);
+    assert!(shape(
+        loss_of(&Adversarial::new(RectifiedFlow, Shift::NONE, without), &batch),
+        "critic logits"
+    ));
     let failing = |x: &Tensor, _: &Tensor, _: &Condition| x.f_view([-7]);
     assert!(matches!(
         loss_of(&Adversarial::new(RectifiedFlow, Shift::NONE, failing), &batch),
