@@ -7,8 +7,8 @@ use decoupled_dmd::{
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor, nn};
 
-use crate::common::{gaussian_teacher, gradient, max_difference, seeded, value, wave};
-use crate::{loss_of, reorder};
+use super::common::{gaussian_teacher, gradient, max_difference, seeded, value, wave};
+use super::{loss_of, reorder};
 
 const LOSSES: [GanLoss; 3] = [GanLoss::NonSaturating, GanLoss::Hinge, GanLoss::Relativistic];
 const SHAPE: [i64; 2] = [3, 4];
