@@ -69,6 +69,16 @@ mod tests {
         assert!(folder.join("libtorch_cpu.so").exists());
     }
 
+    #[cfg(unix)]
+    #[test]
+    fn says_whether_a_library_could_be_opened() {
+        let _loaded = tch::Tensor::from(1.0);
+        let folder = libtorch_folder().expect("the tests link libtorch");
+        assert!(open(folder.join("libtorch_cpu.so").into_os_string()));
+        assert!(!open(folder.join("no_such_library.so").into_os_string()));
+        assert!(!open("with\0zero".into()));
+    }
+
     #[test]
     fn answers_without_a_gpu() {
         let loaded = load_cuda();

@@ -142,6 +142,41 @@ mod tests {
     }
 
     #[test]
+    fn the_ends_of_the_draw_are_the_ends_of_the_range() -> Result<()> {
+        let u = Tensor::from_slice(&[0.0, 1.0]);
+        let student = PreShift::new(Tensor::from_slice(&[0.25, 0.5]))?;
+        let edm = crate::Edm::default();
+        let samplers: [(&dyn TimeSampler, f64); 6] = [
+            (&Uniform::FULL, 0.0),
+            (&Uniform::new(0.1, 0.7)?, 0.0),
+            (&AboveStudent::new(0.05, 0.98)?, 0.0),
+            (&LogitNormal::new(0.3, 0.8)?, 1e-15),
+            (&LogNormal::default(), 1e-12),
+            (&LogNormal::new(edm, 0.5, 0.3)?, 1e-12),
+        ];
+        for (index, (sampler, epsilon)) in samplers.into_iter().enumerate() {
+            let times = sampler.times(&u, Some(&student))?;
+            let (low, high) = times.range();
+            let found = Vec::<f64>::try_from(times.tensor()).unwrap();
+            for (found, end) in found.iter().zip([low, high]) {
+                assert!((found - end).abs() <= epsilon, "{index}: {found} for {end}");
+            }
+            assert!(low < high, "{index}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_sampler_may_be_lent_or_boxed() -> Result<()> {
+        let (u, sampler) = (Tensor::from_slice(&[0.5]), Uniform::new(0.25, 0.5)?);
+        let boxed: Box<dyn TimeSampler> = Box::new(sampler);
+        for renoising in [Renoising::new(&sampler), Renoising::new(boxed)] {
+            assert_eq!(renoising.at(&u, None)?.tensor().double_value(&[0]), 0.375);
+        }
+        Ok(())
+    }
+
+    #[test]
     fn bad_parameters_are_refused() {
         for (low, high) in [(0.6, 0.5), (-0.1, 0.5), (0.5, 1.1), (f64::NAN, 0.5), (0.5, f64::NAN)] {
             assert!(matches!(Uniform::new(low, high), Err(Error::OutOfRange { .. })));

@@ -27,8 +27,8 @@
 //! | the gradient is that of the value | | [`check_gradient`], for a plain loss |
 //!
 //! Every check looks at the batch at noise levels spread over 0.1 to 0.9 and with a fixed noise;
-//! nothing is drawn. The batch needs two samples or more. Tensors of a condition whose first axis
-//! has as many entries as the batch are taken to belong to the samples one by one.
+//! nothing is drawn. The batch needs two samples or more. Tensors of a condition, and real samples,
+//! whose first axis has as many entries as the batch are taken to belong to the samples one by one.
 
 mod trial;
 

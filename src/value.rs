@@ -171,7 +171,7 @@ mod tests {
             assert!(matches!(error, Error::OutOfRange { what: "guidance scale alpha", value, .. }
                     if value.to_bits() == alpha.to_bits()));
         }
-        for w in [-0.1, f64::NAN, f64::NEG_INFINITY] {
+        for w in [-0.1, f64::NAN, f64::INFINITY] {
             assert!(matches!(Guidance::from_w(w), Err(Error::OutOfRange { .. })));
         }
         for floor in [0.0, -1e-9, f64::NAN, f64::INFINITY] {
@@ -184,6 +184,7 @@ mod tests {
         let guidance = Guidance::from_w(3.0)?;
         approx::assert_abs_diff_eq!(guidance.get(), 4.0);
         approx::assert_abs_diff_eq!(guidance.w(), 3.0);
+        assert_eq!(Guidance::from_w(0.0)?, Guidance::NEUTRAL);
         assert!(Guidance::NEUTRAL.is_neutral() && !guidance.is_neutral());
         Ok(())
     }

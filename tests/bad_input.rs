@@ -50,6 +50,24 @@ fn a_batch_checks_what_it_is_given() -> Result<()> {
 }
 
 #[test]
+fn samples_and_times_that_are_no_batch_are_told_what_is_wanted() -> Result<()> {
+    let cond = Condition::none();
+    let wanted = |error: Error| match error {
+        Error::Shape { expected, .. } => expected,
+        other => panic!("{other}"),
+    };
+    for size in [&[][..], &[3], &[0, 3], &[3, 0]] {
+        let x = Tensor::zeros(size, FLOAT);
+        let error = Batch::new(&x, &cond).unwrap_err();
+        assert_eq!(wanted(error), "[B, ..] with B >= 1 and no empty axis", "{size:?}");
+    }
+    for size in [&[][..], &[0]] {
+        assert_eq!(wanted(PreShift::new(Tensor::zeros(size, FLOAT)).unwrap_err()), "[B]");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_mask_is_boolean_and_fits_the_samples() -> Result<()> {
     let (x, cond) = (samples(), Condition::none());
     let mask = |size: &[i64], kind| {
@@ -175,6 +193,8 @@ fn mean_variance_checks_its_target_and_the_channels() -> Result<()> {
         MeanVariance::per_channel(&ones, &Tensor::from_slice(&[1.0f32, f32::NAN, 1.0])),
         Err(Error::OutOfRange { what: "target variance", .. })
     ));
+    let matrix = Tensor::ones([3, 1], FLOAT);
+    assert!(is_shape(MeanVariance::per_channel(&matrix, &matrix), "target mean"));
     assert!(is_shape(
         MeanVariance::measured(&Tensor::from(1.0), Statistics::PerSample),
         "real samples"
@@ -244,29 +264,40 @@ fn a_bad_sample_does_not_touch_the_others() -> Result<()> {
 
 #[test]
 fn bad_parameters_of_paths_are_refused() {
-    let refused =
-        |result: Result<VariancePreserving>| matches!(result, Err(Error::OutOfRange { .. }));
-    for (low, high) in
-        [(-0.1, 20.0), (0.1, 0.05), (0.0, 0.0), (f64::NAN, 1.0), (0.1, f64::INFINITY)]
-    {
-        assert!(refused(VariancePreserving::linear(low, high)), "{low} {high}");
+    let refused = |result: Result<VariancePreserving>, argument: &str| matches!(result, Err(Error::OutOfRange { what, .. }) if what == argument);
+    for (low, high, argument) in [
+        (-0.1, 20.0, "beta_min"),
+        (f64::NAN, 1.0, "beta_min"),
+        (f64::INFINITY, 1.0, "beta_min"),
+        (0.1, 0.05, "beta_max"),
+        (0.0, 0.0, "beta_max"),
+        (0.1, f64::INFINITY, "beta_max"),
+    ] {
+        assert!(refused(VariancePreserving::linear(low, high), argument), "{low} {high}");
     }
-    for (low, high, steps) in
-        [(0.0, 0.1, 9), (0.2, 0.1, 9), (0.1, 1.0, 9), (0.1, f64::NAN, 9), (0.1, 0.2, 1)]
-    {
-        assert!(
-            refused(VariancePreserving::scaled_linear(low, high, steps)),
-            "{low} {high} {steps}"
-        );
+    for (low, high, steps, argument) in [
+        (0.0, 0.1, 9, "beta_start"),
+        (1.0, 1.5, 9, "beta_start"),
+        (0.2, 0.1, 9, "beta_end"),
+        (0.1, 1.0, 9, "beta_end"),
+        (0.1, f64::NAN, 9, "beta_end"),
+        (0.1, 0.2, 1, "number of levels"),
+    ] {
+        let made = VariancePreserving::scaled_linear(low, high, steps);
+        assert!(refused(made, argument), "{low} {high} {steps}");
     }
     for table in [vec![0.9, 0.9], vec![0.5, 0.6], vec![1.1], vec![-0.1], vec![0.9, f64::NAN]] {
-        assert!(refused(VariancePreserving::from_alphas_cumprod(table)));
+        assert!(refused(VariancePreserving::from_alphas_cumprod(table), "alphas_cumprod"));
     }
     let empty = VariancePreserving::from_alphas_cumprod(Vec::new());
     assert!(matches!(empty, Err(Error::Shape { what: "alphas_cumprod", .. })));
     let table = VariancePreserving::scaled_linear(0.00085, 0.012, 1000).unwrap();
     for n in [-1.0, 1000.0, f64::NAN] {
         assert!(matches!(table.time_of(n), Err(Error::OutOfRange { what: "timestep", .. })));
+    }
+    let linear = VariancePreserving::linear(0.1, 20.0).unwrap();
+    for r in [-0.1, 1.1, f64::NAN] {
+        assert!(matches!(linear.time_of(r), Err(Error::OutOfRange { what: "timestep", .. })));
     }
     for (low, high, rho) in
         [(0.0, 80.0, 7.0), (2.0, 1.0, 7.0), (0.1, f64::NAN, 7.0), (0.1, 1.0, 0.5)]

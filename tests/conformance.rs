@@ -9,8 +9,9 @@ use decoupled_dmd::testing::{
     Check, Failure, check_engine, check_gradient, check_independence, check_regularizer,
 };
 use decoupled_dmd::{
-    Batch, CfgAugmentation, Condition, DistributionMatching, Guidance, MeanVariance, Probe, Result,
-    Shift, engine_fn, regularizer_fn,
+    Adversarial, Batch, CfgAugmentation, Condition, DistributionMatching, Estimator, GanLoss,
+    Guidance, Kernel, MaximumMeanDiscrepancy, MeanVariance, PreShift, Probe, RectifiedFlow, Result,
+    Shift, Statistics, engine_fn, regularizer_fn,
 };
 use tch::{Kind, Tensor};
 
@@ -18,16 +19,28 @@ struct Setting {
     x: Tensor,
     cond: Condition,
     null: Condition,
+    real: Tensor,
+    real_cond: Condition,
 }
 
 fn setting(kind: Kind) -> Setting {
     let condition = |phase| wave(&[3, 2, 4, 4], phase, kind).into();
-    Setting { x: wave(&[3, 2, 4, 4], 0.3, kind), cond: condition(1.1), null: condition(2.9) }
+    Setting {
+        x: wave(&[3, 2, 4, 4], 0.3, kind),
+        cond: condition(1.1),
+        null: condition(2.9),
+        real: wave(&[3, 2, 4, 4], 4.0, kind),
+        real_cond: condition(3.7),
+    }
 }
 
 impl Setting {
     fn batch(&self) -> Batch<'_> {
         Batch::new(&self.x, &self.cond).unwrap().null(&self.null)
+    }
+
+    fn batch_with_data(&self) -> Batch<'_> {
+        self.batch().real(&self.real).unwrap().real_cond(&self.real_cond)
     }
 }
 
@@ -62,9 +75,14 @@ fn mean_variance() -> Result<(), Failure> {
     let (mean, variance) = (Tensor::from_slice(&[0.1, -0.2]), Tensor::from_slice(&[0.7, 1.2]));
     for kind in KINDS {
         let s = setting(kind);
-        for term in
-            [MeanVariance::per_sample(0.1, 0.8)?, MeanVariance::per_channel(&mean, &variance)?]
-        {
+        for term in [
+            MeanVariance::per_sample(0.1, 0.8)?,
+            MeanVariance::per_channel(&mean, &variance)?,
+            MeanVariance::measured(&s.real, Statistics::PerSample)?,
+            MeanVariance::measured(&s.real, Statistics::PerChannel)?.running(0.9, 1)?,
+            // Above the variance of the samples, so that the tangent takes the logarithm's place.
+            MeanVariance::per_sample(0.1, 0.8)?.floor(2.0)?,
+        ] {
             check_regularizer(&term, &teacher, &s.batch())?;
             check_independence(&term, &teacher, &s.batch())?;
             if kind == Kind::Double {
@@ -73,6 +91,110 @@ fn mean_variance() -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+#[test]
+fn maximum_mean_discrepancy() -> Result<(), Failure> {
+    let teacher = gaussian_teacher(0.5);
+    for kind in KINDS {
+        let s = setting(kind);
+        // Few of its samples, so that their number is not that of the batch.
+        let (few, pooled) =
+            (s.real.narrow(0, 0, 2), |x: &Tensor| x.f_mean_dim(&[2, 3][..], false, None));
+        let with_few = s.batch().real(&few)?;
+        for kernel in [Kernel::gaussian(), Kernel::inverse_multiquadric(), Kernel::Energy] {
+            for estimator in [Estimator::Unbiased, Estimator::Biased] {
+                let term = MaximumMeanDiscrepancy::new(kernel.clone())?.estimator(estimator);
+                check_regularizer(&term, &teacher, &s.batch_with_data())?;
+                check_regularizer(&term.features(pooled), &teacher, &with_few)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_gradient_of_the_energy_distance_is_that_of_its_value() -> Result<(), Failure> {
+    // The other kernels hold their measured bandwidth, which a difference of values does not.
+    let (s, teacher) = (setting(Kind::Double), gaussian_teacher(0.5));
+    for estimator in [Estimator::Unbiased, Estimator::Biased] {
+        let term = MaximumMeanDiscrepancy::new(Kernel::Energy)?.estimator(estimator);
+        check_gradient(&term, &teacher, &s.batch_with_data())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn adversarial() -> Result<(), Failure> {
+    let teacher = gaussian_teacher(0.5);
+    for kind in KINDS {
+        let (s, weight) = (setting(kind), wave(&[2, 32], 0.9, kind));
+        // Looks at the condition, so that its order counts.
+        let critic = |x: &Tensor, t: &Tensor, cond: &Condition| {
+            let seen = (x.to_kind(kind) + &cond[0] * 0.5).tanh().flatten(1, -1);
+            seen.linear(&weight, None::<&Tensor>) + t.unsqueeze(1)
+        };
+        for gan_loss in [GanLoss::NonSaturating, GanLoss::Hinge, GanLoss::Relativistic] {
+            let term = Adversarial::new(RectifiedFlow, Shift::NONE, critic).gan_loss(gan_loss);
+            check_regularizer(&term, &teacher, &s.batch_with_data())?;
+            check_independence(&term, &teacher, &s.batch_with_data())?;
+            if kind == Kind::Double {
+                check_gradient(&term, &teacher, &s.batch_with_data())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_belongs_to_the_samples_one_by_one_turns_with_them() -> Result<(), Failure> {
+    let (s, teacher) = (setting(Kind::Double), gaussian_teacher(0.5));
+    let times = PreShift::new(Tensor::from_slice(&[0.1, 0.4, 0.8]))?;
+    let mask = Tensor::from_slice(&[true, true, false]);
+    let batch = s.batch_with_data().student_time(&times)?.mask(&mask)?;
+    let all = engine_fn(|probe| {
+        let batch = probe.batch();
+        let times = batch.student_times().expect("given").tensor().view([3, 1, 1, 1]);
+        let null = &batch.null_condition()?[0];
+        let sum: Tensor = batch.real_samples()? * 2.0 + &batch.real_condition()[0] * 3.0 + null;
+        probe.masked(&(sum * times + probe.noised() + &batch.cond()[0]))
+    });
+    check_engine(&all, &teacher, &batch)?;
+    // A tensor of another length is nobody's, and stays as it is.
+    let shared = Condition::from(vec![s.cond[0].shallow_clone(), Tensor::from_slice(&[2.0, 5.0])]);
+    let batch = Batch::new(&s.x, &shared)?;
+    let first = engine_fn(|p| Ok(p.noised() * p.batch().cond()[1].get(0) + &p.batch().cond()[0]));
+    check_engine(&first, &teacher, &batch)
+}
+
+#[test]
+fn a_gradient_may_be_off_by_rounding_and_not_by_more() -> Result<(), Failure> {
+    let (s, teacher) = (setting(Kind::Double), gaussian_teacher(0.5));
+    let off_by = |error: f64, offset: f64| {
+        let loss = regularizer_fn(move |probe| {
+            let value = (probe.x().f_pow_tensor_scalar(4)?.f_mean(None)? * 0.5) + offset;
+            let slope = &value - value.detach();
+            Ok(value.detach() + slope * (1.0 + error))
+        });
+        broken(check_gradient(&loss, &teacher, &s.batch()))
+    };
+    assert_eq!(off_by(0.0, 0.0), None);
+    assert_eq!(off_by(1e-7, 0.0), None);
+    assert_eq!(off_by(1e-4, 0.0), Some(Check::Gradient));
+    assert_eq!(off_by(-1e-4, 0.0), Some(Check::Gradient));
+    // A large value leaves fewer digits to its differences.
+    assert_eq!(off_by(0.0, 1e6), None);
+    assert_eq!(off_by(1.0, 1e6), Some(Check::Gradient));
+    Ok(())
+}
+
+#[test]
+fn an_error_of_libtorch_is_that_of_the_term() {
+    let check = || -> Result<(), Failure> {
+        let _sum = wave(&[2], 0.0, Kind::Float).f_add(&wave(&[3], 0.0, Kind::Float))?;
+        Ok(())
+    };
+    assert!(matches!(check(), Err(Failure::Term(decoupled_dmd::Error::Torch(_)))));
 }
 
 fn broken(result: Result<(), Failure>) -> Option<Check> {

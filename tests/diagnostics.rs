@@ -101,6 +101,7 @@ fn cosines_with_nothing_are_none_and_not_nan() -> Result<()> {
     assert_eq!(cos.to_vec()?, [None, None, None]);
     assert_eq!((cos.mean()?, all.update_balance("dm", "ca")?), (None, None));
     assert!(!names(&all)?.iter().any(|name| name == "ca_dm_cos" || name == "dm_to_ca"));
+    assert!(all.update_cos("ca", "x")?.is_none() && all.update_cos("mv", "dm")?.is_none());
     assert!(all.update_cos("ca", "mv")?.is_none() && all.update_balance("x", "ca")?.is_none());
 
     // The clean end: both scores return the sample.
@@ -150,6 +151,9 @@ fn a_mask_takes_elements_and_samples_out() -> Result<()> {
     let drift = all.variance_drift(1.0)?.unwrap();
     let variance = |index: usize| std[index].unwrap().powi(2);
     approx::assert_relative_eq!(drift, ((variance(0) + variance(2)) / 2.0).ln(), epsilon = 1e-14);
+    let half = all.variance_drift(2.0)?.unwrap();
+    approx::assert_relative_eq!(half, drift - 2f64.ln(), epsilon = 1e-14);
+    assert!(all.variance_drift(f64::INFINITY).is_err() && all.variance_drift(-1.0).is_err());
     assert!(matches!(
         all.variance_drift(0.0),
         Err(Error::OutOfRange { what: "target variance", .. })

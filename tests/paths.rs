@@ -88,6 +88,8 @@ fn times_snap_to_the_timesteps_of_the_table_in_every_precision() -> Result<()> {
         assert_eq!(timesteps(&all), (0..1000).map(f64::from).collect::<Vec<_>>());
     }
     assert_eq!(path.timestep(&Tensor::from_slice(&[0.5f32]))?.kind(), Kind::Int64);
+    // Times off the clock stay in the table.
+    assert_eq!(values(&path.timestep(&Tensor::from_slice(&[-0.1, 1.1]))?), [999.0, 0.0]);
     Ok(())
 }
 
@@ -100,6 +102,12 @@ fn paths_have_their_ends_and_run_from_noise_to_data() -> Result<()> {
     assert_eq!(at(&TrigFlow, 1.0), (1.0, 0.0));
     assert_eq!(at(&linear, 1.0), (1.0, 0.0));
     approx::assert_relative_eq!(at(&linear, 0.0).0, (-5.025f64).exp(), max_relative = 1e-14);
+    for t in [0.0, 0.25, 1.0] {
+        assert_eq!(linear.time_of(1.0 - t)?, t);
+        assert_eq!(values(&linear.timestep(&Tensor::from_slice(&[t]))?), [1.0 - t]);
+    }
+    let edm = Edm::new(0.01, 10.0, 1.0)?;
+    approx::assert_relative_eq!(at(&edm, 0.25).1, 0.01 + 0.75 * 9.99, max_relative = 1e-13);
     let edm = Edm::default();
     for (t, sigma) in [(0.0, 80.0), (1.0, 0.002)] {
         assert_eq!(at(&edm, t).0, 1.0);
@@ -136,7 +144,9 @@ proptest! {
         };
         let network = |_: &Tensor, _: &Tensor, _: &Condition| output.shallow_clone();
         let noised = path.renoise(&x0, &time, &eps).unwrap();
-        prop_assert!(max_difference(&noised, &(&a * &x0 + &s * &eps)) < 1e-14);
+        // EDM mixes in noise up to 80 times, and some processors round once where others do twice.
+        let size = value(&noised.abs().max()).max(1.0);
+        prop_assert!(max_difference(&noised, &(&a * &x0 + &s * &eps)) < 1e-15 * size);
         let denoiser = Denoiser::new(path, prediction, network);
         let back = denoiser.denoise(&noised, &time, &Condition::none()).unwrap();
         prop_assert!(max_difference(&back, &x0) < 1e-12, "{}", max_difference(&back, &x0));
@@ -293,6 +303,13 @@ fn edm_trains_at_its_log_normal_levels() -> Result<()> {
     let log = Edm::default().sigma(times.tensor())?.log();
     approx::assert_abs_diff_eq!(value(&log.mean(None)), -1.2, epsilon = 0.03);
     approx::assert_abs_diff_eq!(value(&log.std(true)), 1.2, epsilon = 0.03);
+    let given = decoupled_dmd::LogNormal::new(Edm::default(), 0.5, 0.3)?;
+    let quartiles = given.times(&Tensor::from_slice(&[0.5, 0.841_344_746_068_542_9]), None)?;
+    for (log, expected) in
+        values(&Edm::default().sigma(quartiles.tensor())?.log()).iter().zip([0.5, 0.2])
+    {
+        approx::assert_abs_diff_eq!(*log, expected, epsilon = 1e-12);
+    }
     let ends = decoupled_dmd::LogNormal::default().times(&Tensor::from_slice(&[0.0, 1.0]), None)?;
     assert!(values(ends.tensor()).iter().all(|t| (0.0..=1.0).contains(t)));
     Ok(())

@@ -137,10 +137,8 @@ pub struct ScoreDiagnostics {
 
 /// Cosine of the directions of two terms, undefined where one of them vanishes.
 pub(super) fn cos_of(one: &TermDiagnostics, two: &TermDiagnostics) -> Result<Option<PerSample>> {
-    let (Some(left), Some(right)) = (&one.direction, &two.direction) else { return Ok(None) };
-    let (Some(left_rms), Some(right_rms)) = (&one.update_rms, &two.update_rms) else {
-        return Ok(None);
-    };
+    let (Some(left), Some(left_rms)) = (&one.direction, &one.update_rms) else { return Ok(None) };
+    let (Some(right), Some(right_rms)) = (&two.direction, &two.update_rms) else { return Ok(None) };
     let there = |rms: &PerSample| -> Result<Tensor> {
         Ok(rms.values().f_gt(resolution(left)?)?.f_logical_and(rms.defined())?)
     };

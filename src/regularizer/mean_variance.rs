@@ -241,7 +241,7 @@ impl Regularizer for MeanVariance {
         let (mean, variance) = moments("x", probe.x(), self.statistics)?;
         let (target_mean, target_variance) = self.target();
         let channels = target_mean.size();
-        if !channels.is_empty() && mean.size().get(1..) != Some(&channels) {
+        if mean.size().get(1..) != Some(&channels) {
             let expected = format!("[B, {channels:?}, ..] as the target");
             return Err(Error::shape("x", expected, &probe.x().size()));
         }

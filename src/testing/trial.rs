@@ -10,6 +10,7 @@ pub(super) struct Trial {
     cond: Condition,
     null: Option<Condition>,
     real: Option<Tensor>,
+    real_cond: Condition,
     student_time: Option<PreShift>,
     mask: Option<Tensor>,
     tau: Tensor,
@@ -32,6 +33,7 @@ impl Trial {
             cond: shared(batch.cond()),
             null: batch.null_condition().ok().map(shared),
             real: batch.real_samples().ok().map(Tensor::shallow_clone),
+            real_cond: shared(batch.real_condition()),
             student_time: batch.student_times().map(PreShift::shallow_clone),
             mask: batch.kept().map(Tensor::shallow_clone),
             tau: Tensor::f_linspace(0.1, 0.9, count, (tau_kind, x.device()))?,
@@ -55,7 +57,7 @@ impl Trial {
             batch = batch.null(null);
         }
         if let Some(real) = &self.real {
-            batch = batch.real(real)?;
+            batch = batch.real(real)?.real_cond(&self.real_cond);
         }
         if let Some(time) = &self.student_time {
             batch = batch.student_time(time)?;
@@ -81,7 +83,9 @@ impl Trial {
         Ok(Self {
             cond: condition(&self.cond)?,
             null: self.null.as_ref().map(condition).transpose()?,
-            real: self.real.as_ref().map(Tensor::shallow_clone),
+            // A term may pair samples with real ones, as the relativistic loss does.
+            real: self.real.as_ref().map(of_samples).transpose()?,
+            real_cond: condition(&self.real_cond)?,
             student_time: time.map(PreShift::new).transpose()?,
             mask: self.mask.as_ref().map(flip).transpose()?,
             tau: flip(&self.tau)?,
@@ -117,6 +121,7 @@ impl Trial {
             cond: shared(&self.cond),
             null: self.null.as_ref().map(shared),
             real: self.real.as_ref().map(Tensor::shallow_clone),
+            real_cond: shared(&self.real_cond),
             student_time: self.student_time.as_ref().map(PreShift::shallow_clone),
             mask: self.mask.as_ref().map(Tensor::shallow_clone),
             tau: self.tau.shallow_clone(),

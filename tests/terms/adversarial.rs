@@ -7,8 +7,8 @@ use decoupled_dmd::{
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor, nn};
 
-use crate::common::{gaussian_teacher, gradient, max_difference, seeded, value, wave};
-use crate::{loss_of, reorder};
+use super::common::{gaussian_teacher, gradient, max_difference, seeded, value, wave};
+use super::{loss_of, reorder};
 
 const LOSSES: [GanLoss; 3] = [GanLoss::NonSaturating, GanLoss::Hinge, GanLoss::Relativistic];
 const SHAPE: [i64; 2] = [3, 4];
@@ -71,9 +71,25 @@ fn without_a_graph_there_is_a_value() -> Result<()> {
         assert!(!quiet.requires_grad());
         assert_eq!(value(&quiet), value(&loss));
     }
+    // A critic that looks away, without parameters and with them.
     let blind = |x: &Tensor, _: &Tensor, _: &Condition| x.zeros_like();
     let gan = Adversarial::new(RectifiedFlow, Shift::NONE, blind);
     assert!(!loss_of(&gan, &Batch::new(&x, &cond)?)?.requires_grad());
+    let constant = |x: &Tensor, _: &Tensor, _: &Condition| {
+        weight.narrow(0, 0, 3).expand([3, 1], false) + x.zeros_like().narrow(1, 0, 1)
+    };
+    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, constant);
+    let loss = loss_of(&gan, &Batch::new(&x, &cond)?)?;
+    assert!(!loss.requires_grad());
+    let expected = (-weight.narrow(0, 0, 3)).softplus().mean(None);
+    approx::assert_abs_diff_eq!(value(&loss), value(&expected), epsilon = 1e-14);
+    // It has no slope to penalise.
+    let real = wave(&SHAPE, 1.3, Kind::Double);
+    let batch = Batch::new(&x, &cond)?.real(&real)?;
+    let plain = gan.critic_loss_at(&batch, &half(3), &real, &real)?;
+    let gan = gan.penalty(CriticPenalty::R1 { gamma: 3.0 })?;
+    let penalised = gan.critic_loss_at(&batch, &half(3), &real, &real)?;
+    assert_eq!(value(&penalised), value(&plain));
     Ok(())
 }
 
@@ -263,6 +279,11 @@ fn bad_input_is_named() -> Result<()> {
     let summing = |x: &Tensor, _: &Tensor, _: &Condition| x.sum(None);
     assert!(shape(
         loss_of(&Adversarial::new(RectifiedFlow, Shift::NONE, summing), &batch),
+        "critic logits"
+    ));
+    let without = |x: &Tensor, _: &Tensor, _: &Condition| x.narrow(1, 0, 0);
+    assert!(shape(
+        loss_of(&Adversarial::new(RectifiedFlow, Shift::NONE, without), &batch),
         "critic logits"
     ));
     let failing = |x: &Tensor, _: &Tensor, _: &Condition| x.f_view([-7]);

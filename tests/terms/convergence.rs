@@ -8,7 +8,7 @@ use decoupled_dmd::{
 use tch::nn::{self, Module, OptimizerConfig};
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{gaussian_teacher, seeded, values};
+use super::common::{gaussian_teacher, seeded, values};
 
 const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 const BATCH: i64 = 128;

@@ -4,8 +4,8 @@ use decoupled_dmd::{
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{DOUBLE, gradient, max_difference, seeded, value, values, wave};
-use crate::{central_differences, loss_of, reorder};
+use super::common::{DOUBLE, gradient, max_difference, seeded, value, values, wave};
+use super::{central_differences, loss_of, reorder};
 
 fn kernels() -> [Kernel; 4] {
     let fixed = Kernel::Gaussian { bandwidth: Bandwidth::Fixed(2.0), scales: vec![0.5, 3.0] };

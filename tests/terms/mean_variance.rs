@@ -1,8 +1,8 @@
 use decoupled_dmd::{Batch, Condition, Error, MeanVariance, Result, Statistics};
 use tch::{Kind, Tensor};
 
-use crate::common::{gradient, max_difference, value, values, wave};
-use crate::loss_of;
+use super::common::{gradient, max_difference, value, values, wave};
+use super::loss_of;
 
 fn loss_and_gradient(term: &MeanVariance, x: &Tensor) -> Result<(f64, Tensor)> {
     let (x, cond) = (x.detach().set_requires_grad(true), Condition::none());
