@@ -136,7 +136,9 @@ proptest! {
         };
         let network = |_: &Tensor, _: &Tensor, _: &Condition| output.shallow_clone();
         let noised = path.renoise(&x0, &time, &eps).unwrap();
-        prop_assert!(max_difference(&noised, &(&a * &x0 + &s * &eps)) < 1e-14);
+        // The noise of EDM is up to 80, where one rounding step is 1.4e-14.
+        let size = value(&noised.abs().max()).max(1.0);
+        prop_assert!(max_difference(&noised, &(&a * &x0 + &s * &eps)) < 1e-14 * size);
         let denoiser = Denoiser::new(path, prediction, network);
         let back = denoiser.denoise(&noised, &time, &Condition::none()).unwrap();
         prop_assert!(max_difference(&back, &x0) < 1e-12, "{}", max_difference(&back, &x0));
