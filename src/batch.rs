@@ -1,10 +1,13 @@
 //! What one training step starts from: the student's samples and what belongs to them.
 
+use std::cell::OnceCell;
 use std::ops::Deref;
 
 use tch::{Kind, Tensor};
 
-use crate::numeric::{batch_size, check_device, check_samples, check_size, per_sample};
+use crate::numeric::{
+    batch_size, check_device, check_samples, check_size, once, per_sample, widen,
+};
 use crate::{Error, PreShift, Result};
 
 /// What a network is conditioned on: any tensors, handed to network closures untouched.
@@ -60,6 +63,8 @@ pub struct Batch<'a> {
     student_time: Option<&'a PreShift>,
     /// Boolean, expanded to the shape of `x`.
     mask: Option<Tensor>,
+    /// `x` in float32 or wider, without a graph.
+    wide: OnceCell<Tensor>,
 }
 
 impl<'a> Batch<'a> {
@@ -78,6 +83,7 @@ impl<'a> Batch<'a> {
             real_cond: None,
             student_time: None,
             mask: None,
+            wide: OnceCell::new(),
         })
     }
 
@@ -160,6 +166,11 @@ impl<'a> Batch<'a> {
         let mask = if is_per_sample { per_sample(mask, self.x)? } else { mask.shallow_clone() };
         self.mask = Some(mask.f_expand(whole, false)?);
         Ok(self)
+    }
+
+    /// The samples in float32 or wider, without a graph: one copy for all probes, or x itself.
+    pub(crate) fn wide(&self) -> Result<&Tensor> {
+        once(&self.wide, || widen(&self.x.f_detach()?))
     }
 
     /// The mask, boolean and of the shape of x, where given.

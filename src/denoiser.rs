@@ -1,8 +1,8 @@
 //! A network as a predictor of clean samples: the boundary between the user's model and the terms.
 
-use tch::{Kind, Tensor};
+use tch::{Reduction, Tensor};
 
-use crate::numeric::{check_like, check_size, widen};
+use crate::numeric::{check_like, check_size, mean, widen};
 use crate::{Condition, Error, Path, PostShift, Prediction, Result};
 
 type Network<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
@@ -147,7 +147,7 @@ impl<'a> Denoiser<'a> {
         noise: &Tensor,
         cond: &Condition,
     ) -> Result<Tensor> {
-        Ok(self.denoising_error(x, time, noise, cond)?.f_mean(None::<Kind>)?)
+        mean(&self.denoising_error(x, time, noise, cond)?)
     }
 
     /// The squares `[B, ..]` whose mean is [`denoising_loss`](Self::denoising_loss).
@@ -167,7 +167,7 @@ impl<'a> Denoiser<'a> {
         let target = self.prediction.target(&coefficients, &widen(&x)?, &widen(noise)?)?;
         let output = (self.network)(&noised, time.tensor(), cond)?;
         check_like("network output", &output, &noised)?;
-        Ok(widen(&output)?.f_sub(&target)?.f_square()?)
+        Ok(widen(&output)?.f_mse_loss(&target, Reduction::None)?)
     }
 
     fn check_input(&self, noised: &Tensor, time: &PostShift) -> Result<()> {
@@ -178,7 +178,7 @@ impl<'a> Denoiser<'a> {
     fn sample(&self, noised: &Tensor, time: &PostShift, output: &Tensor) -> Result<Tensor> {
         check_like("network output", output, noised)?;
         let coefficients = self.path.coefficients(time)?.like(noised)?;
-        self.prediction.sample(&coefficients, &widen(noised)?, &widen(output)?)
+        self.prediction.sample(&*self.path, &coefficients, &widen(noised)?, &widen(output)?)
     }
 }
 

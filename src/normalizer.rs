@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::numeric::{masked, masked_mean, widen};
+use crate::numeric::{masked, masked_mean, sample_distance};
 use crate::value::Positive;
 use crate::{Floor, Guidance, Result};
 
@@ -169,17 +169,20 @@ impl Normalizer {
         self.reference
     }
 
-    /// n and whether the guard acts, `[B]` each; the means are over the elements that `mask` keeps.
+    /// n and whether the guard acts, `[B]` each, from x in the type that is computed in; the means are
+    /// over the elements that `mask` keeps.
     pub(crate) fn distance(
         self,
         x: &Tensor,
         reference: &Tensor,
         mask: Option<&Tensor>,
     ) -> Result<Distance> {
-        let distance = widen(x)?.f_sub(reference)?.f_abs_()?;
+        let elements = || -> Result<Tensor> { Ok(x.f_sub(reference)?.f_abs_()?) };
         let mean = match self.scope {
-            Scope::Sample => masked_mean(&distance, mask)?,
+            Scope::Sample if mask.is_none() => sample_distance(x, reference)?,
+            Scope::Sample => masked_mean(&elements()?, mask)?,
             Scope::Batch => {
+                let distance = elements()?;
                 let sum = masked(&distance, mask)?.f_sum(None::<Kind>)?;
                 let count = match mask {
                     Some(mask) => mask.f_sum(Kind::Int64)?,

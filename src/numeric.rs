@@ -1,5 +1,7 @@
 //! Fallible tensor helpers shared by the terms. Kept private: none of them is about distillation.
 
+use std::cell::OnceCell;
+
 use tch::{Kind, Tensor};
 
 use crate::{Error, Result};
@@ -13,6 +15,15 @@ pub(crate) fn compute_kind(kind: Kind) -> Kind {
 pub(crate) fn widen(tensor: &Tensor) -> Result<Tensor> {
     let kind = tensor.f_kind()?;
     Ok(tensor.f_to_kind(compute_kind(kind))?)
+}
+
+/// `OnceCell::get_or_try_init`, which is not stable yet.
+pub(crate) fn once<T>(cell: &OnceCell<T>, compute: impl FnOnce() -> Result<T>) -> Result<&T> {
+    if let Some(value) = cell.get() {
+        return Ok(value);
+    }
+    let value = compute()?;
+    Ok(cell.get_or_init(|| value))
 }
 
 /// The length of the first axis, B; 0 for a scalar.
@@ -34,6 +45,28 @@ pub(crate) fn sample_mean(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.f_flatten(1, -1)?.f_mean_dim(&[1i64][..], false, None::<Kind>)?)
 }
 
+/// Mean of |one - two| over everything but the batch, `[B]`, without a graph. libtorch's distance
+/// between rows reads both once and makes nothing of their size.
+pub(crate) fn sample_distance(one: &Tensor, two: &Tensor) -> Result<Tensor> {
+    let width = one.size().last().copied().unwrap_or(1);
+    let rows = |tensor: &Tensor| tensor.f_reshape([-1, 1, width]);
+    let distances = Tensor::f_cdist(&rows(one)?, &rows(two)?, 1.0, None::<i64>)?;
+    let per_sample = distances.f_reshape([batch_size(one), -1])?;
+    Ok(per_sample.f_mean_dim(&[1i64][..], false, None::<Kind>)?.f_div_scalar(width)?)
+}
+
+/// Sums of squares over the last axis, `[B, ..]` to `[B, ..]` with one axis less. They are as exact as
+/// a sum of squared elements, and need no tensor of these.
+pub(crate) fn row_squares(tensor: &Tensor) -> Result<Tensor> {
+    Ok(tensor.f_norm_scalaropt_dim(2.0, &[-1i64][..], false)?.f_square()?)
+}
+
+/// Mean over all elements, a scalar. Unlike that of libtorch's own mean, its gradient is one number
+/// for all of them until it meets the first operation that needs more.
+pub(crate) fn mean(tensor: &Tensor) -> Result<Tensor> {
+    Ok(tensor.f_sum(None::<Kind>)?.f_div_scalar(tensor.numel() as f64)?)
+}
+
 /// `tensor` with zeros where `mask`, a boolean of its shape, is false; NaN and its gradient go too.
 pub(crate) fn masked(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     match mask {
@@ -53,7 +86,9 @@ pub(crate) fn masked_mean(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tens
 
 /// The scalar `value`, with `gradient` as its gradient in `at`, whatever `value` was computed from.
 pub(crate) fn with_gradient(value: &Tensor, at: &Tensor, gradient: &Tensor) -> Result<Tensor> {
-    let slope = widen(at)?.f_mul(&widen(&gradient.f_detach()?)?)?.f_sum(None::<Kind>)?;
+    let gradient = widen(&gradient.f_detach()?)?;
+    // A dot product makes no temporary.
+    let slope = widen(at)?.f_flatten(0, -1)?.f_dot(&gradient.f_flatten(0, -1)?)?;
     // The bracket is exactly zero, so the value keeps all its bits.
     Ok(value.f_detach()?.f_add(&slope.f_sub(&slope.f_detach()?)?)?)
 }

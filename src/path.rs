@@ -35,6 +35,12 @@ pub trait Path {
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
     fn coefficients(&self, time: &PostShift) -> Result<Coefficients>;
 
+    /// Whether a + s = 1 at every time, as on the straight path: a velocity then leads to the clean
+    /// sample without a division.
+    fn is_straight(&self) -> bool {
+        false
+    }
+
     /// `a x0 + s eps`, in float32, or in float64 where `x0` is.
     ///
     /// `x0` and `noise` are `[B, ..]`, `time` holds B times.
@@ -103,6 +109,9 @@ macro_rules! forward_path {
         impl<P: Path + ?Sized> Path for $type {
             fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
                 (**self).coefficients(time)
+            }
+            fn is_straight(&self) -> bool {
+                (**self).is_straight()
             }
             fn renoise(&self, x0: &Tensor, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
                 (**self).renoise(x0, time, noise)

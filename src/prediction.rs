@@ -90,6 +90,7 @@ impl Prediction {
     /// The clean sample that the output of a network implies.
     pub(crate) fn sample(
         self,
+        path: &dyn Path,
         Coefficients { data: a, noise: s }: &Coefficients,
         noised: &Tensor,
         output: &Tensor,
@@ -101,6 +102,7 @@ impl Prediction {
         Ok(match self {
             Self::Sample => output.shallow_clone(),
             Self::Noise => quotient(noised, &s.f_neg()?, a)?,
+            Self::FlowVelocity if path.is_straight() => noised.f_addcmul(output, &s.f_neg()?)?,
             Self::FlowVelocity => quotient(noised, &s.f_neg()?, &a.f_add(s)?)?,
             Self::Velocity => {
                 let norm = a.f_square()?.f_add(&s.f_square()?)?;
@@ -128,7 +130,7 @@ mod tests {
         let coefficients = RectifiedFlow.coefficients(&time)?.like(&x0)?;
         for prediction in Prediction::ALL {
             let target = prediction.target(&coefficients, &x0, &noise)?;
-            let sample = prediction.sample(&coefficients, &noised, &target)?;
+            let sample = prediction.sample(&RectifiedFlow, &coefficients, &noised, &target)?;
             let error = (sample - &x0).abs().max().double_value(&[]);
             assert!(error < 1e-14, "{prediction:?}: {error}");
         }

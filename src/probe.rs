@@ -6,7 +6,7 @@ use tch::{Tensor, no_grad_guard};
 
 use crate::diagnostics::{Role, TermDiagnostics};
 use crate::normalizer::{Distance, Reference};
-use crate::numeric::{check_like, check_size, masked, noise_like, per_sample};
+use crate::numeric::{check_like, check_size, masked, noise_like, once, per_sample};
 use crate::{Batch, Denoiser, Normalizer, PostShift, Renoising, Result, surrogate};
 
 /// The samples re-noised to one tau with one noise, and the teacher's predictions there.
@@ -41,7 +41,7 @@ impl<'a> Probe<'a> {
         check_size("tau", tau.tensor(), &[batch.batch_size()])?;
         check_like("noise", &noise, batch.x())?;
         let _no_grad = no_grad_guard();
-        let noised = teacher.path().renoise(batch.x(), &tau, &noise)?;
+        let noised = teacher.path().renoise(batch.wide()?, &tau, &noise)?;
         Ok(Self {
             teacher,
             batch,
@@ -145,11 +145,22 @@ impl<'a> Probe<'a> {
     /// # Errors
     /// What the teacher's closure returns, if its prediction is needed and not known yet.
     pub fn normalize(&self, difference: &Tensor) -> Result<Tensor> {
-        let Some(distance) = once(&self.distance, || self.distance())? else {
-            return self.masked(difference);
+        match self.scale()? {
+            Some(scale) => self.masked(&difference.f_mul(&per_sample(&scale, difference)?)?),
+            None => self.masked(difference),
+        }
+    }
+
+    /// [`normalize`](Self::normalize) of `factor * difference`, which is overwritten.
+    pub(crate) fn normalize_owned(&self, mut difference: Tensor, factor: f64) -> Result<Tensor> {
+        let scaled = match self.scale()? {
+            Some(scale) => {
+                let scale = per_sample(&scale.f_mul_scalar(factor)?, &difference)?;
+                difference.f_mul_(&scale)?
+            }
+            None => difference.f_mul_scalar_(factor)?,
         };
-        self.record(|term| term.set_distance(distance))?;
-        self.masked(&difference.f_div(&per_sample(&distance.n, difference)?)?)
+        self.masked(&scaled)
     }
 
     /// `tensor`, shaped like x, with zeros where the batch's [`mask`](Batch::mask) leaves an element
@@ -220,6 +231,13 @@ impl<'a> Probe<'a> {
         TermDiagnostics::new(self.tau.tensor(), self.batch.kept())
     }
 
+    /// 1 / n, `[B]`; `None` where there is no normaliser.
+    fn scale(&self) -> Result<Option<Tensor>> {
+        let Some(distance) = once(&self.distance, || self.distance())? else { return Ok(None) };
+        self.record(|term| term.set_distance(distance))?;
+        Ok(Some(distance.n.f_reciprocal()?))
+    }
+
     fn distance(&self) -> Result<Option<Distance>> {
         let _no_grad = no_grad_guard();
         let guided;
@@ -232,7 +250,7 @@ impl<'a> Probe<'a> {
             }
             Reference::Conditional | Reference::Guided(_) => self.teacher_cond()?,
         };
-        self.normalizer.distance(self.x(), reference, self.batch.kept()).map(Some)
+        self.normalizer.distance(self.batch.wide()?, reference, self.batch.kept()).map(Some)
     }
 }
 
@@ -245,13 +263,4 @@ impl std::fmt::Debug for Probe<'_> {
             .field("knows_null", &self.null.get().is_some())
             .finish_non_exhaustive()
     }
-}
-
-/// `OnceCell::get_or_try_init`, which is not stable yet.
-fn once<T>(cell: &OnceCell<T>, compute: impl FnOnce() -> Result<T>) -> Result<&T> {
-    if let Some(value) = cell.get() {
-        return Ok(value);
-    }
-    let value = compute()?;
-    Ok(cell.get_or_init(|| value))
 }

@@ -11,7 +11,7 @@ pub use maximum_mean_discrepancy::{Bandwidth, Estimator, Kernel, MaximumMeanDisc
 pub use mean_variance::{MeanVariance, Statistics};
 use tch::{Kind, Tensor};
 
-use crate::numeric::{check_like, widen};
+use crate::numeric::{check_like, row_squares, widen};
 use crate::{Batch, Probe, Result};
 
 /// A scalar loss on the samples, differentiable in x.
@@ -52,7 +52,8 @@ pub fn surrogate(x: &Tensor, direction: &Tensor) -> Result<Tensor> {
     check_like("direction", direction, x)?;
     let x = widen(x)?;
     let direction = direction.f_detach()?.f_to_kind(x.f_kind()?)?;
-    let value = direction.f_square()?.f_mean(None::<Kind>)?.f_mul_scalar(0.5)?;
+    let squares = row_squares(&direction)?.f_sum(None::<Kind>)?;
+    let value = squares.f_mul_scalar(0.5 / x.numel() as f64)?;
     // The value of the slope cancels; only its gradient is used. A dot product makes no temporary.
     let slope = x.f_flatten(0, -1)?.f_dot(&direction.f_flatten(0, -1)?)?;
     let slope = slope.f_div_scalar(x.numel() as f64)?;

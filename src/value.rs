@@ -77,7 +77,7 @@ impl Guidance {
 
     /// `null + alpha (cond - null)`, the guided prediction.
     pub(crate) fn combine(self, cond: &Tensor, null: &Tensor) -> Result<Tensor> {
-        Ok(null.f_add(&cond.f_sub(null)?.f_mul_scalar(self.0)?)?)
+        Ok(null.f_lerp(cond, self.0)?)
     }
 
     /// `alpha - 1`: the scale in the w-form, and the weight of CFG Augmentation (Eq. 6).

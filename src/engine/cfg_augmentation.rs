@@ -58,6 +58,6 @@ impl Engine for CfgAugmentation {
             return Ok(probe.noised().f_zeros_like()?);
         }
         let (cond, null) = probe.teacher_pair()?;
-        probe.normalize(&cond.f_sub(null)?.f_mul_scalar_(self.guidance.w())?)
+        probe.normalize_owned(cond.f_sub(null)?, self.guidance.w())
     }
 }

@@ -19,4 +19,8 @@ impl Path for RectifiedFlow {
         let noise = data.f_neg()?.f_add_scalar(1.0)?;
         Ok(Coefficients { data, noise })
     }
+
+    fn is_straight(&self) -> bool {
+        true
+    }
 }

@@ -1,8 +1,8 @@
 //! Distribution Matching (DM): the teacher's score against the score of the student's own samples.
 
-use tch::{Kind, Tensor, no_grad_guard};
+use tch::{Tensor, no_grad_guard};
 
-use crate::numeric::{masked, noise_like, per_sample};
+use crate::numeric::{masked, mean, noise_like, per_sample};
 use crate::{
     Batch, Denoiser, PostShift, Probe, Regularizer, Renoising, Result, Shift, Uniform, Weighting,
 };
@@ -82,7 +82,7 @@ impl<'a> DistributionMatching<'a> {
         let real = probe.teacher_cond()?;
         let fake = self.fake.denoise(probe.noised(), probe.tau(), probe.batch().cond())?;
         probe.observe_scores(real, &fake)?;
-        probe.normalize(&real.f_sub(&fake)?)
+        probe.normalize_owned(real.f_sub(&fake)?, 1.0)
     }
 
     /// The loss that trains the fake score on the samples of the batch, a scalar; x is detached.
@@ -114,7 +114,7 @@ impl<'a> DistributionMatching<'a> {
         if let Some(factor) = self.weighting.factor(self.fake.prediction(), &at)? {
             error = error.f_mul(&per_sample(&factor, &error)?)?;
         }
-        Ok(masked(&error, batch.kept())?.f_mean(None::<Kind>)?)
+        mean(&masked(&error, batch.kept())?)
     }
 }
 

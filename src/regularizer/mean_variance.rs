@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 
 use tch::{Kind, Tensor};
 
-use crate::numeric::{check_like, check_samples, check_size, widen};
+use crate::numeric::{check_like, check_samples, check_size, row_squares, widen};
 use crate::value::checked;
 use crate::{Error, Probe, Regularizer, Result};
 
@@ -230,10 +230,15 @@ fn moments(what: &'static str, x: &Tensor, statistics: Statistics) -> Result<(Te
     if x.dim() <= first_axis {
         return Err(Error::shape(what, "[B, C, ..] with an axis after the channels", &x.size()));
     }
-    let flat = widen(x)?.f_flatten(i64::try_from(first_axis).unwrap_or(1), -1)?;
-    let mean = flat.f_mean_dim(&[-1i64][..], false, None::<Kind>)?;
-    let variance = flat.f_var_dim(&[-1i64][..], false, false)?;
-    Ok((mean, variance))
+    let x = widen(x)?;
+    let axes: Vec<i64> = (first_axis as i64..x.dim() as i64).collect();
+    let count = x.size().iter().skip(first_axis).product::<i64>() as f64;
+    let mean = x.f_sum_dim_intlist(&axes[..], true, None::<Kind>)?.f_div_scalar(count)?;
+    // v does not change with m, which is where sum (x - m)^2 is least.
+    let squares = row_squares(&x.f_sub(&mean.f_detach()?)?)?.f_unsqueeze(-1)?;
+    let variance = squares.f_sum_dim_intlist(&axes[..], true, None::<Kind>)?.f_div_scalar(count)?;
+    let flat = |t: Tensor| t.f_flatten(first_axis as i64 - 1, -1);
+    Ok((flat(mean)?, flat(variance)?))
 }
 
 impl Regularizer for MeanVariance {

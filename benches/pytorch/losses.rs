@@ -1,0 +1,169 @@
+//! Losses on latents of 1024-pixel images, with networks that cost nothing.
+
+use anyhow::{Context, Result};
+use decoupled_dmd::{
+    Adversarial, Bandwidth, Batch, Condition, Denoiser, DistributionMatching, Draw, Estimator,
+    Guidance, Kernel, MaximumMeanDiscrepancy, MeanVariance, PostShift, PreShift, Prediction, Probe,
+    RectifiedFlow, Regularizer, Schedule, Shift,
+};
+use tch::{Device, Kind, Tensor};
+
+use super::{Work, gradient};
+
+const SAMPLE: [i64; 3] = [16, 128, 128];
+const STUDENT_TIME: f64 = 0.25;
+const GUIDANCE: f64 = 4.0;
+
+fn latents(batch: i64, kind: Kind) -> Result<Tensor> {
+    let [channels, height, width] = SAMPLE;
+    Ok(Tensor::f_randn([batch, channels, height, width], (kind, Device::Cpu))?)
+}
+
+fn leaf(tensor: Tensor) -> Result<Tensor> {
+    Ok(tensor.f_set_requires_grad(true)?)
+}
+
+/// A denoiser whose condition is what it answers.
+fn ready() -> Denoiser<'static> {
+    Denoiser::new(
+        RectifiedFlow,
+        Prediction::FlowVelocity,
+        |_: &Tensor, _: &Tensor, c: &Condition| c[0].shallow_clone(),
+    )
+}
+
+fn ready_as(answer: &Tensor) -> Denoiser<'static> {
+    let answer = answer.shallow_clone();
+    Denoiser::new(
+        RectifiedFlow,
+        Prediction::FlowVelocity,
+        move |_: &Tensor, _: &Tensor, _: &Condition| answer.shallow_clone(),
+    )
+}
+
+/// CFG Augmentation and Distribution Matching, loss and gradient. With `drawn`, times and noise are
+/// drawn each time, otherwise they are ready.
+pub fn objective(schedule: &str, kind: Kind, batch: i64, drawn: bool) -> Result<Work> {
+    let name = serde_json::Value::from(schedule);
+    let schedule: Schedule = serde_json::from_value(name).context("name of the schedule")?;
+    let guidance = Guidance::new(GUIDANCE)?;
+    tch::manual_seed(0);
+    let x = leaf(latents(batch, kind)?)?;
+    let cond = Condition::from(latents(batch, kind)?);
+    let null = Condition::from(latents(batch, kind)?);
+    let fake = latents(batch, kind)?;
+    let time = PreShift::all(STUDENT_TIME, batch, (Kind::Float, Device::Cpu))?;
+    let groups = if schedule == Schedule::CoupledShared { 1 } else { 2 };
+    let draws = (0..groups)
+        .map(|_| {
+            let u = Tensor::f_rand([batch], (Kind::Float, Device::Cpu))?;
+            Ok(Draw { u, noise: latents(batch, kind)? })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Box::new(move || {
+        let dm = DistributionMatching::new(ready_as(&fake), Shift::NONE);
+        let objective = schedule.objective(ready(), guidance, &dm, Shift::NONE);
+        let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
+        let loss = if drawn {
+            tch::manual_seed(1);
+            objective.evaluate(&batch)?.loss
+        } else {
+            let draw =
+                |draw: &Draw| Draw { u: draw.u.shallow_clone(), noise: draw.noise.shallow_clone() };
+            objective.evaluate_at(&batch, draws.iter().map(draw).collect())?.loss
+        };
+        let gradient = gradient(&loss, &x)?;
+        Ok(vec![loss, gradient])
+    }))
+}
+
+/// Eq. 7 with the paper's numbers for SDXL, loss and gradient.
+pub fn mean_variance(kind: Kind, batch: i64) -> Result<Work> {
+    tch::manual_seed(0);
+    let x = leaf(latents(batch, kind)?)?;
+    let noise = latents(batch, kind)?;
+    let term = MeanVariance::per_sample(0.075, 0.81)?;
+    let (teacher, cond) = (ready(), Condition::none());
+    let time = PostShift::all(0.5, batch, (Kind::Float, Device::Cpu))?.tensor().shallow_clone();
+    // Where this term shares a probe with others, the probe costs it nothing.
+    let owned = Box::leak(Box::new((x.shallow_clone(), teacher, cond)));
+    let batch = Box::leak(Box::new(Batch::new(&owned.0, &owned.2)?));
+    let probe = Probe::at(&owned.1, batch, PostShift::new(time)?, noise)?;
+    Ok(Box::new(move || {
+        let loss = term.loss(&probe)?;
+        let gradient = gradient(&loss, &x)?;
+        Ok(vec![loss, gradient])
+    }))
+}
+
+/// DAN's discrepancy: five radial basis functions, biased estimate, mean distance as the unit.
+pub fn mmd(points: i64, width: i64) -> Result<Work> {
+    tch::manual_seed(0);
+    let draw = || Tensor::f_randn([points, width], (Kind::Float, Device::Cpu));
+    let x = leaf(draw()?)?;
+    let real = draw()?.f_add_scalar(0.5)?;
+    let kernel =
+        Kernel::Gaussian { bandwidth: Bandwidth::Mean, scales: vec![0.25, 0.5, 1.0, 2.0, 4.0] };
+    let term = MaximumMeanDiscrepancy::new(kernel)?.estimator(Estimator::Biased);
+    Ok(Box::new(move || {
+        let loss = term.between(&x, &real)?;
+        let gradient = gradient(&loss, &x)?;
+        Ok(vec![loss, gradient])
+    }))
+}
+
+/// Non-saturating losses with a small convolutional critic: `generator` with the gradient in x, or
+/// `critic` with that in the critic's weights.
+pub fn gan(part: &str, batch: i64) -> Result<Work> {
+    tch::manual_seed(0);
+    let x = leaf(latents(batch, Kind::Float)?)?;
+    let real = latents(batch, Kind::Float)?;
+    let noise = latents(batch, Kind::Float)?;
+    let options = (Kind::Float, Device::Cpu);
+    let first = leaf(Tensor::f_randn([32, 16, 4, 4], options)?.f_mul_scalar(0.06)?)?;
+    let second = leaf(Tensor::f_randn([1, 32, 1, 1], options)?.f_mul_scalar(0.2)?)?;
+    let weights = [first.shallow_clone(), second.shallow_clone()];
+    let critic = move |x: &Tensor, _: &Tensor, _: &Condition| -> Result<Tensor> {
+        let none = None::<&Tensor>;
+        let hidden = x.f_conv2d(&first, none, [4, 4], [0, 0], [1, 1], 1)?.f_silu()?;
+        Ok(hidden.f_conv2d(&second, none, [1, 1], [0, 0], [1, 1], 1)?)
+    };
+    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+    let cond = Condition::none();
+    let time = Tensor::f_full([batch], 0.5, options)?;
+    if part == "critic" {
+        return Ok(Box::new(move || {
+            let time = PostShift::new(time.shallow_clone())?;
+            let batch = Batch::new(&x, &cond)?.real(&real)?;
+            let loss = gan.critic_loss_at(&batch, &time, &noise, &noise)?;
+            let mut found = Tensor::f_run_backward(&[&loss], &weights, false, false)?;
+            found.insert(0, loss);
+            Ok(found)
+        }));
+    }
+    let owned = Box::leak(Box::new((x.shallow_clone(), ready(), cond)));
+    let batch = Box::leak(Box::new(Batch::new(&owned.0, &owned.2)?));
+    let probe = Probe::at(&owned.1, batch, PostShift::new(time)?, noise)?;
+    Ok(Box::new(move || {
+        let loss = gan.loss(&probe)?;
+        let gradient = gradient(&loss, &x)?;
+        Ok(vec![loss, gradient])
+    }))
+}
+
+/// The denoising loss of the fake score, with the gradient in what the network answers.
+pub fn fake(kind: Kind, batch: i64) -> Result<Work> {
+    tch::manual_seed(0);
+    let x = latents(batch, kind)?;
+    let noise = latents(batch, kind)?;
+    let answer = leaf(latents(batch, kind)?)?;
+    let time = Tensor::f_full([batch], 0.5, (Kind::Float, Device::Cpu))?;
+    let cond = Condition::none();
+    Ok(Box::new(move || {
+        let dm = DistributionMatching::new(ready_as(&answer), Shift::NONE);
+        let time = PostShift::new(time.shallow_clone())?;
+        let loss = dm.denoising_loss_at(&Batch::new(&x, &cond)?, &time, &noise)?;
+        let gradient = gradient(&loss, &answer)?;
+        Ok(vec![loss, gradient])
+    }))
+}
