@@ -237,7 +237,7 @@ fn moments(what: &'static str, x: &Tensor, statistics: Statistics) -> Result<(Te
     // v does not change with m, which is where sum (x - m)^2 is least.
     let squares = row_squares(&x.f_sub(&mean.f_detach()?)?)?.f_unsqueeze(-1)?;
     let variance = squares.f_sum_dim_intlist(&axes[..], true, None::<Kind>)?.f_div_scalar(count)?;
-    let flat = |t: Tensor| t.f_flatten(first_axis as i64 - 1, -1);
+    let flat = |t: Tensor| t.f_flatten((first_axis as i64).saturating_sub(1), -1);
     Ok((flat(mean)?, flat(variance)?))
 }
 
