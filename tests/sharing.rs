@@ -5,7 +5,8 @@ mod common;
 use common::{Calls, counting_teacher, gaussian_denoiser, gaussian_teacher, seeded, value, wave};
 use decoupled_dmd::{
     Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Error, Group, Guidance,
-    Objective, PreShift, Prediction, RectifiedFlow, Renoising, Result, Schedule, Shift, Uniform,
+    Objective, PostShift, PreShift, Prediction, Probe, RectifiedFlow, Renoising, Result, Schedule,
+    Shift, Uniform,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -91,6 +92,29 @@ fn a_paired_teacher_answers_both_conditions_in_one_forward() -> Result<()> {
     );
     approx::assert_relative_eq!(evaluate(teacher)?, plain);
     assert_eq!((calls.count(), *calls.paired.borrow()), (2, 1));
+    Ok(())
+}
+
+#[test]
+fn a_known_prediction_is_not_asked_for_again() -> Result<()> {
+    let (x, cond, null) = inputs();
+    let calls = Calls::default();
+    let teacher = counting_teacher(&calls, 0.5).paired(
+        |x: &Tensor, _: &Tensor, _: &Condition, _: &Condition| {
+            *calls.paired.borrow_mut() += 1;
+            (x.shallow_clone(), x.shallow_clone())
+        },
+    );
+    let batch = Batch::new(&x, &cond)?.null(&null);
+    let half = PostShift::all(0.5, batch.batch_size(), (x.kind(), x.device()))?;
+    let probe = Probe::at(&teacher, &batch, half, x.zeros_like())?;
+    let known = probe.teacher_cond()?.shallow_clone();
+    for _ in 0..2 {
+        let (found, _) = probe.teacher_pair()?;
+        assert!(found.equal(&known));
+    }
+    // The null branch alone was missing.
+    assert_eq!((calls.count(), *calls.paired.borrow()), (2, 0));
     Ok(())
 }
 
