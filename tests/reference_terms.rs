@@ -57,7 +57,9 @@ impl Reference {
         };
         let error = relative(loss, "value", "scale");
         let mut line = format!("{case:<46} {kind:<9?} value {error:.1e}");
-        let mut failed = error > tolerance(case, kind);
+        // NaN is above every tolerance.
+        let off = |error: f64, allowed: f64| error.is_nan() || error > allowed;
+        let mut failed = off(error, tolerance(case, kind));
         assert_eq!(loss.kind(), wide(kind), "{case}");
         let inputs: Vec<&Tensor> = leaves.iter().map(|(_, leaf)| *leaf).collect();
         let gradients = Tensor::run_backward(&[loss], &inputs, true, false);
@@ -67,7 +69,7 @@ impl Reference {
             // bfloat16 has eight bits: half a unit in the last place of the gradient itself.
             let allowed =
                 if leaf.kind() == Kind::BFloat16 { 1.0 / 256.0 } else { tolerance(case, kind) };
-            failed |= error > allowed;
+            failed |= off(error, allowed);
             line += &format!("  d{name} {error:.1e}");
         }
         println!("{line}");

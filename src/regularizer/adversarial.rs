@@ -193,7 +193,7 @@ impl<'a> Adversarial<'a> {
             return Err(Error::shape("critic logits", format!("[{batch}, K]"), &found));
         }
         check_size("critic logits", &logits, &found)?;
-        Ok(widen(&logits)?.f_unsqueeze(-1)?.f_flatten(1, -1)?)
+        Ok(widen(&logits)?.f_reshape([batch, -1])?)
     }
 }
 

@@ -254,6 +254,44 @@ proptest! {
 }
 
 #[test]
+fn axes_of_samples_and_logits_do_not_matter() -> Result<()> {
+    let (flat, real) = (leaf(&[3, 12], 0.3), wave(&[3, 12], 1.3, Kind::Double));
+    let noise = wave(&[3, 12], 5.0, Kind::Double);
+    let (cond, weight) = (Condition::none(), leaf(&[12, 6], 2.0));
+    let plain = |x: &Tensor, _: &Tensor, _: &Condition| x.tanh().matmul(&weight);
+    let shaped = |x: &Tensor, _: &Tensor, _: &Condition| {
+        x.flatten(1, -1).tanh().matmul(&weight).view([3, 2, 3])
+    };
+    let image = |t: &Tensor| t.view([3, 2, 3, 2]);
+    let (x_image, real_image) = (image(&flat), image(&real));
+    let batches =
+        [Batch::new(&flat, &cond)?.real(&real)?, Batch::new(&x_image, &cond)?.real(&real_image)?];
+    for gan_loss in LOSSES {
+        for penalty in [
+            CriticPenalty::R1 { gamma: 0.5 },
+            CriticPenalty::ApproximateR1 { weight: 3.0, sigma: 0.1 },
+        ] {
+            let one = Adversarial::new(RectifiedFlow, Shift::NONE, plain);
+            let other = Adversarial::new(RectifiedFlow, Shift::NONE, shaped);
+            let (one, other) = (one.gan_loss(gan_loss), other.gan_loss(gan_loss));
+            let (one, other) = (one.penalty(penalty)?, other.penalty(penalty)?);
+            let losses = [
+                one.critic_loss_at(&batches[0], &half(3), &noise, &noise)?,
+                other.critic_loss_at(&batches[1], &half(3), &image(&noise), &image(&noise))?,
+            ];
+            approx::assert_relative_eq!(value(&losses[0]), value(&losses[1]), epsilon = 1e-13);
+            let slopes = losses.map(|loss| gradient(&loss, &weight));
+            assert!(max_difference(&slopes[0], &slopes[1]) < 1e-13, "{gan_loss:?} {penalty:?}");
+            // Of the student too; the probes differ in the noise alone, which is a wave in both.
+            let losses = [loss_of(&one, &batches[0])?, loss_of(&other, &batches[1])?];
+            let slopes = losses.map(|loss| gradient(&loss, &flat));
+            assert!(max_difference(&slopes[0], &slopes[1]) < 1e-13, "{gan_loss:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn bad_input_is_named() -> Result<()> {
     let (x, cond) = (leaf(&SHAPE, 0.3), Condition::none());
     let plain = |x: &Tensor, _: &Tensor, _: &Condition| x.shallow_clone();

@@ -87,6 +87,15 @@ fn a_running_target_is_a_bias_corrected_average() -> Result<()> {
             );
         }
     }
+    // With decay 1 every batch counts the same.
+    let term = MeanVariance::measured(&batches[2], Statistics::PerChannel)?.running(1.0, 0)?;
+    for batch in &batches {
+        term.update(batch)?;
+    }
+    for (channel, found) in values(&term.target().1).iter().enumerate() {
+        let sum: f64 = averages.iter().map(|average| average[channel]).sum();
+        approx::assert_relative_eq!(*found, sum / 3.0, max_relative = 1e-13);
+    }
     // The average of v, not the variance of everything: shifting one sample changes nothing.
     let shifted = Tensor::cat(&[batches[0].narrow(0, 0, 1) + 5.0, batches[0].narrow(0, 1, 3)], 0);
     let shifted = MeanVariance::measured(&shifted, Statistics::PerChannel)?.target().1;
