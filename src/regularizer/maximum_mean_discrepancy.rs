@@ -11,8 +11,10 @@ use crate::numeric::{
 use crate::value::checked;
 use crate::{Error, NetworkOutput, Probe, Regularizer, Result};
 
-/// Elements of the largest intermediate tensor, unless one row of pairs needs more.
+/// Pairs in the largest intermediate tensor, unless one row has more.
 const BLOCK: i64 = 1 << 22;
+/// The mode of libtorch's `cdist` that does not go over products.
+const EXPLICIT_DIFFERENCES: i64 = 2;
 
 type Features<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
 
@@ -194,21 +196,19 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
     /// The sum of k over all pairs of a row of x and a row of y, in float64, and its gradient in the
     /// rows of x.
     ///
-    /// Differences are taken explicitly: |x|^2 + |y|^2 - 2 xy would lose close pairs to rounding.
+    /// Distances are those of explicit differences: |x|^2 + |y|^2 - 2 xy would lose close pairs to
+    /// rounding.
     fn pairs(&self, x: &Tensor, y: &Tensor, unit: &Tensor) -> Result<(Tensor, Tensor)> {
-        let row = i64::try_from(y.numel()).unwrap_or(BLOCK);
-        let rows = BLOCK.checked_div(row).unwrap_or(1).max(1);
+        let rows = BLOCK.checked_div(batch_size(y)).unwrap_or(1).max(1);
         let mut sum = Tensor::f_zeros([0i64; 0], (Kind::Double, x.device()))?;
         let mut slopes = Vec::new();
         for block in x.f_split(rows, 0)? {
-            let difference = block.f_unsqueeze(1)?.f_sub(y)?;
-            let squared =
-                difference.f_square()?.f_sum_dim_intlist(&[2i64][..], false, None::<Kind>)?;
-            let (value, slope) = self.kernel.evaluate(&squared, unit)?;
+            let distance = Tensor::f_cdist(&block, y, 2.0, EXPLICIT_DIFFERENCES)?;
+            let (value, mut slope) = self.kernel.evaluate(&distance.f_square()?, unit)?;
             sum = sum.f_add(&value.f_sum(Kind::Double)?)?;
-            // d k(|x - y|^2) / dx = 2 k' (x - y)
-            let slope = slope.f_unsqueeze(1)?.f_matmul(&difference)?.f_squeeze_dim(1)?;
-            slopes.push(slope.f_mul_scalar(2.0)?);
+            // d k(d^2) / dd = 2 d k'; where d = 0 its gradient in x is taken as 0.
+            let slope = slope.f_mul_(&distance)?.f_mul_scalar_(2.0)?;
+            slopes.push(Tensor::f_internal_cdist_backward(&slope, &block, y, 2.0, &distance)?);
         }
         Ok((sum, Tensor::f_cat(&slopes, 0)?))
     }
