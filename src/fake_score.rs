@@ -155,10 +155,14 @@ mod tests {
 
     #[test]
     fn the_two_ways_of_counting_differ_by_one() -> Result<()> {
-        assert_eq!(UpdateRatio::every_iteration(5)?.get(), 5);
+        assert_eq!(UpdateRatio::every_iteration(3)?.get(), 3);
         assert_eq!(UpdateRatio::alternating(5)?.get(), 4);
         assert!(UpdateRatio::new(0).is_err() && UpdateRatio::alternating(1).is_err());
-        assert!(!UpdateRatio::default().student_due(0));
+        let due = |ratio: UpdateRatio| -> Vec<u64> {
+            (0..=6).filter(|&fakes| ratio.student_due(fakes)).collect()
+        };
+        assert_eq!(due(UpdateRatio::default()), [5]);
+        assert_eq!(due(UpdateRatio::new(3)?), [3, 6]);
         Ok(())
     }
 }
