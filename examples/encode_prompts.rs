@@ -12,7 +12,6 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Parser;
-use indicatif::{ProgressBar, ProgressStyle};
 use tch::Kind;
 use zimage::features::{FeatureCache, read_prompts};
 use zimage::options::{DeviceChoice, parse_device};
@@ -44,13 +43,8 @@ fn main() -> Result<()> {
     let kind = if arguments.float32 { Kind::Float } else { Kind::BFloat16 };
     let prompts = read_prompts(&arguments.prompts)?;
     println!("Encoding {} prompts on {device:?} in {kind:?}", prompts.len());
-    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} prompts, {eta} left")?;
-    let bar = ProgressBar::new(prompts.len() as u64 + 1).with_style(style);
-    let (model, out) = (&arguments.model, &arguments.out);
-    FeatureCache::encode(out, model, (kind, device), &prompts, &mut |done, _| {
-        bar.set_position(done as u64);
-    })?;
-    bar.finish_and_clear();
+    let out = &arguments.out;
+    FeatureCache::encode_observed(out, &arguments.model, (kind, device), &prompts)?;
     println!("Features of {} prompts and of the empty one in {}", prompts.len(), out.display());
     Ok(())
 }

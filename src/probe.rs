@@ -145,18 +145,18 @@ impl<'a> Probe<'a> {
     /// # Errors
     /// What the teacher's closure returns, if its prediction is needed and not known yet.
     pub fn normalize(&self, difference: &Tensor) -> Result<Tensor> {
-        match self.scale()? {
-            Some(scale) => self.masked(&difference.f_mul(&per_sample(&scale, difference)?)?),
+        match self.divisor()? {
+            Some(n) => self.masked(&difference.f_div(&per_sample(n, difference)?)?),
             None => self.masked(difference),
         }
     }
 
     /// [`normalize`](Self::normalize) of `factor * difference`, which is overwritten.
     pub(crate) fn normalize_owned(&self, mut difference: Tensor, factor: f64) -> Result<Tensor> {
-        let scaled = match self.scale()? {
-            Some(scale) => {
-                let scale = per_sample(&scale.f_mul_scalar(factor)?, &difference)?;
-                difference.f_mul_(&scale)?
+        let scaled = match self.divisor()? {
+            Some(n) => {
+                let n = per_sample(&n.f_div_scalar(factor)?, &difference)?;
+                difference.f_div_(&n)?
             }
             None => difference.f_mul_scalar_(factor)?,
         };
@@ -231,11 +231,11 @@ impl<'a> Probe<'a> {
         TermDiagnostics::new(self.tau.tensor(), self.batch.kept())
     }
 
-    /// 1 / n, `[B]`; `None` where there is no normaliser.
-    fn scale(&self) -> Result<Option<Tensor>> {
+    /// n, `[B]`; `None` where there is no normaliser.
+    fn divisor(&self) -> Result<Option<&Tensor>> {
         let Some(distance) = once(&self.distance, || self.distance())? else { return Ok(None) };
         self.record(|term| term.set_distance(distance))?;
-        Ok(Some(distance.n.f_reciprocal()?))
+        Ok(Some(&distance.n))
     }
 
     fn distance(&self) -> Result<Option<Distance>> {

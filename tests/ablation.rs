@@ -4,19 +4,20 @@
 #[path = "../examples/ablation/mod.rs"]
 mod ablation;
 mod common;
+#[path = "common/made_up_results.rs"]
+mod made_up_results;
 #[path = "common/tiny.rs"]
 mod tiny;
 #[path = "../examples/zimage/mod.rs"]
 mod zimage;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 
 use ablation::arm::{Arm, Shield, Tau};
-use ablation::bench::{Bench, Measurement, Observation, mean_variance, radial_spectrum};
-use ablation::experiments::{self, Experiment};
-use ablation::record::{Point, Reference, RunRecord, reference_path, run_path};
-use ablation::results::{Field, Results};
+use ablation::bench::{Bench, radial_spectrum};
+use ablation::experiments;
+use ablation::record::{Reference, RunRecord, reference_path, run_path};
+use ablation::results::Field;
 use ablation::run::{run, write_reference};
 use ablation::statistics::{Interval, quantile};
 use ablation::training::{Material, Trainer};
@@ -26,6 +27,7 @@ use common::{gradient, max_difference, seeded, wave};
 use decoupled_dmd::{
     Batch, Condition, DistributionMatching, Draw, Guidance, PreShift, Schedule, Shift,
 };
+use made_up_results::made_up;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 use tiny::{prompts, teacher};
@@ -33,8 +35,7 @@ use zimage::ZImageTransformer;
 use zimage::adapter::denoiser;
 use zimage::classifier::Classifier;
 use zimage::data::EmojiData;
-use zimage::metrics::Judge;
-use zimage::pipeline::write_json;
+use zimage::metrics::{Judge, mean_variance};
 use zimage::prompts::Prompts;
 
 const DM: Shield = Shield::DistributionMatching(Tau::Full);
@@ -57,7 +58,7 @@ fn train(arm: &Arm, material: &Material<'_>) -> Result<(Record, Vec<Tensor>)> {
     trainer.warm_up()?;
     let _first = trainer.step()?;
     let record = trainer.step()?;
-    let student = trainer.averaged_student().duplicate()?;
+    let student = trainer.averaged_student().model.duplicate()?;
     Ok((record, student.named_parameters().into_iter().map(|(_, tensor)| tensor).collect()))
 }
 
@@ -143,7 +144,7 @@ fn arms_of_the_schedules_are_the_presets() -> Result<()> {
         assert_eq!(arm.name, name);
         let trainer = Trainer::new(arm, 0, &material)?;
         let fake = trainer.fake.as_ref().expect("a fake score");
-        let dm = DistributionMatching::new(fake.denoiser(), material.shift);
+        let dm = DistributionMatching::new(fake.denoiser(&teacher), material.shift);
         let (captions, null) = prompts.conditions(&[0, 1, 2])?;
         let step = Tensor::from_slice(&[0i64, 1, 3]);
         let cond = Condition::from(vec![captions[0].shallow_clone(), step]);
@@ -314,60 +315,6 @@ fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
 
 fn rounded_variance(bench: &Bench<'_>, teacher: &ZImageTransformer) -> Result<f64> {
     Ok(record::rounded(mean_variance(&bench.samples(teacher, 2)?)?))
-}
-
-fn measurement(alignment: f64, variance: f64) -> Measurement {
-    Measurement {
-        alignment,
-        alignment_at_16: alignment,
-        frechet_distance: 0.25 * alignment,
-        variance,
-        saturation: 0.5,
-    }
-}
-
-/// Two arms with made-up runs: the second is better by 10 and by 12 points.
-fn made_up(folder: &str) -> Result<(PathBuf, Results)> {
-    let folder = std::env::temp_dir().join(format!("ablation-{}-{folder}", std::process::id()));
-    std::fs::create_dir_all(&folder)?;
-    let one = Arm::new("one", 4).engine(Tau::Full);
-    let two = one.clone().with(|arm| arm.name = "two".to_owned());
-    for (arm, alignments) in [(&one, [0.5, 0.6]), (&two, [0.6, 0.72])] {
-        for (seed, alignment) in (0..).zip(alignments) {
-            let point = |update, alignment| Point {
-                update,
-                measurement: measurement(alignment, 1.0),
-                diagnostics: BTreeMap::new(),
-                observations: vec![Observation { time: 0.5, sample: 2.0, fake: 8.0, teacher: 1.0 }],
-                change_spectrum: vec![1.0, 2.0, 1.0],
-            };
-            let run = RunRecord {
-                arm: arm.clone(),
-                seed,
-                captions: 96,
-                points: vec![point(0, 0.2), point(arm.updates, alignment)],
-                broken_after: None,
-                seconds: 1.0,
-            };
-            write_json(&run_path(&folder, &arm.name, seed), &run)?;
-        }
-    }
-    let reference = Reference {
-        captions: 96,
-        guidance: 3.0,
-        guided: measurement(1.0, 2.0),
-        unguided: [(4, measurement(0.8, 1.0))].into(),
-        real: measurement(1.0, 1.5),
-    };
-    write_json(&reference_path(&folder), &reference)?;
-    let experiment = || Experiment { name: "pair", seeds: 3, arms: vec![one.clone(), two.clone()] };
-    let results = Results::load(&folder, vec![experiment()])?;
-
-    // Files of other settings are not mixed in.
-    let other = Experiment { arms: vec![one.clone().with(|arm| arm.batch = 99)], ..experiment() };
-    let error = Results::load(&folder, vec![other]).unwrap_err().to_string();
-    assert!(error.contains("one-seed0.json was made with other settings"), "{error}");
-    Ok((folder, results))
 }
 
 #[test]

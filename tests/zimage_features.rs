@@ -4,6 +4,8 @@
 mod zimage;
 
 mod common;
+#[path = "common/narrow.rs"]
+mod narrow;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,6 +14,7 @@ use std::time::SystemTime;
 use anyhow::Result;
 use common::{max_difference, seeded, wave};
 use decoupled_dmd::PostShift;
+use narrow::narrow;
 use tch::{Device, Kind, Tensor};
 use zimage::adapter::denoiser;
 use zimage::checkpoint::{read_tensors, write_tensors};
@@ -222,18 +225,7 @@ fn a_file_of_prompts_is_read_line_by_line() -> Result<()> {
 
 /// A model without a zero in it, so that captions matter.
 fn transformer() -> Result<ZImageTransformer> {
-    let config = Config {
-        in_channels: 4,
-        dim: 24,
-        n_layers: 1,
-        n_refiner_layers: 1,
-        n_heads: 2,
-        n_kv_heads: 2,
-        cap_feat_dim: 32,
-        axes_dims: vec![4, 4, 4],
-        axes_lens: vec![600, 16, 16],
-        ..Config::default()
-    };
+    let config = Config { cap_feat_dim: 32, axes_lens: vec![600, 16, 16], ..narrow() };
     let parameters = (0..)
         .zip(config.parameters())
         .map(|(k, (name, shape))| (name, wave(&shape, f64::from(k), Kind::Float) * 0.3))

@@ -3,31 +3,20 @@
 #[path = "../examples/zimage/mod.rs"]
 mod zimage;
 
+#[path = "common/narrow.rs"]
+mod narrow;
+
 use std::path::PathBuf;
 
 use anyhow::Result;
 use approx::assert_abs_diff_eq;
+use narrow::narrow;
 use tch::{Device, Kind, Tensor};
 use zimage::blocks::time_features;
 use zimage::checkpoint::{read_tensors, write_tensors};
 use zimage::layout::{Grid, patchify, unpatchify};
 use zimage::rope::rotary_factors;
 use zimage::{Config, Role, ZImageTransformer};
-
-fn tiny() -> Config {
-    Config {
-        in_channels: 4,
-        dim: 24,
-        n_layers: 1,
-        n_refiner_layers: 1,
-        n_heads: 2,
-        n_kv_heads: 2,
-        cap_feat_dim: 8,
-        axes_dims: vec![4, 4, 4],
-        axes_lens: vec![96, 16, 16],
-        ..Config::default()
-    }
-}
 
 /// `f(i)` for i = 0, 1, .. in row-major order, rounded to float32.
 fn filled(shape: &[i64], f: impl Fn(f64) -> f64) -> Tensor {
@@ -38,7 +27,7 @@ fn filled(shape: &[i64], f: impl Fn(f64) -> f64) -> Tensor {
 
 /// The tiny model with every parameter a known wave.
 fn wave_model() -> Result<ZImageTransformer> {
-    let config = tiny();
+    let config = narrow();
     let parameters = config
         .parameters()
         .into_iter()

@@ -18,9 +18,10 @@ use tch::{Device, Kind, Tensor};
 use zimage::adapter::denoiser;
 use zimage::autoencoder::Decoder;
 use zimage::checkpoint::read_tensors;
+use zimage::evaluation::Run;
 use zimage::pipeline::Pipeline;
 use zimage::prompts::Prompts;
-use zimage::studio::{Drawing, Studio};
+use zimage::studio::Studio;
 use zimage::text::TextEncoder;
 
 const PROMPTS: usize = 3;
@@ -62,8 +63,8 @@ fn images_equal_those_of_diffusers() -> Result<()> {
     let decoder = Decoder::load(&model, kind, device)?;
     // The pipeline counts pos + g (pos - neg).
     for (name, guidance) in [("unguided", Guidance::NEUTRAL), ("guided", Guidance::from_w(3.0)?)] {
-        let drawing = Drawing { steps: STEPS, guidance, transition: Transition::Euler };
-        let single = pixels(&studio.draw(&base.transformer, drawing)?);
+        let run = Run { steps: STEPS, guidance, transition: Transition::Euler };
+        let single = pixels(&studio.draw(&base.transformer, run)?);
         assert_equal(&single, &expected[name], &format!("{name}, one by one"));
 
         // What is of one padded length, as training batches it.

@@ -5,12 +5,14 @@ use decoupled_dmd::{Condition, Guidance, PostShift, RectifiedFlow, Transition};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::training::{Fake, Material, TRANSITION};
+use super::training::{Material, TRANSITION};
 use crate::zimage::ZImageTransformer;
 use crate::zimage::adapter::denoiser;
 use crate::zimage::data::EmojiData;
 use crate::zimage::evaluation::{Evaluator, Run};
-use crate::zimage::metrics::Judge;
+use crate::zimage::learner::FakeScore;
+use crate::zimage::metrics::{Judge, mean_variance};
+use crate::zimage::trained::Network;
 
 /// Captions whose samples are drawn in the strips.
 pub const PICTURED: usize = 5;
@@ -90,7 +92,7 @@ impl<'a> Bench<'a> {
     ///
     /// # Errors
     /// If libtorch fails.
-    pub fn samples(&self, student: &ZImageTransformer, steps: usize) -> Result<Tensor> {
+    pub fn samples<'n>(&self, student: impl Into<Network<'n>>, steps: usize) -> Result<Tensor> {
         let run = Run { steps, guidance: Guidance::NEUTRAL, transition: TRANSITION };
         self.evaluator.generate(student, run)
     }
@@ -146,7 +148,7 @@ impl<'a> Bench<'a> {
     pub fn observe(
         &self,
         material: &Material<'_>,
-        fake: &Fake,
+        fake: &FakeScore,
         samples: &Tensor,
         last_step: usize,
     ) -> Result<(Vec<Observation>, Tensor)> {
@@ -164,7 +166,7 @@ impl<'a> Bench<'a> {
         let fake_cond = Condition::from(vec![cond[0].shallow_clone(), step]);
         tch::manual_seed(OBSERVER_SEED);
         let noise = x.f_randn_like()?;
-        let (teacher, fake) = (denoiser(material.teacher), fake.denoiser());
+        let (teacher, fake) = (denoiser(material.teacher), fake.denoiser(material.teacher));
         let mut observations = Vec::new();
         let mut pictures = None;
         for (index, time) in OBSERVER_TIMES.into_iter().enumerate() {
@@ -187,15 +189,6 @@ impl<'a> Bench<'a> {
         }
         Ok((observations, pictures.unwrap_or_else(|| x.shallow_clone())))
     }
-}
-
-/// Mean over images `[N, ..]` of the variance of all values of one.
-///
-/// # Errors
-/// If libtorch fails.
-pub fn mean_variance(images: &Tensor) -> Result<f64> {
-    let variance = images.f_flatten(1, -1)?.f_var_dim(&[1i64][..], false, false)?;
-    Ok(f64::try_from(variance.f_mean(Kind::Double)?)?)
 }
 
 /// The power spectrum of images `[N, C, H, H]`: mean squared amplitude of the waves of r periods to

@@ -4,14 +4,17 @@ use anyhow::{Result, ensure};
 use decoupled_dmd::Condition;
 use tch::{Kind, Tensor};
 
-use crate::zimage::{Role, ZImageTransformer};
+use crate::zimage::ZImageTransformer;
+use crate::zimage::learner::Learner;
+use crate::zimage::optimizer::AdamWSettings;
+use crate::zimage::trained::Network;
 
 /// The network and its readout.
 #[derive(Debug)]
 pub struct Critic {
-    pub model: ZImageTransformer,
+    pub learner: Learner,
     /// `[1, C, p, p]`: what is looked for in the network's output at each patch.
-    pub readout: Tensor,
+    readout: Tensor,
 }
 
 impl Critic {
@@ -19,23 +22,32 @@ impl Critic {
     ///
     /// # Errors
     /// If libtorch cannot allocate it.
-    pub fn new(teacher: &ZImageTransformer) -> Result<Self> {
+    pub fn new(teacher: &ZImageTransformer, settings: AdamWSettings) -> Result<Self> {
         let (channels, patch) = (teacher.config().in_channels, teacher.config().patch_size());
         let deviation = ((channels * patch * patch) as f64).sqrt().recip();
         let options = (Kind::Float, teacher.device());
         let readout =
             Tensor::f_randn([1, channels, patch, patch], options)?.f_mul_scalar(deviation)?;
-        Ok(Self { model: teacher.duplicate()?, readout })
+        let learner = Learner::new(teacher, None, settings, Some(("readout", &readout)))?;
+        Ok(Self { learner, readout })
     }
 
-    /// One logit a patch, `[B, P]`, of noised images `[B, C, H, W]` at times `[B]`.
+    /// One logit a patch, `[B, P]`, of noised images `[B, C, H, W]` at times `[B]`; `base` is the
+    /// teacher that it is a copy of.
     ///
     /// # Errors
     /// If the condition holds no captions, or shapes do not fit.
-    pub fn logits(&self, x: &Tensor, t: &Tensor, condition: &Condition) -> Result<Tensor> {
+    pub fn logits(
+        &self,
+        base: &ZImageTransformer,
+        x: &Tensor,
+        t: &Tensor,
+        condition: &Condition,
+    ) -> Result<Tensor> {
         ensure!(!condition.is_empty(), "expected encoded captions");
-        let output = self.model.forward_encoded(x, t, &condition[0], Role::BASE)?;
-        let patch = self.model.config().patch_size();
+        let Network { model, role } = self.learner.weights.network(base);
+        let output = model.forward_encoded(x, t, &condition[0], role)?;
+        let patch = model.config().patch_size();
         let logits = output.f_conv2d(&self.readout, None::<&Tensor>, patch, 0, 1, 1)?;
         Ok(logits.f_flatten(1, -1)?)
     }

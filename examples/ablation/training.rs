@@ -2,20 +2,22 @@
 
 use anyhow::{Result, ensure};
 use decoupled_dmd::{
-    Adversarial, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, FewStepGrid,
-    Group, Guidance, Kernel, MaximumMeanDiscrepancy, MeanVariance, Normalizer, Objective,
-    RectifiedFlow, Sampler, Shift, Simulation, Statistics, Trajectory, Transition,
+    Adversarial, Batch, CfgAugmentation, Denoiser, DistributionMatching, FewStepGrid, Group,
+    Guidance, Kernel, MaximumMeanDiscrepancy, MeanVariance, Normalizer, Objective, RectifiedFlow,
+    Sampler, Shift, Simulation, Statistics, Transition,
 };
 use tch::{Kind, Tensor};
 
 use super::arm::{Arm, Shield, Tau};
 use super::critic::Critic;
 use crate::zimage::ZImageTransformer;
-use crate::zimage::adapter::{denoiser, fake_denoiser};
+use crate::zimage::adapter::denoiser;
 use crate::zimage::ema::update_average;
 use crate::zimage::flow_matching::step_seed;
-use crate::zimage::optimizer::{AdamW, AdamWSettings};
-use crate::zimage::prompts::{Prompts, is_caption_side};
+use crate::zimage::learner::{FakeScore, Learner, Rollout};
+use crate::zimage::prompts::{Buckets, Prompts};
+use crate::zimage::recipe::embedded_optimizer;
+use crate::zimage::trained::{Network, Trained};
 
 /// How students walk their grid, in training and in sampling.
 pub const TRANSITION: Transition = Transition::Euler;
@@ -42,81 +44,18 @@ impl Material<'_> {
     }
 }
 
-/// The optimizer of one network, with the settings of `zimage_8step`.
-fn optimizer(
-    model: &ZImageTransformer,
-    learning_rate: f64,
-    more: Option<(&str, &Tensor)>,
-) -> Result<AdamW> {
-    let own = model.named_parameters().into_iter().filter(|(name, _)| !is_caption_side(name));
-    let more = more.map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone()));
-    let trainable =
-        own.chain(more).map(|(name, tensor)| (name, tensor.set_requires_grad(true))).collect();
-    let settings = AdamWSettings {
-        learning_rate,
-        betas: (0.0, 0.99),
-        weight_decay: 0.01,
-        max_gradient_norm: Some(1.0),
-        ..AdamWSettings::default()
-    };
-    AdamW::new(trainable, settings)
-}
-
-fn descend(optimizer: &mut AdamW, loss: &Tensor) -> Result<()> {
-    optimizer.zero_grad();
-    loss.f_backward()?;
-    let _norm = optimizer.step()?;
-    Ok(())
-}
-
-/// A fake score that knows the student's step.
-#[derive(Debug)]
-pub struct Fake {
-    model: ZImageTransformer,
-    steps: Tensor,
-    optimizer: AdamW,
-}
-
-impl Fake {
-    fn new(arm: &Arm, teacher: &ZImageTransformer) -> Result<Self> {
-        let options = (Kind::Float, teacher.device());
-        let steps = Tensor::f_zeros([arm.steps as i64, teacher.config().dim], options)?;
-        let model = teacher.duplicate()?;
-        let optimizer = optimizer(&model, arm.fake_learning_rate, Some(("steps", &steps)))?;
-        Ok(Self { model, steps, optimizer })
-    }
-
-    /// As a denoiser, whose condition holds captions and the student's steps.
-    pub fn denoiser(&self) -> Denoiser<'_> {
-        fake_denoiser(&self.model, &self.steps)
-    }
-}
-
-/// A rollout of the student and what it was made for.
-struct Rollout {
-    trajectory: Trajectory,
-    cond: Condition,
-    null: Condition,
-    real: Tensor,
-}
-
-impl Rollout {
-    fn cond_at(&self, steps: &Tensor) -> Condition {
-        Condition::from(vec![self.cond[0].shallow_clone(), steps.shallow_clone()])
-    }
-}
-
 /// One arm under training.
 #[derive(Debug)]
 pub struct Trainer<'a> {
     arm: &'a Arm,
     seed: u64,
     material: &'a Material<'a>,
-    student: ZImageTransformer,
-    student_optimizer: AdamW,
-    pub fake: Option<Fake>,
-    critic: Option<(Critic, AdamW)>,
-    average: ZImageTransformer,
+    /// Captions to draw from.
+    buckets: Buckets,
+    student: Learner,
+    pub fake: Option<FakeScore>,
+    critic: Option<Critic>,
+    average: Trained,
     pub update: u64,
 }
 
@@ -133,19 +72,16 @@ impl<'a> Trainer<'a> {
         );
         tch::manual_seed(step_seed(seed, 2_000_000_000));
         let teacher = material.teacher;
-        let student = teacher.duplicate()?;
-        let critic = || -> Result<_> {
-            let critic = Critic::new(teacher)?;
-            let readout = Some(("readout", &critic.readout));
-            let optimizer = optimizer(&critic.model, arm.fake_learning_rate, readout)?;
-            Ok((critic, optimizer))
-        };
+        let student =
+            Learner::new(teacher, None, embedded_optimizer(arm.student_learning_rate), None)?;
+        let other = embedded_optimizer(arm.fake_learning_rate);
+        let fake = || FakeScore::new(teacher, None, other, arm.steps);
         Ok(Self {
-            student_optimizer: optimizer(&student, arm.student_learning_rate, None)?,
-            average: teacher.duplicate()?,
+            buckets: material.prompts.buckets(&material.items)?,
+            average: student.weights.duplicate()?,
             student,
-            fake: arm.has_fake().then(|| Fake::new(arm, teacher)).transpose()?,
-            critic: arm.has_critic().then(critic).transpose()?,
+            fake: arm.has_fake().then(fake).transpose()?,
+            critic: arm.has_critic().then(|| Critic::new(teacher, other)).transpose()?,
             update: 0,
             arm,
             seed,
@@ -154,8 +90,8 @@ impl<'a> Trainer<'a> {
     }
 
     /// The moving average of the student: what is measured.
-    pub fn averaged_student(&self) -> &ZImageTransformer {
-        &self.average
+    pub fn averaged_student(&self) -> Network<'_> {
+        self.average.network(self.material.teacher)
     }
 
     /// Trains the fake score alone on the student's first samples.
@@ -169,7 +105,7 @@ impl<'a> Trainer<'a> {
         let updates: Vec<u64> = (0..self.arm.fake_warmup).collect();
         for chunk in updates.chunks(self.arm.fake_updates.max(1) as usize) {
             tch::manual_seed(step_seed(self.seed, 1_000_000_000 + chunk[0]));
-            let rollout = self.roll_out()?;
+            let (rollout, _) = self.roll_out()?;
             for _ in chunk {
                 self.train_fake(&rollout)?;
             }
@@ -186,10 +122,10 @@ impl<'a> Trainer<'a> {
     /// If libtorch fails.
     pub fn step(&mut self) -> Result<Vec<(String, f64)>> {
         tch::manual_seed(step_seed(self.seed, self.update));
-        self.student_optimizer.settings.learning_rate =
+        self.student.optimizer.settings.learning_rate =
             self.arm.student_learning_rate * self.learning_rate_factor();
-        let rollout = self.roll_out()?;
-        let mut record = self.train_student(&rollout)?;
+        let (rollout, real) = self.roll_out()?;
+        let mut record = self.train_student(&rollout, &real)?;
         if self.fake.is_some() {
             let mut loss = 0.0;
             for _ in 0..self.arm.fake_updates {
@@ -198,11 +134,11 @@ impl<'a> Trainer<'a> {
             record.push(("fake_loss".into(), loss / self.arm.fake_updates.max(1) as f64));
         }
         if self.critic.is_some() {
-            record.push(("critic_loss".into(), self.train_critic(&rollout)?));
+            record.push(("critic_loss".into(), self.train_critic(&rollout, &real)?));
         }
         self.update += 1;
-        let average = self.average.named_parameters();
-        update_average(&average, &self.student.named_parameters(), self.arm.ema, self.update)?;
+        let current = self.student.weights.parameters();
+        update_average(&self.average.parameters(), &current, self.arm.ema, self.update)?;
         Ok(record)
     }
 
@@ -211,22 +147,19 @@ impl<'a> Trainer<'a> {
         ((self.update + 1) as f64 / self.arm.warmup.max(1) as f64).min(1.0)
     }
 
-    fn train_student(&mut self, rollout: &Rollout) -> Result<Vec<(String, f64)>> {
-        let dm = self
-            .fake
-            .as_ref()
-            .map(|fake| DistributionMatching::new(fake.denoiser(), self.material.shift));
+    fn train_student(&mut self, rollout: &Rollout, real: &Tensor) -> Result<Vec<(String, f64)>> {
+        let Material { teacher, shift, .. } = *self.material;
+        let dm =
+            self.fake.as_ref().map(|fake| DistributionMatching::new(fake.denoiser(teacher), shift));
         let gan = self.adversarial();
         let steps = rollout.trajectory.draw_steps()?;
         let Simulation { x, student_time } = {
-            let student = denoiser(&self.student);
+            let student = denoiser(self.student.weights.network(teacher));
             self.sampler(&student)?.simulate_on(&rollout.trajectory, &rollout.cond, &steps)?
         };
         let cond = rollout.cond_at(&steps);
-        let batch = Batch::new(&x, &cond)?
-            .null(&rollout.null)
-            .student_time(&student_time)?
-            .real(&rollout.real)?;
+        let batch =
+            Batch::new(&x, &cond)?.null(&rollout.null).student_time(&student_time)?.real(real)?;
         let evaluation = self.objective(dm.as_ref(), gan.as_ref())?.evaluate(&batch)?;
         let mut record = Vec::new();
         for (name, value) in &evaluation.terms {
@@ -236,7 +169,7 @@ impl<'a> Trainer<'a> {
             record.extend(diagnostics.report()?);
         }
         drop((dm, gan));
-        descend(&mut self.student_optimizer, &evaluation.loss)?;
+        let _norm = self.student.descend(&evaluation.loss, None)?;
         Ok(record)
     }
 
@@ -295,11 +228,11 @@ impl<'a> Trainer<'a> {
     }
 
     fn adversarial(&self) -> Option<Adversarial<'_>> {
-        let (critic, _) = self.critic.as_ref()?;
+        let (critic, teacher) = (self.critic.as_ref()?, self.material.teacher);
         Some(Adversarial::new(
             RectifiedFlow,
             self.material.shift,
-            |x: &Tensor, t: &Tensor, c: &_| critic.logits(x, t, c),
+            |x: &Tensor, t: &Tensor, c: &_| critic.logits(teacher, x, t, c),
         ))
     }
 
@@ -307,38 +240,36 @@ impl<'a> Trainer<'a> {
         let Some(fake) = &mut self.fake else { return Ok(0.0) };
         let steps = rollout.trajectory.draw_steps()?;
         let x = rollout.trajectory.samples_at(&steps)?;
-        let loss = DistributionMatching::new(fake.denoiser(), self.material.shift)
+        let Material { teacher, shift, .. } = *self.material;
+        let loss = DistributionMatching::new(fake.denoiser(teacher), shift)
             .denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps))?)?;
-        descend(&mut fake.optimizer, &loss)?;
+        let _norm = fake.learner.descend(&loss, None)?;
         Ok(f64::try_from(&loss)?)
     }
 
-    fn train_critic(&mut self, rollout: &Rollout) -> Result<f64> {
+    fn train_critic(&mut self, rollout: &Rollout, real: &Tensor) -> Result<f64> {
         let steps = rollout.trajectory.draw_steps()?;
         let x = rollout.trajectory.samples_at(&steps)?;
         let Some(gan) = self.adversarial() else { return Ok(0.0) };
-        let loss = gan.critic_loss(&Batch::new(&x, &rollout.cond)?.real(&rollout.real)?)?;
+        let loss = gan.critic_loss(&Batch::new(&x, &rollout.cond)?.real(real)?)?;
         drop(gan);
-        let Some((_, optimizer)) = &mut self.critic else { return Ok(0.0) };
-        descend(optimizer, &loss)?;
+        let Some(critic) = &mut self.critic else { return Ok(0.0) };
+        let _norm = critic.learner.descend(&loss, None)?;
         Ok(f64::try_from(&loss)?)
     }
 
-    /// The student's way from fresh noise over its whole grid, for fresh captions.
-    fn roll_out(&self) -> Result<Rollout> {
-        let Material { teacher, prompts, items, images, .. } = self.material;
-        let batch = self.arm.batch as i64;
-        let picks =
-            Tensor::f_randint(items.len() as i64, [batch], (Kind::Int64, tch::Device::Cpu))?;
-        let picked: Vec<i64> =
-            Vec::<i64>::try_from(&picks)?.into_iter().map(|pick| items[pick as usize]).collect();
-        let (cond, null) = prompts.conditions(&picked)?;
+    /// The student's way from fresh noise over its whole grid, for fresh captions, and the pictures
+    /// of these.
+    fn roll_out(&self) -> Result<(Rollout, Tensor)> {
+        let Material { teacher, prompts, images, .. } = self.material;
+        let items = self.buckets.draw(self.arm.batch)?;
+        let (cond, null) = prompts.conditions(&items)?;
         let (_, channels, height, width) = images.size4()?;
-        let shape = [batch, channels, height, width];
+        let shape = [self.arm.batch as i64, channels, height, width];
         let noise = Tensor::f_randn(shape, (Kind::Float, teacher.device()))?;
-        let student = denoiser(&self.student);
+        let student = denoiser(self.student.weights.network(teacher));
         let trajectory = self.sampler(&student)?.trajectory(&noise, &cond)?;
-        Ok(Rollout { trajectory, cond, null, real: self.material.pictures(&picked)? })
+        Ok((Rollout { trajectory, cond, null }, self.material.pictures(&items)?))
     }
 
     fn sampler<'d>(&self, student: &'d Denoiser<'d>) -> Result<Sampler<'d>> {

@@ -7,59 +7,17 @@ use decoupled_dmd::{
 };
 use tch::{Kind, Tensor};
 
-use super::adapter::{denoiser, fake_denoiser};
+use super::adapter::denoiser;
 use super::blocks::Parameters;
 use super::checkpoint::{prefixed, restore};
 use super::ema::update_average;
 use super::flow_matching::step_seed;
-use super::lora::LoraSettings;
-use super::optimizer::{AdamW, AdamWSettings};
+use super::learner::{FakeScore, Learner, Rollout};
 use super::prompts::{Buckets, Prompts};
 use super::recipe::Recipe;
 use super::tape::Tape;
 use super::trained::{Network, Trained};
 use super::transformer::ZImageTransformer;
-
-/// Weights that are trained, and their optimizer.
-struct Role {
-    weights: Trained,
-    optimizer: AdamW,
-}
-
-impl Role {
-    /// Equal to `teacher` to begin with; `more` parameters are trained beside its own.
-    fn new(
-        teacher: &ZImageTransformer,
-        adapter: Option<&LoraSettings>,
-        settings: AdamWSettings,
-        more: impl IntoIterator<Item = (String, Tensor)>,
-    ) -> Result<Self> {
-        let weights = Trained::new(teacher, adapter)?;
-        let trainable = weights
-            .parameters()
-            .into_iter()
-            .chain(more)
-            .map(|(name, tensor)| (name, tensor.set_requires_grad(true)))
-            .collect();
-        Ok(Self { weights, optimizer: AdamW::new(trainable, settings)? })
-    }
-
-    /// Trained parameters and the optimizer's moments; storage is shared.
-    fn state(&self) -> impl Iterator<Item = (String, Tensor)> {
-        prefixed("weights", self.optimizer.parameters())
-            .chain(prefixed("adamw", self.optimizer.state()))
-    }
-
-    /// Descends along a loss, made with `tape` if there is one; returns the norm of its gradient.
-    fn descend(&mut self, loss: &Tensor, tape: Option<&Tape>) -> Result<Tensor> {
-        self.optimizer.zero_grad();
-        match tape {
-            Some(tape) => tape.backward(loss)?,
-            None => loss.f_backward()?,
-        }
-        self.optimizer.step()
-    }
-}
 
 /// Names of the counts in the state.
 const WARMED: &str = "fake_warmup_updates";
@@ -67,20 +25,6 @@ const UPDATES: &str = "updates";
 
 /// What one update of the student has shown: names and values.
 pub type Record = Vec<(String, f64)>;
-
-/// A rollout of the student and the conditions that it was made for.
-struct Rollout {
-    trajectory: Trajectory,
-    cond: Condition,
-    null: Condition,
-}
-
-impl Rollout {
-    /// The condition for the fake score too, which wants to know the student's step.
-    fn cond_at(&self, steps: &Tensor) -> Condition {
-        Condition::from(vec![self.cond[0].shallow_clone(), steps.shallow_clone()])
-    }
-}
 
 /// A distillation under way.
 pub struct Distillation<'a> {
@@ -93,10 +37,8 @@ pub struct Distillation<'a> {
     data_variance: Option<f64>,
     /// Size of one sample, `[C, H, W]`.
     size: [i64; 3],
-    student: Role,
-    fake: Role,
-    /// What tells the fake score the student's step, `[K, D]`.
-    fake_steps: Tensor,
+    student: Learner,
+    fake: FakeScore,
     average: Trained,
     /// Updates of the fake score before the first of the student, so far.
     warmed: u64,
@@ -122,18 +64,14 @@ impl<'a> Distillation<'a> {
         // What is random in new adapters.
         tch::manual_seed(step_seed(recipe.seed, u64::MAX - 2));
         let adapter = recipe.adapter.as_ref();
-        let options = (Kind::Float, teacher.device());
-        let fake_steps = Tensor::f_zeros([recipe.steps as i64, teacher.config().dim], options)?;
-        let more = ("student_steps".to_owned(), fake_steps.shallow_clone());
-        let student = Role::new(teacher, adapter, recipe.student, None)?;
+        let student = Learner::new(teacher, adapter, recipe.student, None)?;
         Ok(Self {
             teacher,
             prompts,
             buckets: prompts.buckets(items)?,
             data_variance,
             size,
-            fake: Role::new(teacher, adapter, recipe.fake, Some(more))?,
-            fake_steps,
+            fake: FakeScore::new(teacher, adapter, recipe.fake, recipe.steps)?,
             average: student.weights.duplicate()?,
             student,
             warmed: 0,
@@ -166,10 +104,10 @@ impl<'a> Distillation<'a> {
     /// both roles, the moving average, and how far training is. Storage is shared, but for the counts.
     /// What an update draws depends on the seed and its number alone, so that this is all there is.
     pub fn state(&self) -> Parameters {
-        let role = |name, role: &Role| prefixed(name, role.state().collect());
+        let role = |name, learner: &Learner| prefixed(name, learner.state().collect());
         let count = |count: u64| Tensor::from(count as i64);
         role("student", &self.student)
-            .chain(role("fake", &self.fake))
+            .chain(role("fake", &self.fake.learner))
             .chain(prefixed("average", self.average.parameters().into_iter().collect()))
             .chain([
                 (WARMED.to_owned(), count(self.warmed)),
@@ -249,8 +187,7 @@ impl<'a> Distillation<'a> {
     fn train_student(&mut self, rollout: &Rollout, observe: bool) -> Result<Record> {
         let Rollout { trajectory, cond, .. } = rollout;
         let teacher = denoiser(self.teacher);
-        let fake = fake_denoiser(self.fake.weights.network(self.teacher), &self.fake_steps);
-        let dm = DistributionMatching::new(fake, self.recipe.shift);
+        let dm = DistributionMatching::new(self.fake.denoiser(self.teacher), self.recipe.shift);
         let Recipe { schedule, guidance, shift, dm_shift, .. } = self.recipe;
         let shifts = Shifts { engine: shift, regularizer: dm_shift };
         let mut objective = schedule.objective(teacher, guidance, &dm, shifts);
@@ -290,12 +227,11 @@ impl<'a> Distillation<'a> {
         let x = rollout.trajectory.samples_at(&steps)?;
         let tape = self.tape();
         let loss = {
-            let fake = self.fake.weights.training(self.teacher, tape.as_ref());
-            let fake = fake_denoiser(fake, &self.fake_steps);
+            let fake = self.fake.training(self.teacher, tape.as_ref());
             let dm = DistributionMatching::new(fake, self.recipe.shift);
             dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps))?)?
         };
-        let _norm = self.fake.descend(&loss, tape.as_ref())?;
+        let _norm = self.fake.learner.descend(&loss, tape.as_ref())?;
         Ok(f64::try_from(&loss)?)
     }
 

@@ -15,7 +15,7 @@ use super::distillation::Distillation;
 use super::evaluation::{Evaluator, Row, Run};
 use super::fingerprint::fingerprint;
 use super::interrupt::INTERRUPTED;
-use super::metrics::{Judge, Scores};
+use super::metrics::{Judge, Scores, mean_variance};
 use super::options::Options;
 use super::picture::{Sheet, write_comparison, write_grid};
 use super::pipeline::{Pipeline, loading_bar, write_json};
@@ -202,12 +202,6 @@ fn check_model(teacher: &Pipeline, data: &EmojiData) -> Result<()> {
         data.vocabulary.width()
     );
     Ok(())
-}
-
-/// Mean over the images of the variance of one image.
-fn mean_variance(images: &Tensor) -> Result<f64> {
-    let variance = images.f_flatten(1, -1)?.f_var_dim(&[1i64][..], false, false)?;
-    Ok(f64::try_from(variance.f_mean(Kind::Double)?)?)
 }
 
 /// The same captions and noise side by side: guided teacher, unguided few-step teacher, student.

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -124,6 +125,26 @@ impl FeatureCache {
             }
             progress(done, all.len());
         }
+        Ok(cache)
+    }
+
+    /// [`Self::encode`] with a progress bar.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_observed(
+        folder: &Path,
+        model: &Path,
+        place: (Kind, Device),
+        prompts: &[String],
+    ) -> Result<Self> {
+        let style =
+            ProgressStyle::with_template("{bar:30} {pos}/{len} prompts encoded, {eta} left")?;
+        let bar = ProgressBar::new(prompts.len() as u64 + 1).with_style(style);
+        let cache = Self::encode(folder, model, place, prompts, &mut |done, _| {
+            bar.set_position(done as u64);
+        })?;
+        bar.finish_and_clear();
         Ok(cache)
     }
 

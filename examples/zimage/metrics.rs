@@ -227,6 +227,17 @@ fn symmetric(matrix: &Tensor) -> Result<Tensor> {
     Ok(matrix.f_add(&matrix.f_transpose(0, 1)?)?.f_mul_scalar(0.5)?)
 }
 
+/// Mean over images `[N, ..]` of the variance of all values of one.
+///
+/// # Errors
+/// If there are none.
+pub fn mean_variance(images: &Tensor) -> Result<f64> {
+    ensure!(images.numel() > 0, "no images in {:?}", images.size());
+    let values = images.f_to_kind(Kind::Float)?.f_flatten(1, -1)?;
+    let variances = values.f_var_dim(1i64, false, false)?;
+    Ok(f64::try_from(variances.f_mean(Kind::Double)?)?)
+}
+
 /// Log ratio of mean variances, each of all values of one image: above zero, `images`
 /// `[M, 3, H, W]` have more contrast than `reference` `[N, 3, H, W]`.
 ///
@@ -234,12 +245,6 @@ fn symmetric(matrix: &Tensor) -> Result<Tensor> {
 /// If either is empty.
 pub fn variance_drift(images: &Tensor, reference: &Tensor) -> Result<f64> {
     let _guard = tch::no_grad_guard();
-    let mean_variance = |images: &Tensor| -> Result<f64> {
-        ensure!(images.numel() > 0, "no images in {:?}", images.size());
-        let values = images.f_to_kind(Kind::Float)?.f_flatten(1, -1)?;
-        let variances = values.f_var_dim(1i64, false, false)?;
-        Ok(f64::try_from(variances.f_mean(Kind::Double)?)?)
-    };
     Ok((mean_variance(images)? / mean_variance(reference)?).ln())
 }
 

@@ -21,6 +21,7 @@ pub mod fingerprint;
 pub mod flow_matching;
 pub mod interrupt;
 pub mod layout;
+pub mod learner;
 pub mod log;
 pub mod lora;
 pub mod lora_file;

@@ -132,16 +132,20 @@ impl Preset {
     }
 }
 
-fn embedded(shift: Shift) -> Result<Recipe> {
-    let student = AdamWSettings {
-        learning_rate: 5e-5,
+/// The optimizer of each network that is trained beside the small model.
+pub fn embedded_optimizer(learning_rate: f64) -> AdamWSettings {
+    AdamWSettings {
+        learning_rate,
         // No momentum over the moving target of two networks that chase one another, as in
         // Self-Forcing and rCM.
         betas: (0.0, 0.99),
         weight_decay: 0.01,
         max_gradient_norm: Some(1.0),
         ..AdamWSettings::default()
-    };
+    }
+}
+
+fn embedded(shift: Shift) -> Result<Recipe> {
     Ok(Recipe {
         schedule: Schedule::DecoupledHybrid,
         guidance: Guidance::new(4.5)?,
@@ -154,8 +158,8 @@ fn embedded(shift: Shift) -> Result<Recipe> {
         fake_updates: 5,
         fake_warmup: 20,
         batch: 24,
-        student,
-        fake: AdamWSettings { learning_rate: 2e-4, ..student },
+        student: embedded_optimizer(5e-5),
+        fake: embedded_optimizer(2e-4),
         warmup: 20,
         ema: 0.95,
         adapter: None,

@@ -6,7 +6,6 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail, ensure};
 use decoupled_dmd::{Guidance, Shift, Transition};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
@@ -15,6 +14,7 @@ use super::blocks::Parameters;
 use super::checkpoint::write_tensors;
 use super::config::Config;
 use super::distillation::Distillation;
+use super::evaluation::Run;
 use super::features::{FeatureCache, read_prompts};
 use super::fingerprint::fingerprint;
 use super::interrupt::INTERRUPTED;
@@ -28,7 +28,7 @@ use super::prompts::{Prompts, is_caption_side};
 use super::recipe::{Preset, Recipe};
 use super::report::write_curves;
 use super::student::{ADAPTER, create_folder, open_states, save_student, student_folder};
-use super::studio::{Drawing, Studio, draw_noise, latent_size};
+use super::studio::{Studio, draw_noise, latent_size};
 use super::text::{MAX_TOKENS, TextEncoder};
 use super::trained::Network;
 use super::training::{Look, Outcome, report_interruption, train_student};
@@ -178,7 +178,7 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     let report = json!({ "recipe": recipe, "training_seconds": seconds, "prompts": prompts.len() });
     write_json(&options.out.join("report.json"), &report)?;
     println!("\nTraining {seconds:.0} s; the student is in {}", folder.display());
-    let many_steps = Drawing {
+    let many_steps = Run {
         steps: TEACHER_STEPS,
         guidance: options.teacher_guidance.unwrap_or(Guidance::new(TEACHER_GUIDANCE)?),
         transition: Transition::Euler,
@@ -194,9 +194,9 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
 }
 
 /// How a student is run: as it was trained.
-fn few_steps(recipe: &Recipe) -> Drawing {
+fn few_steps(recipe: &Recipe) -> Run {
     let Recipe { steps, transition, .. } = *recipe;
-    Drawing { steps, guidance: Guidance::NEUTRAL, transition }
+    Run { steps, guidance: Guidance::NEUTRAL, transition }
 }
 
 /// Makes pictures of one prompt with a trained student.
@@ -263,13 +263,5 @@ fn student_recipe(options: &Options, folder: &Path) -> Result<Recipe> {
 /// Features of all prompts and of the empty one; what is not there yet is encoded.
 fn encode(options: &Options, device: Device, prompts: &[String]) -> Result<FeatureCache> {
     let folder = options.features.clone().unwrap_or_else(|| options.out.join("features"));
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} prompts encoded, {eta} left")?;
-    let bar = ProgressBar::new(prompts.len() as u64 + 1).with_style(style);
-    let place = (kind(options), device);
-    let cache =
-        FeatureCache::encode(&folder, &options.checkpoint, place, prompts, &mut |done, _| {
-            bar.set_position(done as u64);
-        })?;
-    bar.finish_and_clear();
-    Ok(cache)
+    FeatureCache::encode_observed(&folder, &options.checkpoint, (kind(options), device), prompts)
 }

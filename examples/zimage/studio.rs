@@ -3,24 +3,17 @@
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Shift, Transition};
+use decoupled_dmd::{FewStepGrid, Sampler, Shift};
 use tch::{Device, Kind, Tensor};
 
 use super::adapter::denoiser;
 use super::autoencoder::Decoder;
 use super::autoencoder::config::AutoencoderConfig;
 use super::config::Config;
+use super::evaluation::Run;
 use super::pipeline::Pipeline;
 use super::prompts::Prompts;
 use super::trained::Network;
-
-/// How pictures are drawn.
-#[derive(Clone, Copy, Debug)]
-pub struct Drawing {
-    pub steps: usize,
-    pub guidance: Guidance,
-    pub transition: Transition,
-}
 
 /// Draws prompts, always from the same noise.
 #[derive(Debug)]
@@ -50,9 +43,9 @@ impl<'a> Studio<'a> {
     /// # Errors
     /// If there are fewer prompts than rows of noise, the noise does not fit the model, or the
     /// autoencoder cannot be read.
-    pub fn draw<'n>(&self, network: impl Into<Network<'n>>, drawing: Drawing) -> Result<Tensor> {
+    pub fn draw<'n>(&self, network: impl Into<Network<'n>>, run: Run) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
-        let Drawing { steps, guidance, transition } = drawing;
+        let Run { steps, guidance, transition } = run;
         let denoiser = denoiser(network);
         let grid = FewStepGrid::even(steps, self.shift)?;
         // One after the other: captions differ in length.

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from parameters import randomise
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3Model
 
@@ -49,21 +50,9 @@ LIMIT = 1e-4
 
 
 def transformer():
-    """Random parameters of a size at which every part matters, to the precision that is stored."""
-    generator = torch.Generator().manual_seed(23)
+    """A random model, to the precision that is stored."""
     model = ZImageTransformer2DModel(**CONFIG)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            v = torch.randn(parameter.numel(), generator=generator)
-            if name == "t_embedder.mlp.0.weight":
-                # The largest by far repeats itself, so that it takes little room in git.
-                v = v[:509].repeat(parameter.numel() // 509 + 1)[: parameter.numel()]
-            v = v.reshape(parameter.shape)
-            if name.endswith(("pad_token", "bias")):
-                v = 0.3 * v
-            else:
-                v = 1 + 0.1 * v if v.dim() == 1 else v / v.shape[1] ** 0.5
-            parameter.copy_(v)
+    randomise(model, torch.Generator().manual_seed(23))
     return model.bfloat16()
 
 

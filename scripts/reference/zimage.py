@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from diffusers import ZImageTransformer2DModel
+from parameters import randomise
 from safetensors.torch import save_file
 
 OUT = Path(__file__).resolve().parents[2] / "tests" / "reference" / "zimage_transformer"
@@ -65,21 +66,6 @@ def residues(model):
             parameter.copy_(v.float())
 
 
-def randomise(model):
-    """Random parameters; the large matrix repeats itself, so that it takes little room in git."""
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            v = torch.randn(parameter.numel(), generator=GENERATOR)
-            if name == "t_embedder.mlp.0.weight":
-                v = v[:509].repeat(parameter.numel() // 509 + 1)[: parameter.numel()]
-            v = v.reshape(parameter.shape)
-            if name.endswith(("pad_token", "bias")):
-                v = 0.3 * v
-            else:
-                v = 1 + 0.1 * v if v.dim() == 1 else v / v.shape[1] ** 0.5
-            parameter.copy_(v)
-
-
 def draw(*shape):
     return torch.randn(shape, generator=GENERATOR).bfloat16().float()
 
@@ -125,7 +111,7 @@ if len(sys.argv) > 1:
 save_file(record(model, CASES), OUT / "computed.safetensors")
 
 model = ZImageTransformer2DModel(**SHARDED)
-randomise(model)
+randomise(model, GENERATOR)
 model.bfloat16()
 model.save_pretrained(OUT / "sharded" / "transformer", max_shard_size="300KB")
 model.float()

@@ -3,7 +3,11 @@
 //! A module of the tests that include the example's modules as `zimage`.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+#[path = "narrow.rs"]
+mod narrow;
+
 use anyhow::Result;
+use narrow::narrow;
 use tch::{Kind, Tensor};
 
 use crate::common::wave;
@@ -11,20 +15,9 @@ use crate::zimage::blocks::Parameters;
 use crate::zimage::lora::{Lora, LoraSettings};
 use crate::zimage::{Config, Role, ZImageTransformer};
 
-/// Four blocks of width 24.
+/// Four blocks.
 pub fn config() -> Config {
-    Config {
-        in_channels: 4,
-        dim: 24,
-        n_layers: 2,
-        n_refiner_layers: 1,
-        n_heads: 2,
-        n_kv_heads: 2,
-        cap_feat_dim: 8,
-        axes_dims: vec![4, 4, 4],
-        axes_lens: vec![96, 16, 16],
-        ..Config::default()
-    }
+    Config { n_layers: 2, ..narrow() }
 }
 
 /// A model whose parameters are waves of a size at which every part matters.

@@ -1,6 +1,10 @@
 //! A model of a few thousand parameters and three captions for it.
 
+#[path = "narrow.rs"]
+mod narrow;
+
 use anyhow::Result;
+use narrow::narrow;
 use tch::{Device, Kind};
 
 use crate::common::wave;
@@ -10,19 +14,7 @@ use crate::zimage::{Config, ZImageTransformer};
 
 /// A teacher whose zero-initialised parts are filled, so that captions and time matter.
 pub fn teacher() -> Result<ZImageTransformer> {
-    let config = Config {
-        all_patch_size: vec![4],
-        in_channels: 3,
-        dim: 24,
-        n_layers: 1,
-        n_refiner_layers: 1,
-        n_heads: 2,
-        n_kv_heads: 2,
-        cap_feat_dim: 64,
-        axes_dims: vec![4, 4, 4],
-        axes_lens: vec![96, 16, 16],
-        ..Config::default()
-    };
+    let config = Config { all_patch_size: vec![4], in_channels: 3, cap_feat_dim: 64, ..narrow() };
     let model = ZImageTransformer::init(config, Device::Cpu)?;
     let _guard = tch::no_grad_guard();
     for (phase, tensor) in (0..).zip(model.parameters().values()) {

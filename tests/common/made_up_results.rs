@@ -1,0 +1,67 @@
+//! Results of an experiment that was never run, for the tests of the report.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::ablation::arm::{Arm, Tau};
+use crate::ablation::bench::{Measurement, Observation};
+use crate::ablation::experiments::Experiment;
+use crate::ablation::record::{Point, Reference, RunRecord, reference_path, run_path};
+use crate::ablation::results::Results;
+use crate::zimage::pipeline::write_json;
+
+fn measurement(alignment: f64, variance: f64) -> Measurement {
+    Measurement {
+        alignment,
+        alignment_at_16: alignment,
+        frechet_distance: 0.25 * alignment,
+        variance,
+        saturation: 0.5,
+    }
+}
+
+/// Two arms with made-up runs: the second is better by 10 and by 12 points.
+pub fn made_up(folder: &str) -> Result<(PathBuf, Results)> {
+    let folder = std::env::temp_dir().join(format!("ablation-{}-{folder}", std::process::id()));
+    std::fs::create_dir_all(&folder)?;
+    let one = Arm::new("one", 4).engine(Tau::Full);
+    let two = one.clone().with(|arm| arm.name = "two".to_owned());
+    for (arm, alignments) in [(&one, [0.5, 0.6]), (&two, [0.6, 0.72])] {
+        for (seed, alignment) in (0..).zip(alignments) {
+            let point = |update, alignment| Point {
+                update,
+                measurement: measurement(alignment, 1.0),
+                diagnostics: BTreeMap::new(),
+                observations: vec![Observation { time: 0.5, sample: 2.0, fake: 8.0, teacher: 1.0 }],
+                change_spectrum: vec![1.0, 2.0, 1.0],
+            };
+            let run = RunRecord {
+                arm: arm.clone(),
+                seed,
+                captions: 96,
+                points: vec![point(0, 0.2), point(arm.updates, alignment)],
+                broken_after: None,
+                seconds: 1.0,
+            };
+            write_json(&run_path(&folder, &arm.name, seed), &run)?;
+        }
+    }
+    let reference = Reference {
+        captions: 96,
+        guidance: 3.0,
+        guided: measurement(1.0, 2.0),
+        unguided: [(4, measurement(0.8, 1.0))].into(),
+        real: measurement(1.0, 1.5),
+    };
+    write_json(&reference_path(&folder), &reference)?;
+    let experiment = || Experiment { name: "pair", seeds: 3, arms: vec![one.clone(), two.clone()] };
+    let results = Results::load(&folder, vec![experiment()])?;
+
+    // Files of other settings are not mixed in.
+    let other = Experiment { arms: vec![one.clone().with(|arm| arm.batch = 99)], ..experiment() };
+    let error = Results::load(&folder, vec![other]).unwrap_err().to_string();
+    assert!(error.contains("one-seed0.json was made with other settings"), "{error}");
+    Ok((folder, results))
+}
