@@ -30,6 +30,7 @@ use decoupled_dmd::{
 use made_up_results::made_up;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
+use tempfile::tempdir;
 use tiny::{prompts, teacher};
 use zimage::ZImageTransformer;
 use zimage::adapter::denoiser;
@@ -261,8 +262,8 @@ fn variance_is_that_of_one_image_averaged() -> Result<()> {
 #[test]
 fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
     let _guard = seeded(5);
-    let folder = std::env::temp_dir().join(format!("ablation-{}-run", std::process::id()));
-    std::fs::create_dir_all(&folder)?;
+    let folder = tempdir()?;
+    let folder = folder.path();
     let teacher = teacher()?;
     let data = EmojiData::load("assets/emoji".as_ref())?;
     let captions = data.items.iter().map(|item| item.caption.as_str());
@@ -276,13 +277,13 @@ fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
         Judge::new(classifier, &data)
     };
     let bench = Bench::new(judge()?, &material, &data, 6, false)?;
-    write_reference(&folder, &material, &bench)?;
-    let reference: Reference = record::read(&reference_path(&folder))?;
+    write_reference(folder, &material, &bench)?;
+    let reference: Reference = record::read(&reference_path(folder))?;
     assert_eq!((reference.real.alignment, reference.real.frechet_distance), (1.0, 0.0));
     let arm = Arm::new("ca", 2).engine(Tau::AboveStudent).observer().quick();
-    run(&folder, &folder, &arm, 0, &material, &bench)?;
+    run(folder, folder, &arm, 0, &material, &bench)?;
 
-    let path = run_path(&folder, "ca", 0);
+    let path = run_path(folder, "ca", 0);
     let record: RunRecord = record::read(&path)?;
     assert_eq!(record.arm, arm);
     assert_eq!(record.captions, 6);
@@ -300,7 +301,7 @@ fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
     }
 
     let before = std::fs::metadata(&path)?.modified()?;
-    run(&folder, &folder, &arm, 0, &material, &bench)?;
+    run(folder, folder, &arm, 0, &material, &bench)?;
     assert_eq!(std::fs::metadata(&path)?.modified()?, before);
 
     // Captions for choosing and captions for reporting do not meet.
@@ -309,7 +310,6 @@ fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
     assert_eq!(both.len(), 12);
     let error = Bench::new(judge()?, &material, &data, data.items.len(), false).err();
     assert!(error.is_some_and(|error| error.to_string().contains("--captions")));
-    std::fs::remove_dir_all(&folder)?;
     Ok(())
 }
 
@@ -319,9 +319,9 @@ fn rounded_variance(bench: &Bench<'_>, teacher: &ZImageTransformer) -> Result<f6
 
 #[test]
 fn the_report_takes_its_numbers_from_the_files() -> Result<()> {
-    let (folder, results) = made_up("report")?;
-    let document = folder.join("document.md");
-    let figures = folder.join("figures");
+    let (folder, results) = made_up()?;
+    let document = folder.path().join("document.md");
+    let figures = folder.path().join("figures");
     let template = "{{value one fine-power}} {{at one 0 drift}} {{seen two 0.5 fake}} a {{value one alignment}} b {{value one drift}} c \
                     {{paired two one alignment}} d {{verdict two one alignment}} e \
                     {{teacher guided frechet}} f {{runs}}\n{{table pair}}{{curves pair}}\
@@ -359,7 +359,6 @@ fn the_report_takes_its_numbers_from_the_files() -> Result<()> {
         let error = report::write(template, &document, &figures, &results).unwrap_err();
         assert!(format!("{error:#}").contains(complaint), "{template}: {error:#}");
     }
-    std::fs::remove_dir_all(&folder)?;
     Ok(())
 }
 

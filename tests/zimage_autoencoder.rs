@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use common::{gradient, max_difference, wave};
 use tch::{Device, Kind, Tensor};
+use tempfile::{TempDir, tempdir};
 use zimage::autoencoder::config::{AutoencoderConfig, Half};
 use zimage::autoencoder::{Autoencoder, Decoder};
 use zimage::blocks::Parameters;
@@ -120,9 +121,9 @@ fn force_upcast_computes_in_float32_and_its_absence_does_not() -> Result<()> {
     };
     let upcast = decode(&reference("two_levels"))?;
     assert_eq!(upcast.kind(), Kind::Float);
-    let folder = Folder::copy("upcast")?;
+    let folder = Folder::copy()?;
     folder.set("force_upcast", false.into())?;
-    let rounded = decode(&folder.0)?;
+    let rounded = decode(folder.0.path())?;
     assert_eq!(rounded.kind(), Kind::BFloat16);
     let difference = max_difference(&upcast, &rounded);
     assert!(difference > 0.0 && difference < 0.1, "{difference}");
@@ -131,14 +132,14 @@ fn force_upcast_computes_in_float32_and_its_absence_does_not() -> Result<()> {
 
 #[test]
 fn a_model_without_the_middle_attention_differs() -> Result<()> {
-    let folder = Folder::copy("attention")?;
+    let folder = Folder::copy()?;
     folder.set("mid_block_add_attention", false.into())?;
     folder.change_weights(|tensors| tensors.retain(|name, _| !name.contains("attentions")))?;
     let latents = wave(&[1, 4, 3, 4], 0.3, Kind::Float);
     let decode = |folder: &Path| -> Result<Tensor> {
         Decoder::load(folder, Kind::Float, Device::Cpu)?.decode(&latents)
     };
-    assert!(max_difference(&decode(&folder.0)?, &decode(&reference("two_levels"))?) > 1e-3);
+    assert!(max_difference(&decode(folder.0.path())?, &decode(&reference("two_levels"))?) > 1e-3);
     Ok(())
 }
 
@@ -162,7 +163,7 @@ fn wrong_shapes_are_refused() -> Result<()> {
 
 #[test]
 fn configs_that_are_not_supported_are_refused_by_field() -> Result<()> {
-    let folder = Folder::copy("config")?;
+    let folder = Folder::copy()?;
     for (field, value) in [
         ("use_quant_conv", serde_json::json!(true)),
         ("use_post_quant_conv", true.into()),
@@ -190,10 +191,10 @@ fn configs_that_are_not_supported_are_refused_by_field() -> Result<()> {
         );
         folder.restore_config()?;
     }
-    fs::write(folder.0.join("vae/config.json"), "{}")?;
+    fs::write(folder.0.path().join("vae/config.json"), "{}")?;
     let error = format!("{:#}", folder.load().unwrap_err());
     assert!(error.contains("use_quant_conv must be false"), "{error}");
-    fs::write(folder.0.join("vae/config.json"), "[")?;
+    fs::write(folder.0.path().join("vae/config.json"), "[")?;
     let error = format!("{:#}", folder.load().unwrap_err());
     assert!(error.contains("parsing") && error.contains("vae/config.json"), "{error}");
     Ok(())
@@ -201,7 +202,7 @@ fn configs_that_are_not_supported_are_refused_by_field() -> Result<()> {
 
 #[test]
 fn weights_that_do_not_fit_are_refused_by_name() -> Result<()> {
-    let folder = Folder::copy("weights")?;
+    let folder = Folder::copy()?;
     let bias = || Tensor::zeros([12], (Kind::Float, Device::Cpu));
     type Change = fn(&mut Parameters, Tensor);
     let changes: [(Change, &str); 4] = [
@@ -220,7 +221,7 @@ fn weights_that_do_not_fit_are_refused_by_name() -> Result<()> {
     for (change, complaint) in changes {
         folder.change_weights(|tensors| change(tensors, bias()))?;
         let both = folder.load().map(drop);
-        let decoder = Decoder::load(&folder.0, Kind::Float, Device::Cpu).map(drop);
+        let decoder = Decoder::load(folder.0.path(), Kind::Float, Device::Cpu).map(drop);
         for outcome in [both, decoder] {
             let error = format!("{:#}", outcome.unwrap_err());
             assert!(error.contains(complaint), "expected {complaint:?} in: {error}");
@@ -230,27 +231,26 @@ fn weights_that_do_not_fit_are_refused_by_name() -> Result<()> {
 
     // A decoder needs no encoder.
     folder.change_weights(|tensors| tensors.retain(|name, _| name.starts_with("decoder.")))?;
-    drop(Decoder::load(&folder.0, Kind::Float, Device::Cpu)?);
+    drop(Decoder::load(folder.0.path(), Kind::Float, Device::Cpu)?);
     let error = format!("{:#}", folder.load().unwrap_err());
     assert!(error.contains("encoder.conv_in.weight is missing"), "{error}");
 
-    fs::write(folder.0.join(WEIGHTS), [0xff; 40])?;
+    fs::write(folder.0.path().join(WEIGHTS), [0xff; 40])?;
     let error = format!("{:#}", folder.load().unwrap_err());
     assert!(error.contains("diffusion_pytorch_model"), "{error}");
-    fs::remove_file(folder.0.join(WEIGHTS))?;
+    fs::remove_file(folder.0.path().join(WEIGHTS))?;
     let error = format!("{:#}", folder.load().unwrap_err());
     assert!(error.contains("diffusion_pytorch_model"), "{error}");
     Ok(())
 }
 
-/// A copy of the smaller model to damage; removed when dropped.
-struct Folder(PathBuf);
+/// A copy of the smaller model to damage.
+struct Folder(TempDir);
 
 impl Folder {
-    fn copy(name: &str) -> Result<Self> {
-        let folder =
-            Self(std::env::temp_dir().join(format!("autoencoder-{name}-{}", std::process::id())));
-        fs::create_dir_all(folder.0.join("vae"))?;
+    fn copy() -> Result<Self> {
+        let folder = Self(tempdir()?);
+        fs::create_dir(folder.0.path().join("vae"))?;
         folder.restore_config()?;
         folder.restore_weights()?;
         Ok(folder)
@@ -265,31 +265,25 @@ impl Folder {
     }
 
     fn restore(&self, file: &str) -> Result<()> {
-        fs::copy(reference("two_levels").join(file), self.0.join(file))?;
+        fs::copy(reference("two_levels").join(file), self.0.path().join(file))?;
         Ok(())
     }
 
     fn set(&self, field: &str, value: serde_json::Value) -> Result<()> {
-        let path = self.0.join("vae/config.json");
+        let path = self.0.path().join("vae/config.json");
         let mut config: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
         config[field] = value;
         Ok(fs::write(path, config.to_string())?)
     }
 
     fn change_weights(&self, change: impl FnOnce(&mut Parameters)) -> Result<()> {
-        let path = self.0.join(WEIGHTS);
+        let path = self.0.path().join(WEIGHTS);
         let mut tensors = read_tensors(&path)?;
         change(&mut tensors);
         write_tensors(&path, &tensors)
     }
 
     fn load(&self) -> Result<Autoencoder> {
-        Autoencoder::load(&self.0, Kind::Float, Device::Cpu)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        Autoencoder::load(self.0.path(), Kind::Float, Device::Cpu)
     }
 }

@@ -3,17 +3,15 @@
 #[path = "../examples/zimage/mod.rs"]
 mod zimage;
 
-use std::path::PathBuf;
-
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
+use tempfile::{TempDir, tempdir};
 use zimage::checkpoint::write_tensors;
 use zimage::data::EmojiData;
 
 /// A picture set of two tiles: the first red, the second blue but for one white corner pixel.
-fn write_set(name: &str) -> Result<PathBuf> {
-    let folder = std::env::temp_dir().join(format!("zimage-data-{}-{name}", std::process::id()));
-    std::fs::create_dir_all(&folder)?;
+fn write_set() -> Result<TempDir> {
+    let folder = tempdir()?;
     let mut atlas = image::RgbImage::new(64 * 32, 32);
     for y in 0..32 {
         for x in 0..32 {
@@ -22,22 +20,22 @@ fn write_set(name: &str) -> Result<PathBuf> {
         }
     }
     atlas.put_pixel(63, 0, image::Rgb([255, 255, 255]));
-    atlas.save(folder.join("emoji.png"))?;
+    atlas.save(folder.path().join("emoji.png"))?;
     let item = |caption: &str, held_out: bool| {
         serde_json::json!({"caption": caption, "name": "", "vendor": "", "category": "",
             "held_out": held_out})
     };
     let items = [item("google red square", false), item("twitter blue square", true)];
     std::fs::write(
-        folder.join("captions.json"),
+        folder.path().join("captions.json"),
         serde_json::json!({"tile": 32, "items": items}).to_string(),
     )?;
     let words = ["<start>", "<end>", "google", "twitter", "red", "blue", "square"];
-    std::fs::write(folder.join("vocabulary.txt"), words.join("\n") + "\n")?;
+    std::fs::write(folder.path().join("vocabulary.txt"), words.join("\n") + "\n")?;
     let rows = Tensor::arange(words.len() as i64, (Kind::Half, Device::Cpu));
     let vectors = rows.unsqueeze(1).expand([-1, 4], false).contiguous();
     write_tensors(
-        &folder.join("vectors.safetensors"),
+        &folder.path().join("vectors.safetensors"),
         &[("vectors".to_owned(), vectors)].into_iter().collect(),
     )?;
     Ok(folder)
@@ -45,8 +43,8 @@ fn write_set(name: &str) -> Result<PathBuf> {
 
 #[test]
 fn tiles_and_items_line_up() -> Result<()> {
-    let folder = write_set("tiles")?;
-    let data = EmojiData::load(&folder)?;
+    let folder = write_set()?;
+    let data = EmojiData::load(folder.path())?;
     assert_eq!(data.images.size(), [2, 3, 32, 32]);
     let pixel = |n: i64, y: i64, x: i64| -> Result<Vec<f32>> {
         Ok(Vec::try_from(data.images.select(0, n).select(1, y).select(1, x).contiguous())?)
@@ -57,14 +55,13 @@ fn tiles_and_items_line_up() -> Result<()> {
     assert_eq!(data.indices(false), [0]);
     assert_eq!(data.indices(true), [1]);
     assert_eq!(data.items[1].plain_caption(), "blue square");
-    std::fs::remove_dir_all(folder)?;
     Ok(())
 }
 
 #[test]
 fn captions_become_rows_between_marks() -> Result<()> {
-    let folder = write_set("captions")?;
-    let vocabulary = EmojiData::load(&folder)?.vocabulary;
+    let folder = write_set()?;
+    let vocabulary = EmojiData::load(folder.path())?.vocabulary;
     let rows = |caption: &str| -> Result<Vec<f32>> {
         let features = vocabulary.encode_caption(caption)?;
         assert_eq!(features.size()[1], 4);
@@ -74,6 +71,5 @@ fn captions_become_rows_between_marks() -> Result<()> {
     assert_eq!(rows("")?, [0.0, 1.0]);
     let error = rows("google bleu square").expect_err("an unknown word").to_string();
     assert!(error.contains("\"bleu\"") && error.contains("blue"), "{error}");
-    std::fs::remove_dir_all(folder)?;
     Ok(())
 }

@@ -13,6 +13,7 @@ use clap::Parser;
 use common::{max_difference, seeded, wave};
 use decoupled_dmd::{Condition, PostShift, Shift};
 use tch::{Device, Kind, Tensor};
+use tempfile::tempdir;
 use tiny::{prompts, teacher};
 use zimage::adapter::denoiser;
 use zimage::data::Vocabulary;
@@ -168,7 +169,8 @@ fn the_adapter_turns_the_sign_and_pairs_conditions() -> Result<()> {
 #[test]
 fn a_pipeline_folder_keeps_weights_and_shift() -> Result<()> {
     let _guard = seeded(2);
-    let folder = std::env::temp_dir().join(format!("pipeline-{}", std::process::id()));
+    let place = tempdir()?;
+    let folder = place.path().join("pipeline");
     let pipeline = Pipeline { transformer: teacher()?, shift: Shift::new(6.0)? };
     pipeline.save(&folder)?;
     let loaded = Pipeline::load(&folder, Kind::Float, Device::Cpu)?;

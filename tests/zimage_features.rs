@@ -16,6 +16,7 @@ use common::{max_difference, seeded, wave};
 use decoupled_dmd::PostShift;
 use narrow::narrow;
 use tch::{Device, Kind, Tensor};
+use tempfile::tempdir;
 use zimage::adapter::denoiser;
 use zimage::checkpoint::{read_tensors, write_tensors};
 use zimage::encoder_key::{Hash, encoder_key};
@@ -29,14 +30,6 @@ const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 
 fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/text_encoder")
-}
-
-fn folder(name: &str) -> PathBuf {
-    let folder =
-        std::env::temp_dir().join(format!("zimage-features-{}-{name}", std::process::id()));
-    let _ = fs::remove_dir_all(&folder);
-    fs::create_dir_all(&folder).expect("a temporary folder");
-    folder
 }
 
 fn refusal<T>(result: Result<T>) -> String {
@@ -65,13 +58,14 @@ fn entries(folder: &Path) -> Vec<(PathBuf, SystemTime)> {
 
 #[test]
 fn features_are_kept_as_the_encoder_made_them() -> Result<()> {
-    let folder = folder("kept");
+    let folder = tempdir()?;
+    let folder = folder.path();
     let mut calls = Vec::new();
     let (kind, all) = ((Kind::BFloat16, Device::Cpu), prompts());
-    FeatureCache::encode(&folder, &model(), kind, &all, &mut |done, of| calls.push((done, of)))?;
+    FeatureCache::encode(folder, &model(), kind, &all, &mut |done, of| calls.push((done, of)))?;
     assert_eq!(calls, [(1, 4), (2, 4), (3, 4), (4, 4)]);
 
-    let cache = FeatureCache::open(&folder)?;
+    let cache = FeatureCache::open(folder)?;
     let encoder = TextEncoder::load(&model(), Kind::BFloat16, Device::Cpu)?;
     assert_eq!(cache.width(), encoder.width());
     for prompt in all.iter().map(String::as_str).chain([""]) {
@@ -86,11 +80,11 @@ fn features_are_kept_as_the_encoder_made_them() -> Result<()> {
 
 #[test]
 fn an_interrupted_run_goes_on_and_broken_entries_are_made_anew() -> Result<()> {
-    let folder = folder("resumed");
-    let cache = encode(&folder)?;
+    let folder = tempdir()?;
+    let cache = encode(folder.path())?;
     let before: Vec<Tensor> =
         prompts().iter().map(|prompt| cache.get(prompt)).collect::<Result<_>>()?;
-    let files = entries(&folder);
+    let files = entries(folder.path());
     assert_eq!(files.len(), 4);
 
     // One is missing, one is cut short, one holds no numbers; the fourth is fine.
@@ -113,12 +107,12 @@ fn an_interrupted_run_goes_on_and_broken_entries_are_made_anew() -> Result<()> {
     assert!(broken.iter().any(|text| text.contains("not finite")), "{broken:?}");
     assert!(broken.iter().any(|text| text.contains("is broken; encoding")), "{broken:?}");
 
-    let cache = encode(&folder)?;
+    let cache = encode(folder.path())?;
     for (prompt, before) in prompts().iter().zip(before) {
         assert_eq!(max_difference(&cache.get(prompt)?, &before), 0.0);
     }
     assert!(cache.get("").is_ok());
-    let after = entries(&folder);
+    let after = entries(folder.path());
     assert_eq!(after.len(), 4);
     assert_eq!(after[3], files[3], "the entry that was fine is untouched");
     Ok(())
@@ -126,9 +120,9 @@ fn an_interrupted_run_goes_on_and_broken_entries_are_made_anew() -> Result<()> {
 
 #[test]
 fn entries_that_were_mixed_up_are_refused() -> Result<()> {
-    let folder = folder("mixed");
-    let cache = encode(&folder)?;
-    let files = entries(&folder);
+    let folder = tempdir()?;
+    let cache = encode(folder.path())?;
+    let files = entries(folder.path());
     for (file, _) in &files[1..] {
         fs::copy(&files[0].0, file)?;
     }
@@ -141,31 +135,33 @@ fn entries_that_were_mixed_up_are_refused() -> Result<()> {
 
 #[test]
 fn another_encoder_does_not_add_to_a_cache() -> Result<()> {
-    let cache = folder("encoders");
-    encode(&cache)?;
+    let cache = tempdir()?;
+    let cache = cache.path();
+    encode(cache)?;
     let other = (Kind::BFloat16, Device::Cpu);
-    let refused =
-        refusal(FeatureCache::encode(&cache, &model(), other, &prompts(), &mut |_, _| {}));
+    let refused = refusal(FeatureCache::encode(cache, &model(), other, &prompts(), &mut |_, _| {}));
     assert!(refused.contains("another text encoder"), "{refused}");
 
     fs::write(cache.join("features.json"), r#"{"format": 9, "encoder": "", "width": 1}"#)?;
-    assert!(refusal(FeatureCache::open(&cache)).contains("format 9 is not supported"));
+    assert!(refusal(FeatureCache::open(cache)).contains("format 9 is not supported"));
     fs::write(cache.join("features.json"), "{")?;
-    assert!(refusal(FeatureCache::open(&cache)).contains("parsing"));
-    assert!(refusal(FeatureCache::open(&folder("none"))).contains("features.json"));
+    assert!(refusal(FeatureCache::open(cache)).contains("parsing"));
+    let empty = tempdir()?;
+    assert!(refusal(FeatureCache::open(empty.path())).contains("features.json"));
     Ok(())
 }
 
 #[test]
 fn the_key_tells_encoders_apart_but_not_copies() -> Result<()> {
-    let copy = folder("key");
+    let copy = tempdir()?;
+    let copy = copy.path();
     let weights = copy.join("text_encoder").join("model.safetensors");
     for part in ["text_encoder", "tokenizer"] {
         fs::create_dir_all(copy.join(part))?;
     }
     fs::copy(model().join("text_encoder/config.json"), copy.join("text_encoder/config.json"))?;
     fs::copy(model().join("tokenizer/tokenizer.json"), copy.join("tokenizer/tokenizer.json"))?;
-    let key = || encoder_key(&copy, Kind::Float);
+    let key = || encoder_key(copy, Kind::Float);
     assert!(refusal(key()).contains("no safetensors files"));
 
     // Larger than what is read whole.
@@ -175,7 +171,7 @@ fn the_key_tells_encoders_apart_but_not_copies() -> Result<()> {
     let first = key()?;
     fs::write(&weights, &bytes)?;
     assert_eq!(key()?, first, "times do not count");
-    assert_ne!(encoder_key(&copy, Kind::BFloat16)?, first);
+    assert_ne!(encoder_key(copy, Kind::BFloat16)?, first);
     for place in [0, bytes.len() - 1] {
         bytes[place] ^= 1;
         fs::write(&weights, &bytes)?;
@@ -208,8 +204,8 @@ fn the_hash_is_fnv() {
 
 #[test]
 fn a_file_of_prompts_is_read_line_by_line() -> Result<()> {
-    let folder = folder("prompts");
-    let path = folder.join("prompts.txt");
+    let folder = tempdir()?;
+    let path = folder.path().join("prompts.txt");
     fs::write(&path, "\u{feff}a fox\r\n\r\n  snow \n\na fox\nein Fuchs 🦊\n \t\nsnow")?;
     assert_eq!(read_prompts(&path)?, ["a fox", "snow", "ein Fuchs 🦊"]);
 
@@ -219,7 +215,7 @@ fn a_file_of_prompts_is_read_line_by_line() -> Result<()> {
     assert!(refusal(read_prompts(&path)).contains("holds no prompts"));
     fs::write(&path, b"fine\nfine too\nna\xefve\n")?;
     assert!(refusal(read_prompts(&path)).contains("line 3 is not UTF-8"));
-    assert!(refusal(read_prompts(&folder.join("none.txt"))).contains("none.txt"));
+    assert!(refusal(read_prompts(&folder.path().join("none.txt"))).contains("none.txt"));
     Ok(())
 }
 
@@ -329,9 +325,9 @@ fn guidance_takes_a_null_caption_of_another_length() -> Result<()> {
 /// From the files of the encoder to conditions, with no encoder in between.
 #[test]
 fn prompts_come_from_a_cache() -> Result<()> {
-    let folder = folder("conditions");
-    encode(&folder)?;
-    let (cache, model) = (FeatureCache::open(&folder)?, transformer()?);
+    let folder = tempdir()?;
+    encode(folder.path())?;
+    let (cache, model) = (FeatureCache::open(folder.path())?, transformer()?);
     let all = prompts();
     let features = all.iter().map(|prompt| cache.get(prompt));
     let prompts = Prompts::from_features(&model, features, &cache.get("")?)?;

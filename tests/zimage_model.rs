@@ -6,12 +6,11 @@ mod zimage;
 #[path = "common/narrow.rs"]
 mod narrow;
 
-use std::path::PathBuf;
-
 use anyhow::Result;
 use approx::assert_abs_diff_eq;
 use narrow::narrow;
 use tch::{Device, Kind, Tensor};
+use tempfile::tempdir;
 use zimage::blocks::time_features;
 use zimage::checkpoint::{read_tensors, write_tensors};
 use zimage::layout::{Grid, patchify, unpatchify};
@@ -57,13 +56,6 @@ fn assert_values(found: &[f64], expected: &[f64]) {
     for (found, expected) in found.iter().zip(expected) {
         assert_abs_diff_eq!(found, expected, epsilon = 1e-5);
     }
-}
-
-fn folder(name: &str) -> PathBuf {
-    let folder = std::env::temp_dir().join(format!("zimage-model-{}-{name}", std::process::id()));
-    let _ = std::fs::remove_dir_all(&folder);
-    std::fs::create_dir_all(&folder).expect("a temporary folder");
-    folder
 }
 
 /// Expected numbers: diffusers 0.42.1 on the same weights and inputs, one batch of two items of
@@ -211,15 +203,16 @@ fn rotary_factors_equal_the_reference() -> Result<()> {
 
 #[test]
 fn a_saved_model_loads_and_a_broken_one_does_not() -> Result<()> {
-    let folder = folder("load");
+    let folder = tempdir()?;
+    let folder = folder.path();
     let model = wave_model()?;
-    model.save(&folder)?;
-    let loaded = ZImageTransformer::load(&folder, Kind::Float, Device::Cpu)?;
+    model.save(folder)?;
+    let loaded = ZImageTransformer::load(folder, Kind::Float, Device::Cpu)?;
     assert_eq!(loaded.config(), model.config());
     for (name, tensor) in model.parameters() {
         assert_eq!(&loaded.parameters()[name], tensor, "{name}");
     }
-    let rough = ZImageTransformer::load(&folder, Kind::BFloat16, Device::Cpu)?;
+    let rough = ZImageTransformer::load(folder, Kind::BFloat16, Device::Cpu)?;
     assert_eq!(rough.kind(), Kind::BFloat16);
 
     let path = folder.join("transformer/diffusion_pytorch_model.safetensors");
@@ -229,7 +222,7 @@ fn a_saved_model_loads_and_a_broken_one_does_not() -> Result<()> {
     // This shape would broadcast.
     tensors.insert("cap_embedder.1.bias".into(), Tensor::zeros([1], (Kind::Float, Device::Cpu)));
     write_tensors(&path, &tensors)?;
-    let error = ZImageTransformer::load(&folder, Kind::Float, Device::Cpu).expect_err("broken");
+    let error = ZImageTransformer::load(folder, Kind::Float, Device::Cpu).expect_err("broken");
     let error = format!("{error:#}");
     for part in [
         "layers.0.attention.to_q.weight is missing",
@@ -238,7 +231,6 @@ fn a_saved_model_loads_and_a_broken_one_does_not() -> Result<()> {
     ] {
         assert!(error.contains(part), "{error}");
     }
-    std::fs::remove_dir_all(&folder)?;
     Ok(())
 }
 

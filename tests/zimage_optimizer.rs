@@ -5,6 +5,7 @@ mod zimage;
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor, nn, nn::OptimizerConfig};
+use tempfile::tempdir;
 use zimage::checkpoint::{read_tensors, write_tensors};
 use zimage::optimizer::{AdamW, AdamWSettings};
 
@@ -56,7 +57,8 @@ fn a_resumed_optimizer_continues_bitwise() -> Result<()> {
     run(&first, &mut optimizer, 0..5)?;
     let mut state = optimizer.state();
     state.extend(handles(&first));
-    let path = std::env::temp_dir().join(format!("adamw-{}.safetensors", std::process::id()));
+    let folder = tempdir()?;
+    let path = folder.path().join("adamw.safetensors");
     write_tensors(&path, &state)?;
 
     let state = read_tensors(&path)?;
@@ -73,7 +75,6 @@ fn a_resumed_optimizer_continues_bitwise() -> Result<()> {
         assert_eq!(expected, found, "{name}");
         assert_ne!(found, &wave(&found.size()), "{name}");
     }
-    std::fs::remove_file(&path)?;
     Ok(())
 }
 

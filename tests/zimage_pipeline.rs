@@ -43,7 +43,7 @@ fn assert_equal(found: &Tensor, expected: &Tensor, what: &str) {
 
 #[test]
 fn images_equal_those_of_diffusers() -> Result<()> {
-    let place = Workplace::new("images")?;
+    let place = Workplace::new()?;
     let (kind, device) = (Kind::Float, Device::Cpu);
     let expected = read_tensors(Path::new("tests/reference/pipeline/expected.safetensors"))?;
     let texts: Vec<String> = (0..PROMPTS)

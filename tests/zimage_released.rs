@@ -31,11 +31,13 @@ const ARGUMENTS: &str = "ZIMAGE_RELEASED_ARGUMENTS";
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 const UPDATES: &str = "4";
-const TRAINING: [&str; 20] = [
+const TRAINING: [&str; 22] = [
     "--float32",
     "--merge",
     "--rank",
     "2",
+    "--alpha",
+    "3",
     "--updates",
     UPDATES,
     "--batch",
@@ -56,7 +58,7 @@ const TRAINING: [&str; 20] = [
 ];
 
 fn arguments(place: &Workplace, more: &[&str]) -> Vec<String> {
-    let prompts = place.0.join("prompts.txt").display().to_string();
+    let prompts = place.0.path().join("prompts.txt").display().to_string();
     let training = [&TRAINING[..], &["--prompt-file", &prompts], more].concat();
     place.arguments(&training)
 }
@@ -117,14 +119,14 @@ fn student(place: &Workplace) -> Result<Parameters> {
 
 #[test]
 fn a_killed_training_ends_in_the_same_student_whose_files_draw_what_it_drew() -> Result<()> {
-    let place = Workplace::new("whole")?;
+    let place = Workplace::new()?;
     train(&place, &["--evaluate-every", "2"])?;
     let found = student(&place)?;
 
     // The keys that diffusers and ComfyUI look for, a pair for each layer of the preset.
     let config = Config::load(&place.model().join("transformer/config.json"))?;
     let targets = ["to_q", "to_k", "to_v", "w1", "w2", "w3"].map(str::to_owned).to_vec();
-    let settings = LoraSettings { rank: 2, alpha: 2.0, targets, dropout: 0.0 };
+    let settings = LoraSettings { rank: 2, alpha: 3.0, targets, dropout: 0.0 };
     let modules = settings.modules(&config)?;
     assert_eq!(modules.len(), 24);
     assert_eq!(found.len(), 2 * modules.len());
@@ -149,7 +151,7 @@ fn a_killed_training_ends_in_the_same_student_whose_files_draw_what_it_drew() ->
     // Under the heading.
     assert_eq!(drawn, first_picture(&place.out().join("preview-000004.png"), 16)?);
     // And so does the merged transformer, but for rounding.
-    let merged = place.0.join("merged");
+    let merged = place.0.path().join("merged");
     for part in ["transformer", "scheduler"] {
         copy(&place.out().join("student").join(part), &merged.join(part))?;
     }
@@ -159,7 +161,7 @@ fn a_killed_training_ends_in_the_same_student_whose_files_draw_what_it_drew() ->
     assert!(difference < 1e-4, "{difference:.1e}");
     // An adapter that does nothing would have passed.
     let zero: Parameters = found.iter().map(|(n, t)| (n.clone(), t.zeros_like())).collect();
-    let none = place.0.join("none");
+    let none = place.0.path().join("none");
     fs::create_dir_all(&none)?;
     write_tensors(&none.join(ADAPTER), &zero)?;
     let base = images(&place, &["--student", &none.display().to_string()])?;
@@ -167,18 +169,18 @@ fn a_killed_training_ends_in_the_same_student_whose_files_draw_what_it_drew() ->
     println!("the student moves the images by {moved:.3}");
     assert!(moved > 1e-2, "{moved:.1e}");
 
-    let other = Workplace::new("killed")?;
+    let other = Workplace::new()?;
     let mut kills = 0;
     for number in 1..=3 {
         let mut child = training(&other, &[])?.stderr(Stdio::null()).spawn()?;
         let state = other.out().join(format!("state/{number:06}"));
         let start = Instant::now();
-        while !state.exists() && child.try_wait()?.is_none() {
-            ensure!(start.elapsed() < PATIENCE, "no state in {PATIENCE:?}");
+        while !state.exists() && child.try_wait()?.is_none() && start.elapsed() < PATIENCE {
             sleep(Duration::from_millis(1));
         }
         child.kill()?;
         kills += u32::from(!child.wait()?.success());
+        ensure!(start.elapsed() < PATIENCE, "no state in {PATIENCE:?}");
     }
     assert!(kills > 1, "only {kills} processes were killed");
     assert!(!other.out().join("student").exists(), "nothing was left to go on with");
@@ -203,11 +205,11 @@ fn message<T>(result: Result<T>, what: &str) -> String {
 
 #[test]
 fn what_is_wrong_is_named() -> Result<()> {
-    let place = Workplace::new("wrong")?;
-    let prompts = place.0.join("prompts.txt").display().to_string();
-    let missing = place.0.join("missing.txt").display().to_string();
+    let place = Workplace::new()?;
+    let prompts = place.0.path().join("prompts.txt").display().to_string();
+    let missing = place.0.path().join("missing.txt").display().to_string();
     let file = ["--prompt-file", prompts.as_str()];
-    let training: [(&[&str], &str); 9] = [
+    let training: [(&[&str], &str); 11] = [
         (&[], "--prompt-file"),
         (&["--prompt-file", &missing], "missing.txt"),
         (
@@ -218,6 +220,11 @@ fn what_is_wrong_is_named() -> Result<()> {
         (&[&file[..], &["--rank", "0"]].concat(), "add --float32"),
         (&[&file[..], &["--targets", "to_x"]].concat(), "\"to_x\" matches no linear layer"),
         (&[&file[..], &["--targets", "cap_embedder.1"]].concat(), "caption side alone"),
+        (&[&file[..], &["--alpha", "0"]].concat(), "alpha must be positive, found 0"),
+        (
+            &[&file[..], &["--rank", "0", "--float32", "--alpha", "1"]].concat(),
+            "--alpha, --targets and --dropout are about adapters",
+        ),
         (&[&file[..], &["--dropout", "1.5"]].concat(), "dropout must be in [0, 1), found 1.5"),
         (&[&file[..], &["--batch", "0"]].concat(), "--batch must be at least 1"),
     ];
@@ -236,7 +243,7 @@ fn what_is_wrong_is_named() -> Result<()> {
         sample(&place.options(&[&["--float32"], &more[..]].concat())?, Device::Cpu, "A cat")
     };
     assert!(message(sampling(None), "no student").contains("there is no student in"));
-    let student = place.0.join("another");
+    let student = place.0.path().join("another");
     fs::create_dir_all(&student)?;
     assert!(message(sampling(Some(&student)), "an empty student").contains("is no student"));
     // That of a model of the same shape: it is taken as it is, then cut short, then reshaped.
@@ -268,7 +275,7 @@ fn what_is_wrong_is_named() -> Result<()> {
 
 #[test]
 fn the_plan_needs_the_config_of_the_transformer_alone() -> Result<()> {
-    let place = Workplace::new("plan")?;
+    let place = Workplace::new()?;
     for part in ["text_encoder", "tokenizer", "vae", "scheduler"] {
         fs::remove_dir_all(place.model().join(part))?;
     }

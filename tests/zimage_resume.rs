@@ -20,6 +20,7 @@ use clap::Parser as _;
 use common::seeded;
 use decoupled_dmd::Shift;
 use serde_json::Value;
+use tempfile::{TempDir, tempdir};
 use zimage::checkpoint::{read_tensors, write_tensors};
 use zimage::distillation::Distillation;
 use zimage::interrupt::INTERRUPTED;
@@ -90,20 +91,14 @@ fn process() -> Result<()> {
 }
 
 /// A folder and the processes that train in it.
-struct Run(PathBuf);
+struct Run(TempDir);
 
 impl Run {
-    fn new(name: &str) -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("resume-{name}-{}", std::process::id()));
-        fs::create_dir_all(&path)?;
-        Ok(Self(path))
-    }
-
     fn command(&self) -> Result<Command> {
         let mut command = Command::new(std::env::current_exe()?);
         command
             .args(["--exact", "process", "--ignored", "--nocapture"])
-            .env(OUT, &self.0)
+            .env(OUT, self.0.path())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
         Ok(command)
@@ -121,7 +116,7 @@ impl Run {
 
     /// The number of the newest state, 0 for none.
     fn newest(&self) -> u64 {
-        let Ok(entries) = fs::read_dir(self.0.join("state")) else { return 0 };
+        let Ok(entries) = fs::read_dir(self.0.path().join("state")) else { return 0 };
         entries
             .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
             .max()
@@ -129,12 +124,12 @@ impl Run {
     }
 
     fn has(&self, name: &str) -> bool {
-        self.0.join("state").join(name).exists()
+        self.0.path().join("state").join(name).exists()
     }
 
     /// The lines of metrics.jsonl but for the clock.
     fn metrics(&self) -> Result<Vec<Value>> {
-        fs::read_to_string(self.0.join("metrics.jsonl"))?
+        fs::read_to_string(self.0.path().join("metrics.jsonl"))?
             .lines()
             .map(|line| {
                 let mut line: Value = serde_json::from_str(line)?;
@@ -146,7 +141,7 @@ impl Run {
 
     /// Asserts that result and metrics are those of `other`, bit for bit.
     fn assert_equals(&self, other: &Self) -> Result<()> {
-        let result = |run: &Self| read_tensors(&run.0.join("result.safetensors"));
+        let result = |run: &Self| read_tensors(&run.0.path().join("result.safetensors"));
         let (found, expected) = (result(self)?, result(other)?);
         assert!(expected.len() > 100);
         assert!(found.keys().eq(expected.keys()));
@@ -159,14 +154,8 @@ impl Run {
     }
 }
 
-impl Drop for Run {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-fn uninterrupted(name: &str) -> Result<Run> {
-    let run = Run::new(name)?;
+fn uninterrupted() -> Result<Run> {
+    let run = Run(tempdir()?);
     run.finish()?;
     Ok(run)
 }
@@ -175,7 +164,11 @@ fn uninterrupted(name: &str) -> Result<Run> {
 fn wait_until(happened: impl Fn() -> bool, child: &mut Child) -> Result<()> {
     let start = Instant::now();
     while !happened() && child.try_wait()?.is_none() {
-        ensure!(start.elapsed() < PATIENCE, "nothing has happened in {PATIENCE:?}");
+        if start.elapsed() > PATIENCE {
+            child.kill()?;
+            child.wait()?;
+            bail!("nothing has happened in {PATIENCE:?}");
+        }
         sleep(Duration::from_micros(100));
     }
     Ok(())
@@ -189,6 +182,7 @@ fn wait(child: &mut Child) -> Result<ExitStatus> {
         }
         if start.elapsed() > PATIENCE / 2 {
             child.kill()?;
+            child.wait()?;
             bail!("the process did not end");
         }
         sleep(Duration::from_millis(1));
@@ -205,8 +199,8 @@ fn signal(child: &Child, name: &str) -> Result<()> {
 
 #[test]
 fn killed_at_any_moment_a_run_goes_on_to_the_same_result() -> Result<()> {
-    let expected = uninterrupted("whole")?;
-    let run = Run::new("killed")?;
+    let expected = uninterrupted()?;
+    let run = Run(tempdir()?);
     let mut kills = 0;
     for attempt in 0u64..12 {
         let newest = run.newest();
@@ -230,7 +224,7 @@ fn killed_at_any_moment_a_run_goes_on_to_the_same_result() -> Result<()> {
         kills += u32::from(!child.wait()?.success());
     }
     assert!(kills >= 5, "only {kills} processes were killed");
-    assert!(!run.0.join("result.safetensors").exists(), "nothing was left to go on with");
+    assert!(!run.0.path().join("result.safetensors").exists(), "nothing was left to go on with");
     run.finish()?;
     run.assert_equals(&expected)
 }
@@ -238,15 +232,15 @@ fn killed_at_any_moment_a_run_goes_on_to_the_same_result() -> Result<()> {
 #[cfg(unix)]
 #[test]
 fn an_interrupted_run_saves_and_goes_on_to_the_same_result() -> Result<()> {
-    let expected = uninterrupted("straight")?;
-    let run = Run::new("interrupted")?;
+    let expected = uninterrupted()?;
+    let run = Run(tempdir()?);
     for name in ["INT", "TERM"] {
         let mut child = run.start()?;
         let newest = run.newest();
         wait_until(|| run.newest() > newest, &mut child)?;
         signal(&child, name)?;
         assert_eq!(wait(&mut child)?.code(), Some(i32::from(INTERRUPTED)), "SIG{name}");
-        assert!(!run.0.join("result.safetensors").exists());
+        assert!(!run.0.path().join("result.safetensors").exists());
     }
     run.finish()?;
     run.assert_equals(&expected)
@@ -255,10 +249,10 @@ fn an_interrupted_run_saves_and_goes_on_to_the_same_result() -> Result<()> {
 #[cfg(unix)]
 #[test]
 fn a_second_signal_leaves_at_once() -> Result<()> {
-    let run = Run::new("twice")?;
+    let run = Run(tempdir()?);
     let mut child = run.command()?.env(SLOW, "1").spawn()?;
     // Written right before the evaluation.
-    let metrics = run.0.join("metrics.jsonl");
+    let metrics = run.0.path().join("metrics.jsonl");
     wait_until(|| fs::metadata(&metrics).is_ok_and(|file| file.len() > 0), &mut child)?;
     signal(&child, "INT")?;
     let messages = BufReader::new(child.stderr.take().context("stderr")?);

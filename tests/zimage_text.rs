@@ -10,6 +10,7 @@ use anyhow::Result;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
+use tempfile::{TempDir, tempdir};
 use zimage::blocks::Parameters;
 use zimage::checkpoint::{read_tensors, write_tensors};
 use zimage::qwen3::Qwen3Encoder;
@@ -110,14 +111,13 @@ fn a_feature_depends_on_earlier_tokens_alone() -> Result<()> {
 }
 
 /// A copy of the reference's folder that a test may spoil.
-fn copy(name: &str) -> PathBuf {
-    let folder = std::env::temp_dir().join(format!("zimage-text-{}-{name}", std::process::id()));
-    let _ = fs::remove_dir_all(&folder);
+fn copy() -> TempDir {
+    let folder = tempdir().expect("a temporary folder");
     for part in ["text_encoder", "tokenizer"] {
-        fs::create_dir_all(folder.join(part)).expect("a temporary folder");
+        fs::create_dir(folder.path().join(part)).expect("a folder");
         for file in fs::read_dir(reference().join(part)).expect("the reference") {
             let file = file.expect("a file");
-            fs::copy(file.path(), folder.join(part).join(file.file_name())).expect("a copy");
+            fs::copy(file.path(), folder.path().join(part).join(file.file_name())).expect("a copy");
         }
     }
     folder
@@ -141,15 +141,15 @@ fn load(folder: &Path) -> Result<TextEncoder> {
 
 #[test]
 fn configs_of_older_files_are_read() -> Result<()> {
-    let folder = copy("older");
-    edit(&folder.join("text_encoder/config.json"), |config| {
+    let folder = copy();
+    edit(&folder.path().join("text_encoder/config.json"), |config| {
         let fields = config.as_object_mut().expect("an object");
         fields.remove("rope_parameters");
         fields.remove("layer_types");
         fields.insert("rope_theta".into(), json!(1_000_000));
         fields.insert("rope_scaling".into(), Value::Null);
     });
-    let found = &load(&folder)?.encode(&["A red fox in the snow."])?[0];
+    let found = &load(folder.path())?.encode(&["A red fox in the snow."])?[0];
     assert!(relative_error(found, &features()["0"]) < 1e-5);
     Ok(())
 }
@@ -183,9 +183,10 @@ fn what_a_config_asks_for_in_vain_is_refused() {
         ("num_hidden_layers", json!(5), "model.layers.3.input_layernorm.weight is missing"),
         ("num_hidden_layers", json!(2), "model.layers.2.input_layernorm.weight is unexpected"),
     ] {
-        let folder = copy("config");
-        edit(&folder.join("text_encoder/config.json"), |config| config[field] = value.clone());
-        let refusal = refusal(load(&folder));
+        let folder = copy();
+        let path = folder.path().join("text_encoder/config.json");
+        edit(&path, |config| config[field] = value.clone());
+        let refusal = refusal(load(folder.path()));
         assert!(refusal.contains(message), "{field} {value}: {refusal}");
         assert!(refusal.contains("text_encoder"), "{refusal}");
     }
@@ -205,12 +206,12 @@ fn weights(folder: &Path) -> Parameters {
 
 #[test]
 fn only_the_weights_that_are_used_matter() -> Result<()> {
-    let folder = copy("weights");
-    let file = folder.join("text_encoder/model.safetensors");
-    let all = weights(&folder);
+    let folder = copy();
+    let file = folder.path().join("text_encoder/model.safetensors");
+    let all = weights(folder.path());
     let check = |weights: &Parameters| -> Result<()> {
         write_tensors(&file, weights)?;
-        let found = &load(&folder)?.encode(&[""])?[0];
+        let found = &load(folder.path())?.encode(&[""])?[0];
         assert!(relative_error(found, &features()["1"]) < 1e-5);
         Ok(())
     };
@@ -239,13 +240,13 @@ fn only_the_weights_that_are_used_matter() -> Result<()> {
     let norm = broken.get_mut("model.layers.1.input_layernorm.weight").expect("a norm");
     let _ = norm.fill_(f64::NAN);
     write_tensors(&file, &broken)?;
-    let refused = refusal(load(&folder)?.encode(&["a fox"]));
+    let refused = refusal(load(folder.path())?.encode(&["a fox"]));
     assert!(refused.contains("features of \"a fox\" are not finite"), "{refused}");
 
     some.insert("model.vision.weight".into(), Tensor::zeros([1], (Kind::Float, Device::Cpu)));
     some.remove("model.layers.0.self_attn.k_norm.weight");
     write_tensors(&file, &some)?;
-    let refusal = refusal(load(&folder));
+    let refusal = refusal(load(folder.path()));
     for fault in
         ["model.layers.0.self_attn.k_norm.weight is missing", "model.vision.weight is unexpected"]
     {
@@ -270,10 +271,10 @@ fn tokens_outside_the_vocabulary_are_refused() -> Result<()> {
 #[test]
 fn tokenizers_that_do_not_fit_are_refused() {
     let check = |name: &str, spoil: &dyn Fn(&Path), message: &str| {
-        let folder = copy(name);
-        let path = folder.join("tokenizer/tokenizer.json");
+        let folder = copy();
+        let path = folder.path().join("tokenizer/tokenizer.json");
         spoil(&path);
-        let refusal = refusal(load(&folder));
+        let refusal = refusal(load(folder.path()));
         assert!(
             refusal.contains(message) && refusal.contains("tokenizer.json"),
             "{name}: {refusal}"
@@ -297,8 +298,8 @@ fn tokenizers_that_do_not_fit_are_refused() {
 /// A tokenizer file may come with padding and truncation of whoever saved it.
 #[test]
 fn settings_of_the_tokenizer_file_are_not_used() -> Result<()> {
-    let folder = copy("settings");
-    let path = folder.join("tokenizer/tokenizer.json");
+    let folder = copy();
+    let path = folder.path().join("tokenizer/tokenizer.json");
     edit(&path, |json| {
         json["truncation"] = json!({
             "direction": "Left", "max_length": 8, "strategy": "LongestFirst", "stride": 0

@@ -12,24 +12,19 @@ use anyhow::Result;
 use common::{max_difference, wave};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
+use tempfile::{TempDir, tempdir};
 use zimage::blocks::Parameters;
 use zimage::checkpoint::restore;
 use zimage::fingerprint::fingerprint;
 use zimage::log::Log;
 use zimage::training_state::{Progress, StateFolder};
 
-/// A folder of its own for each test; removed when dropped.
-struct Folder(PathBuf);
+/// A folder of its own for each test.
+struct Folder(TempDir);
 
 impl Folder {
-    fn new(name: &str) -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("state-{name}-{}", std::process::id()));
-        fs::create_dir_all(&path)?;
-        Ok(Self(path))
-    }
-
     fn states(&self) -> PathBuf {
-        self.0.join("state")
+        self.0.path().join("state")
     }
 
     fn names(&self) -> Result<Vec<String>> {
@@ -38,12 +33,6 @@ impl Folder {
             .collect::<Result<Vec<_>>>()?;
         names.sort();
         Ok(names)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -77,7 +66,7 @@ fn assert_holds(folder: &Path, phase: f64, log_bytes: u64) -> Result<StateFolder
 
 #[test]
 fn the_newest_state_is_kept_alone() -> Result<()> {
-    let folder = Folder::new("newest")?;
+    let folder = Folder(tempdir()?);
     let mut states = StateFolder::open(&folder.states(), &identity(), false)?;
     assert!(!states.is_unfinished() && states.load()?.is_none());
     for (phase, bytes) in [(0.1, 10), (0.2, 20), (0.3, 30)] {
@@ -96,7 +85,7 @@ fn the_newest_state_is_kept_alone() -> Result<()> {
 
 #[test]
 fn a_crash_at_any_moment_leaves_one_state_and_its_leftovers_go() -> Result<()> {
-    let folder = Folder::new("crash")?;
+    let folder = Folder(tempdir()?);
     let path = |name: &str| folder.states().join(name);
     let mut states = StateFolder::open(&folder.states(), &identity(), false)?;
     states.save(&tensors(0.1), progress(1))?;
@@ -135,7 +124,7 @@ fn a_crash_at_any_moment_leaves_one_state_and_its_leftovers_go() -> Result<()> {
 
 #[test]
 fn a_save_that_fails_keeps_the_state_before() -> Result<()> {
-    let folder = Folder::new("fails")?;
+    let folder = Folder(tempdir()?);
     let mut states = StateFolder::open(&folder.states(), &identity(), false)?;
     states.save(&tensors(0.1), progress(1))?;
     // A file where the new folder would be.
@@ -151,7 +140,7 @@ fn a_save_that_fails_keeps_the_state_before() -> Result<()> {
 
 #[test]
 fn the_state_of_another_run_is_refused_with_what_differs() -> Result<()> {
-    let folder = Folder::new("another")?;
+    let folder = Folder(tempdir()?);
     let mut states = StateFolder::open(&folder.states(), &identity(), false)?;
     states.save(&tensors(0.1), progress(1))?;
     for (other, complaint) in [
@@ -180,7 +169,7 @@ fn the_state_of_another_run_is_refused_with_what_differs() -> Result<()> {
 
 #[test]
 fn damaged_states_are_refused_by_file() -> Result<()> {
-    let folder = Folder::new("damaged")?;
+    let folder = Folder(tempdir()?);
     let mut states = StateFolder::open(&folder.states(), &identity(), false)?;
     states.save(&tensors(0.1), progress(1))?;
     let description = folder.states().join("000001/state.json");
@@ -241,8 +230,8 @@ fn restoring_is_all_or_nothing() -> Result<()> {
 
 #[test]
 fn a_log_goes_on_where_it_was_saved() -> Result<()> {
-    let folder = Folder::new("log")?;
-    let path = folder.0.join("metrics.jsonl");
+    let folder = tempdir()?;
+    let path = folder.path().join("metrics.jsonl");
     let (mut log, lines) = Log::open(&path, 0)?;
     assert!(lines.is_empty());
     log.write(&json!({ "update": 1 }))?;
@@ -267,13 +256,13 @@ fn a_log_goes_on_where_it_was_saved() -> Result<()> {
 
 #[test]
 fn fingerprints_tell_names_lengths_and_ends_apart() -> Result<()> {
-    let folder = Folder::new("fingerprint")?;
-    let file = folder.0.join("file");
+    let folder = tempdir()?;
+    let file = folder.path().join("file");
     let long = |change: &dyn Fn(&mut Vec<u8>)| -> Result<String> {
         let mut bytes = vec![7; 3 << 20];
         change(&mut bytes);
         fs::write(&file, bytes)?;
-        fingerprint(&folder.0)
+        fingerprint(folder.path())
     };
     let original = long(&|_| {})?;
     assert_eq!(original, long(&|_| {})?);
@@ -285,13 +274,13 @@ fn fingerprints_tell_names_lengths_and_ends_apart() -> Result<()> {
         long(&|bytes| bytes.truncate(1000))?,
         long(&|bytes| bytes.clear())?,
     ];
-    fs::rename(&file, folder.0.join("other"))?;
-    all.push(fingerprint(&folder.0)?);
+    fs::rename(&file, folder.path().join("other"))?;
+    all.push(fingerprint(folder.path())?);
     let count = all.len();
     all.sort();
     all.dedup();
     assert_eq!(all.len(), count);
-    let error = format!("{:#}", fingerprint(&folder.0.join("absent")).unwrap_err());
+    let error = format!("{:#}", fingerprint(&folder.path().join("absent")).unwrap_err());
     assert!(error.contains("absent"), "{error}");
     Ok(())
 }

@@ -6,26 +6,20 @@ mod zimage;
 mod common;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Result;
 use common::wave;
 use proptest::prelude::*;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
+use tempfile::tempdir;
 use zimage::blocks::Parameters;
 use zimage::checkpoint::write_tensors;
 use zimage::weights::Weights;
 use zimage::{Config, ZImageTransformer};
 
 const STEM: &str = "diffusion_pytorch_model";
-
-fn folder(name: &str) -> PathBuf {
-    let folder = std::env::temp_dir().join(format!("zimage-weights-{}-{name}", std::process::id()));
-    let _ = fs::remove_dir_all(&folder);
-    fs::create_dir_all(&folder).expect("a temporary folder");
-    folder
-}
 
 /// A safetensors file of a header as it stands, and some bytes.
 fn file_of(header: &str, data: &[u8]) -> Vec<u8> {
@@ -56,11 +50,11 @@ fn error<T>(result: Result<T>) -> String {
 
 #[test]
 fn every_source_kind_loads_as_every_target_kind() -> Result<()> {
-    let folder = folder("kinds");
-    let path = folder.join("model.safetensors");
+    let folder = tempdir()?;
+    let path = folder.path().join("model.safetensors");
     let tensors = some_tensors();
     write_tensors(&path, &tensors)?;
-    let weights = Weights::open(&folder, "model")?;
+    let weights = Weights::open(folder.path(), "model")?;
     assert_eq!(weights.all()?, tensors);
     for kind in [Kind::Float, Kind::Half, Kind::BFloat16, Kind::Double] {
         let mut calls = Vec::new();
@@ -73,14 +67,13 @@ fn every_source_kind_loads_as_every_target_kind() -> Result<()> {
         }
         assert_eq!(calls, [(60, 88), (68, 88), (80, 88), (88, 88)]);
     }
-    fs::remove_dir_all(folder)?;
     Ok(())
 }
 
 #[test]
 fn data_that_is_not_aligned_is_read_all_the_same() -> Result<()> {
-    let folder = folder("unaligned");
-    let path = folder.join("model.safetensors");
+    let folder = tempdir()?;
+    let path = folder.path().join("model.safetensors");
     let values = [1.5f32, -2.25, 1e-30];
     let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     for padding in 0..4 {
@@ -89,14 +82,13 @@ fn data_that_is_not_aligned_is_read_all_the_same() -> Result<()> {
         let x = Weights::open_file(&path)?.tensor("x", Kind::Float, Device::Cpu)?;
         assert_eq!(Vec::<f32>::try_from(&x)?, values);
     }
-    fs::remove_dir_all(folder)?;
     Ok(())
 }
 
 #[test]
 fn disagreement_with_the_model_names_every_tensor() -> Result<()> {
-    let folder = folder("expected");
-    let path = folder.join("model.safetensors");
+    let folder = tempdir()?;
+    let path = folder.path().join("model.safetensors");
     write_tensors(&path, &some_tensors())?;
     let weights = Weights::open_file(&path)?;
     let mut expected = shapes(&weights);
@@ -115,7 +107,6 @@ fn disagreement_with_the_model_names_every_tensor() -> Result<()> {
     assert_eq!(calls, 0);
     let text = error(weights.tensor("other", Kind::Float, Device::Cpu));
     assert!(text.contains("tensor other is missing in"), "{text}");
-    fs::remove_dir_all(folder)?;
     Ok(())
 }
 
@@ -131,14 +122,15 @@ fn write_shards(folder: &Path, weight_map: &serde_json::Value) -> Result<()> {
 
 #[test]
 fn shards_are_read_as_one_and_must_agree_with_the_index() -> Result<()> {
-    let folder = folder("shards");
-    let text = error(Weights::open(&folder, STEM));
+    let folder = tempdir()?;
+    let folder = folder.path();
+    let text = error(Weights::open(folder, STEM));
     assert!(text.contains("neither") && text.contains("index.json"), "{text}");
 
     let (one, two) = ("one.safetensors", "two.safetensors");
     let good = json!({"a.weight": one, "b.weight": one, "c.weight": two, "step": two});
-    write_shards(&folder, &good)?;
-    assert_eq!(Weights::open(&folder, STEM)?.all()?, some_tensors());
+    write_shards(folder, &good)?;
+    assert_eq!(Weights::open(folder, STEM)?.all()?, some_tensors());
 
     let other = folder.join("elsewhere.safetensors");
     fs::copy(folder.join(two), &other)?;
@@ -157,18 +149,17 @@ fn shards_are_read_as_one_and_must_agree_with_the_index() -> Result<()> {
         (json!([]), "parsing"),
     ];
     for (weight_map, expected) in cases {
-        write_shards(&folder, &weight_map)?;
-        let text = error(Weights::open(&folder, STEM));
+        write_shards(folder, &weight_map)?;
+        let text = error(Weights::open(folder, STEM));
         assert!(text.contains(expected) && text.contains("index.json"), "{weight_map}: {text}");
     }
-    fs::remove_dir_all(folder)?;
     Ok(())
 }
 
 #[test]
 fn hostile_files_are_refused_with_one_error() -> Result<()> {
-    let folder = folder("hostile");
-    let path = folder.join("model.safetensors");
+    let folder = tempdir()?;
+    let path = folder.path().join("model.safetensors");
     let tensor = |dtype: &str, shape: serde_json::Value, offsets: [u64; 2]| json!({"dtype": dtype, "shape": shape, "data_offsets": offsets});
     let file = |header: serde_json::Value| file_of(&header.to_string(), &[0; 16]);
     let huge = u64::MAX;
@@ -246,9 +237,9 @@ fn hostile_files_are_refused_with_one_error() -> Result<()> {
 
 #[test]
 fn configs_of_strangers_are_checked() -> Result<()> {
-    let folder = folder("config");
-    fs::create_dir(folder.join("transformer"))?;
-    let path = folder.join("transformer/config.json");
+    let folder = tempdir()?;
+    fs::create_dir(folder.path().join("transformer"))?;
+    let path = folder.path().join("transformer/config.json");
     let class = "ZImageTransformer2DModel";
     let cases = [
         (json!({"_class_name": class, "dim": 1e15}).to_string(), "parsing"),
@@ -278,14 +269,13 @@ fn configs_of_strangers_are_checked() -> Result<()> {
     ];
     for (text, expected) in cases {
         fs::write(&path, &text)?;
-        let found = error(ZImageTransformer::load(&folder, Kind::Float, Device::Cpu));
+        let found = error(ZImageTransformer::load(folder.path(), Kind::Float, Device::Cpu));
         let start: String = text.chars().take(80).collect();
         assert!(found.contains(expected) && found.contains("config.json"), "{start}: {found}");
     }
     let plain = json!({"_class_name": class, "siglip_feat_dim": null, "something_new": [1]});
     fs::write(&path, plain.to_string())?;
     assert_eq!(Config::load(&path)?, Config::default());
-    fs::remove_dir_all(folder)?;
     Ok(())
 }
 
@@ -305,8 +295,8 @@ fn a_large_file_is_not_copied_twice() -> Result<()> {
     // Other tests of this file allocate a few megabytes at most meanwhile.
     const COUNT: i64 = 16;
     const BYTES: i64 = 64 << 20;
-    let folder = folder("large");
-    let path = folder.join("model.safetensors");
+    let folder = tempdir()?;
+    let path = folder.path().join("model.safetensors");
     let tensors: Parameters = (0..COUNT)
         .map(|i| {
             let options = (Kind::Float, Device::Cpu);
@@ -330,7 +320,6 @@ fn a_large_file_is_not_copied_twice() -> Result<()> {
         assert_eq!(bytes as i64, held);
         assert!(peak < held * 13 / 10, "{kind:?}: {peak} bytes for {held} of tensors");
     }
-    fs::remove_dir_all(folder)?;
     Ok(())
 }
 
@@ -344,8 +333,8 @@ proptest! {
         cut in prop::option::of(0usize..100_000),
         in_header in any::<bool>(),
     ) {
-        let folder = folder("damaged");
-        let path = folder.join("model.safetensors");
+        let folder = tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
         write_tensors(&path, &some_tensors()).unwrap();
         let whole = fs::read(&path).unwrap();
         let header = u64::from_le_bytes(*whole.first_chunk().unwrap()) as usize + 8;

@@ -2,10 +2,12 @@
 
     ./with-libtorch python3 benches/pytorch/compare.py [--only PATTERN] [--rounds N] [--json FILE]
 
-Needs Linux, cargo, and a Python with torch 2.13 and diffusers. Both sides are processes with one
-thread on the same libtorch. They take turns (A B A B ..), and what is compared is the CPU time of
-the processes, page faults included, so that a busy machine does little harm. Each work runs first
-once on both sides with the same random numbers, and must give the same losses and gradients.
+Needs Linux, cargo, and a Python (3.11 or later) with torch 2.13 and diffusers. Both sides are
+processes with one thread on the same libtorch and the settings of .cargo/config.toml, so that
+PyTorch too has the faster allocator of the crate's examples. They take turns (A B A B ..), and what
+is compared is the CPU time of the processes, page faults included, so that a busy machine does
+little harm. Each work runs first once on both sides with the same random numbers, and must give the
+same losses and gradients.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LATENTS = 16 * 128 * 128  # elements of one sample
@@ -200,6 +203,12 @@ def rate(name, amount, environment):
     return amount / best
 
 
+def settings():
+    """The environment that cargo gives to the crate's programs, but for libtorch's place."""
+    config = tomllib.loads((ROOT / ".cargo/config.toml").read_text())
+    return {name: value for name, value in config["env"].items() if isinstance(value, str)}
+
+
 def build():
     command = ["cargo", "bench", "--no-run", "--bench", "pytorch", "--message-format", "json"]
     lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -225,7 +234,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=0.4, help="length of a turn")
     parser.add_argument("--json", help="file for the results")
     arguments = parser.parse_args()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = os.environ | settings() | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     crate = build()
     if not libtorch(environment):
         print("note: the two sides run on different builds of libtorch")

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 
 use super::config::{Config, TIME_FEATURES};
-use super::layout::Sequence;
+use super::layout::{Sequence, first_rows};
 use super::lora::Role;
 use super::rope::rotate;
 
@@ -63,17 +63,36 @@ impl RmsNorm {
         Ok(Self { weight: parameter(parameters, &format!("{name}.weight"))?, eps })
     }
 
-    /// Same shape as `x`; the mean square is taken in float32.
+    /// Same shape as `x`; the mean square is taken in float32 or wider.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let width = self.weight.size();
-        match x.f_kind()? {
-            Kind::BFloat16 | Kind::Half => {
-                let normed =
-                    x.f_to_kind(Kind::Float)?.f_rms_norm(&width, None::<&Tensor>, self.eps)?;
-                Ok(normed.f_to_kind(x.f_kind()?)?.f_mul(&self.weight)?)
-            }
-            _ => Ok(x.f_rms_norm(&width, Some(&self.weight), self.eps)?),
+        self.forward_times(x, None)
+    }
+
+    /// [`Self::forward`], times `factor` if there is one.
+    fn forward_times(&self, x: &Tensor, factor: Option<&Tensor>) -> Result<Tensor> {
+        let kind = x.f_kind()?;
+        if !matches!(kind, Kind::BFloat16 | Kind::Half) {
+            return Ok(x.f_mul(&self.gain(x, factor)?)?);
         }
+        let width = self.weight.size();
+        let normed = x.f_to_kind(Kind::Float)?.f_rms_norm(&width, None::<&Tensor>, self.eps)?;
+        let scaled = normed.f_to_kind(kind)?.f_mul(&self.weight)?;
+        Ok(match factor {
+            None => scaled,
+            Some(factor) => scaled.f_mul(factor)?,
+        })
+    }
+
+    /// What `x` is multiplied by. With weight and factor joined before they meet the activations, passes
+    /// over these are fewest; libtorch's own function takes more on the CPU, where it has no kernel.
+    fn gain(&self, x: &Tensor, factor: Option<&Tensor>) -> Result<Tensor> {
+        let norm = x.f_norm_scalaropt_dim(2, [-1i64].as_slice(), true)?;
+        let mean_square = norm.f_square()?.f_div_scalar(self.weight.size()[0])?;
+        let inverse = mean_square.f_add_scalar(self.eps)?.f_rsqrt()?;
+        Ok(match factor {
+            None => inverse.f_mul(&self.weight)?,
+            Some(factor) => inverse.f_mul(&self.weight.f_mul(factor)?)?,
+        })
     }
 }
 
@@ -145,29 +164,40 @@ impl Attention {
         })
     }
 
-    /// `[B, S, D]` to `[B, S, D]`.
-    fn forward(&self, x: &Tensor, sequence: &Sequence, role: Role<'_>) -> Result<Tensor> {
+    /// `[B, S, D]` to `[B, rows, D]`: what the first `rows` tokens see in all of them.
+    fn forward(
+        &self,
+        x: &Tensor,
+        sequence: &Sequence,
+        rows: i64,
+        role: Role<'_>,
+    ) -> Result<Tensor> {
         let (batch, length, dim) = x.size3()?;
-        let split = [batch, length, self.heads, dim / self.heads];
-        let query = self.query_norm.forward(&self.query.forward(x, role)?.f_view(split)?)?;
-        let key = self.key_norm.forward(&self.key.forward(x, role)?.f_view(split)?)?;
-        let value = self.value.forward(x, role)?.f_view(split)?;
+        let split = |rows| [batch, rows, self.heads, dim / self.heads];
+        // Contiguous, or else libtorch's product would depend on whether a gradient is wanted.
+        let asking = first_rows(x, 1, rows)?.f_contiguous()?;
+        let query = self.query.forward(&asking, role)?.f_view(split(rows))?;
+        let key = self.key.forward(x, role)?.f_view(split(length))?;
+        let value = self.value.forward(x, role)?.f_view(split(length))?;
+        let rotary = &sequence.rotary;
+        let query_rotary = first_rows(rotary, rotary.dim() as i64 - 3, rows)?;
         let mixed = attend(
-            &rotate(&query, &sequence.rotary)?.f_transpose(1, 2)?,
-            &rotate(&key, &sequence.rotary)?.f_transpose(1, 2)?,
+            &rotate(&self.query_norm.forward(&query)?, &query_rotary)?.f_transpose(1, 2)?,
+            &rotate(&self.key_norm.forward(&key)?, rotary)?.f_transpose(1, 2)?,
             &value.f_transpose(1, 2)?,
             sequence.mask.as_ref(),
         )?;
-        self.out.forward(&mixed.f_transpose(1, 2)?.f_reshape([batch, length, dim])?, role)
+        self.out.forward(&mixed.f_transpose(1, 2)?.f_reshape([batch, rows, dim])?, role)
     }
 }
 
 /// `softmax(q k^T / sqrt(d)) v` for `[B, heads, S, d]`, over the keys where `mask` `[B, 1, 1, S]` is true.
 ///
-/// libtorch's fused kernel is left out for short sequences on the CPU, where its backward pass in
-/// bfloat16 takes three times as long as these products (and cannot be differentiated again).
+/// libtorch's fused kernel is left out for short sequences on the CPU, where its backward pass takes longer
+/// than these products, in bfloat16 three times (and cannot be differentiated again). That would be no reason
+/// where no gradient is asked for, but a pass with gradients is to give the same bits as one without.
 fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-    let (length, width) = (query.size()[2], query.size()[3]);
+    let (length, width) = (key.size()[2], query.size()[3]);
     if query.device() == Device::Cpu && length <= SHORT_SEQUENCE {
         let scale = 1.0 / (width as f64).sqrt();
         let mut scores = query.f_mul_scalar(scale)?.f_matmul(&key.f_transpose(2, 3)?)?;
@@ -228,7 +258,8 @@ impl Block {
         })
     }
 
-    /// `x` `[B, S, D]`, `time` `[B, E]` (ignored by blocks that are not modulated).
+    /// `x` `[B, S, D]` to `[B, rows, D]`, of the first `rows` tokens; `time` `[B, E]` (ignored by blocks that
+    /// are not modulated).
     ///
     /// # Errors
     /// If the shapes do not fit.
@@ -236,14 +267,15 @@ impl Block {
         &self,
         x: &Tensor,
         sequence: &Sequence,
+        rows: i64,
         time: Option<&Tensor>,
         role: Role<'_>,
     ) -> Result<Tensor> {
-        let attend = |x: &Tensor| self.attention.forward(x, sequence, role);
+        let attend = |x: &Tensor| self.attention.forward(x, sequence, rows, role);
         let feed = |x: &Tensor| self.feed_forward.forward(x, role);
         let Some(modulation) = &self.modulation else {
-            let x = residual(x, &self.attention_norms, None, attend)?;
-            return residual(&x, &self.feed_forward_norms, None, feed);
+            let x = residual(x, rows, &self.attention_norms, None, attend)?;
+            return residual(&x, rows, &self.feed_forward_norms, None, feed);
         };
         let time = time.context("a modulated block needs the time embedding")?;
         // Order: scale and gate of attention, scale and gate of the feed-forward; no shifts.
@@ -251,24 +283,20 @@ impl Block {
         let scale_gate = |i: usize| -> Result<(Tensor, Tensor)> {
             Ok((parts[i].f_add_scalar(1.0)?, parts[i + 1].f_tanh()?))
         };
-        let x = residual(x, &self.attention_norms, Some(scale_gate(0)?), attend)?;
-        residual(&x, &self.feed_forward_norms, Some(scale_gate(2)?), feed)
+        let x = residual(x, rows, &self.attention_norms, Some(scale_gate(0)?), attend)?;
+        residual(&x, rows, &self.feed_forward_norms, Some(scale_gate(2)?), feed)
     }
 }
 
-/// `x + gate * norm2(layer(norm1(x) * scale))`, scale and gate `[B, 1, D]`.
+/// `x + gate * norm2(layer(norm1(x) * scale))` of the first `rows` tokens, scale and gate `[B, 1, D]`.
 fn residual(
     x: &Tensor,
+    rows: i64,
     norms: &[RmsNorm; 2],
     scale_gate: Option<(Tensor, Tensor)>,
     layer: impl Fn(&Tensor) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    let input = norms[0].forward(x)?;
-    Ok(match scale_gate {
-        None => x.f_add(&norms[1].forward(&layer(&input)?)?)?,
-        Some((scale, gate)) => {
-            let output = norms[1].forward(&layer(&input.f_mul(&scale)?)?)?;
-            x.f_addcmul(&gate, &output)?
-        }
-    })
+    let (scale, gate) = scale_gate.as_ref().map(|(scale, gate)| (scale, gate)).unzip();
+    let output = layer(&norms[0].forward_times(x, scale)?)?;
+    Ok(first_rows(x, 1, rows)?.f_add(&norms[1].forward_times(&output, gate)?)?)
 }

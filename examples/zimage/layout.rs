@@ -85,6 +85,8 @@ pub struct Sequence {
     pub rotary: Tensor,
     /// True on an item's own tokens, `[B, 1, 1, S]`; none where all items are S tokens long.
     pub mask: Option<Tensor>,
+    /// Tokens, from the first, that are of use after the last block; all of them to begin with.
+    pub kept: i64,
 }
 
 impl Sequence {
@@ -95,7 +97,8 @@ impl Sequence {
     pub fn new(tables: &[Rc<RotaryTable>], part: fn(&RotaryTable) -> &Tensor) -> Result<Self> {
         ensure!(!tables.is_empty(), "a batch needs at least one item");
         if tables.iter().all(|table| Rc::ptr_eq(table, &tables[0])) {
-            return Ok(Self { rotary: part(&tables[0]).shallow_clone(), mask: None });
+            let rotary = part(&tables[0]).shallow_clone();
+            return Ok(Self { kept: rotary.size()[0], rotary, mask: None });
         }
         let rotary: Vec<Tensor> = tables.iter().map(|table| part(table).shallow_clone()).collect();
         let lengths: Vec<i64> = rotary.iter().map(|factors| factors.size()[0]).collect();
@@ -106,7 +109,12 @@ impl Sequence {
             let mask = own_tokens(&lengths, longest, rotary[0].device())?;
             Some(mask.f_view([-1, 1, 1, longest])?)
         };
-        Ok(Self { rotary: stack(&rotary, longest)?, mask })
+        Ok(Self { rotary: stack(&rotary, longest)?, mask, kept: longest })
+    }
+
+    /// The tokens, from the first, that block `index` of `count` has to give.
+    pub fn rows(&self, index: usize, count: usize) -> i64 {
+        if index + 1 == count { self.kept } else { self.rotary.size()[self.rotary.dim() - 3] }
     }
 
     /// Handles on the same tensors.
@@ -114,6 +122,7 @@ impl Sequence {
         Self {
             rotary: self.rotary.shallow_clone(),
             mask: self.mask.as_ref().map(Tensor::shallow_clone),
+            kept: self.kept,
         }
     }
 }
@@ -178,6 +187,18 @@ pub fn join(image: &Tensor, caption: &Tensor, lengths: &[(i64, i64)]) -> Result<
         })
         .collect::<Result<Vec<_>>>()?;
     stack_tokens(&rows)
+}
+
+/// The first `rows` of an axis.
+///
+/// # Errors
+/// If it has fewer.
+pub fn first_rows(x: &Tensor, axis: i64, rows: i64) -> Result<Tensor> {
+    // A view of the whole would cost a copy in the backward pass.
+    if x.size()[axis as usize] == rows {
+        return Ok(x.shallow_clone());
+    }
+    Ok(x.f_narrow(axis, 0, rows)?)
 }
 
 /// The largest of some lengths, 0 if there is none.

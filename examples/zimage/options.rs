@@ -108,9 +108,12 @@ pub struct Options {
     /// Decay of the moving average of the student's weights
     #[arg(long, help_heading = "Recipe")]
     pub ema: Option<f64>,
-    /// Rank of the adapters of student and fake score, alpha equal to it; 0 trains whole copies
+    /// Rank of the adapters of student and fake score; 0 trains whole copies
     #[arg(long, help_heading = "Recipe")]
     pub rank: Option<i64>,
+    /// Alpha of the adapters, whose updates are scaled by alpha / rank; the rank by default
+    #[arg(long, help_heading = "Recipe")]
+    pub alpha: Option<f64>,
     /// Linear layers to adapt, by the end of their name, with commas between
     #[arg(long, value_delimiter = ',', help_heading = "Recipe")]
     pub targets: Option<Vec<String>>,
@@ -254,12 +257,13 @@ impl Options {
         }
         match &mut recipe.adapter {
             Some(adapter) => {
+                set(&mut adapter.alpha, &self.alpha);
                 set(&mut adapter.targets, &self.targets);
                 set(&mut adapter.dropout, &self.dropout);
             }
             None => ensure!(
-                self.targets.is_none() && self.dropout.is_none(),
-                "--targets and --dropout are about adapters: give their --rank"
+                self.alpha.is_none() && self.targets.is_none() && self.dropout.is_none(),
+                "--alpha, --targets and --dropout are about adapters: give their --rank"
             ),
         }
         recipe.seed = self.seed;

@@ -254,15 +254,20 @@ impl<'a> Activations<'a> {
 
         // Inputs of the six norms in float32, their statistics and attention's; queries, keys, values and
         // output of attention; gate, its activation and the up-projection.
-        let norms = 6 * dim * wide + (4 + 3 * heads) * wide;
+        let norms = 6 * dim * wide + (8 + 5 * heads) * wide;
         let mut per_token = norms + (4 * dim + 3 * hidden) * width;
-        if full {
-            // Each norm before its weight.
+        if width >= SINGLE {
+            // What each norm multiplies its input by.
             per_token += 6 * dim * width;
-        }
-        if call.modulated && (self.time_moves() || is_adapted("adaLN_modulation.0")) {
-            // What scales and gates multiply.
-            per_token += 4 * dim * width;
+        } else {
+            if full {
+                // Each norm before its weight.
+                per_token += 6 * dim * width;
+            }
+            if call.modulated && (self.time_moves() || is_adapted("adaLN_modulation.0")) {
+                // What scales and gates multiply.
+                per_token += 4 * dim * width;
+            }
         }
 
         // The inputs of the linear layers; the output of attention is kept anyway. Each group shares one.

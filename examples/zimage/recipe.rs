@@ -121,6 +121,7 @@ impl Preset {
             "warmup",
             "ema",
             "adapter.rank",
+            "adapter.alpha",
             "checkpointing",
         ] {
             let pointer = format!("/{}", path.replace('.', "/"));

@@ -60,8 +60,9 @@ impl Tape {
         let _guard = tch::no_grad_guard();
         let mut inputs = Vec::with_capacity(blocks.len());
         let mut x = source.f_detach()?;
-        for block in blocks.iter() {
-            let output = block.forward(&x, sequence, time, role)?;
+        for (index, block) in blocks.iter().enumerate() {
+            let rows = sequence.rows(index, blocks.len());
+            let output = block.forward(&x, sequence, rows, time, role)?;
             if enabled {
                 inputs.push(x);
             }
@@ -120,7 +121,8 @@ impl Stack {
         for (index, block) in self.blocks.iter().enumerate().rev() {
             let Some(input) = self.inputs.pop() else { break };
             let input = input.f_set_requires_grad(index > 0 || self.source.requires_grad())?;
-            let output = block.forward(&input, &self.sequence, time, role)?;
+            let rows = self.sequence.rows(index, self.blocks.len());
+            let output = block.forward(&input, &self.sequence, rows, time, role)?;
             if output.requires_grad() {
                 backward(&output, Some(&gradient), false)?;
             }
@@ -138,8 +140,8 @@ impl Stack {
     }
 }
 
-/// Runs `blocks` one after the other on `x` `[B, S, D]`, on the role's tape if it has one. `sequence`
-/// and `time` as for [`Block::forward`].
+/// Runs `blocks` one after the other on `x` `[B, S, D]`, on the role's tape if it has one, and returns the
+/// tokens that `sequence` keeps. `time` as for [`Block::forward`].
 ///
 /// # Errors
 /// If the shapes do not fit.
@@ -153,7 +155,9 @@ pub(super) fn run_blocks(
     match role.tape() {
         // Without blocks there is nothing to keep, and the graph need not end.
         Some(tape) if !blocks.is_empty() => tape.run(blocks, &x, sequence, time, role),
-        _ => blocks.iter().try_fold(x, |x, block| block.forward(&x, sequence, time, role)),
+        _ => blocks.iter().enumerate().try_fold(x, |x, (index, block)| {
+            block.forward(&x, sequence, sequence.rows(index, blocks.len()), time, role)
+        }),
     }
 }
 

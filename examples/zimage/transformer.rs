@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 use super::blocks::{Block, Linear, Parameters, RmsNorm, TimeEmbedder, parameter};
 use super::config::Config;
 use super::layout::{
-    Grid, Sequence, fill_padding, join, longest, patchify, stack_tokens, unpatchify,
+    Grid, Sequence, fill_padding, first_rows, join, longest, patchify, stack_tokens, unpatchify,
 };
 use super::lora::Role;
 use super::rope::{RotaryCache, padded};
@@ -324,11 +324,11 @@ impl ZImageTransformer {
         let lengths: Vec<_> =
             items.iter().map(|(grid, length)| (padded(grid.tokens()), *length)).collect();
         let stream = join(&image, captions, &lengths)?;
-        let sequence = Sequence::new(&tables, |table| &table.unified)?;
+        // The tokens of padding and caption would be dropped after the final layer.
+        let kept = longest(&counts);
+        let sequence = Sequence { kept, ..Sequence::new(&tables, |table| &table.unified)? };
         let stream = run_blocks(&self.layers, stream, &sequence, Some(&time), role)?;
-
-        // The rows of padding and caption would be dropped after the final layer.
-        self.final_layer(&stream.f_narrow(1, 0, longest(&counts))?, &time, role)
+        self.final_layer(&first_rows(&stream, 1, kept)?, &time, role)
     }
 
     /// `[B, N, D]` to patches `[B, N, p * p * C]`.

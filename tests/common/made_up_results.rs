@@ -1,9 +1,9 @@
 //! Results of an experiment that was never run, for the tests of the report.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use anyhow::Result;
+use tempfile::{TempDir, tempdir};
 
 use crate::ablation::arm::{Arm, Tau};
 use crate::ablation::bench::{Measurement, Observation};
@@ -23,9 +23,8 @@ fn measurement(alignment: f64, variance: f64) -> Measurement {
 }
 
 /// Two arms with made-up runs: the second is better by 10 and by 12 points.
-pub fn made_up(folder: &str) -> Result<(PathBuf, Results)> {
-    let folder = std::env::temp_dir().join(format!("ablation-{}-{folder}", std::process::id()));
-    std::fs::create_dir_all(&folder)?;
+pub fn made_up() -> Result<(TempDir, Results)> {
+    let folder = tempdir()?;
     let one = Arm::new("one", 4).engine(Tau::Full);
     let two = one.clone().with(|arm| arm.name = "two".to_owned());
     for (arm, alignments) in [(&one, [0.5, 0.6]), (&two, [0.6, 0.72])] {
@@ -45,7 +44,7 @@ pub fn made_up(folder: &str) -> Result<(PathBuf, Results)> {
                 broken_after: None,
                 seconds: 1.0,
             };
-            write_json(&run_path(&folder, &arm.name, seed), &run)?;
+            write_json(&run_path(folder.path(), &arm.name, seed), &run)?;
         }
     }
     let reference = Reference {
@@ -55,13 +54,13 @@ pub fn made_up(folder: &str) -> Result<(PathBuf, Results)> {
         unguided: [(4, measurement(0.8, 1.0))].into(),
         real: measurement(1.0, 1.5),
     };
-    write_json(&reference_path(&folder), &reference)?;
+    write_json(&reference_path(folder.path()), &reference)?;
     let experiment = || Experiment { name: "pair", seeds: 3, arms: vec![one.clone(), two.clone()] };
-    let results = Results::load(&folder, vec![experiment()])?;
+    let results = Results::load(folder.path(), vec![experiment()])?;
 
     // Files of other settings are not mixed in.
     let other = Experiment { arms: vec![one.clone().with(|arm| arm.batch = 99)], ..experiment() };
-    let error = Results::load(&folder, vec![other]).unwrap_err().to_string();
+    let error = Results::load(folder.path(), vec![other]).unwrap_err().to_string();
     assert!(error.contains("one-seed0.json was made with other settings"), "{error}");
     Ok((folder, results))
 }

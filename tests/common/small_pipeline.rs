@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Parser as _;
+use tempfile::{TempDir, tempdir};
 
 use crate::zimage::options::Options;
 
@@ -22,31 +23,30 @@ const PARTS: [(&str, &str); 5] = [
 /// Pixels to a side of the reference's pictures.
 pub const SIDE: i64 = 24;
 
-/// A folder of its own for one test, removed in the end.
-pub struct Workplace(pub PathBuf);
+/// A folder of its own for one test.
+pub struct Workplace(pub TempDir);
 
 impl Workplace {
-    pub fn new(name: &str) -> Result<Self> {
-        let folder = std::env::temp_dir().join(format!("pipeline-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&folder);
+    pub fn new() -> Result<Self> {
+        let place = Self(tempdir()?);
         for (part, source) in PARTS {
-            copy(&Path::new("tests/reference").join(source), &folder.join("model").join(part))?;
+            copy(&Path::new("tests/reference").join(source), &place.model().join(part))?;
         }
-        fs::write(folder.join("prompts.txt"), "A red fox\nA cat\n")?;
-        Ok(Self(folder))
+        fs::write(place.0.path().join("prompts.txt"), "A red fox\nA cat\n")?;
+        Ok(place)
     }
 
     pub fn model(&self) -> PathBuf {
-        self.0.join("model")
+        self.0.path().join("model")
     }
 
     pub fn out(&self) -> PathBuf {
-        self.0.join("out")
+        self.0.path().join("out")
     }
 
     /// What `zimage_8step` would be told on the command line.
     pub fn arguments(&self, more: &[&str]) -> Vec<String> {
-        let folder = |name: &str| self.0.join(name).display().to_string();
+        let folder = |name: &str| self.0.path().join(name).display().to_string();
         let mut arguments = vec!["zimage_8step".to_owned()];
         for (option, value) in [("--checkpoint", folder("model")), ("--out", folder("out"))] {
             arguments.extend([option.to_owned(), value]);
@@ -60,12 +60,6 @@ impl Workplace {
 
     pub fn options(&self, more: &[&str]) -> Result<Options> {
         Ok(Options::try_parse_from(self.arguments(more))?)
-    }
-}
-
-impl Drop for Workplace {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
