@@ -178,9 +178,9 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
             Estimator::Unbiased => (m * (m - 1.0), n * (n - 1.0), self.kernel.at_zero()),
             Estimator::Biased => (m * m, n * n, 0.0),
         };
-        let (own_sum, own_slope) = self.pairs(x, x, &unit)?;
-        let (real_sum, _) = self.pairs(y, y, &unit)?;
-        let (cross_sum, cross_slope) = self.pairs(x, y, &unit)?;
+        let (own_sum, own_slope) = self.pairs(x, x, &unit, true)?;
+        let (real_sum, _) = self.pairs(y, y, &unit, false)?;
+        let (cross_sum, cross_slope) = self.pairs(x, y, &unit, true)?;
         let mean = |sum: Tensor, diagonal: f64, pairs: f64| {
             sum.f_sub_scalar(diagonal)?.f_mul_scalar(1.0 / pairs)
         };
@@ -194,21 +194,29 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
     }
 
     /// The sum of k over all pairs of a row of x and a row of y, in float64, and its gradient in the
-    /// rows of x.
+    /// rows of x if `is_sloped`, else an empty tensor.
     ///
     /// Distances are those of explicit differences: |x|^2 + |y|^2 - 2 xy would lose close pairs to
     /// rounding.
-    fn pairs(&self, x: &Tensor, y: &Tensor, unit: &Tensor) -> Result<(Tensor, Tensor)> {
+    fn pairs(
+        &self,
+        x: &Tensor,
+        y: &Tensor,
+        unit: &Tensor,
+        is_sloped: bool,
+    ) -> Result<(Tensor, Tensor)> {
         let rows = BLOCK.checked_div(batch_size(y)).unwrap_or(1).max(1);
         let mut sum = Tensor::f_zeros([0i64; 0], (Kind::Double, x.device()))?;
-        let mut slopes = Vec::new();
+        let mut slopes = vec![x.f_narrow(0, 0, 0)?];
         for block in x.f_split(rows, 0)? {
             let distance = Tensor::f_cdist(&block, y, 2.0, EXPLICIT_DIFFERENCES)?;
             let (value, mut slope) = self.kernel.evaluate(&distance.f_square()?, unit)?;
             sum = sum.f_add(&value.f_sum(Kind::Double)?)?;
-            // d k(d^2) / dd = 2 d k'; where d = 0 its gradient in x is taken as 0.
-            let slope = slope.f_mul_(&distance)?.f_mul_scalar_(2.0)?;
-            slopes.push(Tensor::f_internal_cdist_backward(&slope, &block, y, 2.0, &distance)?);
+            if is_sloped {
+                // d k(d^2) / dd = 2 d k'; where d = 0 its gradient in x is taken as 0.
+                let slope = slope.f_mul_(&distance)?.f_mul_scalar_(2.0)?;
+                slopes.push(Tensor::f_internal_cdist_backward(&slope, &block, y, 2.0, &distance)?);
+            }
         }
         Ok((sum, Tensor::f_cat(&slopes, 0)?))
     }

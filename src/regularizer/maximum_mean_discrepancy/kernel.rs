@@ -132,25 +132,17 @@ impl Kernel {
 
     /// k and its derivative in d^2, at squared distances.
     pub(super) fn evaluate(&self, squared: &Tensor, unit: &Tensor) -> Result<(Tensor, Tensor)> {
-        let mixture = |scales: &[f64], part: &dyn Fn(&Tensor) -> Result<(Tensor, Tensor)>| {
-            let (mut value, mut slope) = (squared.f_zeros_like()?, squared.f_zeros_like()?);
-            for &scale in scales {
-                let (v, s) = part(&unit.f_mul_scalar(scale)?)?;
-                (value, slope) = (value.f_add(&v)?, slope.f_add(&s)?);
-            }
-            let share = 1.0 / scales.len() as f64;
-            Ok((value.f_mul_scalar(share)?, slope.f_mul_scalar(share)?))
-        };
         match self {
-            Self::Gaussian { scales, .. } => mixture(scales, &|width| {
-                let value = squared.f_div(width)?.f_neg()?.f_exp()?;
-                let slope = value.f_div(width)?.f_neg()?;
-                Ok((value, slope))
+            Self::Gaussian { scales, .. } => mixture(squared, unit, scales, |width| {
+                let mut exponent = squared.f_mul(&width.f_reciprocal()?.f_neg()?)?;
+                let value = exponent.f_exp_()?;
+                let fall = value.f_div(width)?;
+                Ok((value, fall))
             }),
-            Self::InverseMultiquadric { scales, .. } => mixture(scales, &|width| {
-                let value = squared.f_add(width)?.f_reciprocal()?.f_mul(width)?;
-                let slope = value.f_square()?.f_div(width)?.f_neg()?;
-                Ok((value, slope))
+            Self::InverseMultiquadric { scales, .. } => mixture(squared, unit, scales, |width| {
+                let value = squared.f_add(width)?.f_reciprocal_()?.f_mul_(width)?;
+                let fall = value.f_square()?.f_div_(width)?;
+                Ok((value, fall))
             }),
             Self::Energy => {
                 let distance = squared.f_sqrt()?;
@@ -160,4 +152,21 @@ impl Kernel {
             }
         }
     }
+}
+
+/// The mean over scales of a kernel and of its derivative, of which `part` gives the value and the fall, the
+/// derivative's negative, at one width.
+fn mixture(
+    squared: &Tensor,
+    unit: &Tensor,
+    scales: &[f64],
+    part: impl Fn(&Tensor) -> Result<(Tensor, Tensor)>,
+) -> Result<(Tensor, Tensor)> {
+    let (mut value, mut slope) = (squared.f_zeros_like()?, squared.f_zeros_like()?);
+    for &scale in scales {
+        let (own, fall) = part(&unit.f_mul_scalar(scale)?)?;
+        (value, slope) = (value.f_add_(&own)?, slope.f_sub_(&fall)?);
+    }
+    let share = 1.0 / scales.len() as f64;
+    Ok((value.f_mul_scalar_(share)?, slope.f_mul_scalar_(share)?))
 }
