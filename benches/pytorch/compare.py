@@ -83,7 +83,7 @@ def works(large):
         yield Work(f"transformer {teacher} 24 32 3 {run_pass}", flops=factor * flops(config, 24, 64, 32))
         yield Work(f"transformer {large} 1 64 32 {run_pass}", flops=factor * flops(LARGE, 1, 1024, 32))
     yield Work("adamw 200", variants=("fused", "foreach"))
-    yield Work("training_step", variants=(str(ROOT / "assets"),))
+    yield Work("training_step 24 8", variants=(str(ROOT / "assets"),))
 
 
 def flops(config, batch, image, caption):
@@ -95,13 +95,13 @@ def flops(config, batch, image, caption):
     return batch * (config["n_layers"] * block(image + caption) + refiners)
 
 
-def make_large_model(folder):
-    """A model of width 512, written by diffusers."""
+def make_model(folder, config):
+    """A random model, written by diffusers."""
     script = f"""
 import torch
 from diffusers import ZImageTransformer2DModel
 torch.manual_seed(0)
-model = ZImageTransformer2DModel(**{LARGE!r})
+model = ZImageTransformer2DModel(**{config!r})
 for parameter in (model.x_pad_token, model.cap_pad_token):
     torch.nn.init.normal_(parameter, std=0.02)
 model.save_pretrained({str(folder / "transformer")!r})
@@ -248,7 +248,7 @@ def main():
         folder = pathlib.Path(folder)
         chosen = [w for w in works(folder) if fnmatch.fnmatch(short(w.name, folder), arguments.only)]
         if any(str(folder) in work.name for work in chosen):
-            make_large_model(folder)
+            make_model(folder, LARGE)
         for work in chosen:
             floor = (work.bytes or 0) / bandwidth + (work.flops or 0) / products
             for row in compare(work, crate, environment, arguments.rounds, arguments.seconds):

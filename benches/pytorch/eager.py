@@ -249,12 +249,12 @@ def adamw(tensors, variant):
     return run
 
 
-def training_step(assets):
-    """The default run's update: 8-step rollout, student, five times the fake score, moving average.
+def training_step(batch, steps, assets):
+    """The default run's update: a rollout, student, five times the fake score, moving average.
 
     The model takes raw captions, so its caption side runs with every call.
     """
-    batch, steps, shift, guidance = 24, 8, 3.0, 3.0
+    batch, steps, shift, guidance = int(batch), int(steps), 3.0, 3.0
     teacher, student, fake_score, average = (load(f"{assets}/teacher") for _ in range(4))
     for frozen in (teacher, average):
         frozen.requires_grad_(False)

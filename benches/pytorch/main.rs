@@ -65,7 +65,7 @@ fn find(name: &[&str]) -> Result<Work> {
             pass == "train",
         ),
         ["adamw", tensors] => networks::adamw(tensors.parse()?),
-        ["training_step"] => networks::training_step(),
+        ["training_step", batch, steps] => networks::training_step(batch.parse()?, steps.parse()?),
         _ => bail!("unknown work {name:?}"),
     }
 }

@@ -14,7 +14,7 @@ use super::zimage::lora::Role;
 use super::zimage::optimizer::{AdamW, AdamWSettings};
 use super::zimage::pipeline::Pipeline;
 use super::zimage::prompts::Prompts;
-use super::zimage::recipe::Preset;
+use super::zimage::recipe::{Preset, Recipe};
 
 const OPTIONS: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -69,8 +69,9 @@ pub fn adamw(tensors: usize) -> Result<Work> {
     }))
 }
 
-/// An update of the student with the rollout and the updates of the fake score that go with it.
-pub fn training_step() -> Result<Work> {
+/// An update of the student with the rollout and the updates of the fake score that go with it; the
+/// recipe is the default but for the batch and the student's steps.
+pub fn training_step(batch: usize, steps: usize) -> Result<Work> {
     let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets");
     let Pipeline { transformer, shift } =
         Pipeline::load(&assets.join("teacher"), Kind::Float, Device::Cpu)?;
@@ -81,7 +82,7 @@ pub fn training_step() -> Result<Work> {
     let prompts = Prompts::encode(teacher, &data.vocabulary, captions)?;
     let prompts: &'static _ = Box::leak(Box::new(prompts));
     let (_, channels, height, width) = data.images.size4()?;
-    let recipe = Preset::Embedded.recipe(Shift::new(shift.get())?)?;
+    let recipe = Recipe { batch, steps, ..Preset::Embedded.recipe(Shift::new(shift.get())?)? };
     let size = [channels, height, width];
     let indices = data.indices(false);
     let mut distillation = Distillation::new(recipe, teacher, prompts, &indices, size, None)?;

@@ -1,4 +1,4 @@
-//! Curves over the updates, spectra, and what observers saw, as SVG.
+//! Curves over the updates, spectra, and what observers saw, as SVG and as PNG.
 
 use std::path::Path;
 
@@ -9,13 +9,14 @@ use plotters::prelude::*;
 use super::experiments::Experiment;
 use super::record::{Point, RunRecord};
 use super::results::Results;
+use crate::zimage::report::{FONT, register_font};
 
 /// Size of one entry of the legend.
 const LEGEND_WIDTH: u32 = 190;
 const LEGEND_HEIGHT: u32 = 20;
 
 type Curve = Vec<(f64, f64)>;
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+type Area<B> = DrawingArea<B, Shift>;
 type Drawn = Result<(), Box<dyn std::error::Error>>;
 
 /// Curves under one name: a thin one a seed, a bold one for their mean.
@@ -158,39 +159,65 @@ impl Bundle {
     }
 }
 
+/// Writes `path` with the endings `svg` and `png`.
 fn write(path: &Path, panels: &[Panel], columns: usize) -> Result<()> {
     let folder = path.parent().context("a plot needs a folder")?;
     std::fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
-    draw(path, panels, columns).map_err(|error| anyhow!("drawing {}: {error}", path.display()))
-}
-
-fn draw(path: &Path, panels: &[Panel], columns: usize) -> Drawn {
-    let rows = panels.len().div_ceil(columns);
+    let rows = panels.len().div_ceil(columns) as u32;
     let names: Vec<&str> =
         panels.first().map_or(&[][..], |panel| &panel.bundles).iter().map(Bundle::name).collect();
     let width = 460 * columns as u32;
     let legend_rows = (names.len() as u32).div_ceil(width / LEGEND_WIDTH);
-    let legend_height = LEGEND_HEIGHT * legend_rows + 8;
-    let root =
-        SVGBackend::new(path, (width, 320 * rows as u32 + legend_height)).into_drawing_area();
+    let size = (width, 320 * rows + LEGEND_HEIGHT * legend_rows + 8);
+    let both = || -> Drawn {
+        register_font()?;
+        let svg = path.with_extension("svg");
+        let svg = SVGBackend::new(&svg, size).into_drawing_area();
+        draw(&svg, panels, (rows, columns), &names)?;
+        let mut pixels = vec![0; 3 * (size.0 * size.1) as usize];
+        let png = BitMapBackend::with_buffer(&mut pixels, size).into_drawing_area();
+        draw(&png, panels, (rows, columns), &names)?;
+        drop(png);
+        image::save_buffer(
+            path.with_extension("png"),
+            &pixels,
+            size.0,
+            size.1,
+            image::ColorType::Rgb8,
+        )?;
+        Ok(())
+    };
+    both().map_err(|error| anyhow!("drawing {}: {error}", path.display()))
+}
+
+fn draw<B: DrawingBackend<ErrorType: 'static>>(
+    root: &Area<B>,
+    panels: &[Panel],
+    (rows, columns): (u32, usize),
+    names: &[&str],
+) -> Drawn {
     root.fill(&WHITE)?;
-    let (above, legend) = root.split_vertically(320 * rows as u32);
-    for (area, panel) in above.split_evenly((rows, columns)).iter().zip(panels) {
+    let (above, legend) = root.split_vertically(320 * rows);
+    for (area, panel) in above.split_evenly((rows as usize, columns)).iter().zip(panels) {
         draw_panel(area, panel)?;
     }
-    draw_legend(&legend, &names, width)?;
+    draw_legend(&legend, names, 460 * columns as u32)?;
     root.present()?;
     Ok(())
 }
 
 /// One legend for all diagrams, below them, where it hides no curve.
-fn draw_legend(area: &Area<'_>, names: &[&str], width: u32) -> Drawn {
+fn draw_legend<B: DrawingBackend<ErrorType: 'static>>(
+    area: &Area<B>,
+    names: &[&str],
+    width: u32,
+) -> Drawn {
     let across = (width / LEGEND_WIDTH) as usize;
     for (index, name) in names.iter().enumerate() {
         let x = 20 + (index % across) as i32 * LEGEND_WIDTH as i32;
         let y = (index / across) as i32 * LEGEND_HEIGHT as i32 + 8;
         area.draw(&PathElement::new([(x, y), (x + 20, y)], color(index).stroke_width(3)))?;
-        area.draw(&Text::new((*name).to_owned(), (x + 26, y - 7), ("sans-serif", 13)))?;
+        area.draw(&Text::new((*name).to_owned(), (x + 26, y - 7), (FONT, 13)))?;
     }
     Ok(())
 }
@@ -211,7 +238,7 @@ fn color(index: usize) -> RGBColor {
     RGBColor(red, green, blue)
 }
 
-fn draw_panel(area: &Area<'_>, panel: &Panel) -> Drawn {
+fn draw_panel<B: DrawingBackend<ErrorType: 'static>>(area: &Area<B>, panel: &Panel) -> Drawn {
     let points = || panel.bundles.iter().flat_map(|bundle| &bundle.curves).flatten();
     let last = points().map(|(x, _)| *x).fold(1.0, f64::max);
     let low = points().map(|(_, y)| *y).fold(f64::INFINITY, f64::min);
@@ -221,7 +248,7 @@ fn draw_panel(area: &Area<'_>, panel: &Panel) -> Drawn {
     }
     let margin = (0.05 * (high - low)).max(1e-3);
     let mut chart = ChartBuilder::on(area)
-        .caption(panel.title, ("sans-serif", 16))
+        .caption(panel.title, (FONT, 16))
         .margin(10)
         .x_label_area_size(32)
         .y_label_area_size(52)

@@ -73,6 +73,20 @@ pub fn table(rows: &[Row]) -> String {
     text
 }
 
+/// The name of the letters in plots: brought along for PNG files and to measure texts, the reader's in SVG
+/// files.
+pub const FONT: &str = "sans-serif";
+
+/// Tells the plotting library the letters of [`FONT`].
+///
+/// # Errors
+/// If they are no font.
+pub fn register_font() -> Result<()> {
+    let letters = epaint_default_fonts::UBUNTU_LIGHT;
+    plotters::style::register_font(FONT, FontStyle::Normal, letters)
+        .map_err(|_| anyhow!("the letters of the plots are no font"))
+}
+
 /// Draws panels over the updates of the student, one curve a name.
 ///
 /// # Errors
@@ -84,6 +98,7 @@ pub fn write_curves(path: &Path, history: &[(u64, Record)]) -> Result<()> {
         ("Gap of the two, and DM over CA", &["dm_rel_gap", "dm_to_ca"]),
         ("Variance drift against the data", &["variance_drift"]),
     ];
+    register_font()?;
     draw(path, history, &PANELS).map_err(|error| anyhow!("drawing {}: {error}", path.display()))
 }
 
@@ -106,7 +121,7 @@ fn draw(
         }
         let margin = (0.05 * (high - low)).max(1e-3);
         let mut chart = ChartBuilder::on(area)
-            .caption(title, ("sans-serif", 18))
+            .caption(title, (FONT, 18))
             .margin(12)
             .x_label_area_size(32)
             .y_label_area_size(56)
