@@ -14,9 +14,9 @@ const SAMPLE: [i64; 3] = [16, 128, 128];
 const STUDENT_TIME: f64 = 0.25;
 const GUIDANCE: f64 = 4.0;
 
-fn latents(batch: i64, kind: Kind) -> Result<Tensor> {
+fn latents(batch: i64, options: (Kind, Device)) -> Result<Tensor> {
     let [channels, height, width] = SAMPLE;
-    Ok(Tensor::f_randn([batch, channels, height, width], (kind, Device::Cpu))?)
+    Ok(Tensor::f_randn([batch, channels, height, width], options)?)
 }
 
 fn leaf(tensor: Tensor) -> Result<Tensor> {
@@ -41,36 +41,51 @@ fn ready_as(answer: &Tensor) -> Denoiser<'static> {
     )
 }
 
-/// CFG Augmentation and Distribution Matching, loss and gradient. With `drawn`, times and noise are
-/// drawn each time, otherwise they are ready.
-pub fn objective(schedule: &str, kind: Kind, batch: i64, drawn: bool) -> Result<Work> {
+/// What times and noise of an objective are, and whether it is observed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Draws {
+    /// The same each time.
+    Given,
+    Drawn,
+    /// Drawn, with diagnostics.
+    Observed,
+}
+
+/// CFG Augmentation and Distribution Matching, loss and gradient.
+pub fn objective(
+    schedule: &str,
+    batch: i64,
+    draws: Draws,
+    options: (Kind, Device),
+) -> Result<Work> {
     let name = serde_json::Value::from(schedule);
     let schedule: Schedule = serde_json::from_value(name).context("name of the schedule")?;
     let guidance = Guidance::new(GUIDANCE)?;
+    let float = (Kind::Float, options.1);
     tch::manual_seed(0);
-    let x = leaf(latents(batch, kind)?)?;
-    let cond = Condition::from(latents(batch, kind)?);
-    let null = Condition::from(latents(batch, kind)?);
-    let fake = latents(batch, kind)?;
-    let time = PreShift::all(STUDENT_TIME, batch, (Kind::Float, Device::Cpu))?;
+    let x = leaf(latents(batch, options)?)?;
+    let cond = Condition::from(latents(batch, options)?);
+    let null = Condition::from(latents(batch, options)?);
+    let fake = latents(batch, options)?;
+    let time = PreShift::all(STUDENT_TIME, batch, float)?;
     let groups = if schedule == Schedule::CoupledShared { 1 } else { 2 };
-    let draws = (0..groups)
-        .map(|_| {
-            let u = Tensor::f_rand([batch], (Kind::Float, Device::Cpu))?;
-            Ok(Draw { u, noise: latents(batch, kind)? })
-        })
+    let given = (0..groups)
+        .map(|_| Ok(Draw { u: Tensor::f_rand([batch], float)?, noise: latents(batch, options)? }))
         .collect::<Result<Vec<_>>>()?;
     Ok(Box::new(move || {
         let dm = DistributionMatching::new(ready_as(&fake), Shift::NONE);
-        let objective = schedule.objective(ready(), guidance, &dm, Shift::NONE);
+        let mut objective = schedule.objective(ready(), guidance, &dm, Shift::NONE);
+        if draws == Draws::Observed {
+            objective = objective.observed();
+        }
         let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
-        let loss = if drawn {
-            tch::manual_seed(1);
-            objective.evaluate(&batch)?.loss
-        } else {
+        let loss = if draws == Draws::Given {
             let draw =
                 |draw: &Draw| Draw { u: draw.u.shallow_clone(), noise: draw.noise.shallow_clone() };
-            objective.evaluate_at(&batch, draws.iter().map(draw).collect())?.loss
+            objective.evaluate_at(&batch, given.iter().map(draw).collect())?.loss
+        } else {
+            tch::manual_seed(1);
+            objective.evaluate(&batch)?.loss
         };
         let gradient = gradient(&loss, &x)?;
         Ok(vec![loss, gradient])
@@ -78,13 +93,13 @@ pub fn objective(schedule: &str, kind: Kind, batch: i64, drawn: bool) -> Result<
 }
 
 /// Eq. 7 with the paper's numbers for SDXL, loss and gradient.
-pub fn mean_variance(kind: Kind, batch: i64) -> Result<Work> {
+pub fn mean_variance(batch: i64, options: (Kind, Device)) -> Result<Work> {
     tch::manual_seed(0);
-    let x = leaf(latents(batch, kind)?)?;
-    let noise = latents(batch, kind)?;
+    let x = leaf(latents(batch, options)?)?;
+    let noise = latents(batch, options)?;
     let term = MeanVariance::per_sample(0.075, 0.81)?;
     let (teacher, cond) = (ready(), Condition::none());
-    let time = PostShift::all(0.5, batch, (Kind::Float, Device::Cpu))?.tensor().shallow_clone();
+    let time = PostShift::all(0.5, batch, (Kind::Float, options.1))?.tensor().shallow_clone();
     // Where this term shares a probe with others, the probe costs it nothing.
     let owned = Box::leak(Box::new((x.shallow_clone(), teacher, cond)));
     let batch = Box::leak(Box::new(Batch::new(&owned.0, &owned.2)?));
@@ -97,9 +112,9 @@ pub fn mean_variance(kind: Kind, batch: i64) -> Result<Work> {
 }
 
 /// DAN's discrepancy: five radial basis functions, biased estimate, mean distance as the unit.
-pub fn mmd(points: i64, width: i64) -> Result<Work> {
+pub fn mmd(points: i64, width: i64, device: Device) -> Result<Work> {
     tch::manual_seed(0);
-    let draw = || Tensor::f_randn([points, width], (Kind::Float, Device::Cpu));
+    let draw = || Tensor::f_randn([points, width], (Kind::Float, device));
     let x = leaf(draw()?)?;
     let real = draw()?.f_add_scalar(0.5)?;
     let kernel =
@@ -114,12 +129,12 @@ pub fn mmd(points: i64, width: i64) -> Result<Work> {
 
 /// Non-saturating losses with a small convolutional critic: `generator` with the gradient in x, or
 /// `critic` with that in the critic's weights.
-pub fn gan(part: &str, batch: i64) -> Result<Work> {
+pub fn gan(part: &str, batch: i64, device: Device) -> Result<Work> {
+    let options = (Kind::Float, device);
     tch::manual_seed(0);
-    let x = leaf(latents(batch, Kind::Float)?)?;
-    let real = latents(batch, Kind::Float)?;
-    let noise = latents(batch, Kind::Float)?;
-    let options = (Kind::Float, Device::Cpu);
+    let x = leaf(latents(batch, options)?)?;
+    let real = latents(batch, options)?;
+    let noise = latents(batch, options)?;
     let first = leaf(Tensor::f_randn([32, 16, 4, 4], options)?.f_mul_scalar(0.06)?)?;
     let second = leaf(Tensor::f_randn([1, 32, 1, 1], options)?.f_mul_scalar(0.2)?)?;
     let weights = [first.shallow_clone(), second.shallow_clone()];
@@ -152,12 +167,12 @@ pub fn gan(part: &str, batch: i64) -> Result<Work> {
 }
 
 /// The denoising loss of the fake score, with the gradient in what the network answers.
-pub fn fake(kind: Kind, batch: i64) -> Result<Work> {
+pub fn fake(batch: i64, options: (Kind, Device)) -> Result<Work> {
     tch::manual_seed(0);
-    let x = latents(batch, kind)?;
-    let noise = latents(batch, kind)?;
-    let answer = leaf(latents(batch, kind)?)?;
-    let time = Tensor::f_full([batch], 0.5, (Kind::Float, Device::Cpu))?;
+    let x = latents(batch, options)?;
+    let noise = latents(batch, options)?;
+    let answer = leaf(latents(batch, options)?)?;
+    let time = Tensor::f_full([batch], 0.5, (Kind::Float, options.1))?;
     let cond = Condition::none();
     Ok(Box::new(move || {
         let dm = DistributionMatching::new(ready_as(&answer), Shift::NONE);
