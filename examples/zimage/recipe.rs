@@ -149,13 +149,13 @@ pub fn embedded_optimizer(learning_rate: f64) -> AdamWSettings {
 fn embedded(shift: Shift) -> Result<Recipe> {
     Ok(Recipe {
         schedule: Schedule::DecoupledHybrid,
-        guidance: Guidance::new(4.5)?,
+        guidance: Guidance::new(6.0)?,
         steps: 8,
         transition: Transition::Euler,
         shift,
         // With that of the grid, samples become as faint as those of the unguided teacher.
-        dm_shift: Shift::NONE,
-        updates: 150,
+        dm_shift: Shift::new(0.5)?,
+        updates: 300,
         fake_updates: 5,
         fake_warmup: 20,
         batch: 24,
