@@ -21,7 +21,7 @@ use ablation::arm::Arm;
 use ablation::bench::Bench;
 use ablation::experiments::{self, Experiment};
 use ablation::report;
-use ablation::results::Results;
+use ablation::results::{MOST_SEEDS, Results};
 use ablation::run::{run, write_reference};
 use ablation::training::Material;
 use anyhow::{Context, Result, ensure};
@@ -110,9 +110,18 @@ fn chosen(options: &Options) -> Result<Vec<Experiment>> {
 
 fn work(options: &Options) -> Result<()> {
     ensure!(options.threads > 0, "--threads must be at least 1");
+    ensure!(
+        options.seeds.is_none_or(|seeds| seeds <= MOST_SEEDS),
+        "--seeds must be at most {MOST_SEEDS}"
+    );
     tch::set_num_threads(options.threads);
     let experiments = chosen(options)?;
-    let default = if options.quick { "runs/ablation-quick" } else { "docs/reproduction" };
+    // What hyper-parameters are chosen by is not what is reported.
+    let default = match (options.quick, options.selection) {
+        (true, _) => "runs/ablation-quick",
+        (false, true) => "runs/ablation-selection",
+        (false, false) => "docs/reproduction",
+    };
     let out = options.out.clone().unwrap_or_else(|| default.into());
     let results = out.join("results");
     let document = out.with_extension("md");

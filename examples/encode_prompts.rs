@@ -1,4 +1,6 @@
-//! Encodes prompts with the text encoder of a Z-Image model, once, so that training needs no encoder.
+//! Encodes prompts with the text encoder of a Z-Image model, once, on another machine for instance:
+//! `zimage_8step --features` then runs no encoder for them, though it looks at its files to tell whether
+//! the features are those of this model.
 //!
 //! ```sh
 //! cargo run --release --example encode_prompts -- --model Z-Image --prompts prompts.txt --out features
@@ -14,7 +16,7 @@ use anyhow::Result;
 use clap::Parser;
 use tch::Kind;
 use zimage::features::{FeatureCache, read_prompts};
-use zimage::options::{DeviceChoice, parse_device};
+use zimage::options::{DeviceChoice, parse_device, set_threads};
 
 /// Encodes prompts with the text encoder of a Z-Image model.
 #[derive(Parser)]
@@ -35,10 +37,14 @@ struct Arguments {
     /// Compute in float32 instead of bfloat16
     #[arg(long)]
     float32: bool,
+    /// CPU threads of libtorch; all cores by default
+    #[arg(long)]
+    threads: Option<i32>,
 }
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
+    set_threads(arguments.threads)?;
     let device = arguments.device.resolve()?;
     let kind = if arguments.float32 { Kind::Float } else { Kind::BFloat16 };
     let prompts = read_prompts(&arguments.prompts)?;

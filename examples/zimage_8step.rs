@@ -3,7 +3,7 @@
 //! (docs/zimage.md).
 //!
 //! ```sh
-//! ./with-libtorch cargo run --release --example zimage_8step                  # about ten minutes
+//! ./with-libtorch cargo run --release --example zimage_8step                  # less than ten minutes
 //! cargo run --release --example zimage_8step -- --sample "google cat" --steps 8
 //! ```
 
@@ -12,8 +12,7 @@ mod zimage;
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
-use tch::Device;
-use zimage::options::Options;
+use zimage::options::{Options, set_threads};
 use zimage::{embedded, released};
 
 fn main() -> ExitCode {
@@ -29,15 +28,11 @@ fn main() -> ExitCode {
 fn run(options: &Options) -> Result<ExitCode> {
     ensure!(options.count > 0, "--count must be at least 1");
     let is_released = released::is_released(&options.checkpoint);
-    ensure!(
-        is_released || options.prompt_file.is_none(),
-        "--prompt-file is for released checkpoints: {} has neither text_encoder/ nor vae/",
-        options.checkpoint.display()
-    );
     if options.plan {
         return released::plan(options).map(|()| ExitCode::SUCCESS);
     }
-    let (device, threads) = set_up(options)?;
+    let threads = set_threads(options.threads)?;
+    let device = options.device.resolve()?;
     match &options.sample {
         Some(prompt) if is_released => released::sample(options, device, prompt)?,
         Some(caption) => embedded::sample(options, device, caption)?,
@@ -45,13 +40,4 @@ fn run(options: &Options) -> Result<ExitCode> {
         None => return embedded::distil(options, device, threads),
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Chooses device and threads.
-fn set_up(options: &Options) -> Result<(Device, i32)> {
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as i32);
-    let threads = options.threads.unwrap_or(cores);
-    ensure!(threads > 0, "--threads must be at least 1");
-    tch::set_num_threads(threads);
-    Ok((options.device.resolve()?, threads))
 }

@@ -12,6 +12,7 @@ computed again: after new tests, `--survivors` tries again what had survived.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,9 +67,8 @@ def copy_crate():
         shutil.copytree(ROOT / folder, COPY / folder)
     for file in ("Cargo.lock", "build.rs", "README.md"):
         shutil.copy(ROOT / file, COPY / file)
-    manifest = (ROOT / "Cargo.toml").read_text().replace(
-        '[[bench]]\nname = "terms"\nharness = false\n', '[[test]]\nname = "every"\n'
-    )
+    manifest = (ROOT / "Cargo.toml").read_text()
+    manifest = re.sub(r"\[\[bench\]\]\n(?:[^\n]+\n)+", "", manifest) + '\n[[test]]\nname = "every"\n'
     automatic = "".join(f"auto{kind} = false\n" for kind in ("tests", "benches", "examples"))
     manifest = manifest.replace('build = "build.rs"\n', 'build = "build.rs"\n' + automatic)
     (COPY / "Cargo.toml").write_text(manifest)

@@ -308,6 +308,8 @@ fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
     let selection = Bench::new(judge()?, &material, &data, 6, true)?;
     let both: BTreeSet<i64> = bench.items().iter().chain(selection.items()).copied().collect();
     assert_eq!(both.len(), 12);
+    let error = write_reference(folder, &material, &selection).unwrap_err().to_string();
+    assert!(error.contains("other captions"), "{error}");
     let error = Bench::new(judge()?, &material, &data, data.items.len(), false).err();
     assert!(error.is_some_and(|error| error.to_string().contains("--captions")));
     Ok(())

@@ -228,5 +228,27 @@ fn bad_options_are_refused_by_name() -> Result<()> {
         assert!(error.contains(complaint), "{arguments:?}: {error}");
     }
     assert_eq!(parse(&[])?.recipe(Preset::Embedded, shift)?.steps, 8);
+
+    // What would not be looked at.
+    let coupled = parse(&["--schedule", "coupled-shared", "--dm-shift", "2"])?;
+    let error = coupled.recipe(Preset::Embedded, shift).unwrap_err().to_string();
+    assert!(error.contains("--dm-shift is for schedules"), "{error}");
+    for option in ["--merge", "--float32", "--tensors", "--size=64", "--features=x"] {
+        let error = parse(&[option])?.refuse_released().unwrap_err().to_string();
+        assert!(error.contains("is for released checkpoints"), "{option}: {error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_training_that_breaks_down_says_so() -> Result<()> {
+    let _guard = seeded(9);
+    let teacher = teacher()?;
+    let prompts = prompts(&teacher)?;
+    let mut recipe = recipe();
+    recipe.student.learning_rate = 1e30;
+    let mut distillation = Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], SIZE, None)?;
+    let error = (0..3).find_map(|_| distillation.step(false).err()).expect("weights beyond bounds");
+    assert!(error.to_string().contains("training broke down"), "{error:#}");
     Ok(())
 }

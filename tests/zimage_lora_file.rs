@@ -49,7 +49,7 @@ fn a_file_of_diffusers_gives_the_outputs_of_diffusers() -> Result<()> {
         println!("{name}: {error:.1e}");
         assert!(error < 1e-5, "{name}: {error}");
     }
-    let merged = lora.merge(&model)?;
+    let merged = lora.merge(&model, Device::Cpu)?;
     let error = max_difference(&inputs.run(&merged, Role::BASE)?, &case["adapted"]);
     assert!(error < 1e-5, "merged: {error}");
     assert!(max_difference(&case["adapted"], &case["base"]) > 0.1);
@@ -84,7 +84,7 @@ fn a_saved_adapter_and_a_merged_model_give_the_same_outputs() -> Result<()> {
     assert!(max_difference(&again, &adapted) < 1e-6);
     assert!(loaded.parameters().iter().all(|(_, tensor)| tensor.requires_grad()));
 
-    let merged = lora.merge(&model)?;
+    let merged = lora.merge(&model, Device::Cpu)?;
     for module in ["layers.0.attention_norm1", "cap_embedder.0"] {
         let name = format!("{module}.weight");
         assert_eq!(merged.parameters()[&name].data_ptr(), model.parameters()[&name].data_ptr());
@@ -112,14 +112,14 @@ fn a_merge_keeps_the_dtype_and_adds_in_float32() -> Result<()> {
     let model = model(Kind::BFloat16)?;
     let lora = Lora::new(model.config(), &settings(), Device::Cpu)?;
     fill(&lora)?;
-    let merged = lora.merge(&model)?;
+    let merged = lora.merge(&model, Device::Cpu)?;
     let exact = merged_by_hand(&model.cast(Kind::Float)?, &lora)?;
     for (name, tensor) in merged.parameters() {
         assert_eq!(tensor.kind(), Kind::BFloat16, "{name}");
         assert_eq!(tensor, &exact.parameters()[name].to_kind(Kind::BFloat16), "{name}");
     }
     let other = ZImageTransformer::init(Config { n_layers: 1, ..config() }, Device::Cpu)?;
-    let error = lora.merge(&other).expect_err("a model with fewer layers").to_string();
+    let error = lora.merge(&other, Device::Cpu).expect_err("a model with fewer layers").to_string();
     assert!(error.contains("no linear layer layers.1."), "{error}");
     Ok(())
 }

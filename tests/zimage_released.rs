@@ -23,8 +23,11 @@ use zimage::blocks::Parameters;
 use zimage::checkpoint::{read_tensors, write_tensors};
 use zimage::lora::LoraSettings;
 use zimage::options::Options;
+use zimage::pipeline::Pipeline;
+use zimage::recipe::Preset;
 use zimage::released::{distil, plan, sample};
-use zimage::student::ADAPTER;
+use zimage::student::{ADAPTER, Made, open_states, save_student};
+use zimage::trained::Trained;
 
 /// Arguments for [`process`], one a line.
 const ARGUMENTS: &str = "ZIMAGE_RELEASED_ARGUMENTS";
@@ -97,7 +100,11 @@ fn train(place: &Workplace, more: &[&str]) -> Result<()> {
 /// Pictures of "A red fox" by a student, as `--tensors` stores them.
 fn images(place: &Workplace, more: &[&str]) -> Result<Tensor> {
     let sampling = ["--sample", "A red fox", "--count", "2", "--float32", "--tensors"];
-    let options = place.options(&[&sampling[..], more].concat())?;
+    let mut options = place.options(&[&sampling[..], more].concat())?;
+    if more.is_empty() {
+        // The student's own is known.
+        options.size = None;
+    }
     let _guard = seeded(1);
     sample(&options, Device::Cpu, "A red fox")?;
     let mut stored = read_tensors(&place.out().join("sample.safetensors"))?;
@@ -144,6 +151,10 @@ fn a_killed_training_ends_in_the_same_student_whose_files_draw_what_it_drew() ->
         assert!(place.out().join(name).exists(), "{name}");
     }
     assert!(!place.out().join("state").exists());
+    // Students on the way are there too, and others.
+    let earlier = read_tensors(&place.out().join("student-000002").join(ADAPTER))?;
+    assert!(earlier.keys().eq(found.keys()) && earlier != found);
+    assert!(read_tensors(&place.out().join("student-000004").join(ADAPTER))? == found);
 
     // Read back, the adapter draws what the student in memory drew at the last update.
     let adapted = images(&place, &[])?;
@@ -195,6 +206,42 @@ fn a_killed_training_ends_in_the_same_student_whose_files_draw_what_it_drew() ->
     Ok(())
 }
 
+#[test]
+fn a_student_leaves_nothing_of_an_earlier_one() -> Result<()> {
+    let place = Workplace::new()?;
+    let _guard = seeded(3);
+    let teacher = Pipeline::load(&place.model(), Kind::Float, Device::Cpu)?;
+    let recipe = place.options(&["--rank", "2"])?.recipe(Preset::ZImage8Step, teacher.shift)?;
+    let made = Made { recipe, size: Some(SIDE) };
+    let folder = place.out();
+    let adapter = Trained::new(&teacher.transformer, made.recipe.adapter.as_ref())?;
+    let copy = Trained::new(&teacher.transformer, None)?;
+    let there = || ["transformer", "scheduler", ADAPTER].map(|part| folder.join(part).exists());
+    for (weights, merged, expected) in [
+        (&adapter, true, [true, true, true]),
+        (&adapter, false, [false, false, true]),
+        (&copy, false, [true, true, false]),
+    ] {
+        save_student(&folder, &teacher, weights, merged, &made)?;
+        assert_eq!(there(), expected);
+    }
+    Ok(())
+}
+
+#[test]
+fn two_processes_do_not_share_a_folder() -> Result<()> {
+    let place = Workplace::new()?;
+    let options = place.options(&[])?;
+    fs::create_dir_all(&options.out)?;
+    let identity = serde_json::json!({});
+    let (_states, lock) = open_states(&options, &identity)?;
+    let error = message(open_states(&options, &identity), "a second process");
+    assert!(error.contains("another process is at work in"), "{error}");
+    drop(lock);
+    let _ = open_states(&options, &identity)?;
+    Ok(())
+}
+
 /// The message of an error, with all its causes.
 fn message<T>(result: Result<T>, what: &str) -> String {
     match result {
@@ -209,7 +256,7 @@ fn what_is_wrong_is_named() -> Result<()> {
     let prompts = place.0.path().join("prompts.txt").display().to_string();
     let missing = place.0.path().join("missing.txt").display().to_string();
     let file = ["--prompt-file", prompts.as_str()];
-    let training: [(&[&str], &str); 11] = [
+    let training: [(&[&str], &str); 12] = [
         (&[], "--prompt-file"),
         (&["--prompt-file", &missing], "missing.txt"),
         (
@@ -227,6 +274,7 @@ fn what_is_wrong_is_named() -> Result<()> {
         ),
         (&[&file[..], &["--dropout", "1.5"]].concat(), "dropout must be in [0, 1), found 1.5"),
         (&[&file[..], &["--batch", "0"]].concat(), "--batch must be at least 1"),
+        (&[&file[..], &["--prompts", "5"]].concat(), "--prompts is for the embedded model"),
     ];
     for (arguments, expected) in training {
         let result = distil(&place.options(arguments)?, Device::Cpu, 1);

@@ -49,6 +49,7 @@ pub struct Observation {
 /// Captions and noise on which all students are measured.
 pub struct Bench<'a> {
     evaluator: Evaluator<'a>,
+    is_selection: bool,
 }
 
 impl<'a> Bench<'a> {
@@ -75,12 +76,17 @@ impl<'a> Bench<'a> {
                 *item += distance as i64 / 2;
             }
         }
-        Ok(Self { evaluator })
+        Ok(Self { evaluator, is_selection: selection })
     }
 
     /// Indices of the captions measured on.
     pub fn items(&self) -> &[i64] {
         &self.evaluator.items
+    }
+
+    /// Whether the captions are those for choosing hyper-parameters.
+    pub fn is_selection(&self) -> bool {
+        self.is_selection
     }
 
     /// How many captions are measured on.

@@ -44,6 +44,9 @@ pub struct RunRecord {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Reference {
     pub captions: usize,
+    /// Whether these are captions for choosing hyper-parameters, and not those of the report.
+    #[serde(default)]
+    pub selection: bool,
     pub guidance: f64,
     /// At 50 steps, with guidance.
     pub guided: Measurement,

@@ -10,7 +10,7 @@ use super::record::{Reference, RunRecord, read, reference_path, run_path};
 use super::statistics::Interval;
 
 /// Seeds that are looked for.
-const MOST_SEEDS: u64 = 20;
+pub const MOST_SEEDS: u64 = 20;
 
 /// What a number of the report says about one run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,13 +5,13 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use decoupled_dmd::Guidance;
 use tch::Tensor;
 
 use super::arm::Arm;
 use super::bench::{Bench, Measurement, radial_spectrum};
-use super::record::{Point, Reference, RunRecord, reference_path, rounded, run_path};
+use super::record::{Point, Reference, RunRecord, read, reference_path, rounded, run_path};
 use super::training::{Material, Trainer};
 use crate::zimage::picture::write_grid;
 use crate::zimage::pipeline::write_json;
@@ -25,10 +25,16 @@ const FEW_STEPS: [usize; 3] = [1, 4, 8];
 /// Measures the teacher unless its file is there.
 ///
 /// # Errors
-/// If libtorch fails or the file cannot be written.
+/// If the file is one of other captions, libtorch fails, or the file cannot be written.
 pub fn write_reference(folder: &Path, material: &Material<'_>, bench: &Bench<'_>) -> Result<()> {
     let path = reference_path(folder);
     if path.exists() {
+        let found: Reference = read(&path)?;
+        ensure!(
+            (found.captions, found.selection) == (bench.captions(), bench.is_selection()),
+            "{} holds measurements on other captions: name another --out",
+            folder.display()
+        );
         return Ok(());
     }
     let guidance = Guidance::new(TEACHER_GUIDANCE)?;
@@ -39,6 +45,7 @@ pub fn write_reference(folder: &Path, material: &Material<'_>, bench: &Bench<'_>
         .collect::<Result<_>>()?;
     let reference = Reference {
         captions: bench.captions(),
+        selection: bench.is_selection(),
         guidance: TEACHER_GUIDANCE,
         guided: measure(&bench.guided(material.teacher, TEACHER_STEPS, guidance)?)?,
         unguided,

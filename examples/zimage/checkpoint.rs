@@ -1,6 +1,6 @@
 //! Making, reading and writing models: the transformer part of a diffusers folder.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -141,11 +141,32 @@ pub fn write_tensors(path: &Path, tensors: &Parameters) -> Result<()> {
     write_atomically(path, |temporary| Ok(Tensor::write_safetensors(&list, temporary)?))
 }
 
-/// Runs `write` on a temporary path and renames the outcome to `path`.
+/// Runs `write` on a temporary path and renames the outcome to `path`; it is on the disk then.
+///
+/// # Errors
+/// If the file cannot be written.
 pub fn write_atomically(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let mut temporary = PathBuf::from(path).into_os_string();
     temporary.push(".partial");
     let temporary = PathBuf::from(temporary);
-    write(&temporary).with_context(|| format!("writing {}", temporary.display()))?;
-    fs::rename(&temporary, path).with_context(|| format!("renaming to {}", path.display()))
+    write(&temporary)
+        .and_then(|()| Ok(File::open(&temporary)?.sync_all()?))
+        .with_context(|| format!("writing {}", temporary.display()))?;
+    fs::rename(&temporary, path)
+        .map_err(Into::into)
+        .and_then(|()| sync_folder(path.parent().unwrap_or(Path::new(""))))
+        .with_context(|| format!("renaming to {}", path.display()))
+}
+
+/// Makes the names in a folder last, which syncing a file does not.
+///
+/// # Errors
+/// If the disk fails.
+pub fn sync_folder(folder: &Path) -> Result<()> {
+    // Elsewhere folders cannot be opened as files.
+    if cfg!(unix) {
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        File::open(folder)?.sync_all()?;
+    }
+    Ok(())
 }

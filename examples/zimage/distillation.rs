@@ -1,6 +1,6 @@
 //! Decoupled DMD on a Z-Image model: the teacher stays, a student and a fake score start equal to it.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use decoupled_dmd::{
     Batch, Condition, Denoiser, DistributionMatching, FewStepGrid, Sampler, Shifts, Simulation,
     Trajectory,
@@ -215,9 +215,9 @@ impl<'a> Distillation<'a> {
                 record.extend(drift.map(|drift| ("variance_drift".to_owned(), drift)));
             }
         }
-        let norm = self.student.descend(&evaluation.loss, tape.as_ref())?;
+        let norm = finite(&self.student.descend(&evaluation.loss, tape.as_ref())?)?;
         if observe {
-            record.push(("student_gradient".into(), f64::try_from(&norm)?));
+            record.push(("student_gradient".into(), norm));
         }
         Ok(record)
     }
@@ -231,7 +231,7 @@ impl<'a> Distillation<'a> {
             let dm = DistributionMatching::new(fake, self.recipe.shift);
             dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps))?)?
         };
-        let _norm = self.fake.learner.descend(&loss, tape.as_ref())?;
+        let _norm = finite(&self.fake.learner.descend(&loss, tape.as_ref())?)?;
         Ok(f64::try_from(&loss)?)
     }
 
@@ -255,4 +255,12 @@ impl<'a> Distillation<'a> {
         let grid = FewStepGrid::even(self.recipe.steps, self.recipe.shift)?;
         Ok(Sampler::new(student, grid, self.recipe.transition))
     }
+}
+
+/// The norm of a gradient. Losses are finite a step longer than the weights that such a gradient spoils, and
+/// the state of those is not to be saved.
+fn finite(norm: &Tensor) -> Result<f64> {
+    let norm = f64::try_from(norm)?;
+    ensure!(norm.is_finite(), "training broke down: the norm of a gradient is {norm}");
+    Ok(norm)
 }

@@ -13,7 +13,7 @@ use super::classifier::Classifier;
 use super::data::{EmojiData, Item};
 use super::distillation::Distillation;
 use super::evaluation::{Evaluator, Row, Run};
-use super::fingerprint::fingerprint;
+use super::fingerprint::{fingerprint, fingerprint_model};
 use super::interrupt::INTERRUPTED;
 use super::metrics::{Judge, Scores, mean_variance};
 use super::options::Options;
@@ -22,7 +22,7 @@ use super::pipeline::{Pipeline, loading_bar, write_json};
 use super::prompts::Prompts;
 use super::recipe::{Preset, Recipe};
 use super::report::{Report, Summary, table, write_curves};
-use super::student::{create_folder, open_states, save_student, student_folder};
+use super::student::{Made, create_folder, open_states, save_student, student_folder};
 use super::trained::Network;
 use super::training::{Look, Outcome, report_interruption, train_student};
 
@@ -32,17 +32,17 @@ const TEACHER_STEPS: usize = 50;
 const TEACHER_GUIDANCE: f64 = 3.0;
 /// Captions in samples.png.
 const PICTURED: usize = 36;
-
-/// Steps of a student that does not say otherwise.
-const STEPS: usize = 8;
+/// Captions on which teacher and student are compared.
+const PROMPTS: usize = 256;
 
 /// Makes pictures of one caption with a trained student.
 ///
 /// # Errors
 /// If there is no student, a word is unknown, or a file cannot be read or written.
 pub fn sample(options: &Options, device: Device, caption: &str) -> Result<()> {
+    options.refuse_released()?;
     let folder = student_folder(options)?;
-    let data = EmojiData::load(&options.data)?;
+    let data = EmojiData::load(options.data())?;
     let student = Pipeline::load_observed(&folder, Kind::Float, device, &loading_bar()?)?;
     let captions = std::iter::repeat_n(caption, options.count as usize);
     let prompts = Prompts::encode(&student.transformer, &data.vocabulary, captions)?;
@@ -52,9 +52,9 @@ pub fn sample(options: &Options, device: Device, caption: &str) -> Result<()> {
     tch::manual_seed(options.seed as i64);
     let noise = Tensor::f_randn([options.count, channels, height, width], (Kind::Float, device))?;
     let denoiser = denoiser(&student.transformer);
-    let grid = FewStepGrid::even(options.steps.unwrap_or(STEPS), student.shift)?;
-    let images = Sampler::new(&denoiser, grid, options.transition.unwrap_or_default())
-        .sample(&noise, &cond)?;
+    let Made { recipe, .. } = Made::load(&folder, options, Preset::Embedded, student.shift)?;
+    let grid = FewStepGrid::even(recipe.steps, student.shift)?;
+    let images = Sampler::new(&denoiser, grid, recipe.transition).sample(&noise, &cond)?;
     let path = options.out.join("sample.png");
     create_folder(&options.out)?;
     write_grid(&path, &images, options.count.min(8), 4)?;
@@ -67,22 +67,24 @@ pub fn sample(options: &Options, device: Device, caption: &str) -> Result<()> {
 /// # Errors
 /// If something cannot be read or written, or training breaks down.
 pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCode> {
+    options.refuse_released()?;
     let progress = loading_bar()?;
     let teacher = Pipeline::load_observed(&options.checkpoint, Kind::Float, device, &progress)?;
     let recipe = options.recipe(Preset::Embedded, teacher.shift)?;
-    let data = EmojiData::load(&options.data)?;
+    let data = EmojiData::load(options.data())?;
     check_model(&teacher, &data)?;
     let captions = || data.items.iter().map(|item| item.caption.as_str());
     let prompts = Prompts::encode(&teacher.transformer, &data.vocabulary, captions())?;
-    let judge = Judge::new(Classifier::load(&options.classifier, Kind::Float, device)?, &data)?;
-    let evaluator = Evaluator::new(judge, &prompts, &data, teacher.shift, options.prompts)?;
+    let judge = Judge::new(Classifier::load(options.classifier(), Kind::Float, device)?, &data)?;
+    let evaluator =
+        Evaluator::new(judge, &prompts, &data, teacher.shift, options.prompts.unwrap_or(PROMPTS))?;
     create_folder(&options.out)?;
     let identity = json!({
         "recipe": recipe,
-        "teacher": fingerprint(&options.checkpoint)?,
-        "data": fingerprint(&options.data)?,
+        "teacher": fingerprint_model(&options.checkpoint)?,
+        "data": fingerprint(options.data())?,
     });
-    let mut states = open_states(options, &identity)?;
+    let (mut states, _lock) = open_states(options, &identity)?;
 
     println!("Distilling {} on {device:?}, {threads} threads", options.checkpoint.display());
     let start = Instant::now();
@@ -159,7 +161,8 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     )?;
     write_curves(&options.out.join("curves.svg"), &history)?;
     let student_folder = options.out.join("student");
-    save_student(&student_folder, &teacher, distillation.student_weights(), true)?;
+    let made = Made { recipe: recipe.clone(), size: None };
+    save_student(&student_folder, &teacher, distillation.student_weights(), true, &made)?;
     println!("\n{}", table(&rows));
     println!(
         "Student against the guided teacher: {:.1}% of its alignment, {:.0}% of the gap closed, \

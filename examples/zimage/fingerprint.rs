@@ -9,6 +9,25 @@ use anyhow::{Context, Result};
 /// Bytes read at either end of a file.
 const SAMPLE: u64 = 1 << 20;
 
+/// Folders of a checkpoint that a run reads.
+const PARTS: [&str; 5] = ["scheduler", "text_encoder", "tokenizer", "transformer", "vae"];
+
+/// [`fingerprint`] of those parts of a diffusers folder that there are: what else lies in it, a run of ours
+/// for instance, is not the model.
+///
+/// # Errors
+/// If a file cannot be read.
+pub fn fingerprint_model(folder: &Path) -> Result<String> {
+    let mut hash = Fnv::default();
+    for part in PARTS {
+        let path = folder.join(part);
+        if path.exists() {
+            hash.add(format!("{part} {}", fingerprint(&path)?).as_bytes());
+        }
+    }
+    Ok(format!("{:016x}", hash.0))
+}
+
 /// A number for the content of a file or of all files in a folder: of their names, their lengths, and
 /// the first and the last mebibyte of each. Weights that were trained differ there, and a checkpoint of
 /// many gigabytes takes no time.

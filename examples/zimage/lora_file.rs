@@ -82,12 +82,12 @@ impl Lora {
         load().with_context(|| format!("reading the adapter {}", path.display()))
     }
 
-    /// `model` with `W + scale B A` for the weights that have a pair, computed in float32 and in the
-    /// model's dtype. The other tensors are shared with `model`.
+    /// `model` with `W + scale B A` for the weights that have a pair, computed in float32 where the model
+    /// is, and in the model's dtype on `device`. The other tensors are shared with `model`.
     ///
     /// # Errors
     /// If the adapter was made for a model of another shape.
-    pub fn merge(&self, model: &ZImageTransformer) -> Result<ZImageTransformer> {
+    pub fn merge(&self, model: &ZImageTransformer, device: Device) -> Result<ZImageTransformer> {
         let _guard = tch::no_grad_guard();
         let mut parameters: Parameters = model.named_parameters().into_iter().collect();
         for (module, pair) in self.pairs() {
@@ -103,7 +103,7 @@ impl Lora {
             );
             // Not in place: the model keeps its weights.
             let merged = weight.f_to_kind(update.f_kind()?)?.f_add(&update)?;
-            *weight = merged.f_to_kind(weight.f_kind()?)?;
+            *weight = merged.f_to_kind(weight.f_kind()?)?.f_to_device(device)?;
         }
         ZImageTransformer::from_parameters(model.config().clone(), parameters)
     }

@@ -1,6 +1,6 @@
 //! The command line of `zimage_8step`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
 use clap::{CommandFactory as _, FromArgMatches as _, Parser};
@@ -25,12 +25,12 @@ pub struct Options {
     /// text_encoder/, tokenizer/ and vae/ too
     #[arg(long, value_name = "DIR", default_value = "assets/teacher")]
     pub checkpoint: PathBuf,
-    /// Captions and pictures of the embedded model
-    #[arg(long, value_name = "DIR", default_value = "assets/emoji")]
-    pub data: PathBuf,
-    /// Classifier that judges the samples of the embedded model
-    #[arg(long, value_name = "DIR", default_value = "assets/classifier")]
-    pub classifier: PathBuf,
+    /// Captions and pictures of the embedded model; assets/emoji by default
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Classifier that judges the samples of the embedded model; assets/classifier by default
+    #[arg(long, value_name = "DIR")]
+    pub classifier: Option<PathBuf>,
     /// Where results go
     #[arg(long, value_name = "DIR", default_value = "runs/zimage_8step")]
     pub out: PathBuf,
@@ -130,9 +130,10 @@ pub struct Options {
     /// Where the features of the prompts are kept; OUT/features by default
     #[arg(long, value_name = "DIR", help_heading = "Released checkpoints")]
     pub features: Option<PathBuf>,
-    /// Side of the square pictures in pixels, a multiple of 16, in training and in sampling
-    #[arg(long, default_value_t = 1024, help_heading = "Released checkpoints")]
-    pub size: i64,
+    /// Side of the square pictures in pixels, a multiple of 16; 1024 by default, in sampling that of the
+    /// student's training
+    #[arg(long, help_heading = "Released checkpoints")]
+    pub size: Option<i64>,
     /// Compute in float32 instead of bfloat16
     #[arg(long, help_heading = "Released checkpoints")]
     pub float32: bool,
@@ -148,14 +149,14 @@ pub struct Options {
     /// model and 4 for released ones
     #[arg(long, value_parser = parse_guidance, help_heading = "Evaluation")]
     pub teacher_guidance: Option<Guidance>,
-    /// Captions of the embedded model on which teacher and student are compared
-    #[arg(long, default_value_t = 256, help_heading = "Evaluation")]
-    pub prompts: usize,
+    /// Captions of the embedded model on which teacher and student are compared; 256 by default
+    #[arg(long, help_heading = "Evaluation")]
+    pub prompts: Option<usize>,
     /// Updates between two lines of diagnostics in metrics.jsonl
     #[arg(long, default_value_t = 10, help_heading = "Evaluation")]
     pub observe_every: u64,
-    /// Updates between two looks at the student on the way: scores of the embedded model, a picture
-    /// preview-N.png of a released one; 0 for none
+    /// Updates between two looks at the student on the way: scores of the embedded model; of a released one
+    /// a picture preview-N.png and the student itself in student-N; 0 for none
     #[arg(long, default_value_t = 0, help_heading = "Evaluation")]
     pub evaluate_every: u64,
 }
@@ -205,6 +206,18 @@ pub fn parse_device(text: &str) -> Result<DeviceChoice> {
     })
 }
 
+/// Gives libtorch so many CPU threads, all cores if nothing is said, and returns how many.
+///
+/// # Errors
+/// If the number is not positive.
+pub fn set_threads(threads: Option<i32>) -> Result<i32> {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as i32);
+    let threads = threads.unwrap_or(cores);
+    ensure!(threads > 0, "--threads must be at least 1");
+    tch::set_num_threads(threads);
+    Ok(threads)
+}
+
 /// A value by the name that it has in configuration files.
 fn by_name<T: DeserializeOwned>(name: &str) -> Result<T> {
     Ok(serde_json::from_value(name.into())?)
@@ -227,6 +240,57 @@ impl Options {
     pub fn from_command_line() -> Result<Self> {
         let command = Self::command().after_help(Preset::table()?);
         Ok(Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit()))
+    }
+
+    /// Captions and pictures of the embedded model.
+    pub fn data(&self) -> &Path {
+        self.data.as_deref().unwrap_or(Path::new("assets/emoji"))
+    }
+
+    /// The classifier that judges the samples of the embedded model.
+    pub fn classifier(&self) -> &Path {
+        self.classifier.as_deref().unwrap_or(Path::new("assets/classifier"))
+    }
+
+    /// Refuses what the embedded model would not look at.
+    ///
+    /// # Errors
+    /// Names the option.
+    pub fn refuse_released(&self) -> Result<()> {
+        for (option, is_given) in [
+            ("prompt-file", self.prompt_file.is_some()),
+            ("features", self.features.is_some()),
+            ("size", self.size.is_some()),
+            ("float32", self.float32),
+            ("merge", self.merge),
+            ("tensors", self.tensors),
+        ] {
+            ensure!(
+                !is_given,
+                "--{option} is for released checkpoints: {} has neither text_encoder/ nor vae/",
+                self.checkpoint.display()
+            );
+        }
+        Ok(())
+    }
+
+    /// Refuses what a released model would not look at.
+    ///
+    /// # Errors
+    /// Names the option.
+    pub fn refuse_embedded(&self) -> Result<()> {
+        for (option, is_given) in [
+            ("data", self.data.is_some()),
+            ("classifier", self.classifier.is_some()),
+            ("prompts", self.prompts.is_some()),
+        ] {
+            ensure!(
+                !is_given,
+                "--{option} is for the embedded model: {} is a whole pipeline",
+                self.checkpoint.display()
+            );
+        }
+        Ok(())
     }
 
     /// The recipe, with the shift of the teacher's scheduler.
@@ -267,6 +331,10 @@ impl Options {
             ),
         }
         recipe.seed = self.seed;
+        ensure!(
+            recipe.schedule != Schedule::CoupledShared || self.dm_shift.is_none(),
+            "--dm-shift is for schedules in which distribution matching has times of its own"
+        );
         ensure!(recipe.batch > 0, "--batch must be at least 1");
         ensure!(recipe.steps > 0, "--steps must be at least 1");
         for (option, value) in

@@ -16,7 +16,7 @@ use super::config::Config;
 use super::distillation::Distillation;
 use super::evaluation::Run;
 use super::features::{FeatureCache, read_prompts};
-use super::fingerprint::fingerprint;
+use super::fingerprint::{fingerprint, fingerprint_model};
 use super::interrupt::INTERRUPTED;
 use super::lora::{Lora, Role};
 use super::model_card::write_model_card;
@@ -27,12 +27,11 @@ use super::plan::{Plan, Setup};
 use super::prompts::{Prompts, is_caption_side};
 use super::recipe::{Preset, Recipe};
 use super::report::write_curves;
-use super::student::{ADAPTER, create_folder, open_states, save_student, student_folder};
+use super::student::{ADAPTER, Made, create_folder, open_states, save_student, student_folder};
 use super::studio::{Studio, draw_noise, latent_size};
 use super::text::{MAX_TOKENS, TextEncoder};
-use super::trained::Network;
+use super::trained::{Network, Trained};
 use super::training::{Look, Outcome, report_interruption, train_student};
-use super::weights::read_json;
 
 /// Prompts in samples.png.
 const PICTURED: usize = 4;
@@ -44,8 +43,8 @@ const TEACHER_GUIDANCE: f64 = 4.0;
 const TURBO_SHIFT: f64 = 3.0;
 /// Where options start from.
 const PRESET: Preset = Preset::ZImage8Step;
-/// The recipe of a student, beside it.
-const RECIPE: &str = "recipe.json";
+/// Side of the pictures in pixels where nothing else is said.
+const SIZE: i64 = 1024;
 
 /// Whether a folder is a whole pipeline, with a text encoder and an autoencoder of its own. One of them
 /// is enough, so that an incomplete folder is not taken for a small model.
@@ -62,7 +61,8 @@ pub fn plan(options: &Options) -> Result<()> {
     let config = transformer_config(&options.checkpoint)?;
     // No shift changes what is kept.
     let recipe = options.recipe(PRESET, Shift::NONE)?;
-    let [_, height, width] = latent_size(&options.checkpoint, &config, options.size)?;
+    let size = options.size.unwrap_or(SIZE);
+    let [_, height, width] = latent_size(&options.checkpoint, &config, size)?;
     check_kind(options, &recipe)?;
     let plan = Plan::new(&Setup {
         config: &config,
@@ -76,8 +76,8 @@ pub fn plan(options: &Options) -> Result<()> {
         ema: true,
     })?;
     println!(
-        "Training at {0}x{0} pixels, {1} samples an update, prompts of up to {MAX_TOKENS} tokens:\n{plan}",
-        options.size, recipe.batch
+        "Training at {size}x{size} pixels, {} samples an update, prompts of up to {MAX_TOKENS} tokens:\n{plan}",
+        recipe.batch
     );
     Ok(())
 }
@@ -103,6 +103,7 @@ fn transformer_config(folder: &Path) -> Result<Config> {
 /// # Errors
 /// If something cannot be read or written, or training breaks down.
 pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCode> {
+    options.refuse_embedded()?;
     let Some(prompt_file) = &options.prompt_file else {
         bail!(
             "{} is a whole pipeline: name prompts to train on with --prompt-file",
@@ -120,7 +121,8 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
             "--targets name layers of the caption side alone, which is encoded once and stays as it is"
         );
     }
-    let size = latent_size(&options.checkpoint, &config, options.size)?;
+    let side = options.size.unwrap_or(SIZE);
+    let size = latent_size(&options.checkpoint, &config, side)?;
     // Needed at the end, and not kept until then.
     drop(Decoder::load(&options.checkpoint, Kind::Float, Device::Cpu)?);
     let prompts = read_prompts(prompt_file)?;
@@ -133,12 +135,17 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     create_folder(&options.out)?;
     let identity = json!({
         "recipe": recipe,
-        "size": options.size,
+        "size": side,
         "float32": options.float32,
-        "teacher": fingerprint(&options.checkpoint)?,
+        "teacher": fingerprint_model(&options.checkpoint)?,
         "data": fingerprint(prompt_file)?,
     });
-    let mut states = open_states(options, &identity)?;
+    let (mut states, _lock) = open_states(options, &identity)?;
+    println!(
+        "Distilling {} on {device:?}, {threads} threads, {} prompts",
+        options.checkpoint.display(),
+        prompts.len()
+    );
 
     let cache = encode(options, device, &prompts)?;
     let teacher =
@@ -149,16 +156,23 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     let noise = draw_noise(options.seed, captions.len(), size)?;
     let studio = Studio::new(&options.checkpoint, &teacher, &encoded, noise);
 
-    println!(
-        "Distilling {} on {device:?}, {threads} threads, {} prompts",
-        options.checkpoint.display(),
-        prompts.len()
-    );
     let items: Vec<i64> = (0..prompts.len() as i64).collect();
     let base = &teacher.transformer;
     let mut distillation = Distillation::new(recipe.clone(), base, &encoded, &items, size, None)?;
+    let made = Made { recipe: recipe.clone(), size: Some(side) };
+    let keep = |folder: &Path, weights: &Trained, merged: bool| -> Result<()> {
+        save_student(folder, &teacher, weights, merged, &made)?;
+        write_model_card(folder, &options.checkpoint, side, &recipe)
+    };
     let outcome = train_student(options, &mut distillation, &mut states, |distillation| {
-        let path = options.out.join(format!("preview-{:06}.png", distillation.updates()));
+        // The best student need not be the last, and the machine may be gone before that one.
+        let update = distillation.updates();
+        keep(
+            &options.out.join(format!("student-{update:06}")),
+            distillation.student_weights(),
+            false,
+        )?;
+        let path = options.out.join(format!("preview-{update:06}.png"));
         let images = studio.draw(distillation.student(), few_steps(&recipe))?;
         let heading = format!("student {}", recipe.steps);
         write_comparison(&path, &[&heading], &[images], &captions, Sheet::LARGE)?;
@@ -171,9 +185,7 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     };
 
     let folder = options.out.join("student");
-    save_student(&folder, &teacher, distillation.student_weights(), options.merge)?;
-    write_model_card(&folder, &options.checkpoint, options.size, &recipe)?;
-    write_json(&folder.join(RECIPE), &recipe)?;
+    keep(&folder, distillation.student_weights(), options.merge)?;
     write_curves(&options.out.join("curves.svg"), &history)?;
     let report = json!({ "recipe": recipe, "training_seconds": seconds, "prompts": prompts.len() });
     write_json(&options.out.join("report.json"), &report)?;
@@ -204,6 +216,7 @@ fn few_steps(recipe: &Recipe) -> Run {
 /// # Errors
 /// If there is no student, or a file cannot be read or written.
 pub fn sample(options: &Options, device: Device, prompt: &str) -> Result<()> {
+    options.refuse_embedded()?;
     let folder = student_folder(options)?;
     let adapter = folder.join(ADAPTER);
     let is_adapter = adapter.exists();
@@ -215,9 +228,9 @@ pub fn sample(options: &Options, device: Device, prompt: &str) -> Result<()> {
     // A whole student takes the place of the base.
     let source = if is_adapter { &options.checkpoint } else { &folder };
     let config = transformer_config(source)?;
-    let size = latent_size(&options.checkpoint, &config, options.size)?;
+    let made = Made::load(&folder, options, PRESET, read_shift(&options.checkpoint)?)?;
+    let size = latent_size(&options.checkpoint, &config, made.size.unwrap_or(SIZE))?;
     let lora = is_adapter.then(|| Lora::load(&adapter, &config, device)).transpose()?;
-    let recipe = student_recipe(options, &folder)?;
     let features = {
         // Gone before the transformer comes, as both do not fit on every device.
         let encoder = TextEncoder::load(&options.checkpoint, kind(options), device)?;
@@ -230,7 +243,8 @@ pub fn sample(options: &Options, device: Device, prompt: &str) -> Result<()> {
     let noise = draw_noise(options.seed, count, size)?;
     let studio = Studio::new(&options.checkpoint, &base, &encoded, noise);
     let role = lora.as_ref().map_or(Role::BASE, Role::adapted);
-    let images = studio.draw(Network { model: &base.transformer, role }, few_steps(&recipe))?;
+    let images =
+        studio.draw(Network { model: &base.transformer, role }, few_steps(&made.recipe))?;
     create_folder(&options.out)?;
     let path = options.out.join("sample.png");
     write_grid(&path, &images, options.count.min(4), 1)?;
@@ -246,18 +260,6 @@ pub fn sample(options: &Options, device: Device, prompt: &str) -> Result<()> {
         println!("Their noise and pixels in {}", path.display());
     }
     Ok(())
-}
-
-/// The recipe that lies beside a student, with what the command line says otherwise.
-fn student_recipe(options: &Options, folder: &Path) -> Result<Recipe> {
-    let path = folder.join(RECIPE);
-    if !path.exists() {
-        return options.recipe(PRESET, read_shift(&options.checkpoint)?);
-    }
-    let mut recipe: Recipe = read_json(&path)?;
-    recipe.steps = options.steps.unwrap_or(recipe.steps);
-    recipe.transition = options.transition.unwrap_or(recipe.transition);
-    Ok(recipe)
 }
 
 /// Features of all prompts and of the empty one; what is not there yet is encoded.

@@ -1,21 +1,61 @@
 //! What a run leaves behind for others: the student, and the state to go on from.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use decoupled_dmd::Shift;
+use fs4::{FileExt, TryLockError};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tch::Device;
 
 use super::options::Options;
-use super::pipeline::Pipeline;
+use super::pipeline::{Pipeline, write_json};
+use super::recipe::{Preset, Recipe};
 use super::trained::Trained;
 use super::training_state::StateFolder;
+use super::weights::read_json;
 
 /// The name that diffusers' `load_lora_weights` looks for.
 pub const ADAPTER: &str = "pytorch_lora_weights.safetensors";
 
+/// How a student was made, beside it.
+const RECIPE: &str = "recipe.json";
+
+/// What lies beside a student: its recipe, and the side of its pictures in pixels where that was chosen.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Made {
+    #[serde(flatten)]
+    pub recipe: Recipe,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<i64>,
+}
+
+impl Made {
+    /// What lies in the folder of a student, with what the command line says otherwise; `default` where
+    /// there is nothing.
+    ///
+    /// # Errors
+    /// If the file or an option is not valid.
+    pub fn load(folder: &Path, options: &Options, default: Preset, shift: Shift) -> Result<Self> {
+        let path = folder.join(RECIPE);
+        let mut made = if path.exists() {
+            read_json(&path)?
+        } else {
+            Self { recipe: options.recipe(default, shift)?, size: None }
+        };
+        let Recipe { steps, transition, .. } = &mut made.recipe;
+        *steps = options.steps.unwrap_or(*steps);
+        *transition = options.transition.unwrap_or(*transition);
+        ensure!(*steps > 0, "--steps must be at least 1");
+        made.size = options.size.or(made.size);
+        Ok(made)
+    }
+}
+
 /// Writes a student: an adapter as a file for `load_lora_weights`, a model as a diffusers folder. With
-/// `merged`, an adapter becomes such a folder too.
+/// `merged`, an adapter becomes such a folder too. What an earlier student has left in the folder goes.
 ///
 /// # Errors
 /// If a file cannot be written.
@@ -24,19 +64,35 @@ pub fn save_student(
     teacher: &Pipeline,
     weights: &Trained,
     merged: bool,
+    made: &Made,
 ) -> Result<()> {
     create_folder(folder)?;
+    write_json(&folder.join(RECIPE), made)?;
     let transformer = match weights {
-        Trained::Copy(model) => model.duplicate()?,
+        Trained::Copy(model) => {
+            remove(&folder.join(ADAPTER), |path| fs::remove_file(path))?;
+            model.duplicate()?
+        }
         Trained::Adapter(lora) => {
             lora.save(&folder.join(ADAPTER))?;
             if !merged {
+                for part in ["transformer", "scheduler"] {
+                    remove(&folder.join(part), |path| fs::remove_dir_all(path))?;
+                }
                 return Ok(());
             }
-            lora.merge(&teacher.transformer)?
+            // On the way to a file: the device may have no room for a second model.
+            lora.merge(&teacher.transformer, Device::Cpu)?
         }
     };
     Pipeline { transformer, shift: teacher.shift }.save(folder)
+}
+
+fn remove(path: &Path, remove: impl Fn(&Path) -> std::io::Result<()>) -> Result<()> {
+    if path.exists() {
+        remove(path).with_context(|| format!("removing {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// The folder of the student to sample from.
@@ -57,9 +113,33 @@ pub fn student_folder(options: &Options) -> Result<PathBuf> {
 /// whatever else decides the numbers.
 ///
 /// # Errors
-/// If the unfinished run there is another one.
-pub fn open_states(options: &Options, identity: &Value) -> Result<StateFolder> {
-    StateFolder::open(&options.out.join("state"), identity, options.fresh)
+/// If the unfinished run there is another one, or one that is still going on.
+pub fn open_states(options: &Options, identity: &Value) -> Result<(StateFolder, Lock)> {
+    let lock = Lock::take(&options.out)?;
+    Ok((StateFolder::open(&options.out.join("state"), identity, options.fresh)?, lock))
+}
+
+/// Keeps a second process out of a folder, as long as it lives; the system forgets it with the process.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// # Errors
+    /// If another process has it, or the file cannot be made.
+    fn take(folder: &Path) -> Result<Self> {
+        let path = folder.join(".lock");
+        let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+        match FileExt::try_lock(&file) {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(TryLockError::WouldBlock) => {
+                bail!("another process is at work in {}", folder.display())
+            }
+            // Some network drives cannot lock; that is no reason not to run there.
+            Err(TryLockError::Error(_)) => Ok(Self { _file: file }),
+        }
+    }
 }
 
 /// Creates a folder, and those that it lies in.

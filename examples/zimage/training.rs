@@ -65,8 +65,9 @@ pub fn train_student(
     let updates = distillation.recipe().updates;
     let saved = states.load()?;
     let progress = saved.as_ref().map(|(_, progress)| *progress).unwrap_or_default();
-    if let Some((tensors, _)) = &saved {
-        distillation.load_state(tensors)?;
+    // Taken, so that a second copy of the state is not kept until the end.
+    if let Some((tensors, _)) = saved {
+        distillation.load_state(&tensors)?;
         println!(
             "Going on after update {} of {}; --fresh starts anew",
             distillation.updates(),

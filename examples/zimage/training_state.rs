@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::blocks::Parameters;
-use super::checkpoint::{read_tensors, write_tensors};
+use super::checkpoint::{read_tensors, sync_folder, write_tensors};
 
 /// Layout of the folder; another number is refused.
 const VERSION: u32 = 1;
@@ -96,9 +96,7 @@ impl StateFolder {
             let text = serde_json::to_string_pretty(&description)? + "\n";
             fs::write(partial.join(DESCRIPTION), text)?;
             write_tensors(&partial.join(TENSORS), tensors)?;
-            for file in [DESCRIPTION, TENSORS] {
-                File::open(partial.join(file))?.sync_all()?;
-            }
+            File::open(partial.join(DESCRIPTION))?.sync_all()?;
             sync_folder(&partial)?;
             fs::rename(&partial, &path)?;
             sync_folder(&self.folder)
@@ -194,13 +192,4 @@ fn compare(name: &str, there: &Value, here: &Value, differences: &mut Vec<String
     } else if there != here {
         differences.push(format!("{name} is {there} there and {here} here"));
     }
-}
-
-/// Makes the names in a folder last, which syncing a file does not.
-fn sync_folder(folder: &Path) -> Result<()> {
-    // Elsewhere folders cannot be opened as files.
-    if cfg!(unix) {
-        File::open(folder)?.sync_all()?;
-    }
-    Ok(())
 }

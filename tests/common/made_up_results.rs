@@ -49,6 +49,7 @@ pub fn made_up() -> Result<(TempDir, Results)> {
     }
     let reference = Reference {
         captions: 96,
+        selection: false,
         guidance: 3.0,
         guided: measurement(1.0, 2.0),
         unguided: [(4, measurement(0.8, 1.0))].into(),
