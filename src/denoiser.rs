@@ -2,7 +2,7 @@
 
 use tch::{Reduction, Tensor};
 
-use crate::numeric::{check_like, check_size, mean, widen};
+use crate::numeric::{check_like, check_size, mean, widen, widen_like};
 use crate::{Condition, Error, Path, PostShift, Prediction, Result};
 
 type Network<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
@@ -41,6 +41,11 @@ impl<T, E: Into<Box<dyn std::error::Error + Send + Sync>>> NetworkOutput<T> for 
 /// The network is a closure of the noised sample `[B, ..]`, the time `[B]` on the crate's clock
 /// (0 noise, 1 data) and the condition. What a model does differently is undone in its closure and
 /// nowhere else: a diffusers flow model is fed `1 - t`; Z-Image is fed `t` and its output negated.
+///
+/// Terms and samplers hand the closure x and t in float32, or float64 where the samples have it, also
+/// when these are bfloat16: a network of another type casts inside. Clocks of a path, such as
+/// [`Edm::sigma`](crate::Edm::sigma), are float64 and cast there too. The answer may be of any
+/// floating-point type; it is computed with in that of the sample.
 ///
 /// ```
 /// # use decoupled_dmd::{Condition, Denoiser, Prediction, RectifiedFlow};
@@ -97,7 +102,8 @@ impl<'a> Denoiser<'a> {
         self.prediction
     }
 
-    /// x0-hat: the clean sample that the network predicts, `[B, ..]` in float32 or wider.
+    /// x0-hat: the clean sample that the network predicts, `[B, ..]` in float32, or in float64 where
+    /// `noised` is. The network is handed `noised` and `time` in the types that they have.
     ///
     /// # Errors
     /// [`Error::Network`] from the closure; [`Error::Shape`], [`Error::Kind`] or [`Error::Device`]
@@ -164,10 +170,10 @@ impl<'a> Denoiser<'a> {
         let x = x.f_detach()?;
         let noised = self.path.renoise(&x, time, noise)?;
         let coefficients = self.path.coefficients(time)?.like(&x)?;
-        let target = self.prediction.target(&coefficients, &widen(&x)?, &widen(noise)?)?;
+        let target = self.prediction.target(&coefficients, &widen(&x)?, &widen_like(noise, &x)?)?;
         let output = (self.network)(&noised, time.tensor(), cond)?;
         check_like("network output", &output, &noised)?;
-        Ok(widen(&output)?.f_mse_loss(&target, Reduction::None)?)
+        Ok(widen_like(&output, &x)?.f_mse_loss(&target, Reduction::None)?)
     }
 
     fn check_input(&self, noised: &Tensor, time: &PostShift) -> Result<()> {
@@ -178,7 +184,8 @@ impl<'a> Denoiser<'a> {
     fn sample(&self, noised: &Tensor, time: &PostShift, output: &Tensor) -> Result<Tensor> {
         check_like("network output", output, noised)?;
         let coefficients = self.path.coefficients(time)?.like(noised)?;
-        self.prediction.sample(&*self.path, &coefficients, &widen(noised)?, &widen(output)?)
+        let output = widen_like(output, noised)?;
+        self.prediction.sample(&*self.path, &coefficients, &widen(noised)?, &output)
     }
 }
 

@@ -1,8 +1,8 @@
 //! Keeping the fake score close to the student: how often it is trained, and pulling it along.
 
-use tch::{Tensor, no_grad_guard};
+use tch::{Kind, Tensor, no_grad_guard};
 
-use crate::numeric::check_like;
+use crate::numeric::check_size;
 use crate::value::checked;
 use crate::{Error, Result};
 
@@ -97,7 +97,8 @@ impl From<UpdateRatio> for u64 {
 /// student; CDM does it after each update of the fake with `keep` 0.999. It means something only if
 /// both networks have one architecture and one prediction type.
 ///
-/// `pairs` are (phi, theta) of one shape; theta may be of another floating-point type or on another
+/// `pairs` are (phi, theta) of one shape. phi are the master weights, float32 or float64: in bfloat16
+/// a step of 0.001 rounds to none at all. theta may be of another floating-point type or on another
 /// device. Nothing is recorded for autograd, and nothing is changed unless all pairs fit.
 ///
 /// ```
@@ -110,8 +111,8 @@ impl From<UpdateRatio> for u64 {
 /// ```
 ///
 /// # Errors
-/// [`Error::OutOfRange`] unless `keep` is in [0, 1]; [`Error::Shape`] or [`Error::Kind`] if a pair
-/// does not fit.
+/// [`Error::OutOfRange`] unless `keep` is in [0, 1]; [`Error::Shape`] if a pair is undefined or its
+/// shapes differ; [`Error::Kind`] unless phi is float32 or float64 and theta floating point.
 pub fn align_fake<'t>(
     pairs: impl IntoIterator<Item = (&'t Tensor, &'t Tensor)>,
     keep: f64,
@@ -120,9 +121,18 @@ pub fn align_fake<'t>(
     let _no_grad = no_grad_guard();
     let mut fitting = Vec::new();
     for (fake, student) in pairs {
-        let moved = student.f_to_device(fake.device())?;
-        check_like("parameter of the student", &moved, fake)?;
-        fitting.push((fake.shallow_clone(), moved.f_to_kind(fake.f_kind()?)?));
+        let what = "parameter of the fake";
+        if !fake.defined() {
+            return Err(Error::shape(what, "of a defined tensor", &fake.size()));
+        }
+        let kind = fake.f_kind()?;
+        if !matches!(kind, Kind::Float | Kind::Double) {
+            let expected = "Float or Double, the master weights";
+            return Err(Error::Kind { what, expected, found: kind });
+        }
+        check_size("parameter of the student", student, &fake.size())?;
+        let moved = student.f_to_device(fake.device())?.f_to_kind(kind)?;
+        fitting.push((fake.shallow_clone(), moved));
     }
     for (mut fake, student) in fitting {
         let _ = fake.f_lerp_(&student, 1.0 - keep)?;

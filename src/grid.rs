@@ -24,10 +24,11 @@ impl FewStepGrid {
     /// `steps` even pre-shift times from 0.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if `steps` is 0.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if `steps` is 0, or the shift moves the last
+    /// time to 1 as float32.
     pub fn even(steps: usize, shift: Shift) -> Result<Self> {
         checked("number of steps", "at least 1", steps as f64, steps > 0)?;
-        Ok(Self { times: (0..steps).map(|k| k as f64 / steps as f64).collect(), shift })
+        Self::new((0..steps).map(|k| k as f64 / steps as f64).collect(), shift)
     }
 
     /// Given pre-shift times, the first of them 0 and each above the one before.
@@ -92,6 +93,11 @@ impl FewStepGrid {
     /// The pre-shift times.
     pub fn times(&self) -> &[f64] {
         &self.times
+    }
+
+    /// The first and the last of the pre-shift times.
+    pub(crate) fn range(&self) -> (f64, f64) {
+        (0.0, self.times.last().copied().unwrap_or_default())
     }
 
     /// The shift of the grid.

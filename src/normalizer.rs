@@ -184,12 +184,12 @@ impl Normalizer {
             Scope::Batch => {
                 let distance = elements()?;
                 let sum = masked(&distance, mask)?.f_sum(None::<Kind>)?;
-                let count = match mask {
-                    Some(mask) => mask.f_sum(Kind::Int64)?,
-                    None => Tensor::f_ones_like(&distance)?.f_sum(None::<Kind>)?,
+                let mean = match mask {
+                    Some(mask) => sum.f_div(&mask.f_sum(Kind::Int64)?)?,
+                    None => sum.f_div_scalar(x.numel() as f64)?,
                 };
                 let batch: Vec<i64> = x.size().into_iter().take(1).collect();
-                sum.f_div(&count)?.f_expand(batch, false)?
+                mean.f_expand(batch, false)?
             }
         };
         Ok(match self.guard {

@@ -17,6 +17,11 @@ pub(crate) fn widen(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.f_to_kind(compute_kind(kind))?)
 }
 
+/// `tensor` in the type that is computed in for `like`.
+pub(crate) fn widen_like(tensor: &Tensor, like: &Tensor) -> Result<Tensor> {
+    Ok(tensor.f_to_kind(compute_kind(like.f_kind()?))?)
+}
+
 /// `OnceCell::get_or_try_init`, which is not stable yet.
 pub(crate) fn once<T>(cell: &OnceCell<T>, compute: impl FnOnce() -> Result<T>) -> Result<&T> {
     if let Some(value) = cell.get() {
@@ -120,14 +125,19 @@ pub(crate) fn noise_like(like: &Tensor) -> Result<Tensor> {
 pub(crate) fn check_samples(what: &'static str, tensor: &Tensor, rank: usize) -> Result<()> {
     let size = tensor.size();
     if !tensor.defined() || size.len() < rank || size.contains(&0) {
-        let expected = if rank > 1 { "[B, ..] with B >= 1 and no empty axis" } else { "[B]" };
+        let expected = if rank > 1 || size.len() > 1 {
+            "[B, ..] with B >= 1 and no empty axis"
+        } else {
+            "[B]"
+        };
         return Err(Error::shape(what, expected, &size));
     }
-    check_floating(what, tensor)
+    check_floating(what, tensor.f_kind()?)
 }
 
-fn check_floating(what: &'static str, tensor: &Tensor) -> Result<()> {
-    match tensor.f_kind()? {
+/// Refuses a type that is not floating point.
+pub(crate) fn check_floating(what: &'static str, kind: Kind) -> Result<()> {
+    match kind {
         Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16 => Ok(()),
         found => Err(Error::Kind { what, expected: "a floating-point type", found }),
     }
@@ -145,7 +155,7 @@ pub(crate) fn check_size(what: &'static str, tensor: &Tensor, expected: &[i64]) 
     if !tensor.defined() || found != expected {
         return Err(Error::shape(what, format!("{expected:?}"), &found));
     }
-    check_floating(what, tensor)
+    check_floating(what, tensor.f_kind()?)
 }
 
 /// Refuses a tensor that is on another device than `like`.

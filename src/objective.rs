@@ -3,7 +3,7 @@
 use tch::{Tensor, no_grad_guard};
 
 use crate::diagnostics::Role;
-use crate::numeric::noise_like;
+use crate::numeric::{check_size, noise_like};
 use crate::renoising::unit_uniform;
 use crate::value::checked;
 use crate::{
@@ -151,8 +151,8 @@ impl<'a> Objective<'a> {
     /// The loss on a batch, with fresh draws.
     ///
     /// # Errors
-    /// [`Error::Term`] with the name of the term that failed and why; [`Error::Missing`] if a
-    /// schedule needs the student's times.
+    /// [`Error::Term`] with the name of the term that failed and why, such as a loss that is no
+    /// floating-point scalar; [`Error::Missing`] if a schedule needs the student's times.
     pub fn evaluate(&self, batch: &Batch<'_>) -> Result<Evaluation> {
         self.evaluate_at(batch, self.draw(batch)?)
     }
@@ -204,13 +204,17 @@ impl<'a> Objective<'a> {
     /// The losses of the regularizers' own networks, by the name of the term.
     ///
     /// # Errors
-    /// [`Error::Term`] with the name of the term that failed and why.
+    /// [`Error::Term`] with the name of the term that failed and why, such as a loss that is no
+    /// floating-point scalar.
     pub fn own_losses(&self, batch: &Batch<'_>) -> Result<Vec<(String, Tensor)>> {
         let mut losses = Vec::new();
         for NamedTerm { name, term, .. } in self.groups.iter().flat_map(|group| &group.terms) {
             if let Term::Regularizer(regularizer) = term {
                 let loss = regularizer.own_loss(batch).map_err(|error| error.in_term(name))?;
-                losses.extend(loss.map(|loss| (name.clone(), loss)));
+                if let Some(loss) = loss {
+                    check_size("loss", &loss, &[]).map_err(|error| error.in_term(name))?;
+                    losses.push((name.clone(), loss));
+                }
             }
         }
         Ok(losses)
@@ -234,7 +238,12 @@ impl Term<'_> {
                 };
                 probe.descend(&direction)
             }
-            Self::Regularizer(regularizer) => regularizer.loss(probe),
+            Self::Regularizer(regularizer) => {
+                let loss = regularizer.loss(probe)?;
+                // Another shape would spread over the sum, and fail in `backward` without a name.
+                check_size("loss", &loss, &[])?;
+                Ok(loss)
+            }
         }
     }
 }

@@ -12,7 +12,7 @@ pub use variance_preserving::VariancePreserving;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::numeric::{compute_kind, per_sample, widen};
+use crate::numeric::{compute_kind, per_sample, widen, widen_like};
 use crate::{PostShift, Result};
 
 /// A noise path on the crate's clock, t in [0, 1] from noise to data.
@@ -83,7 +83,7 @@ impl Coefficients {
 
 /// One number per sample as a factor of `like`.
 fn factor(values: &Tensor, like: &Tensor) -> Result<Tensor> {
-    let values = values.f_to_kind(compute_kind(like.f_kind()?))?;
+    let values = widen_like(values, like)?;
     if values.size() == [1] {
         // One number for all samples.
         return Ok(values.f_view(vec![1; like.dim()].as_slice())?);

@@ -11,7 +11,7 @@ pub use maximum_mean_discrepancy::{Bandwidth, Estimator, Kernel, MaximumMeanDisc
 pub use mean_variance::{MeanVariance, Statistics};
 use tch::{Kind, Tensor};
 
-use crate::numeric::{check_like, row_squares, widen};
+use crate::numeric::{check_like, check_samples, row_squares, widen};
 use crate::{Batch, Probe, Result};
 
 /// A scalar loss on the samples, differentiable in x.
@@ -47,17 +47,20 @@ pub trait Regularizer {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Kind`](crate::Error::Kind) or
-/// [`Error::Device`](crate::Error::Device) unless `direction` is like `x`.
+/// [`Error::Device`](crate::Error::Device) if `x` is not floating point or has no elements or axes,
+/// or `direction` is not like it.
 pub fn surrogate(x: &Tensor, direction: &Tensor) -> Result<Tensor> {
+    check_samples("x", x, 1)?;
     check_like("direction", direction, x)?;
     let x = widen(x)?;
     let direction = direction.f_detach()?.f_to_kind(x.f_kind()?)?;
     let squares = row_squares(&direction)?.f_sum(None::<Kind>)?;
     let value = squares.f_mul_scalar(0.5 / x.numel() as f64)?;
-    // The value of the slope cancels; only its gradient is used. A dot product makes no temporary.
+    // Only the gradient of the slope is used. A dot product makes no temporary.
     let slope = x.f_flatten(0, -1)?.f_dot(&direction.f_flatten(0, -1)?)?;
     let slope = slope.f_div_scalar(x.numel() as f64)?;
-    Ok(value.f_add(&slope.f_detach()?)?.f_sub(&slope)?)
+    // The bracket is exactly zero, so the value keeps all its bits.
+    Ok(value.f_add(&slope.f_detach()?.f_sub(&slope)?)?)
 }
 
 impl<R: Regularizer + ?Sized> Regularizer for &R {

@@ -97,7 +97,8 @@ impl<'a> Sampler<'a> {
     /// given the index of the step that it leads to and a tensor of the wanted shape.
     ///
     /// # Errors
-    /// As [`simulate`](Self::simulate), and what `fresh` returns.
+    /// As [`simulate`](Self::simulate); [`Error::Shape`], [`Error::Kind`] or [`Error::Device`] if the
+    /// noise from `fresh` is not like the tensor that it was given; what `fresh` returns.
     pub fn simulate_with(
         &self,
         noise: &Tensor,
@@ -139,6 +140,7 @@ impl<'a> Sampler<'a> {
             noised: Tensor::f_stack(&inputs, 0)?,
             samples: Tensor::f_stack(&samples, 0)?,
             times: self.times_like(noise)?,
+            range: self.grid.range(),
         })
     }
 
@@ -188,7 +190,8 @@ impl<'a> Sampler<'a> {
         check_samples("real samples", real, 2)?;
         check_like("noise", noise, real)?;
         check_steps(steps, self.steps(), batch_size(real), real)?;
-        let student_time = PreShift::new(self.times_like(real)?.f_index_select(0, steps)?)?;
+        let times = self.times_like(real)?.f_index_select(0, steps)?;
+        let student_time = PreShift::within(times, self.grid.range());
         let time = self.grid.shift().apply(&student_time)?;
         let input = {
             let _no_grad = no_grad_guard();
@@ -207,7 +210,8 @@ impl<'a> Sampler<'a> {
     /// The pre-shift times of the grid, `[K]`, in the type and on the device of the times of `x`.
     fn times_like(&self, x: &Tensor) -> Result<Tensor> {
         let (kind, device) = options(x)?;
-        Ok(Tensor::f_from_slice(self.grid.times())?.f_to_device(device)?.f_to_kind(kind)?)
+        // Not waited for: libtorch copies the times before it returns.
+        Ok(Tensor::f_from_slice(self.grid.times())?.f_to_device_(device, kind, true, false)?)
     }
 
     /// The pre-shift time of a step.
@@ -243,7 +247,11 @@ impl<'a> Sampler<'a> {
         fresh: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let noise = match self.transition {
-            Transition::Renoise => fresh(x)?,
+            Transition::Renoise => {
+                let noise = fresh(x)?;
+                check_like("fresh noise", &noise, x)?;
+                noise
+            }
             Transition::Euler => self.implied_noise(x, x0, &self.time(step, x)?)?,
         };
         self.denoiser.path().renoise(x0, &self.time(step.saturating_add(1), x)?, &noise)

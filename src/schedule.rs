@@ -21,7 +21,8 @@ use crate::{
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 pub enum Schedule {
-    /// Both terms at one tau with one noise: DMD and DMD2, whose gradient it equals.
+    /// Both terms at one tau with one noise: DMD and DMD2, whose gradient it equals wherever the
+    /// normaliser is above its floor of 0.1, which [`Normalizer::dmd2`] lacks.
     CoupledShared,
     /// Independent tau, both over the full range.
     DecoupledFull,

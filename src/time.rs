@@ -10,7 +10,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::numeric::{check_range, check_samples, widen};
+use crate::numeric::{check_floating, check_range, check_samples, widen};
 use crate::value::checked;
 use crate::{Error, Result};
 
@@ -32,25 +32,28 @@ pub struct PostShift {
 macro_rules! time_methods {
     ($type:ty, $what:literal) => {
         impl $type {
-            /// Wraps times `[B]`.
+            /// Wraps times `[B]`. Two numbers are read from their device, which waits for a GPU.
             ///
             /// # Errors
             /// [`Error::Shape`] unless the rank is 1 and B >= 1, [`Error::Kind`] unless floating
             /// point, [`Error::OutOfRange`] if one is outside [0, 1] or not a number.
             pub fn new(times: Tensor) -> Result<Self> {
-                check_samples($what, &times, 1)?;
-                if times.dim() != 1 {
+                if times.size().len() > 1 {
                     return Err(Error::shape($what, "[B]", &times.size()));
                 }
+                check_samples($what, &times, 1)?;
                 let range = check_range($what, "in [0, 1]", &times, (0.0, 1.0))?;
                 Ok(Self { times, range })
             }
 
-            /// The same time for `batch` samples, of the given type on the given device.
+            /// The same time for `batch` samples, `[batch]`, of the given type on the given device.
             ///
             /// # Errors
-            /// [`Error::OutOfRange`] if `time` is outside [0, 1] or not a number.
+            /// [`Error::OutOfRange`] if `time` is outside [0, 1] or not a number, or `batch` below 1;
+            /// [`Error::Kind`] unless the type is floating point.
             pub fn all(time: f64, batch: i64, options: (Kind, Device)) -> Result<Self> {
+                checked("number of samples", "at least 1", batch as f64, batch >= 1)?;
+                check_floating($what, options.0)?;
                 checked($what, "in [0, 1]", time, (0.0..=1.0).contains(&time))?;
                 // As the type rounds it: in bfloat16, 0.999 is 1.
                 let time =
@@ -157,7 +160,9 @@ impl From<Shift> for f64 {
 /// `t / (t + k (1 - t))`; the denominator is positive on [0, 1].
 fn rational(t: &Tensor, k: f64) -> Result<Tensor> {
     let t = widen(t)?;
-    let denominator = t.f_mul_scalar(1.0 - k)?.f_add_scalar(k)?;
+    // Added up as written: a sum of t and what is not negative never rounds below t, so that no
+    // quotient exceeds 1. `t (1 - k) + k` can.
+    let denominator = t.f_neg()?.f_add_scalar(1.0)?.f_mul_scalar(k)?.f_add(&t)?;
     Ok(t.f_div(&denominator)?)
 }
 

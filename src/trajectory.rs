@@ -21,6 +21,8 @@ pub struct Trajectory {
     pub(crate) samples: Tensor,
     /// The pre-shift times of the steps, `[K]`.
     pub(crate) times: Tensor,
+    /// The first and the last of the times.
+    pub(crate) range: (f64, f64),
 }
 
 impl Trajectory {
@@ -35,7 +37,7 @@ impl Trajectory {
     }
 
     /// One step for each sample, `[B]`, spread as evenly over the grid as B allows and in random
-    /// order, from libtorch's global generator.
+    /// order, from libtorch's global generator. Each sample gets every step equally often.
     ///
     /// # Errors
     /// [`Error::Torch`] if libtorch fails.
@@ -47,8 +49,8 @@ impl Trajectory {
     /// what a fake score is trained on.
     ///
     /// # Errors
-    /// [`Error::Shape`] or [`Error::Kind`] unless `steps` are B whole numbers,
-    /// [`Error::OutOfRange`] if the grid has no such step.
+    /// [`Error::Shape`] or [`Error::Kind`] unless `steps` are B whole numbers, [`Error::Device`]
+    /// unless they are where the rollout is, [`Error::OutOfRange`] if the grid has no such step.
     pub fn samples_at(&self, steps: &Tensor) -> Result<Tensor> {
         check_steps(steps, self.steps(), self.batch_size(), &self.samples)?;
         gather(&self.samples, steps)
@@ -57,7 +59,7 @@ impl Trajectory {
     /// The student's inputs `[B, ..]` and times at each sample's step.
     pub(crate) fn inputs_at(&self, steps: &Tensor) -> Result<(Tensor, PreShift)> {
         check_steps(steps, self.steps(), self.batch_size(), &self.samples)?;
-        let times = PreShift::new(self.times.f_index_select(0, steps)?)?;
+        let times = PreShift::within(self.times.f_index_select(0, steps)?, self.range);
         Ok((gather(&self.noised, steps)?, times))
     }
 }
@@ -65,9 +67,12 @@ impl Trajectory {
 /// One of `count` steps for each of `batch` samples, spread evenly, in random order, `[B]`.
 pub(crate) fn spread_steps(count: i64, batch: i64, device: Device) -> Result<Tensor> {
     let options = (Kind::Int64, device);
-    let offset = Tensor::f_randint(count, [1], options)?;
+    // B points at equal distances on a circle of K steps, turned by a random angle: any two steps
+    // are taken equally often, up to one, and each sample takes all of them with one probability.
+    let offset = Tensor::f_randint(count.saturating_mul(batch), [1], options)?;
     let order = Tensor::f_randperm(batch, options)?;
-    Ok(order.f_add(&offset)?.f_remainder(count)?)
+    let points = order.f_mul_scalar(count)?.f_add(&offset)?;
+    Ok(points.f_div_scalar_mode(batch, "floor")?.f_remainder(count)?)
 }
 
 /// Refuses anything but `batch` whole numbers below `count`, on the device of `like`. Reads them.

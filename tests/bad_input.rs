@@ -106,6 +106,59 @@ fn settings_out_of_range_are_named() -> Result<()> {
 }
 
 #[test]
+fn parameters_that_cannot_be_pulled_along_are_refused() {
+    let (phi, undefined) = (Tensor::zeros([2], FLOAT), Tensor::new());
+    assert!(is_shape(align_fake([(&undefined, &phi)], 0.5), "parameter of the fake"));
+    assert!(is_shape(align_fake([(&phi, &undefined)], 0.5), "parameter of the student"));
+    assert!(is_shape(align_fake([(&undefined, &undefined)], 0.5), "parameter of the fake"));
+    let theta = Tensor::ones([2], FLOAT);
+    for kind in [Kind::BFloat16, Kind::Half, Kind::Int64] {
+        // 1 - 0.999 is below half a rounding step of bfloat16: nothing would move.
+        assert!(is_kind(
+            align_fake([(&phi.to_kind(kind), &theta)], 0.999),
+            "parameter of the fake"
+        ));
+    }
+    let narrow = theta.to_kind(Kind::BFloat16);
+    assert!(align_fake([(&phi, &narrow)], 0.999).is_ok() && phi.double_value(&[0]) > 0.0009);
+}
+
+#[test]
+fn one_time_for_all_needs_samples_and_a_floating_type() {
+    for batch in [0, -1] {
+        let count = |error: Error| matches!(error, Error::OutOfRange { what: "number of samples", value, .. } if value == batch as f64);
+        assert!(count(PreShift::all(0.5, batch, FLOAT).unwrap_err()));
+        assert!(count(PostShift::all(0.5, batch, FLOAT).unwrap_err()));
+    }
+    for kind in [Kind::Int64, Kind::Bool, Kind::ComplexFloat] {
+        assert!(is_kind(PreShift::all(1.0, 2, (kind, Device::Cpu)), "pre-shift time"));
+        assert!(is_kind(PostShift::all(1.0, 2, (kind, Device::Cpu)), "post-shift time"));
+    }
+}
+
+#[test]
+fn a_loss_is_a_floating_point_scalar() -> Result<()> {
+    let _guard = seeded(6);
+    let (x, cond) = (samples(), Condition::none());
+    let refused = |loss: Tensor| {
+        let term = regularizer_fn(move |_| Ok(loss.shallow_clone()));
+        let objective = Objective::new(gaussian_teacher(0.5))
+            .with(Group::new(Renoising::new(Uniform::FULL)).regularizer("odd", 1.0, term));
+        match objective.evaluate(&Batch::new(&x, &cond).unwrap()).unwrap_err() {
+            Error::Term { name, source } if name == "odd" => *source,
+            other => panic!("{other}"),
+        }
+    };
+    for size in [&[2i64][..], &[1], &[2, 3, 4]] {
+        let error = refused(Tensor::ones(size, FLOAT));
+        assert!(matches!(error, Error::Shape { what: "loss", ref found, .. } if found == size));
+    }
+    assert!(matches!(refused(Tensor::new()), Error::Shape { what: "loss", .. }));
+    assert!(matches!(refused(Tensor::from(1i64)), Error::Kind { what: "loss", .. }));
+    Ok(())
+}
+
+#[test]
 fn a_probe_checks_tau_and_noise() -> Result<()> {
     let (x, cond, teacher) = (samples(), Condition::none(), gaussian_teacher(0.5));
     let batch = Batch::new(&x, &cond)?;
@@ -151,6 +204,11 @@ fn directions_must_be_like_the_samples() -> Result<()> {
     let _guard = seeded(1);
     let (x, cond) = (samples(), Condition::none());
     assert!(is_shape(surrogate(&x, &wave(&[2, 3], 0.0, Kind::Float)), "direction"));
+    for none in [Tensor::new(), Tensor::from(1.0), Tensor::zeros([2, 0], FLOAT)] {
+        assert!(is_shape(surrogate(&none, &none), "x"));
+    }
+    let integers = Tensor::ones([2, 3], (Kind::Int64, Device::Cpu));
+    assert!(is_kind(surrogate(&integers, &integers), "x"));
     let scalar = engine_fn(|probe| Ok(probe.noised().f_mean(None)?));
     let objective = Objective::new(gaussian_teacher(0.5))
         .with(Group::new(Renoising::new(Uniform::FULL)).engine("scalar", 1.0, scalar));
@@ -286,7 +344,9 @@ fn bad_parameters_of_paths_are_refused() {
         let made = VariancePreserving::scaled_linear(low, high, steps);
         assert!(refused(made, argument), "{low} {high} {steps}");
     }
-    for table in [vec![0.9, 0.9], vec![0.5, 0.6], vec![1.1], vec![-0.1], vec![0.9, f64::NAN]] {
+    for table in
+        [vec![0.9, 0.9], vec![0.5, 0.6], vec![1.1], vec![1.0, 0.5], vec![-0.1], vec![0.9, f64::NAN]]
+    {
         assert!(refused(VariancePreserving::from_alphas_cumprod(table), "alphas_cumprod"));
     }
     let empty = VariancePreserving::from_alphas_cumprod(Vec::new());

@@ -6,7 +6,7 @@ use common::{gaussian_teacher, seeded, value, wave};
 use decoupled_dmd::{
     Batch, CfgAugmentation, Condition, Denoiser, Diagnostics, DistributionMatching, Draw, Error,
     Floor, Group, Guidance, MeanVariance, Normalizer, Objective, Prediction, RectifiedFlow,
-    Renoising, Result, Shift, Uniform, engine_fn,
+    Renoising, Result, Shift, Uniform, default_device, engine_fn,
 };
 use tch::{Kind, Tensor};
 
@@ -179,7 +179,7 @@ fn the_share_on_the_floor_is_seen() -> Result<()> {
 #[test]
 fn terms_of_one_s_own_observe_what_they_like() -> Result<()> {
     let _guard = seeded(0);
-    let x = wave(&[2, 3], 0.0, Kind::Float);
+    let x = wave(&[2, 3], 0.0, Kind::Float).to_device(default_device());
     let cond = Condition::none();
     let own = engine_fn(|probe| {
         probe.observe("mean", || Ok(probe.noised().f_mean(None)?))?;
@@ -196,6 +196,7 @@ fn terms_of_one_s_own_observe_what_they_like() -> Result<()> {
     assert_eq!(observed, ["mean", "of_sample", "broken"]);
     let report = all.report()?;
     let found = |name: &str| report.iter().find(|(n, _)| n == name).map(|(_, value)| *value);
+    // Made on the CPU, wherever the samples are.
     assert_eq!(found("own_of_sample"), Some(2.5));
     assert_eq!(found("own_broken"), None);
     assert!(found("own_mean").is_some() && found("own_update_rms").is_some());

@@ -7,8 +7,8 @@ use std::cell::RefCell;
 use common::{gaussian_teacher, seeded, value, values, wave};
 use decoupled_dmd::{
     Adversarial, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Error, Group,
-    Guidance, Objective, Prediction, RectifiedFlow, Regularizer, Renoising, Result, Shift, Uniform,
-    regularizer_fn,
+    Guidance, Objective, Prediction, Probe, RectifiedFlow, Regularizer, Renoising, Result, Shift,
+    Uniform, regularizer_fn,
 };
 use tch::{Kind, Tensor};
 
@@ -86,6 +86,38 @@ fn a_network_that_cannot_be_trained_is_named() -> Result<()> {
     let Error::Term { name, source } = error else { panic!("{error}") };
     assert_eq!(name, "gan");
     assert!(matches!(*source, Error::Missing { what: "real samples", setter: "real" }));
+    Ok(())
+}
+
+/// A regularizer whose own loss is given.
+struct Owning(Tensor);
+
+impl Regularizer for Owning {
+    fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
+        Ok(probe.x().f_mean(None::<Kind>)?)
+    }
+    fn own_loss(&self, _: &Batch<'_>) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.shallow_clone()))
+    }
+}
+
+#[test]
+fn an_own_loss_is_a_floating_point_scalar() -> Result<()> {
+    let (x, cond) = (wave(&SHAPE, 0.3, Kind::Double), Condition::none());
+    let own = |loss: Tensor| {
+        let group = Group::new(Renoising::new(Uniform::FULL));
+        let objective =
+            Objective::new(gaussian_teacher(0.5)).with(group.regularizer("odd", 1.0, Owning(loss)));
+        objective.own_losses(&Batch::new(&x, &cond)?)
+    };
+    let refused = |loss: Tensor| match own(loss).unwrap_err() {
+        Error::Term { name, source } if name == "odd" => *source,
+        other => panic!("{other}"),
+    };
+    assert_eq!(own(Tensor::from(0.5))?.len(), 1);
+    let error = refused(Tensor::from_slice(&[0.5, 0.5]));
+    assert!(matches!(error, Error::Shape { what: "loss", .. }));
+    assert!(matches!(refused(Tensor::from(1i64)), Error::Kind { what: "loss", .. }));
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use common::{DOUBLE, gradient, max_difference, seeded, value, values, wave};
 use decoupled_dmd::{
     Batch, Condition, Denoiser, DistributionMatching, Draw, Edm, Error, FewStepGrid, Group,
     Guidance, Objective, Path, PostShift, PreShift, Prediction, RectifiedFlow, Renoising, Result,
-    Schedule, Shift, TimeSampler, TrigFlow, Uniform, VariancePreserving, engine_fn,
+    Schedule, Shift, TimeSampler, TrigFlow, Uniform, VariancePreserving, Weighting, engine_fn,
 };
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
@@ -84,6 +84,8 @@ fn times_snap_to_the_timesteps_of_the_table_in_every_precision() -> Result<()> {
         assert_eq!(timesteps(&grid(4)), [999.0, 749.0, 499.0, 249.0]);
         assert_eq!(timesteps(&grid(8))[1..4], [874.0, 749.0, 624.0]);
         assert_eq!(timesteps(&[0.02, 0.98, 1.0, 0.0004, 0.0006]), [979.0, 19.0, 0.0, 999.0, 998.0]);
+        // DMD2's clip.
+        assert_eq!(timesteps(&[0.019, 0.979]), [980.0, 20.0]);
         let all: Vec<f64> = (0..1000).map(|n| path.time_of(f64::from(n)).unwrap()).collect();
         assert_eq!(timesteps(&all), (0..1000).map(f64::from).collect::<Vec<_>>());
     }
@@ -184,6 +186,42 @@ fn coupled_ca_and_dm_are_dmd2_on_every_path() -> Result<()> {
         let reference = gradient(&dmd2, &x);
         assert!(max_difference(&slope, &reference) < 1e-15);
         assert!(value(&reference.abs().max()) > 1e-4);
+    }
+    Ok(())
+}
+
+#[test]
+fn samples_in_float32_stay_so_whatever_the_network_and_the_path_answer_in() -> Result<()> {
+    let x = wave(&SHAPE, 0.3, Kind::Float).set_requires_grad(true);
+    let cond = Condition::none();
+    let time = PostShift::new(Tensor::from_slice(&[0.2f32, 0.5, 0.7]))?;
+    let noise = wave(&SHAPE, 5.0, Kind::Float);
+    let batch = Batch::new(&x, &cond)?.null(&cond);
+    let weightings = [
+        Weighting::UNIFORM,
+        Weighting::measured_as(Prediction::Sample),
+        Weighting::min_snr(5.0)?,
+        Weighting::edm(0.5)?,
+    ];
+    for path in &paths() {
+        for prediction in Prediction::ALL {
+            // As with the clock of a path that is passed on without a cast.
+            let network = |x: &Tensor, _: &Tensor, _: &Condition| x.to_kind(Kind::Double) * 0.5;
+            let denoiser = || Denoiser::new(path, prediction, network);
+            assert_eq!(denoiser().denoise(&x, &time, &cond)?.kind(), Kind::Float);
+            let loss = denoiser().denoising_loss(&x, &time, &noise, &cond)?;
+            assert_eq!(loss.kind(), Kind::Float);
+            for weighting in weightings {
+                let dm = DistributionMatching::new(denoiser(), Shift::NONE).weighting(weighting);
+                let loss = dm.denoising_loss_at(&batch, &time, &noise)?;
+                assert_eq!(loss.kind(), Kind::Float, "{prediction:?}, {weighting:?}");
+            }
+            let dm = DistributionMatching::new(denoiser(), Shift::NONE);
+            let group = Group::new(Renoising::new(Uniform::new(0.1, 0.9)?));
+            let objective = Objective::new(denoiser()).with(group.regularizer("dm", 1.0, &dm));
+            let draw = Draw { u: time.tensor().shallow_clone(), noise: noise.shallow_clone() };
+            assert_eq!(objective.evaluate_at(&batch, vec![draw])?.loss.kind(), Kind::Float);
+        }
     }
     Ok(())
 }

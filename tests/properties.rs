@@ -5,8 +5,9 @@ mod common;
 use common::{gaussian_teacher, gradient, max_difference, seeded, wave};
 use decoupled_dmd::{
     AboveStudent, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Draw, Engine,
-    Group, Guidance, Normalizer, Objective, PostShift, PreShift, Prediction, Probe, RectifiedFlow,
-    Regularizer, Renoising, Result, Schedule, Shift, TimeSampler, Uniform, engine_fn, surrogate,
+    Group, Guidance, Normalizer, Objective, Path, PostShift, PreShift, Prediction, Probe,
+    RectifiedFlow, Regularizer, Renoising, Result, Schedule, Shift, TimeSampler, Uniform,
+    VariancePreserving, engine_fn, surrogate,
 };
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
@@ -158,6 +159,30 @@ proptest! {
         prop_assert!(max_difference(&gradient(&loss, &x), &expected) < 1e-14);
         let moved = (&x - gradient(&loss, &x) * x.numel() as f64).detach();
         prop_assert!(max_difference(&moved, &(&x + &direction)) < 1e-13);
+    }
+
+    #[test]
+    fn the_value_of_the_surrogate_is_not_rounded_away(scale in 1e-9..1e-6f64) {
+        let x = wave(&[4, 8], 0.2, Kind::Float).set_requires_grad(true);
+        let direction = wave(&[4, 8], 1.7, Kind::Float) * scale;
+        let value = common::value(&surrogate(&x, &direction).unwrap());
+        let expected = 0.5 * common::value(&direction.to_kind(Kind::Double).square().mean(None));
+        prop_assert!((value / expected - 1.0).abs() < 1e-5, "{value} {expected}");
+    }
+
+    #[test]
+    fn shifted_times_stay_on_the_clock_in_float32(k in 1e-3..20.0f64, t in 0.0..1.0f32) {
+        let end = [1.0, 2.0, 3.0, 5.0, 17.0].map(|steps| 1.0 - steps * f32::EPSILON / 2.0);
+        let all = Tensor::from_slice(&[&end[..], &[0.0, t, 1.0]].concat());
+        let time = PreShift::new(all.shallow_clone()).unwrap();
+        let shifted = Shift::new(k).unwrap().apply(&time).unwrap();
+        for t in common::values(shifted.tensor()) {
+            prop_assert!((0.0..=1.0).contains(&t), "{t}");
+        }
+        let path = VariancePreserving::linear(0.1, 20.0).unwrap();
+        let coefficients = path.coefficients(&shifted).unwrap();
+        prop_assert!(coefficients.noise.isfinite().all().int64_value(&[]) == 1);
+        prop_assert!(Shift::NONE.apply(&time).unwrap().tensor().equal(&all));
     }
 
     #[test]

@@ -57,6 +57,35 @@ fn the_renoise_transition_mixes_the_prediction_with_fresh_noise() -> Result<()> 
 }
 
 #[test]
+fn fresh_noise_that_is_not_like_the_sample_is_refused() -> Result<()> {
+    let cond = Condition::from(wave(&SHAPE, 2.0, Kind::Double));
+    let denoiser = gaussian_teacher(0.5);
+    let grid = FewStepGrid::even(2, Shift::NONE)?;
+    let sampler = Sampler::new(&denoiser, grid, Transition::Renoise);
+    let with = |fresh: Tensor| {
+        sampler.simulate_with(&noise(), &cond, 1, |_, _| Ok(fresh.shallow_clone())).unwrap_err()
+    };
+    // It would spread over the sample without a word.
+    let one_for_all = wave(&[1, 1, 2, 2], 0.0, Kind::Double);
+    assert!(matches!(with(one_for_all), Error::Shape { what: "fresh noise", .. }));
+    let integers = noise().to_kind(Kind::Int64);
+    assert!(matches!(with(integers), Error::Kind { what: "fresh noise", .. }));
+    Ok(())
+}
+
+#[test]
+fn the_times_of_drawn_steps_have_the_range_of_the_grid() -> Result<()> {
+    // Known without reading the times: a grid from pure noise is refused whatever steps are drawn.
+    let network = |x: &Tensor, _: &Tensor, _: &Condition| x * 0.5;
+    let student = Denoiser::new(RectifiedFlow, Prediction::Noise, network);
+    let sampler = Sampler::new(&student, FewStepGrid::even(4, Shift::NONE)?, Transition::Euler);
+    let made = sampler.from_real_at(&noise(), &Condition::none(), &steps(&[1, 2]), &noise());
+    let what = "share of data at the noisiest time";
+    assert!(matches!(made, Err(Error::OutOfRange { what: found, .. }) if found == what));
+    Ok(())
+}
+
+#[test]
 fn simulation_has_the_gradient_of_its_last_step_alone() -> Result<()> {
     let gain = Tensor::from(0.5f64).set_requires_grad(true);
     let network = |x: &Tensor, _: &Tensor, _: &Condition| x * &gain;
@@ -118,6 +147,9 @@ fn bad_grids_and_steps_are_refused() -> Result<()> {
         assert!(matches!(grid(times), Err(Error::OutOfRange { .. })), "{times:?}");
     }
     assert!(matches!(FewStepGrid::even(0, Shift::NONE), Err(Error::OutOfRange { .. })));
+    // Shifted onto the clean end, as float32 has it.
+    let at_the_end = FewStepGrid::even(4, Shift::new(1e-9)?);
+    assert!(matches!(at_the_end, Err(Error::OutOfRange { what: "last time of the grid", .. })));
     let denoiser = gaussian_teacher(0.5);
     let sampler = Sampler::new(&denoiser, grid(&[0.0, 0.5])?, Transition::Euler);
     let cond = Condition::from(noise());

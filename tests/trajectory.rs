@@ -95,6 +95,46 @@ fn drawn_steps_cover_the_grid_evenly() -> Result<()> {
 }
 
 #[test]
+fn drawn_steps_are_spread_whatever_the_numbers_of_samples_and_steps() -> Result<()> {
+    let _guard = seeded(1);
+    let denoiser = gaussian_teacher(0.5);
+    for (batch, steps) in [(2, 4), (3, 8), (5, 7), (1, 3), (4, 4), (12, 4), (7, 3), (10, 4), (3, 1)]
+    {
+        let case = format!("{batch} samples, {steps} steps");
+        let grid = FewStepGrid::even(steps, Shift::NONE)?;
+        let sampler = Sampler::new(&denoiser, grid, Transition::Euler);
+        let noise = wave(&[batch, 1, 1, 1], 0.4, Kind::Double);
+        let trajectory = sampler.trajectory(&noise, &Condition::from(noise.shallow_clone()))?;
+        let mut of_the_first = vec![0; steps];
+        for _ in 0..1000 {
+            let drawn = Vec::<i64>::try_from(trajectory.draw_steps()?).unwrap();
+            of_the_first[drawn[0] as usize] += 1;
+            let mut counts = vec![0; steps];
+            for &step in &drawn {
+                counts[step as usize] += 1;
+            }
+            let uneven = counts.iter().max().unwrap() - counts.iter().min().unwrap();
+            assert!(uneven <= 1, "{case}: {drawn:?}");
+            // From each step taken to the next one on the circle: all distances alike, up to one.
+            let mut sorted = drawn.clone();
+            sorted.sort_unstable();
+            sorted.push(sorted[0] + steps as i64);
+            let gaps: Vec<i64> = sorted.windows(2).map(|pair| pair[1] - pair[0]).collect();
+            let uneven = gaps.iter().max().unwrap() - gaps.iter().min().unwrap();
+            assert!(uneven <= 1, "{case}: {drawn:?}");
+        }
+        // Five standard deviations of a count.
+        let share = 1.0 / steps as f64;
+        let allowed = 5.0 * (1000.0 * share * (1.0 - share)).sqrt();
+        for count in &of_the_first {
+            let off = (f64::from(*count) - 1000.0 * share).abs();
+            assert!(off <= allowed, "{case}: {of_the_first:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn steps_that_do_not_fit_are_refused() -> Result<()> {
     let denoiser = gaussian_teacher(0.5);
     let sampler = Sampler::new(&denoiser, grid()?, Transition::Euler);

@@ -113,7 +113,8 @@ impl TermDiagnostics {
             push("share_on_floor", on_guard.mean_tensor()?);
         }
         for (what, value) in &self.observations {
-            push(what, value.f_mean(Kind::Double)?);
+            // A term may have counted on the host; the numbers are read together, from one device.
+            push(what, value.f_to_device(self.tau.device())?.f_mean(Kind::Double)?);
         }
         Ok(())
     }

@@ -17,7 +17,7 @@ use crate::{Error, PostShift, Result};
 /// A table is **snapped to, not interpolated**: its networks have seen whole timesteps only. The
 /// times of [`FewStepGrid::even`](crate::FewStepGrid::even) with 4 steps fall on n = 999, 749, 499,
 /// 249 of a table of 1000, DMD2's grid (diffusers' "trailing" spacing). Its clip to 20..980 is
-/// `Uniform::new(0.02, 0.98)`. The closure gets n from [`timestep`](Self::timestep), which
+/// `Uniform::new(0.019, 0.979)`. The closure gets n from [`timestep`](Self::timestep), which
 /// snaps as the coefficients do:
 ///
 /// ```
@@ -88,13 +88,14 @@ impl VariancePreserving {
     /// schedulers.
     ///
     /// # Errors
-    /// [`Error::Shape`] if it is empty; [`Error::OutOfRange`] unless its numbers fall and lie in [0, 1].
+    /// [`Error::Shape`] if it is empty; [`Error::OutOfRange`] unless its numbers fall and lie in [0, 1):
+    /// at 1 there would be no noise left for a sampler to follow.
     pub fn from_alphas_cumprod(table: Vec<f64>) -> Result<Self> {
         if table.is_empty() {
             return Err(Error::shape("alphas_cumprod", "[N] with N >= 1", &[0]));
         }
         for &abar in &table {
-            checked("alphas_cumprod", "in [0, 1]", abar, (0.0..=1.0).contains(&abar))?;
+            checked("alphas_cumprod", "in [0, 1)", abar, (0.0..1.0).contains(&abar))?;
         }
         for (previous, &next) in table.iter().zip(table.iter().skip(1)) {
             checked("alphas_cumprod", "below the one before", next, next < *previous)?;

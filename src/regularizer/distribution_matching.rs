@@ -2,7 +2,7 @@
 
 use tch::{Tensor, no_grad_guard};
 
-use crate::numeric::{masked, mean, noise_like, per_sample};
+use crate::numeric::{masked, mean, noise_like, per_sample, widen_like};
 use crate::{
     Batch, Denoiser, PostShift, Probe, Regularizer, Renoising, Result, Shift, Uniform, Weighting,
 };
@@ -112,7 +112,8 @@ impl<'a> DistributionMatching<'a> {
         let mut error = self.fake.denoising_error(batch.x(), time, noise, batch.cond())?;
         let at = self.fake.path().coefficients(time)?;
         if let Some(factor) = self.weighting.factor(self.fake.prediction(), &at)? {
-            error = error.f_mul(&per_sample(&factor, &error)?)?;
+            // Paths answer in float64; the error keeps its type.
+            error = error.f_mul(&per_sample(&widen_like(&factor, &error)?, &error)?)?;
         }
         mean(&masked(&error, batch.kept())?)
     }

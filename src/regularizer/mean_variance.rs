@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::numeric::{check_like, check_samples, check_size, row_squares, widen};
 use crate::value::checked;
@@ -100,10 +100,10 @@ impl MeanVariance {
     /// [`Error::Shape`] or [`Error::Kind`] unless both are `[C]` and floating point;
     /// [`Error::OutOfRange`] unless means are finite and variances finite and positive.
     pub fn per_channel(mean: &Tensor, variance: &Tensor) -> Result<Self> {
-        check_samples("target mean", mean, 1)?;
-        if mean.dim() != 1 {
+        if mean.size().len() != 1 {
             return Err(Error::shape("target mean", "[C]", &mean.size()));
         }
+        check_samples("target mean", mean, 1)?;
         check_like("target variance", variance, mean)?;
         Self::toward(Statistics::PerChannel, mean.f_detach()?, variance.f_detach()?)
     }
@@ -250,7 +250,11 @@ impl Regularizer for MeanVariance {
             let expected = format!("[B, {channels:?}, ..] as the target");
             return Err(Error::shape("x", expected, &probe.x().size()));
         }
-        let like_mean = |t: &Tensor| t.f_to_device(mean.device())?.f_to_kind(mean.f_kind()?);
+        let like_mean = |t: &Tensor| {
+            // From the CPU not waited for: libtorch copies the numbers before it returns.
+            let wait = t.device() != Device::Cpu;
+            t.f_to_device_(mean.device(), mean.f_kind()?, !wait, false)
+        };
         let (target_mean, target_variance) =
             (like_mean(&target_mean)?, like_mean(&target_variance)?);
         let offset = mean.f_sub(&target_mean)?.f_square()?;
