@@ -146,7 +146,8 @@ fn bad_grids_and_steps_are_refused() -> Result<()> {
     {
         assert!(matches!(grid(times), Err(Error::OutOfRange { .. })), "{times:?}");
     }
-    assert!(matches!(FewStepGrid::even(0, Shift::NONE), Err(Error::OutOfRange { .. })));
+    let none = FewStepGrid::even(0, Shift::NONE);
+    assert!(matches!(none, Err(Error::OutOfRange { what: "number of steps", .. })));
     // Shifted onto the clean end, as float32 has it.
     let at_the_end = FewStepGrid::even(4, Shift::new(1e-9)?);
     assert!(matches!(at_the_end, Err(Error::OutOfRange { what: "last time of the grid", .. })));
