@@ -13,8 +13,7 @@ pub(crate) fn compute_kind(kind: Kind) -> Kind {
 
 /// `tensor` in float32 or wider.
 pub(crate) fn widen(tensor: &Tensor) -> Result<Tensor> {
-    let kind = tensor.f_kind()?;
-    Ok(tensor.f_to_kind(compute_kind(kind))?)
+    widen_like(tensor, tensor)
 }
 
 /// `tensor` in the type that is computed in for `like`.

@@ -98,12 +98,16 @@ pub fn mean_variance(batch: i64, options: (Kind, Device)) -> Result<Work> {
     let x = leaf(latents(batch, options)?)?;
     let noise = latents(batch, options)?;
     let term = MeanVariance::per_sample(0.075, 0.81)?;
-    let (teacher, cond) = (ready(), Condition::none());
-    let time = PostShift::all(0.5, batch, (Kind::Float, options.1))?.tensor().shallow_clone();
-    // Where this term shares a probe with others, the probe costs it nothing.
-    let owned = Box::leak(Box::new((x.shallow_clone(), teacher, cond)));
+    of_regularizer(term, x, noise)
+}
+
+/// Loss and gradient of a regularizer at time 0.5. Where it shares a probe with others, the probe costs it
+/// nothing: made once, it lives as long as the process.
+fn of_regularizer(term: impl Regularizer + 'static, x: Tensor, noise: Tensor) -> Result<Work> {
+    let time = PostShift::all(0.5, x.size()[0], (Kind::Float, x.device()))?;
+    let owned = Box::leak(Box::new((x.shallow_clone(), ready(), Condition::none())));
     let batch = Box::leak(Box::new(Batch::new(&owned.0, &owned.2)?));
-    let probe = Probe::at(&owned.1, batch, PostShift::new(time)?, noise)?;
+    let probe = Probe::at(&owned.1, batch, time, noise)?;
     Ok(Box::new(move || {
         let loss = term.loss(&probe)?;
         let gradient = gradient(&loss, &x)?;
@@ -144,9 +148,9 @@ pub fn gan(part: &str, batch: i64, device: Device) -> Result<Work> {
         Ok(hidden.f_conv2d(&second, none, [1, 1], [0, 0], [1, 1], 1)?)
     };
     let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
-    let cond = Condition::none();
-    let time = Tensor::f_full([batch], 0.5, options)?;
     if part == "critic" {
+        let cond = Condition::none();
+        let time = Tensor::f_full([batch], 0.5, options)?;
         return Ok(Box::new(move || {
             let time = PostShift::new(time.shallow_clone())?;
             let batch = Batch::new(&x, &cond)?.real(&real)?;
@@ -156,14 +160,7 @@ pub fn gan(part: &str, batch: i64, device: Device) -> Result<Work> {
             Ok(found)
         }));
     }
-    let owned = Box::leak(Box::new((x.shallow_clone(), ready(), cond)));
-    let batch = Box::leak(Box::new(Batch::new(&owned.0, &owned.2)?));
-    let probe = Probe::at(&owned.1, batch, PostShift::new(time)?, noise)?;
-    Ok(Box::new(move || {
-        let loss = gan.loss(&probe)?;
-        let gradient = gradient(&loss, &x)?;
-        Ok(vec![loss, gradient])
-    }))
+    of_regularizer(gan, x, noise)
 }
 
 /// The denoising loss of the fake score, with the gradient in what the network answers.

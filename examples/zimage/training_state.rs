@@ -3,7 +3,7 @@
 //! A state is a numbered folder. It is written under another name, flushed to the disk, and renamed;
 //! only then is its predecessor removed. The highest number counts, everything else is a leftover.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::blocks::Parameters;
 use super::checkpoint::{read_tensors, sync_folder, write_tensors};
+use super::pipeline::write_json;
 
 /// Layout of the folder; another number is refused.
 const VERSION: u32 = 1;
@@ -93,11 +94,8 @@ impl StateFolder {
             Description { version: VERSION, identity: self.identity.clone(), progress };
         let write = || -> Result<()> {
             fs::create_dir_all(&partial)?;
-            let text = serde_json::to_string_pretty(&description)? + "\n";
-            fs::write(partial.join(DESCRIPTION), text)?;
+            write_json(&partial.join(DESCRIPTION), &description)?;
             write_tensors(&partial.join(TENSORS), tensors)?;
-            File::open(partial.join(DESCRIPTION))?.sync_all()?;
-            sync_folder(&partial)?;
             fs::rename(&partial, &path)?;
             sync_folder(&self.folder)
         };

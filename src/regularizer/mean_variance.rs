@@ -252,8 +252,8 @@ impl Regularizer for MeanVariance {
         }
         let like_mean = |t: &Tensor| {
             // From the CPU not waited for: libtorch copies the numbers before it returns.
-            let wait = t.device() != Device::Cpu;
-            t.f_to_device_(mean.device(), mean.f_kind()?, !wait, false)
+            let non_blocking = t.device() == Device::Cpu;
+            t.f_to_device_(mean.device(), mean.f_kind()?, non_blocking, false)
         };
         let (target_mean, target_variance) =
             (like_mean(&target_mean)?, like_mean(&target_variance)?);
