@@ -2,6 +2,7 @@
 
 use tch::{Reduction, Tensor};
 
+use crate::answer::Answer;
 use crate::numeric::{check_like, check_size, mean, widen, widen_like};
 use crate::{Condition, Error, Path, PostShift, Prediction, Result};
 
@@ -110,10 +111,7 @@ impl<'a> Denoiser<'a> {
     /// if its output is not like `noised`; [`Error::OutOfRange`] if times may be at a singular end
     /// of the [`Prediction`].
     pub fn denoise(&self, noised: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
-        self.check_input(noised, time)?;
-        self.prediction.check_sample(&*self.path, time)?;
-        let output = (self.network)(noised, time.tensor(), cond)?;
-        self.sample(noised, time, &output)
+        self.answer(noised, time, cond)?.into_sample()
     }
 
     /// x0-hat for two conditions, in one forward where [`paired`](Self::paired) was given.
@@ -127,13 +125,36 @@ impl<'a> Denoiser<'a> {
         one: &Condition,
         two: &Condition,
     ) -> Result<(Tensor, Tensor)> {
+        let (one, two) = self.answer_pair(noised, time, one, two)?;
+        Ok((one.into_sample()?, two.into_sample()?))
+    }
+
+    /// What [`denoise`](Self::denoise) makes a clean sample of.
+    pub(crate) fn answer(
+        &self,
+        noised: &Tensor,
+        time: &PostShift,
+        cond: &Condition,
+    ) -> Result<Answer> {
+        self.check_input(noised, time)?;
+        let output = (self.network)(noised, time.tensor(), cond)?;
+        self.checked(noised, time, &output)
+    }
+
+    /// What [`denoise_pair`](Self::denoise_pair) makes clean samples of.
+    pub(crate) fn answer_pair(
+        &self,
+        noised: &Tensor,
+        time: &PostShift,
+        one: &Condition,
+        two: &Condition,
+    ) -> Result<(Answer, Answer)> {
         let Some(paired) = &self.paired else {
-            return Ok((self.denoise(noised, time, one)?, self.denoise(noised, time, two)?));
+            return Ok((self.answer(noised, time, one)?, self.answer(noised, time, two)?));
         };
         self.check_input(noised, time)?;
-        self.prediction.check_sample(&*self.path, time)?;
         let (one, two) = paired(noised, time.tensor(), one, two)?;
-        Ok((self.sample(noised, time, &one)?, self.sample(noised, time, &two)?))
+        Ok((self.checked(noised, time, &one)?, self.checked(noised, time, &two)?))
     }
 
     /// The denoising loss that trains this network on samples `x`, a scalar:
@@ -164,7 +185,7 @@ impl<'a> Denoiser<'a> {
         noise: &Tensor,
         cond: &Condition,
     ) -> Result<Tensor> {
-        self.check_input(x, time)?;
+        check_batch(x, time)?;
         check_like("noise", noise, x)?;
         self.prediction.check_target(&*self.path, time)?;
         let x = x.f_detach()?;
@@ -177,16 +198,21 @@ impl<'a> Denoiser<'a> {
     }
 
     fn check_input(&self, noised: &Tensor, time: &PostShift) -> Result<()> {
-        let batch: Vec<i64> = noised.size().into_iter().take(1).collect();
-        check_size("time", time.tensor(), &batch)
+        check_batch(noised, time)?;
+        self.prediction.check_sample(&*self.path, time)
     }
 
-    fn sample(&self, noised: &Tensor, time: &PostShift, output: &Tensor) -> Result<Tensor> {
+    fn checked(&self, noised: &Tensor, time: &PostShift, output: &Tensor) -> Result<Answer> {
         check_like("network output", output, noised)?;
-        let coefficients = self.path.coefficients(time)?.like(noised)?;
-        let output = widen_like(output, noised)?;
-        self.prediction.sample(&*self.path, &coefficients, &widen(noised)?, &output)
+        let at = self.path.coefficients(time)?.like(noised)?;
+        Answer::new(self.prediction, &*self.path, at, noised, widen_like(output, noised)?)
     }
+}
+
+/// One time for each sample.
+fn check_batch(x: &Tensor, time: &PostShift) -> Result<()> {
+    let batch: Vec<i64> = x.size().into_iter().take(1).collect();
+    check_size("time", time.tensor(), &batch)
 }
 
 impl std::fmt::Debug for Denoiser<'_> {

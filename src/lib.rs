@@ -44,6 +44,7 @@
     )
 )]
 
+mod answer;
 mod batch;
 mod cuda;
 mod denoiser;

@@ -90,11 +90,12 @@ impl Prediction {
     /// The clean sample that the output of a network implies.
     pub(crate) fn sample(
         self,
-        path: &dyn Path,
-        Coefficients { data: a, noise: s }: &Coefficients,
+        is_straight: bool,
+        at: &Coefficients,
         noised: &Tensor,
         output: &Tensor,
     ) -> Result<Tensor> {
+        let Coefficients { data: a, noise: s } = at;
         // `x + factor * output`, then the division in place: one tensor is made, not three.
         let quotient = |x: &Tensor, factor: &Tensor, divisor: &Tensor| -> Result<Tensor> {
             Ok(x.f_addcmul(output, factor)?.f_div_(divisor)?)
@@ -102,15 +103,31 @@ impl Prediction {
         Ok(match self {
             Self::Sample => output.shallow_clone(),
             Self::Noise => quotient(noised, &s.f_neg()?, a)?,
-            Self::FlowVelocity if path.is_straight() => noised.f_addcmul(output, &s.f_neg()?)?,
+            Self::FlowVelocity if is_straight => noised.f_addcmul(output, &s.f_neg()?)?,
             Self::FlowVelocity => quotient(noised, &s.f_neg()?, &a.f_add(s)?)?,
-            Self::Velocity => {
-                let norm = a.f_square()?.f_add(&s.f_square()?)?;
-                quotient(&noised.f_mul(a)?, &s.f_neg()?, &norm)?
-            }
+            Self::Velocity => quotient(&noised.f_mul(a)?, &s.f_neg()?, &square_norm(at)?)?,
             Self::Score => quotient(noised, &s.f_square()?, a)?,
         })
     }
+
+    /// What a change of the output is multiplied by in the [`sample`](Self::sample), which is linear
+    /// in it; `None` stands for 1.
+    pub(crate) fn slope(self, is_straight: bool, at: &Coefficients) -> Result<Option<Tensor>> {
+        let Coefficients { data: a, noise: s } = at;
+        Ok(match self {
+            Self::Sample => None,
+            Self::Noise => Some(s.f_neg()?.f_div(a)?),
+            Self::FlowVelocity if is_straight => Some(s.f_neg()?),
+            Self::FlowVelocity => Some(s.f_neg()?.f_div(&a.f_add(s)?)?),
+            Self::Velocity => Some(s.f_neg()?.f_div(&square_norm(at)?)?),
+            Self::Score => Some(s.f_square()?.f_div(a)?),
+        })
+    }
+}
+
+/// a^2 + s^2, which is 1 on some paths.
+fn square_norm(Coefficients { data: a, noise: s }: &Coefficients) -> Result<Tensor> {
+    Ok(a.f_square()?.f_add(&s.f_square()?)?)
 }
 
 #[cfg(test)]
@@ -130,7 +147,7 @@ mod tests {
         let coefficients = RectifiedFlow.coefficients(&time)?.like(&x0)?;
         for prediction in Prediction::ALL {
             let target = prediction.target(&coefficients, &x0, &noise)?;
-            let sample = prediction.sample(&RectifiedFlow, &coefficients, &noised, &target)?;
+            let sample = prediction.sample(true, &coefficients, &noised, &target)?;
             let error = (sample - &x0).abs().max().double_value(&[]);
             assert!(error < 1e-14, "{prediction:?}: {error}");
         }

@@ -4,6 +4,7 @@ use std::cell::{OnceCell, RefCell};
 
 use tch::{Tensor, no_grad_guard};
 
+use crate::answer::Answer;
 use crate::diagnostics::{Role, TermDiagnostics};
 use crate::normalizer::{Distance, Reference};
 use crate::numeric::{check_like, check_size, masked, noise_like, once, per_sample};
@@ -20,8 +21,8 @@ pub struct Probe<'a> {
     noise: Tensor,
     noised: Tensor,
     normalizer: Normalizer,
-    cond: OnceCell<Tensor>,
-    null: OnceCell<Tensor>,
+    cond: OnceCell<Answer>,
+    null: OnceCell<Answer>,
     distance: OnceCell<Option<Distance>>,
     diagnostics: Option<RefCell<TermDiagnostics>>,
 }
@@ -114,10 +115,8 @@ impl<'a> Probe<'a> {
     /// # Errors
     /// What the teacher's closure returns.
     pub fn teacher_cond(&self) -> Result<&Tensor> {
-        once(&self.cond, || {
-            let _no_grad = no_grad_guard();
-            self.teacher.denoise(&self.noised, &self.tau, self.batch.cond())
-        })
+        let _no_grad = no_grad_guard();
+        self.cond()?.sample()
     }
 
     /// The teacher's conditional and unconditional clean predictions, `[B, ..]` each; in one
@@ -127,15 +126,30 @@ impl<'a> Probe<'a> {
     /// [`Error::Missing`](crate::Error::Missing) if the batch has no null condition, or what the
     /// teacher's closure returns.
     pub fn teacher_pair(&self) -> Result<(&Tensor, &Tensor)> {
+        let _no_grad = no_grad_guard();
+        let (cond, null) = self.pair()?;
+        Ok((cond.sample()?, null.sample()?))
+    }
+
+    /// The teacher's answer with the condition.
+    pub(crate) fn cond(&self) -> Result<&Answer> {
+        once(&self.cond, || {
+            let _no_grad = no_grad_guard();
+            self.teacher.answer(&self.noised, &self.tau, self.batch.cond())
+        })
+    }
+
+    /// The teacher's answers with the condition and without.
+    pub(crate) fn pair(&self) -> Result<(&Answer, &Answer)> {
         let null = self.batch.null_condition()?;
         let _no_grad = no_grad_guard();
         if self.cond.get().is_none() && self.null.get().is_none() {
             let pair =
-                self.teacher.denoise_pair(&self.noised, &self.tau, self.batch.cond(), null)?;
+                self.teacher.answer_pair(&self.noised, &self.tau, self.batch.cond(), null)?;
             return Ok((self.cond.get_or_init(|| pair.0), self.null.get_or_init(|| pair.1)));
         }
-        let null = once(&self.null, || self.teacher.denoise(&self.noised, &self.tau, null))?;
-        Ok((self.teacher_cond()?, null))
+        let null = once(&self.null, || self.teacher.answer(&self.noised, &self.tau, null))?;
+        Ok((self.cond()?, null))
     }
 
     /// Scales a difference of clean predictions `[B, ..]` into a direction, per sample, in float32
@@ -151,16 +165,19 @@ impl<'a> Probe<'a> {
         }
     }
 
-    /// [`normalize`](Self::normalize) of `factor * difference`, which is overwritten.
-    pub(crate) fn normalize_owned(&self, mut difference: Tensor, factor: f64) -> Result<Tensor> {
-        let scaled = match self.divisor()? {
-            Some(n) => {
-                let n = per_sample(&n.f_div_scalar(factor)?, &difference)?;
-                difference.f_div_(&n)?
-            }
-            None => difference.f_mul_scalar_(factor)?,
+    /// [`normalize`](Self::normalize) of `weight (x0 of one - x0 of other)`, in two passes: all that is
+    /// one number a sample is multiplied first.
+    pub(crate) fn direction(&self, one: &Answer, other: &Answer, weight: f64) -> Result<Tensor> {
+        let (mut difference, slope) = one.minus(other)?;
+        let factor = match self.divisor()? {
+            Some(n) => per_sample(&n.f_reciprocal()?, &difference)?.f_mul_scalar(weight)?,
+            None => Tensor::f_full([1], weight, (difference.f_kind()?, difference.device()))?,
         };
-        self.masked(&scaled)
+        let factor = match slope {
+            Some(slope) => factor.f_mul(&slope)?,
+            None => factor,
+        };
+        self.masked(&difference.f_mul_(&factor)?)
     }
 
     /// `tensor`, shaped like x, with zeros where the batch's [`mask`](Batch::mask) leaves an element
@@ -204,12 +221,12 @@ impl<'a> Probe<'a> {
     }
 
     /// Records how the score of a fake prediction compares with the teacher's.
-    pub(crate) fn observe_scores(&self, real: &Tensor, fake: &Tensor) -> Result<()> {
+    pub(crate) fn observe_scores(&self, real: &Answer, fake: &Answer) -> Result<()> {
         self.record(|term| {
             let at = self.teacher.path().coefficients(&self.tau)?.like(&self.noised)?;
             let scale = at.data.f_add(&at.noise)?;
             let flow = |x0: &Tensor| self.noised.f_sub(&x0.f_mul(&scale)?);
-            term.set_scores(&self.noised, &flow(real)?, &flow(fake)?)
+            term.set_scores(&self.noised, &flow(real.sample()?)?, &flow(fake.sample()?)?)
         })
     }
 

@@ -57,7 +57,7 @@ impl Engine for CfgAugmentation {
         if self.guidance.is_neutral() {
             return Ok(probe.noised().f_zeros_like()?);
         }
-        let (cond, null) = probe.teacher_pair()?;
-        probe.normalize_owned(cond.f_sub(null)?, self.guidance.w())
+        let (cond, null) = probe.pair()?;
+        probe.direction(cond, null, self.guidance.w())
     }
 }

@@ -79,10 +79,10 @@ impl<'a> DistributionMatching<'a> {
     /// What the networks return.
     pub fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
         let _no_grad = no_grad_guard();
-        let real = probe.teacher_cond()?;
-        let fake = self.fake.denoise(probe.noised(), probe.tau(), probe.batch().cond())?;
+        let real = probe.cond()?;
+        let fake = self.fake.answer(probe.noised(), probe.tau(), probe.batch().cond())?;
         probe.observe_scores(real, &fake)?;
-        probe.normalize_owned(real.f_sub(&fake)?, 1.0)
+        probe.direction(real, &fake, 1.0)
     }
 
     /// The loss that trains the fake score on the samples of the batch, a scalar; x is detached.

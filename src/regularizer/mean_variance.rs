@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::numeric::{check_like, check_samples, check_size, row_squares, widen};
+use crate::numeric::{check_like, check_samples, check_size, widen};
 use crate::value::checked;
 use crate::{Error, Probe, Regularizer, Result};
 
@@ -235,8 +235,11 @@ fn moments(what: &'static str, x: &Tensor, statistics: Statistics) -> Result<(Te
     let count = x.size().iter().skip(first_axis).product::<i64>() as f64;
     let mean = x.f_sum_dim_intlist(&axes[..], true, None::<Kind>)?.f_div_scalar(count)?;
     // v does not change with m, which is where sum (x - m)^2 is least.
-    let squares = row_squares(&x.f_sub(&mean.f_detach()?)?)?.f_unsqueeze(-1)?;
-    let variance = squares.f_sum_dim_intlist(&axes[..], true, None::<Kind>)?.f_div_scalar(count)?;
+    let centred = x.f_sub(&mean.f_detach()?)?;
+    let squares = centred.f_mul(&centred.f_detach()?)?;
+    let half = squares.f_sum_dim_intlist(&axes[..], true, None::<Kind>)?.f_div_scalar(count)?;
+    // One factor of a square has half of its slope, in fewer passes than both.
+    let variance = half.f_mul_scalar(2.0)?.f_sub(&half.f_detach()?)?;
     let flat = |t: Tensor| t.f_flatten((first_axis as i64).saturating_sub(1), -1);
     Ok((flat(mean)?, flat(variance)?))
 }
