@@ -6,7 +6,7 @@ use std::ops::Deref;
 use tch::{Kind, Tensor};
 
 use crate::numeric::{
-    batch_size, check_device, check_samples, check_size, once, per_sample, widen,
+    batch_size, check_device, check_per_sample, check_samples, check_size, once, per_sample, widen,
 };
 use crate::{Error, PreShift, Result};
 
@@ -126,8 +126,7 @@ impl<'a> Batch<'a> {
     /// [`Error::Shape`] unless there is one time for each sample; [`Error::Device`] if they are
     /// elsewhere than `x`.
     pub fn student_time(mut self, time: &'a PreShift) -> Result<Self> {
-        check_size("student time", time.tensor(), &[self.batch_size()])?;
-        check_device("student time", time.tensor(), self.x)?;
+        check_per_sample("student time", time.tensor(), self.x)?;
         self.student_time = Some(time);
         Ok(self)
     }

@@ -3,7 +3,7 @@
 use tch::{Reduction, Tensor};
 
 use crate::answer::Answer;
-use crate::numeric::{check_like, check_size, mean, widen, widen_like};
+use crate::numeric::{check_like, check_per_sample, check_samples, mean, widen, widen_like};
 use crate::{Condition, Error, Path, PostShift, Prediction, Result};
 
 type Network<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
@@ -108,7 +108,7 @@ impl<'a> Denoiser<'a> {
     ///
     /// # Errors
     /// [`Error::Network`] from the closure; [`Error::Shape`], [`Error::Kind`] or [`Error::Device`]
-    /// if its output is not like `noised`; [`Error::OutOfRange`] if times may be at a singular end
+    /// unless `noised` are floating-point samples with a time each, and the output is like them; [`Error::OutOfRange`] if times may be at a singular end
     /// of the [`Prediction`].
     pub fn denoise(&self, noised: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
         self.answer(noised, time, cond)?.into_sample()
@@ -185,7 +185,8 @@ impl<'a> Denoiser<'a> {
         noise: &Tensor,
         cond: &Condition,
     ) -> Result<Tensor> {
-        check_batch(x, time)?;
+        check_samples("x", x, 1)?;
+        check_per_sample("time", time.tensor(), x)?;
         check_like("noise", noise, x)?;
         self.prediction.check_target(&*self.path, time)?;
         let x = x.f_detach()?;
@@ -198,7 +199,8 @@ impl<'a> Denoiser<'a> {
     }
 
     fn check_input(&self, noised: &Tensor, time: &PostShift) -> Result<()> {
-        check_batch(noised, time)?;
+        check_samples("noised sample", noised, 1)?;
+        check_per_sample("time", time.tensor(), noised)?;
         self.prediction.check_sample(&*self.path, time)
     }
 
@@ -207,12 +209,6 @@ impl<'a> Denoiser<'a> {
         let at = self.path.coefficients(time)?.like(noised)?;
         Answer::new(self.prediction, &*self.path, at, noised, widen_like(output, noised)?)
     }
-}
-
-/// One time for each sample.
-fn check_batch(x: &Tensor, time: &PostShift) -> Result<()> {
-    let batch: Vec<i64> = x.size().into_iter().take(1).collect();
-    check_size("time", time.tensor(), &batch)
 }
 
 impl std::fmt::Debug for Denoiser<'_> {

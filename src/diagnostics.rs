@@ -125,7 +125,7 @@ impl Diagnostics {
 
     /// Everything as named numbers, for a log: `x_std`, `not_finite`, and for terms called `ca` and
     /// `dm` `ca_update_rms`, `dm_cos`, `dm_n`, `dm_n_min`, `dm_share_on_floor`, `dm_to_ca`,
-    /// `ca_dm_cos` and so on, the mean over the samples at which each is defined. A number that is
+    /// `ca_dm_cos`, its `_std`, `_min` and `_max`, and so on, the mean over the samples at which each is defined. A number that is
     /// undefined, or not finite, is left out.
     ///
     /// It reads all of them at once, so that a GPU is waited for once.
@@ -150,7 +150,11 @@ impl Diagnostics {
                     named.push((format!("{name}_to_{engine_name}"), balance));
                 }
                 if let Some(cos) = term::cos_of(engine, regularizer)? {
-                    named.push((format!("{engine_name}_{name}_cos"), cos.mean_tensor()?));
+                    let name = format!("{engine_name}_{name}_cos");
+                    named.push((format!("{name}_std"), cos.std_tensor()?));
+                    named.push((format!("{name}_min"), cos.min_tensor()?));
+                    named.push((format!("{name}_max"), cos.max_tensor()?));
+                    named.push((name, cos.mean_tensor()?));
                 }
             }
         }

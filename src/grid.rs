@@ -5,10 +5,16 @@ use tch::{Device, Kind, Tensor};
 use crate::value::checked;
 use crate::{Result, Shift};
 
+/// More steps than anyone takes, and few enough for memory.
+pub(crate) const MOST_STEPS: usize = 1_000_000;
+
 /// Noise levels (1 - t) between which CDM draws the inner times of its random grids.
 const INNER_NOISE: (f64, f64) = (0.25, 0.95);
 
 /// The times at which a few-step generator is evaluated, starting at pure noise.
+///
+/// The network is handed pure noise at the first time whatever that is: 0 as a rule, 0.6 for DMD2's
+/// one-step SDXL model, which is told n = 399 of a table of 1000.
 ///
 /// Pre-shift times 0, 1/K, .., (K-1)/K, then the shift; in diffusers' clock `sigma` goes from 1 to
 /// the shifted 1/K, and the last step lands on the clean sample. With shift 3 and K = 8 this is the
@@ -24,21 +30,21 @@ impl FewStepGrid {
     /// `steps` even pre-shift times from 0.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if `steps` is 0, or the shift moves the last
-    /// time to 1 as float32.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `steps` is from 1 to 1e6, or if the shift
+    /// moves the last time to 1 as float32.
     pub fn even(steps: usize, shift: Shift) -> Result<Self> {
-        checked("number of steps", "at least 1", steps as f64, steps > 0)?;
+        check_steps(steps)?;
         Self::new((0..steps).map(|k| k as f64 / steps as f64).collect(), shift)
     }
 
-    /// Given pre-shift times, the first of them 0 and each above the one before.
+    /// Given pre-shift times, each above the one before.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless they rise from 0 and stay below 1, the
-    /// last also as float32 after the shift.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless there is one, they rise, and they are in
+    /// [0, 1), the last also as float32 after the shift.
     pub fn new(times: Vec<f64>, shift: Shift) -> Result<Self> {
         let first = times.first().copied().unwrap_or(f64::NAN);
-        checked("first time of the grid", "0, pure noise", first, first.abs() <= 0.0)?;
+        checked("first time of the grid", "in [0, 1)", first, (0.0..1.0).contains(&first))?;
         for (previous, &next) in times.iter().zip(times.iter().skip(1)) {
             checked("time of the grid", "above the one before", next, next > *previous)?;
         }
@@ -59,9 +65,9 @@ impl FewStepGrid {
     /// libtorch's global generator.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if `max_steps` is 0.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `max_steps` is from 1 to 1e6.
     pub fn dynamic(max_steps: usize, shift: Shift) -> Result<Self> {
-        checked("number of steps", "at least 1", max_steps as f64, max_steps > 0)?;
+        check_steps(max_steps)?;
         let high = i64::try_from(max_steps).unwrap_or(i64::MAX);
         let inner =
             Tensor::f_randint(high, [1], (Kind::Int64, Device::Cpu))?.f_int64_value(&[0])?;
@@ -97,11 +103,17 @@ impl FewStepGrid {
 
     /// The first and the last of the pre-shift times.
     pub(crate) fn range(&self) -> (f64, f64) {
-        (0.0, self.times.last().copied().unwrap_or_default())
+        let first = self.times.first().copied().unwrap_or_default();
+        (first, self.times.last().copied().unwrap_or(first))
     }
 
     /// The shift of the grid.
     pub fn shift(&self) -> Shift {
         self.shift
     }
+}
+
+fn check_steps(steps: usize) -> Result<f64> {
+    let valid = (1..=MOST_STEPS).contains(&steps);
+    checked("number of steps", "from 1 to 1e6", steps as f64, valid)
 }

@@ -86,9 +86,9 @@ pub use path::{
 pub use prediction::Prediction;
 pub use probe::Probe;
 pub use regularizer::{
-    Adversarial, Bandwidth, CriticHeads, CriticPenalty, DistributionMatching, Estimator, GanLoss,
-    Kernel, MaximumMeanDiscrepancy, MeanVariance, Regularizer, RegularizerFn, Statistics,
-    regularizer_fn, surrogate,
+    Adversarial, Bandwidth, CriticEvaluation, CriticHeads, CriticPenalty, DistributionMatching,
+    Estimator, GanLoss, Kernel, MaximumMeanDiscrepancy, MeanVariance, Regularizer, RegularizerFn,
+    Statistics, regularizer_fn, surrogate,
 };
 pub use renoising::{AboveStudent, LogNormal, LogitNormal, Renoising, TimeSampler, Uniform};
 pub use rollout::{Sampler, Simulation, Transition};

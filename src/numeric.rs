@@ -2,7 +2,7 @@
 
 use std::cell::OnceCell;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
@@ -159,8 +159,26 @@ pub(crate) fn check_size(what: &'static str, tensor: &Tensor, expected: &[i64]) 
 
 /// Refuses a tensor that is on another device than `like`.
 pub(crate) fn check_device(what: &'static str, tensor: &Tensor, like: &Tensor) -> Result<()> {
-    let (expected, found) = (like.device(), tensor.device());
+    same_device(what, like.device(), tensor.device())
+}
+
+fn same_device(what: &'static str, expected: Device, found: Device) -> Result<()> {
     if expected == found { Ok(()) } else { Err(Error::Device { what, expected, found }) }
+}
+
+/// Refuses anything but one floating-point number for each sample of `x`, on its device.
+pub(crate) fn check_per_sample(what: &'static str, values: &Tensor, x: &Tensor) -> Result<()> {
+    let batch: Vec<i64> = x.size().into_iter().take(1).collect();
+    check_size(what, values, &batch)?;
+    check_device(what, values, x)
+}
+
+/// Refuses anything but floating-point numbers `[B]`, B >= 1.
+pub(crate) fn check_vector(what: &'static str, tensor: &Tensor) -> Result<()> {
+    if tensor.size().len() > 1 {
+        return Err(Error::shape(what, "[B]", &tensor.size()));
+    }
+    check_samples(what, tensor, 1)
 }
 
 /// Refuses numbers outside `[low, high]`, NaN included, and returns the extremes. Reading them
@@ -177,4 +195,19 @@ pub(crate) fn check_range(
         if valid { Ok(value) } else { Err(Error::OutOfRange { what, requirement, value }) }
     };
     Ok((read(tensor.f_min()?)?, read(tensor.f_max()?)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_device_is_refused_and_named() {
+        let (cpu, gpu) = (Device::Cpu, Device::Cuda(0));
+        assert!(same_device("tau", cpu, cpu).is_ok() && same_device("tau", gpu, gpu).is_ok());
+        let error = same_device("tau", gpu, cpu).unwrap_err();
+        assert!(matches!(&error, Error::Device { what: "tau", expected, found }
+            if *expected == gpu && *found == cpu));
+        assert_eq!(error.to_string(), "tau: expected a tensor on Cuda(0), found one on Cpu");
+    }
 }

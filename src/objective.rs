@@ -3,8 +3,8 @@
 use tch::{Tensor, no_grad_guard};
 
 use crate::diagnostics::Role;
-use crate::numeric::{check_size, noise_like};
-use crate::renoising::unit_uniform;
+use crate::numeric::{check_per_sample, check_size, noise_like};
+use crate::renoising::{check_draws, unit_uniform};
 use crate::value::checked;
 use crate::{
     Batch, Denoiser, Diagnostics, Engine, Error, Normalizer, Probe, Regularizer, Renoising, Result,
@@ -152,25 +152,36 @@ impl<'a> Objective<'a> {
     ///
     /// # Errors
     /// [`Error::Term`] with the name of the term that failed and why, such as a loss that is no
-    /// floating-point scalar; [`Error::Missing`] if a schedule needs the student's times.
+    /// floating-point scalar; [`Error::Missing`] if a schedule needs the student's times;
+    /// [`Error::OutOfRange`] if there is no term at all.
     pub fn evaluate(&self, batch: &Batch<'_>) -> Result<Evaluation> {
-        self.evaluate_at(batch, self.draw(batch)?)
+        self.evaluate_with(batch, self.draw(batch)?)
     }
 
-    /// The loss on a batch for given draws, one for each group in order.
+    /// The loss on a batch for given draws, one for each group in order. Two numbers of each `u` are
+    /// read from their device.
     ///
     /// # Errors
-    /// As [`evaluate`](Self::evaluate), and [`Error::OutOfRange`] if the draws are not as many as
-    /// the groups, or there is no term at all.
+    /// As [`evaluate`](Self::evaluate); [`Error::OutOfRange`] if the draws are not as many as the
+    /// groups, or a `u` is outside [0, 1]; [`Error::Shape`], [`Error::Kind`] or [`Error::Device`] if
+    /// they do not fit the batch.
     pub fn evaluate_at(&self, batch: &Batch<'_>, draws: Vec<Draw>) -> Result<Evaluation> {
         let count = draws.len();
         let one_each = count == self.groups.len();
         checked("number of draws", "the number of groups", count as f64, one_each)?;
+        for Draw { u, .. } in &draws {
+            check_per_sample("draw", u, batch.x())?;
+            check_draws(u)?;
+        }
+        self.evaluate_with(batch, draws)
+    }
+
+    fn evaluate_with(&self, batch: &Batch<'_>, draws: Vec<Draw>) -> Result<Evaluation> {
         let mut total: Option<Tensor> = None;
         let mut terms = Vec::new();
         let mut diagnostics = if self.observed { Some(Diagnostics::of(batch)?) } else { None };
         for (group, Draw { u, noise }) in self.groups.iter().zip(draws) {
-            let tau = group.renoising.at(&u, batch.student_times())?;
+            let tau = group.renoising.times(&u, batch.student_times())?;
             let mut probe =
                 Probe::at(&self.teacher, batch, tau, noise)?.normalizer(group.normalizer);
             if self.observed {

@@ -12,7 +12,10 @@ pub use variance_preserving::VariancePreserving;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::numeric::{compute_kind, per_sample, widen, widen_like};
+use crate::numeric::{
+    check_like, check_per_sample, check_samples, compute_kind, per_sample, widen, widen_like,
+};
+use crate::value::checked;
 use crate::{PostShift, Result};
 
 /// A noise path on the crate's clock, t in [0, 1] from noise to data.
@@ -46,8 +49,13 @@ pub trait Path {
     /// `x0` and `noise` are `[B, ..]`, `time` holds B times.
     ///
     /// # Errors
-    /// [`Error::Torch`](crate::Error::Torch) if the shapes do not fit.
+    /// [`Error::Shape`](crate::Error::Shape), [`Error::Kind`](crate::Error::Kind) or
+    /// [`Error::Device`](crate::Error::Device) unless `x0` are floating-point samples, and `noise` and
+    /// `time` fit them.
     fn renoise(&self, x0: &Tensor, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
+        check_samples("x0", x0, 1)?;
+        check_like("noise", noise, x0)?;
+        check_per_sample("time", time.tensor(), x0)?;
         let Coefficients { data, noise: level } = self.coefficients(time)?.like(x0)?;
         Ok(widen(x0)?.f_mul(&data)?.f_addcmul_(&widen(noise)?, &level)?)
     }
@@ -56,8 +64,10 @@ pub trait Path {
     /// wider. [`VariancePreserving`] starts from `eps` itself, see there.
     ///
     /// # Errors
-    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `noise` are
+    /// floating-point samples.
     fn start(&self, noise: &Tensor) -> Result<Tensor> {
+        check_samples("noise", noise, 1)?;
         let options = (compute_kind(noise.f_kind()?), noise.device());
         let level = self.coefficients(&PostShift::all(0.0, 1, options)?)?.like(noise)?.noise;
         Ok(widen(noise)?.f_mul(&level)?)
@@ -102,6 +112,18 @@ pub(crate) fn coefficients_at(path: &dyn Path, time: f64) -> Result<(f64, f64)> 
     let Coefficients { data, noise } =
         path.coefficients(&PostShift::all(time, 1, (Kind::Double, Device::Cpu))?)?;
     Ok((data.f_double_value(&[0])?, noise.f_double_value(&[0])?))
+}
+
+/// Refuses two paths that mix data and noise differently, seen at a few times on the host.
+pub(crate) fn check_same_path(fake: &dyn Path, teacher: &dyn Path) -> Result<()> {
+    for time in [0.25, 0.5, 0.75] {
+        let (found, expected) = (coefficients_at(fake, time)?, coefficients_at(teacher, time)?);
+        let (found, expected) = (found.1 / found.0, expected.1 / expected.0);
+        let valid = (found - expected).abs() <= 1e-6 * expected.abs();
+        let what = "noise to data on the path of the fake score";
+        checked(what, "that of the teacher's path at each time", found, valid)?;
+    }
+    Ok(())
 }
 
 macro_rules! forward_path {

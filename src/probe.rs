@@ -7,8 +7,8 @@ use tch::{Tensor, no_grad_guard};
 use crate::answer::Answer;
 use crate::diagnostics::{Role, TermDiagnostics};
 use crate::normalizer::{Distance, Reference};
-use crate::numeric::{check_like, check_size, masked, noise_like, once, per_sample};
-use crate::{Batch, Denoiser, Normalizer, PostShift, Renoising, Result, surrogate};
+use crate::numeric::{check_like, check_per_sample, masked, noise_like, once, per_sample};
+use crate::{Batch, Denoiser, Normalizer, Path, PostShift, Renoising, Result, surrogate};
 
 /// The samples re-noised to one tau with one noise, and the teacher's predictions there.
 ///
@@ -39,7 +39,7 @@ impl<'a> Probe<'a> {
         tau: PostShift,
         noise: Tensor,
     ) -> Result<Self> {
-        check_size("tau", tau.tensor(), &[batch.batch_size()])?;
+        check_per_sample("tau", tau.tensor(), batch.x())?;
         check_like("noise", &noise, batch.x())?;
         let _no_grad = no_grad_guard();
         let noised = teacher.path().renoise(batch.wide()?, &tau, &noise)?;
@@ -131,6 +131,11 @@ impl<'a> Probe<'a> {
         Ok((cond.sample()?, null.sample()?))
     }
 
+    /// The path on which the samples were re-noised.
+    pub(crate) fn teacher_path(&self) -> &dyn Path {
+        self.teacher.path()
+    }
+
     /// The teacher's answer with the condition.
     pub(crate) fn cond(&self) -> Result<&Answer> {
         once(&self.cond, || {
@@ -157,8 +162,10 @@ impl<'a> Probe<'a> {
     /// [`Normalizer`].
     ///
     /// # Errors
-    /// What the teacher's closure returns, if its prediction is needed and not known yet.
+    /// [`Error::Shape`](crate::Error::Shape) and the like unless `difference` is like x; what the
+    /// teacher's closure returns, if its prediction is needed and not known yet.
     pub fn normalize(&self, difference: &Tensor) -> Result<Tensor> {
+        check_like("difference", difference, self.x())?;
         match self.divisor()? {
             Some(n) => self.masked(&difference.f_div(&per_sample(n, difference)?)?),
             None => self.masked(difference),
@@ -184,8 +191,9 @@ impl<'a> Probe<'a> {
     /// out; no gradient passes there. Without a mask, the tensor as it is.
     ///
     /// # Errors
-    /// [`Error::Torch`](crate::Error::Torch) if the shapes do not fit.
+    /// [`Error::Shape`](crate::Error::Shape) and the like unless `tensor` is like x.
     pub fn masked(&self, tensor: &Tensor) -> Result<Tensor> {
+        check_like("tensor to mask", tensor, self.x())?;
         masked(tensor, self.batch.kept())
     }
 

@@ -5,7 +5,7 @@ mod distribution_matching;
 mod maximum_mean_discrepancy;
 mod mean_variance;
 
-pub use adversarial::{Adversarial, CriticHeads, CriticPenalty, GanLoss};
+pub use adversarial::{Adversarial, CriticEvaluation, CriticHeads, CriticPenalty, GanLoss};
 pub use distribution_matching::DistributionMatching;
 pub use maximum_mean_discrepancy::{Bandwidth, Estimator, Kernel, MaximumMeanDiscrepancy};
 pub use mean_variance::{MeanVariance, Statistics};

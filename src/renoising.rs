@@ -10,7 +10,9 @@ pub use uniform::{AboveStudent, Uniform};
 
 use tch::Tensor;
 
-use crate::numeric::{batch_size, compute_kind};
+use crate::numeric::{
+    batch_size, check_per_sample, check_range, check_samples, check_vector, compute_kind,
+};
 use crate::{PostShift, PreShift, Result, Shift};
 
 /// Standard normal numbers are kept within this distance of 0; a float32 draw reaches 5.4. So times
@@ -28,9 +30,9 @@ pub(crate) const Z_MAX: f64 = 5.5;
 /// | [`LogitNormal`] | sigmoid of a normal number | the fake score, as SD3 trains |
 /// | [`LogNormal`] | normal in ln sigma | the fake score on EDM's path |
 pub trait TimeSampler {
-    /// Pre-shift times `[B]` for draws `u` `[B]` in [0, 1).
+    /// Pre-shift times `[B]` for draws `u` `[B]` in [0, 1), which [`Renoising`] has checked.
     ///
-    /// `student` holds the pre-shift times at which the student was evaluated, where the batch
+    /// `student` holds the pre-shift times `[B]` at which the student was evaluated, where the batch
     /// carries them.
     ///
     /// # Errors
@@ -74,21 +76,45 @@ impl<'a> Renoising<'a> {
         self
     }
 
-    /// Post-shift times for given draws `u` `[B]` in [0, 1).
+    /// Post-shift times for given draws `u` `[B]` in [0, 1]. Two of them are read from their device.
     ///
     /// # Errors
-    /// [`Error::Missing`](crate::Error::Missing) if the sampler needs the student's times and there are none.
+    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `u` is `[B]`
+    /// and floating point, [`Error::OutOfRange`](crate::Error::OutOfRange) if a draw is outside [0, 1] or
+    /// not a number; [`Error::Missing`](crate::Error::Missing) if the sampler needs the student's times
+    /// and there are none, [`Error::Shape`](crate::Error::Shape) or
+    /// [`Error::Device`](crate::Error::Device) if they are not as many as the draws or elsewhere.
     pub fn at(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PostShift> {
-        self.shift.apply(&self.sampler.times(u, student)?)
+        check_draws(u)?;
+        if let Some(student) = student {
+            check_per_sample("student time", student.tensor(), u)?;
+        }
+        self.times(u, student)
     }
 
     /// Draws B post-shift times for samples `x` `[B, ..]` with libtorch's global generator.
     ///
     /// # Errors
-    /// As [`at`](Self::at).
+    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `x` are
+    /// floating-point samples; as [`at`](Self::at) for the student's times.
     pub fn draw(&self, x: &Tensor, student: Option<&PreShift>) -> Result<PostShift> {
-        self.at(&unit_uniform(x)?, student)
+        check_samples("x", x, 1)?;
+        if let Some(student) = student {
+            check_per_sample("student time", student.tensor(), x)?;
+        }
+        self.times(&unit_uniform(x)?, student)
     }
+
+    /// For draws and times that are known to be good.
+    pub(crate) fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PostShift> {
+        self.shift.apply(&self.sampler.times(u, student)?)
+    }
+}
+
+/// Refuses anything but numbers `[B]` in [0, 1]. Reads two of them.
+pub(crate) fn check_draws(u: &Tensor) -> Result<()> {
+    check_vector("draw", u)?;
+    check_range("draw", "in [0, 1]", u, (0.0, 1.0)).map(|_| ())
 }
 
 /// One draw from [0, 1) for each sample of `x`, on its device, in float32 or wider.

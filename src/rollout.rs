@@ -4,6 +4,7 @@ use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use crate::numeric::{batch_size, check_like, check_samples, compute_kind, noise_like, per_sample};
 use crate::trajectory::{check_steps, spread_steps};
+use crate::value::checked;
 use crate::{
     Condition, Denoiser, Error, FewStepGrid, Guidance, PostShift, PreShift, Result, Trajectory,
 };
@@ -123,14 +124,28 @@ impl<'a> Sampler<'a> {
     /// # Errors
     /// As [`sample`](Self::sample).
     pub fn trajectory(&self, noise: &Tensor, cond: &Condition) -> Result<Trajectory> {
+        self.trajectory_with(noise, cond, |_, like| noise_like(like))
+    }
+
+    /// [`trajectory`](Self::trajectory) with the noise of re-noising transitions from `fresh`, as
+    /// [`simulate_with`](Self::simulate_with).
+    ///
+    /// # Errors
+    /// As [`simulate_with`](Self::simulate_with).
+    pub fn trajectory_with(
+        &self,
+        noise: &Tensor,
+        cond: &Condition,
+        mut fresh: impl FnMut(usize, &Tensor) -> Result<Tensor>,
+    ) -> Result<Trajectory> {
         check_samples("noise", noise, 2)?;
         let _no_grad = no_grad_guard();
         let last = self.grid.steps().saturating_sub(1);
         let mut x = self.denoiser.path().start(noise)?;
         let (mut inputs, mut samples) = (Vec::new(), Vec::new());
-        for step in 0..last {
+        for (step, next) in (0..last).zip(1..) {
             let x0 = self.predict(&x, &self.time(step, noise)?, cond)?;
-            let next = self.advance(&x, &x0, step, noise_like)?;
+            let next = self.advance(&x, &x0, step, |like| fresh(next, like))?;
             inputs.push(std::mem::replace(&mut x, next));
             samples.push(x0);
         }
@@ -140,7 +155,7 @@ impl<'a> Sampler<'a> {
             noised: Tensor::f_stack(&inputs, 0)?,
             samples: Tensor::f_stack(&samples, 0)?,
             times: self.times_like(noise)?,
-            range: self.grid.range(),
+            grid: self.grid.clone(),
         })
     }
 
@@ -148,13 +163,17 @@ impl<'a> Sampler<'a> {
     /// one forward with a graph.
     ///
     /// # Errors
-    /// As [`Trajectory::samples_at`]; what the network returns.
+    /// As [`Trajectory::samples_at`]; [`Error::OutOfRange`] if the rollout was made on another grid; what
+    /// the network returns.
     pub fn simulate_on(
         &self,
         trajectory: &Trajectory,
         cond: &Condition,
         steps: &Tensor,
     ) -> Result<Simulation> {
+        let same = trajectory.grid == self.grid;
+        let requirement = "those of a rollout on the sampler's own grid";
+        checked("steps of the trajectory", requirement, trajectory.steps() as f64, same)?;
         let (noised, student_time) = trajectory.inputs_at(steps)?;
         let time = self.grid.shift().apply(&student_time)?;
         Ok(Simulation { x: self.predict(&noised, &time, cond)?, student_time })

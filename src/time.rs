@@ -10,7 +10,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::numeric::{check_floating, check_range, check_samples, widen};
+use crate::numeric::{check_floating, check_range, check_vector, widen};
 use crate::value::checked;
 use crate::{Error, Result};
 
@@ -38,10 +38,7 @@ macro_rules! time_methods {
             /// [`Error::Shape`] unless the rank is 1 and B >= 1, [`Error::Kind`] unless floating
             /// point, [`Error::OutOfRange`] if one is outside [0, 1] or not a number.
             pub fn new(times: Tensor) -> Result<Self> {
-                if times.size().len() > 1 {
-                    return Err(Error::shape($what, "[B]", &times.size()));
-                }
-                check_samples($what, &times, 1)?;
+                check_vector($what, &times)?;
                 let range = check_range($what, "in [0, 1]", &times, (0.0, 1.0))?;
                 Ok(Self { times, range })
             }
@@ -116,7 +113,7 @@ impl Shift {
         self.0
     }
 
-    /// The shifted value of one pre-shift time.
+    /// The shifted value of one pre-shift time in [0, 1].
     #[must_use]
     pub fn of(self, time: f64) -> f64 {
         time / (time + self.0 * (1.0 - time))

@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::numeric::{batch_size, check_device, per_sample};
 use crate::value::checked;
-use crate::{Error, PreShift, Result};
+use crate::{Error, FewStepGrid, PreShift, Result};
 
 /// One rollout of a student over its grid, without a graph; made by
 /// [`Sampler::trajectory`](crate::Sampler::trajectory).
@@ -21,8 +21,8 @@ pub struct Trajectory {
     pub(crate) samples: Tensor,
     /// The pre-shift times of the steps, `[K]`.
     pub(crate) times: Tensor,
-    /// The first and the last of the times.
-    pub(crate) range: (f64, f64),
+    /// The grid of the rollout.
+    pub(crate) grid: FewStepGrid,
 }
 
 impl Trajectory {
@@ -59,7 +59,7 @@ impl Trajectory {
     /// The student's inputs `[B, ..]` and times at each sample's step.
     pub(crate) fn inputs_at(&self, steps: &Tensor) -> Result<(Tensor, PreShift)> {
         check_steps(steps, self.steps(), self.batch_size(), &self.samples)?;
-        let times = PreShift::within(self.times.f_index_select(0, steps)?, self.range);
+        let times = PreShift::within(self.times.f_index_select(0, steps)?, self.grid.range());
         Ok((gather(&self.noised, steps)?, times))
     }
 }

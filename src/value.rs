@@ -14,6 +14,11 @@ pub(crate) fn checked(
     if valid { Ok(value) } else { Err(Error::OutOfRange { what, requirement, value }) }
 }
 
+/// Whether a number is finite and positive as float32 too, in which most samples are computed with.
+pub(crate) fn is_positive(value: f64) -> bool {
+    (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&value)
+}
+
 /// Makes a newtype over `f64` (de)serialise through its checked constructor.
 macro_rules! checked_conversions {
     ($type:ty) => {
@@ -106,10 +111,9 @@ impl Floor {
     /// A floor at `value`.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] unless `value` is finite and positive.
+    /// [`Error::OutOfRange`] unless `value` is finite and positive, as float32 too.
     pub fn new(value: f64) -> Result<Self> {
-        let valid = value.is_finite() && value > 0.0;
-        checked("normaliser floor", "finite and positive", value, valid).map(Self)
+        checked("normaliser floor", "finite and positive", value, is_positive(value)).map(Self)
     }
 
     /// The floor.
@@ -138,8 +142,7 @@ impl Positive {
     pub(crate) const PORT: Self = Self(1e-8);
 
     pub(crate) fn new(what: &'static str, value: f64) -> Result<Self> {
-        let valid = value.is_finite() && value > 0.0;
-        checked(what, "finite and positive", value, valid).map(Self)
+        checked(what, "finite and positive", value, is_positive(value)).map(Self)
     }
 
     pub(crate) fn get(self) -> f64 {

@@ -4,9 +4,9 @@ mod common;
 
 use common::{gaussian_teacher, seeded, wave};
 use decoupled_dmd::{
-    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Edm, Error, Group, Guidance,
-    LogNormal, MeanVariance, Normalizer, Objective, PostShift, PreShift, Prediction, Probe,
-    RectifiedFlow, Regularizer, Renoising, Result, Shift, Statistics, Uniform, UpdateRatio,
+    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Edm, Error, Floor, Group,
+    Guidance, LogNormal, MeanVariance, Normalizer, Objective, PostShift, PreShift, Prediction,
+    Probe, RectifiedFlow, Regularizer, Renoising, Result, Shift, Statistics, Uniform, UpdateRatio,
     VariancePreserving, align_fake, engine_fn, regularizer_fn, surrogate,
 };
 use tch::{Device, Kind, Tensor};
@@ -90,7 +90,9 @@ fn a_mask_is_boolean_and_fits_the_samples() -> Result<()> {
 #[test]
 fn settings_out_of_range_are_named() -> Result<()> {
     let named = |error: Error, argument: &str| matches!(error, Error::OutOfRange { what, .. } if what == argument);
-    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+    // 1e-50 and 1e50 are 0 and infinity in float32.
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-50, 1e50] {
+        assert!(named(Floor::new(bad).unwrap_err(), "normaliser floor"));
         let error = Normalizer::conditional().epsilon(bad).unwrap_err();
         assert!(named(error, "normaliser epsilon"));
     }
@@ -229,9 +231,11 @@ fn an_objective_refuses_bad_weights_no_terms_and_missing_draws() -> Result<()> {
     let term = || regularizer_fn(|probe| Ok(probe.x().f_square()?.f_mean(None)?));
     let group =
         |weight| Group::new(Renoising::new(Uniform::FULL)).regularizer("l2", weight, term());
-    let objective = Objective::new(gaussian_teacher(0.5)).with(group(f64::NAN));
-    let error = objective.evaluate(&batch).unwrap_err();
-    assert!(matches!(error, Error::Term { ref name, .. } if name == "l2"), "{error}");
+    for weight in [f64::NAN, f64::INFINITY] {
+        let objective = Objective::new(gaussian_teacher(0.5)).with(group(weight));
+        let error = objective.evaluate(&batch).unwrap_err();
+        assert!(matches!(error, Error::Term { ref name, .. } if name == "l2"), "{error}");
+    }
     let objective = Objective::new(gaussian_teacher(0.5)).with(group(2.0));
     let error = objective.evaluate_at(&batch, Vec::new()).unwrap_err();
     assert!(matches!(error, Error::OutOfRange { what: "number of draws", .. }));
@@ -257,7 +261,10 @@ fn mean_variance_checks_its_target_and_the_channels() -> Result<()> {
         MeanVariance::measured(&Tensor::from(1.0), Statistics::PerSample),
         "real samples"
     ));
-    assert!(MeanVariance::per_sample(0.0, 1.0)?.floor(0.0).is_err());
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-50] {
+        let floor = MeanVariance::per_sample(0.0, 1.0)?.floor(bad);
+        assert!(matches!(floor, Err(Error::OutOfRange { what: "variance floor", .. })), "{bad}");
+    }
 
     let (cond, teacher) = (Condition::none(), gaussian_teacher(0.5));
     let four_channels = wave(&[2, 4, 3], 0.0, Kind::Float);
@@ -340,6 +347,7 @@ fn bad_parameters_of_paths_are_refused() {
         (0.1, 1.0, 9, "beta_end"),
         (0.1, f64::NAN, 9, "beta_end"),
         (0.1, 0.2, 1, "number of levels"),
+        (0.1, 0.2, usize::MAX, "number of levels"),
     ] {
         let made = VariancePreserving::scaled_linear(low, high, steps);
         assert!(refused(made, argument), "{low} {high} {steps}");
@@ -360,7 +368,7 @@ fn bad_parameters_of_paths_are_refused() {
         assert!(matches!(linear.time_of(r), Err(Error::OutOfRange { what: "timestep", .. })));
     }
     for (low, high, rho) in
-        [(0.0, 80.0, 7.0), (2.0, 1.0, 7.0), (0.1, f64::NAN, 7.0), (0.1, 1.0, 0.5)]
+        [(0.0, 80.0, 7.0), (2.0, 1.0, 7.0), (0.1, f64::NAN, 7.0), (0.1, 1.0, 0.5), (0.1, 1.0, 1e17)]
     {
         assert!(matches!(Edm::new(low, high, rho), Err(Error::OutOfRange { .. })));
     }
@@ -373,5 +381,7 @@ fn bad_parameters_of_paths_are_refused() {
         .preconditioning(&t, 0.5)
         .and_then(|p| p.apply(&Tensor::zeros([1, 3], FLOAT), |_, c: &Tensor| c.shallow_clone()));
     assert!(matches!(wrong, Err(Error::Shape { what: "network output", .. })));
-    assert!(matches!(LogNormal::new(edm, 0.0, 0.0), Err(Error::OutOfRange { .. })));
+    for (mean, std) in [(0.0, 0.0), (0.0, f64::NAN), (f64::NAN, 1.0), (f64::INFINITY, 1.0)] {
+        assert!(matches!(LogNormal::new(edm, mean, std), Err(Error::OutOfRange { .. })));
+    }
 }

@@ -141,13 +141,24 @@ fn steps_are_drawn_evenly_from_the_grid() -> Result<()> {
 fn bad_grids_and_steps_are_refused() -> Result<()> {
     let grid = |times: &[f64]| FewStepGrid::new(times.to_vec(), Shift::NONE);
     assert!(grid(&[0.0, 0.3, 0.9]).is_ok());
-    for times in
-        [&[][..], &[0.1, 0.5], &[0.0, 0.5, 0.5], &[0.0, 1.0], &[0.0, 1.0 - 1e-12], &[0.0, f64::NAN]]
-    {
+    for times in [
+        &[][..],
+        &[-0.1, 0.5],
+        &[1.0],
+        &[0.0, 0.5, 0.5],
+        &[0.0, 1.0],
+        &[0.0, 1.0 - 1e-12],
+        &[0.0, f64::NAN],
+    ] {
         assert!(matches!(grid(times), Err(Error::OutOfRange { .. })), "{times:?}");
     }
-    let none = FewStepGrid::even(0, Shift::NONE);
-    assert!(matches!(none, Err(Error::OutOfRange { what: "number of steps", .. })));
+    for steps in [0, 1_000_001, usize::MAX] {
+        for made in
+            [FewStepGrid::even(steps, Shift::NONE), FewStepGrid::dynamic(steps, Shift::NONE)]
+        {
+            assert!(matches!(made, Err(Error::OutOfRange { what: "number of steps", .. })));
+        }
+    }
     // Shifted onto the clean end, as float32 has it.
     let at_the_end = FewStepGrid::even(4, Shift::new(1e-9)?);
     assert!(matches!(at_the_end, Err(Error::OutOfRange { what: "last time of the grid", .. })));
@@ -158,6 +169,35 @@ fn bad_grids_and_steps_are_refused() -> Result<()> {
     assert!(matches!(error, Error::OutOfRange { what: "step", value: 2.0, .. }));
     let error = sampler.simulate(&Tensor::from(1.0), &cond, 0).unwrap_err();
     assert!(matches!(error, Error::Shape { what: "noise", .. }));
+    Ok(())
+}
+
+#[test]
+fn a_grid_may_start_off_the_noise_end() -> Result<()> {
+    // DMD2's one-step SDXL model: pure noise, and n = 399.
+    let path = VariancePreserving::scaled_linear(0.00085, 0.012, 1000)?;
+    let told = std::cell::Cell::new(-1);
+    let network = |x: &Tensor, t: &Tensor, _: &Condition| {
+        told.set(path.timestep(t).unwrap().int64_value(&[0]));
+        x * 0.5
+    };
+    let student = Denoiser::new(&path, Prediction::Sample, network);
+    let grid = FewStepGrid::new(vec![path.time_of(399.0)?], Shift::NONE)?;
+    let sampler = Sampler::new(&student, grid, Transition::Euler);
+    let sample = sampler.sample(&noise(), &Condition::none())?;
+    assert_eq!(told.get(), 399);
+    assert!(max_difference(&sample, &(noise() * 0.5)) < 1e-15);
+    // A prediction that is singular at the noise end can be sampled from just above it.
+    let eps =
+        Denoiser::new(RectifiedFlow, Prediction::Noise, |x: &Tensor, _: &Tensor, _: &Condition| {
+            x * 0.9
+        });
+    let sample = |first| {
+        let grid = FewStepGrid::new(vec![first, 0.5], Shift::NONE)?;
+        Sampler::new(&eps, grid, Transition::Euler).sample(&noise(), &Condition::none())
+    };
+    assert!(matches!(sample(0.0), Err(Error::OutOfRange { .. })));
+    assert!(sample(0.001)?.isfinite().all().int64_value(&[]) == 1);
     Ok(())
 }
 

@@ -55,6 +55,15 @@ impl PerSample {
         Ok(min.is_finite().then_some(min))
     }
 
+    /// The largest of the numbers that are defined, likewise.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if libtorch fails.
+    pub fn max(&self) -> Result<Option<f64>> {
+        let max = self.max_tensor()?.f_double_value(&[])?;
+        Ok(max.is_finite().then_some(max))
+    }
+
     /// The numbers on the host, `None` where undefined.
     ///
     /// # Errors
@@ -75,6 +84,17 @@ impl PerSample {
     pub(crate) fn min_tensor(&self) -> Result<Tensor> {
         Ok(self.values.f_where_scalarother(&self.defined, f64::INFINITY)?.f_min()?)
     }
+
+    /// Infinite if no sample is defined.
+    pub(crate) fn max_tensor(&self) -> Result<Tensor> {
+        Ok(self.values.f_where_scalarother(&self.defined, f64::NEG_INFINITY)?.f_max()?)
+    }
+
+    /// The standard deviation over the samples, from the biased variance; NaN if none is defined.
+    pub(crate) fn std_tensor(&self) -> Result<Tensor> {
+        let offset = self.values.f_sub(&self.mean_tensor()?)?;
+        self.map(|_| Ok(offset.f_square()?))?.mean_tensor()?.f_sqrt().map_err(Error::from)
+    }
 }
 
 #[cfg(test)]
@@ -86,9 +106,11 @@ mod tests {
         let values = Tensor::from_slice(&[3.0, f64::NAN, 5.0, -9.0]);
         let some = PerSample::new(values, &Tensor::from_slice(&[true, true, true, false]))?;
         assert_eq!(some.to_vec()?, [Some(3.0), None, Some(5.0), None]);
-        assert_eq!((some.mean()?, some.min()?), (Some(4.0), Some(3.0)));
+        assert_eq!((some.mean()?, some.min()?, some.max()?), (Some(4.0), Some(3.0), Some(5.0)));
+        approx::assert_relative_eq!(some.std_tensor()?.double_value(&[]), 1.0);
         let none = some.map(|values| Ok(values.f_log()?.f_neg()?.f_mul_scalar(f64::NAN)?))?;
-        assert_eq!((none.mean()?, none.min()?), (None, None));
+        assert_eq!((none.mean()?, none.min()?, none.max()?), (None, None, None));
+        assert!(none.std_tensor()?.double_value(&[]).is_nan());
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use crate::denoiser::NetworkOutput;
-use crate::numeric::{check_like, widen};
+use crate::numeric::{check_like, check_per_sample, check_samples, check_vector, widen};
 use crate::path::{Coefficients, Path, factor, wide_time};
 use crate::value::checked;
 use crate::{PostShift, Result};
@@ -49,22 +49,27 @@ impl Edm {
     ///
     /// # Errors
     /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless 0 < `sigma_min` < `sigma_max`, `rho` >= 1,
-    /// all finite.
+    /// all finite, and the roots of both sigmas differ in float64.
     pub fn new(sigma_min: f64, sigma_max: f64, rho: f64) -> Result<Self> {
         let valid = sigma_min.is_finite() && sigma_min > 0.0;
         checked("sigma_min", "finite and positive", sigma_min, valid)?;
         let valid = sigma_max.is_finite() && sigma_max > sigma_min;
         checked("sigma_max", "finite and above sigma_min", sigma_max, valid)?;
         checked("rho", "finite and at least 1", rho, rho.is_finite() && rho >= 1.0)?;
-        Ok(Self { sigma_min, sigma_max, rho })
+        let path = Self { sigma_min, sigma_max, rho };
+        let (low, high) = path.roots();
+        checked("rho", "small enough to tell the roots of sigma apart", rho, low < high)?;
+        Ok(path)
     }
 
-    /// sigma for times `t` `[B]` on the crate's clock, as a network closure receives them; `[B]` in
-    /// float64.
+    /// sigma for times `t` `[B]` in [0, 1] on the crate's clock, as a network closure receives them;
+    /// `[B]` in float64.
     ///
     /// # Errors
-    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `t` is `[B]`
+    /// and floating point.
     pub fn sigma(&self, t: &Tensor) -> Result<Tensor> {
+        check_vector("t", t)?;
         let (low, high) = self.roots();
         let root = wide_time(t)?.f_mul_scalar(low - high)?.f_add_scalar(high)?;
         Ok(root.f_pow_tensor_scalar(self.rho)?)
@@ -83,7 +88,8 @@ impl Edm {
     /// them. `sigma_data` is the standard deviation of the data, 0.5 in EDM.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `sigma_data` is finite and positive.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `sigma_data` is finite and positive; as
+    /// [`sigma`](Self::sigma) for `t`.
     pub fn preconditioning(&self, t: &Tensor, sigma_data: f64) -> Result<Preconditioning> {
         let valid = sigma_data.is_finite() && sigma_data > 0.0;
         checked("sigma_data", "finite and positive", sigma_data, valid)?;
@@ -145,13 +151,15 @@ impl Preconditioning {
     /// is called once, with `c_in x` and `c_noise` `[B]`, both in float32 or wider.
     ///
     /// # Errors
-    /// What the network returns; [`Error::Shape`](crate::Error::Shape) and the like unless its output is
-    /// like `x`.
+    /// [`Error::Shape`](crate::Error::Shape) and the like unless `x` has one sample for each time, and the
+    /// network's output is like it; what the network returns.
     pub fn apply<O: NetworkOutput<Tensor>>(
         &self,
         x: &Tensor,
         network: impl FnOnce(&Tensor, &Tensor) -> O,
     ) -> Result<Tensor> {
+        check_samples("x", x, 1)?;
+        check_per_sample("times of the preconditioning", &self.noise, x)?;
         let x = widen(x)?;
         let noise = self.noise.f_to_kind(x.f_kind()?)?;
         let output = network(&x.f_mul(&factor(&self.input, &x)?)?, &noise).into_result()?;

@@ -4,6 +4,7 @@ use std::f64::consts::FRAC_PI_2;
 
 use tch::Tensor;
 
+use crate::numeric::check_vector;
 use crate::path::{Coefficients, Path, wide_time};
 use crate::{PostShift, Result};
 
@@ -17,12 +18,14 @@ use crate::{PostShift, Result};
 pub struct TrigFlow;
 
 impl TrigFlow {
-    /// The angle in radians for times `t` `[B]` on the crate's clock, as a network closure receives
-    /// them; `[B]` in float64.
+    /// The angle in radians for times `t` `[B]` in [0, 1] on the crate's clock, as a network closure
+    /// receives them; `[B]` in float64.
     ///
     /// # Errors
-    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `t` is `[B]`
+    /// and floating point.
     pub fn angle(&self, t: &Tensor) -> Result<Tensor> {
+        check_vector("t", t)?;
         Ok(wide_time(t)?.f_neg()?.f_add_scalar(1.0)?.f_mul_scalar(FRAC_PI_2)?)
     }
 }

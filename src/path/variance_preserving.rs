@@ -2,7 +2,8 @@
 
 use tch::{Kind, Tensor};
 
-use crate::numeric::widen;
+use crate::grid::MOST_STEPS;
+use crate::numeric::{check_samples, check_vector, widen};
 use crate::path::{Coefficients, Path, wide_time};
 use crate::value::checked;
 use crate::{Error, PostShift, Result};
@@ -67,13 +68,15 @@ impl VariancePreserving {
     /// and SDXL have 0.00085, 0.012 and 1000.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] unless 0 < `beta_start` <= `beta_end` < 1 and `steps` >= 2.
+    /// [`Error::OutOfRange`] unless 0 < `beta_start` <= `beta_end` < 1 and `steps` is from
+    /// 2 to 1e6.
     pub fn scaled_linear(beta_start: f64, beta_end: f64, steps: usize) -> Result<Self> {
         let valid = beta_start > 0.0 && beta_start < 1.0;
         checked("beta_start", "in (0, 1)", beta_start, valid)?;
         let valid = beta_end >= beta_start && beta_end < 1.0;
         checked("beta_end", "at least beta_start and below 1", beta_end, valid)?;
-        checked("number of levels", "at least 2", steps as f64, steps >= 2)?;
+        let valid = (2..=MOST_STEPS).contains(&steps);
+        checked("number of levels", "from 2 to 1e6", steps as f64, valid)?;
         let (low, high) = (beta_start.sqrt(), beta_end.sqrt());
         let last = steps.saturating_sub(1) as f64;
         let mut product = 1.0;
@@ -103,12 +106,13 @@ impl VariancePreserving {
         Ok(Self(Form::Table(table)))
     }
 
-    /// The time in the network's own clock for times `t` `[B]` on the crate's, as a network closure
-    /// receives them: the index n `[B]` in int64 of a table, else `1 - t` `[B]` in float64.
+    /// The time in the network's own clock for times `t` `[B]` in [0, 1] on the crate's, as a network
+    /// closure receives them: the index n `[B]` in int64 of a table, else `1 - t` `[B]` in float64.
     ///
     /// # Errors
-    /// [`Error::Torch`] if libtorch fails.
+    /// [`Error::Shape`] or [`Error::Kind`] unless `t` is `[B]` and floating point.
     pub fn timestep(&self, t: &Tensor) -> Result<Tensor> {
+        check_vector("t", t)?;
         let reversed = wide_time(t)?.f_neg()?.f_add_scalar(1.0)?;
         let Form::Table(table) = &self.0 else { return Ok(reversed) };
         let levels = table.len() as f64;
@@ -159,6 +163,7 @@ impl Path for VariancePreserving {
     }
 
     fn start(&self, noise: &Tensor) -> Result<Tensor> {
+        check_samples("noise", noise, 1)?;
         widen(noise)
     }
 }

@@ -1,13 +1,17 @@
 //! Adversarial regularization: a critic learns to tell samples from data, the samples learn to pass.
 
+mod critic_evaluation;
 mod critic_heads;
 mod gan_loss;
 
+pub use critic_evaluation::CriticEvaluation;
 pub use critic_heads::CriticHeads;
 pub use gan_loss::{CriticPenalty, GanLoss};
 use tch::{Kind, Tensor, no_grad_guard};
 
-use crate::numeric::{batch_size, check_like, check_size, noise_like, only_in, widen};
+use crate::numeric::{
+    batch_size, check_like, check_per_sample, check_size, noise_like, only_in, widen,
+};
 use crate::{
     Batch, Condition, Error, NetworkOutput, Path, PostShift, Probe, Regularizer, Renoising, Result,
     Shift, Uniform,
@@ -48,7 +52,7 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 ///
 /// # Forwards
 /// Generator: critic 1, and its backward to x; 2 in the relativistic form. Critic: 2, with the
-/// approximate R1 3; R1 differentiates twice. Teacher: none.
+/// approximate R1 3; R1 differentiates twice, and takes a graph for that under `tch::no_grad` too. Teacher: none.
 ///
 /// **Gradients.** The generator's gradient is computed when the loss is, runs through the critic and
 /// its frozen trunk, and ends in x alone: parameters of the critic receive none, whatever
@@ -58,7 +62,8 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 /// # Errors
 /// [`Error::Missing`] without [`Batch::real`], which the critic needs, and the generator in the
 /// relativistic form; [`Error::Shape`] if there are not as many real samples as samples, or the
-/// logits do not start with B; [`Error::Network`] from the closure.
+/// logits do not start with B; [`Error::Missing`] if [`renoising`](Self::renoising) needs the student's
+/// times and there are none; [`Error::Network`] from the closure.
 ///
 /// # Example
 /// ```
@@ -134,9 +139,7 @@ impl<'a> Adversarial<'a> {
     /// # Errors
     /// As those of the term.
     pub fn critic_loss(&self, batch: &Batch<'_>) -> Result<Tensor> {
-        let x = batch.x();
-        let time = self.renoising.draw(x, batch.student_times())?;
-        self.critic_loss_at(batch, &time, &noise_like(x)?, &noise_like(x)?)
+        Ok(self.critic_evaluation(batch)?.loss)
     }
 
     /// [`critic_loss`](Self::critic_loss) at given times (B of them) and noise; `perturbation` is the
@@ -151,33 +154,63 @@ impl<'a> Adversarial<'a> {
         noise: &Tensor,
         perturbation: &Tensor,
     ) -> Result<Tensor> {
-        check_size("time", time.tensor(), &[batch.batch_size()])?;
+        Ok(self.critic_evaluation_at(batch, time, noise, perturbation)?.loss)
+    }
+
+    /// [`critic_loss`](Self::critic_loss) with the logits behind it, for a log.
+    ///
+    /// # Errors
+    /// As those of the term.
+    pub fn critic_evaluation(&self, batch: &Batch<'_>) -> Result<CriticEvaluation> {
+        let x = batch.x();
+        let time = self.renoising.draw(x, batch.student_times())?;
+        self.critic_evaluation_at(batch, &time, &noise_like(x)?, &noise_like(x)?)
+    }
+
+    /// [`critic_evaluation`](Self::critic_evaluation) at given times and noise, as
+    /// [`critic_loss_at`](Self::critic_loss_at).
+    ///
+    /// # Errors
+    /// As [`critic_loss_at`](Self::critic_loss_at).
+    pub fn critic_evaluation_at(
+        &self,
+        batch: &Batch<'_>,
+        time: &PostShift,
+        noise: &Tensor,
+        perturbation: &Tensor,
+    ) -> Result<CriticEvaluation> {
+        check_per_sample("time", time.tensor(), batch.x())?;
         check_like("noise", noise, batch.x())?;
         check_like("perturbation", perturbation, batch.x())?;
+        let real_cond = batch.real_condition();
         let fake = self.renoise(batch.x(), time, noise)?;
         let real = self.renoise(&paired_real(batch)?, time, noise)?;
-        let real = match self.penalty {
-            Some(CriticPenalty::R1 { .. }) => real.f_set_requires_grad(true)?,
-            _ => real,
-        };
-        let real_cond = batch.real_condition();
         let fake_logits = self.logits(&fake, time, batch.cond())?;
-        let real_logits = self.logits(&real, time, real_cond)?;
-        check_size("critic logits", &real_logits, &fake_logits.size())?;
-        let loss = self.gan_loss.critic(&real_logits, &fake_logits)?;
-        let penalty = match self.penalty {
-            None => return Ok(loss),
-            Some(CriticPenalty::R1 { gamma }) => {
-                slope(&real_logits, &real)?.f_mul_scalar(0.5 * gamma)?
-            }
+        let (real_logits, penalty) = match self.penalty {
+            None => (self.logits(&real, time, real_cond)?, None),
+            // The slope needs a graph, also where the caller wants none of the loss.
+            Some(CriticPenalty::R1 { gamma }) => tch::with_grad(|| -> Result<_> {
+                let real = real.f_set_requires_grad(true)?;
+                let logits = self.logits(&real, time, real_cond)?;
+                let slope = slope(&logits, &real)?.f_mul_scalar(0.5 * gamma)?;
+                Ok((logits, Some(slope)))
+            })?,
             Some(CriticPenalty::ApproximateR1 { weight, sigma }) => {
+                let logits = self.logits(&real, time, real_cond)?;
                 let shift = widen(perturbation)?.f_mul_scalar(sigma)?;
                 let moved = self.logits(&real.f_add(&shift)?, time, real_cond)?;
-                let difference = real_logits.f_sub(&moved)?.f_square()?;
-                difference.f_mean(None::<Kind>)?.f_mul_scalar(weight)?
+                let square = logits.f_sub(&moved)?.f_square()?.f_mean(None::<Kind>)?;
+                (logits, Some(square.f_mul_scalar(weight)?))
             }
         };
-        Ok(loss.f_add(&penalty)?)
+        check_size("critic logits", &real_logits, &fake_logits.size())?;
+        let loss = self.gan_loss.critic(&real_logits, &fake_logits)?;
+        let loss = match penalty {
+            Some(penalty) => loss.f_add(&penalty)?,
+            None => loss,
+        };
+        let (fake_logits, real_logits) = (fake_logits.f_detach()?, real_logits.f_detach()?);
+        Ok(CriticEvaluation { loss, fake_logits, real_logits })
     }
 
     /// Detached, so that the critic's loss leaves the student alone.
@@ -208,6 +241,10 @@ fn paired_real(batch: &Batch<'_>) -> Result<Tensor> {
 fn slope(logits: &Tensor, at: &Tensor) -> Result<Tensor> {
     // Samples do not mix, so the slope of the sum holds that of each.
     let sum = logits.f_mean_dim(&[1i64][..], false, None::<Kind>)?.f_sum(None::<Kind>)?;
+    if !sum.requires_grad() {
+        // Neither sample nor parameters: libtorch would follow a graph that is not there.
+        return Ok(sum.f_zeros_like()?);
+    }
     let gradients = Tensor::f_run_backward(&[&sum], &[at], true, true)?;
     match gradients.into_iter().next().filter(Tensor::defined) {
         Some(slope) => {

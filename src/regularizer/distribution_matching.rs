@@ -1,8 +1,11 @@
 //! Distribution Matching (DM): the teacher's score against the score of the student's own samples.
 
+use std::cell::OnceCell;
+
 use tch::{Tensor, no_grad_guard};
 
-use crate::numeric::{masked, mean, noise_like, per_sample, widen_like};
+use crate::numeric::{masked, mean, noise_like, once, per_sample, sample_mean, widen_like};
+use crate::path::check_same_path;
 use crate::{
     Batch, Denoiser, PostShift, Probe, Regularizer, Renoising, Result, Shift, Uniform, Weighting,
 };
@@ -33,7 +36,9 @@ use crate::{
 /// Teacher: conditional. Fake score: one, without a graph. Its own loss: one, with a graph.
 ///
 /// # Errors
-/// What the networks return.
+/// [`Error::OutOfRange`](crate::Error::OutOfRange) if the fake is on another path than the teacher,
+/// seen on the first evaluation, or times may be at a singular end of a
+/// [`Prediction`](crate::Prediction); what the networks return.
 ///
 /// # Example
 /// ```
@@ -48,15 +53,18 @@ pub struct DistributionMatching<'a> {
     fake: Denoiser<'a>,
     renoising: Renoising<'a>,
     weighting: Weighting,
+    /// Set once the fake was found to live on the teacher's path.
+    shares_path: OnceCell<()>,
 }
 
 impl<'a> DistributionMatching<'a> {
-    /// With the fake score, which must live on the teacher's path, and the shift of the model, which
+    /// With the fake score, which must live on the teacher's path (it is handed the same noised
+    /// samples), and the shift of the model, which
     /// applies to the times at which the fake score is trained.
     #[must_use]
     pub fn new(fake: Denoiser<'a>, shift: Shift) -> Self {
         let renoising = Renoising::new(Uniform::FULL).shifted(shift);
-        Self { fake, renoising, weighting: Weighting::UNIFORM }
+        Self { fake, renoising, weighting: Weighting::UNIFORM, shares_path: OnceCell::new() }
     }
 
     /// Replaces the times at which the fake score is trained, their shift included.
@@ -76,9 +84,10 @@ impl<'a> DistributionMatching<'a> {
     /// The direction `(x0_cond - x0_fake) / n`, `[B, ..]`, without a graph.
     ///
     /// # Errors
-    /// What the networks return.
+    /// As those of the term.
     pub fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
         let _no_grad = no_grad_guard();
+        once(&self.shares_path, || check_same_path(self.fake.path(), probe.teacher_path()))?;
         let real = probe.cond()?;
         let fake = self.fake.answer(probe.noised(), probe.tau(), probe.batch().cond())?;
         probe.observe_scores(real, &fake)?;
@@ -92,30 +101,50 @@ impl<'a> DistributionMatching<'a> {
     /// from [`renoising`](Self::renoising) and fresh noise.
     ///
     /// # Errors
-    /// What the network returns.
+    /// [`Error::Missing`](crate::Error::Missing) if [`renoising`](Self::renoising) needs the student's
+    /// times and there are none; as [`Denoiser::denoising_loss`].
     pub fn denoising_loss(&self, batch: &Batch<'_>) -> Result<Tensor> {
         let time = self.renoising.draw(batch.x(), batch.student_times())?;
         self.denoising_loss_at(batch, &time, &noise_like(batch.x())?)
     }
 
+    /// The loss of each sample, `[B]`, at given times and noise as
+    /// [`denoising_loss_at`](Self::denoising_loss_at), which is their mean: to be binned by noise level.
+    ///
+    /// # Errors
+    /// As [`denoising_loss_at`](Self::denoising_loss_at).
+    pub fn denoising_losses_at(
+        &self,
+        batch: &Batch<'_>,
+        time: &PostShift,
+        noise: &Tensor,
+    ) -> Result<Tensor> {
+        sample_mean(&self.error_at(batch, time, noise)?)
+    }
+
     /// [`denoising_loss`](Self::denoising_loss) at given times (B of them) and noise (shaped like x).
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) and the like if they do not fit, or what the network
-    /// returns.
+    /// [`Error::Shape`](crate::Error::Shape) and the like if they do not fit; as
+    /// [`Denoiser::denoising_loss`].
     pub fn denoising_loss_at(
         &self,
         batch: &Batch<'_>,
         time: &PostShift,
         noise: &Tensor,
     ) -> Result<Tensor> {
+        mean(&self.error_at(batch, time, noise)?)
+    }
+
+    /// The weighted squares `[B, ..]`, zero where the batch's mask leaves an element out.
+    fn error_at(&self, batch: &Batch<'_>, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
         let mut error = self.fake.denoising_error(batch.x(), time, noise, batch.cond())?;
         let at = self.fake.path().coefficients(time)?;
         if let Some(factor) = self.weighting.factor(self.fake.prediction(), &at)? {
             // Paths answer in float64; the error keeps its type.
             error = error.f_mul(&per_sample(&widen_like(&factor, &error)?, &error)?)?;
         }
-        mean(&masked(&error, batch.kept())?)
+        masked(&error, batch.kept())
     }
 }
 

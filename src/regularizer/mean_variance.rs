@@ -5,7 +5,7 @@ use std::cell::{Cell, RefCell};
 use tch::{Device, Kind, Tensor};
 
 use crate::numeric::{check_like, check_samples, check_size, widen};
-use crate::value::checked;
+use crate::value::{checked, is_positive};
 use crate::{Error, Probe, Regularizer, Result};
 
 /// Over what the mean and the variance of a sample are taken.
@@ -177,10 +177,9 @@ impl MeanVariance {
     /// Sets the variance below which the loss grows as a line and no longer as a logarithm.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] unless finite and positive.
+    /// [`Error::OutOfRange`] unless finite and positive, as float32 too.
     pub fn floor(mut self, floor: f64) -> Result<Self> {
-        let valid = floor.is_finite() && floor > 0.0;
-        self.floor = checked("variance floor", "finite and positive", floor, valid)?;
+        self.floor = checked("variance floor", "finite and positive", floor, is_positive(floor))?;
         Ok(self)
     }
 

@@ -5,6 +5,7 @@ mod common;
 
 mod adversarial;
 mod convergence;
+mod critic_evaluation;
 mod maximum_mean_discrepancy;
 mod mean_variance;
 

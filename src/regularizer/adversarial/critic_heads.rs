@@ -90,7 +90,7 @@ impl CriticHeads {
     /// # Errors
     /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless there are as many levels as heads;
     /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless each level
-    /// has the channels of its head.
+    /// has the channels of its head, and as many samples as the others.
     pub fn logits(&self, features: &[Tensor]) -> Result<Tensor> {
         let levels = features.len();
         let fits = levels == self.heads.len();
@@ -101,7 +101,12 @@ impl CriticHeads {
             .zip(features)
             .map(|(head, level)| head.logit(level, self.groups))
             .collect();
-        Ok(Tensor::f_cat(&logits?, 1)?)
+        let logits = logits?;
+        let batch = logits.first().map(Tensor::size).unwrap_or_default();
+        for level in &logits {
+            check_size("samples of a feature level", level, &batch)?;
+        }
+        Ok(Tensor::f_cat(&logits, 1)?)
     }
 }
 

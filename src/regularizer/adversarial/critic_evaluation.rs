@@ -1,0 +1,49 @@
+//! The critic's loss, and what it thinks of both sides.
+
+use tch::{Kind, Tensor, no_grad_guard};
+
+use crate::Result;
+
+/// The critic's loss with the logits that it was made of; from
+/// [`Adversarial::critic_evaluation`](crate::Adversarial::critic_evaluation).
+#[derive(Debug)]
+#[non_exhaustive]
+#[must_use = "a loss does nothing until it is propagated"]
+pub struct CriticEvaluation {
+    /// The loss, penalty included, a scalar with a graph to the critic's parameters.
+    pub loss: Tensor,
+    /// The logits of the re-noised real samples, `[B, K]`, without a graph.
+    pub real_logits: Tensor,
+    /// The logits of the re-noised samples, `[B, K]`, without a graph.
+    pub fake_logits: Tensor,
+}
+
+impl CriticEvaluation {
+    /// The health of the game as named numbers, for a log, read with one wait for the device:
+    ///
+    /// | name | what | how to read it |
+    /// |---|---|---|
+    /// | `real_logit`, `fake_logit` | mean D(y_t), mean D(x_t) | |
+    /// | `logit_gap` | the former less the latter | above 15 or below 0.1: one side has won |
+    /// | `real_accuracy`, `fake_accuracy` | share of D(y_t) > 0, of D(x_t) < 0 | both above 0.95 or below 0.55: likewise |
+    ///
+    /// The bounds are rules of thumb of practitioners, for logits of a non-saturating loss.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn report(&self) -> Result<[(&'static str, f64); 5]> {
+        let _no_grad = no_grad_guard();
+        let mean = |tensor: &Tensor| tensor.f_mean(Kind::Double);
+        let (real, fake) = (mean(&self.real_logits)?, mean(&self.fake_logits)?);
+        let gap = real.f_sub(&fake)?;
+        let right = [mean(&self.real_logits.f_gt(0.0)?)?, mean(&self.fake_logits.f_lt(0.0)?)?];
+        let [of_real, of_fake] = right;
+        let values = Tensor::f_stack(&[real, fake, gap, of_real, of_fake], 0)?;
+        let names = ["real_logit", "fake_logit", "logit_gap", "real_accuracy", "fake_accuracy"];
+        let mut named = names.map(|name| (name, f64::NAN));
+        for (slot, value) in named.iter_mut().zip(Vec::<f64>::try_from(values)?) {
+            slot.1 = value;
+        }
+        Ok(named)
+    }
+}
