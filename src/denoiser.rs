@@ -41,7 +41,8 @@ impl<T, E: Into<Box<dyn std::error::Error + Send + Sync>>> NetworkOutput<T> for 
 ///
 /// The network is a closure of the noised sample `[B, ..]`, the time `[B]` on the crate's clock
 /// (0 noise, 1 data) and the condition. What a model does differently is undone in its closure and
-/// nowhere else: a diffusers flow model is fed `1 - t`; Z-Image is fed `t` and its output negated.
+/// nowhere else. Of diffusers' flow models, FLUX and Qwen-Image are fed `1 - t`, SD3 and Wan
+/// `1000 * (1 - t)`, and Z-Image `t`, with its output negated.
 ///
 /// Terms and samplers hand the closure x and t in float32, or float64 where the samples have it, also
 /// when these are bfloat16: a network of another type casts inside. Clocks of a path, such as

@@ -8,9 +8,9 @@ use crate::{Error, Result};
 
 /// Updates of the fake score for each update of the student.
 ///
-/// Both are counted as steps of an optimizer. Codes state the same ratio by different numbers:
+/// Both are counted as steps of an optimizer. Codebases state the same ratio by different numbers:
 ///
-/// | code | rule | its number | here |
+/// | codebase | rule | its number | here |
 /// |---|---|---|---|
 /// | DMD2, Self-Forcing, FastVideo | the fake on every iteration, the student besides on each k-th | 5 | [`every_iteration(5)`](Self::every_iteration), 5 to 1 |
 /// | FastGen, rCM | on each k-th iteration the student in place of the fake | 5 | [`alternating(5)`](Self::alternating), 4 to 1 |

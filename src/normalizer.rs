@@ -11,7 +11,7 @@ use crate::{Floor, Guidance, Result};
 /// ```text
 /// n = guard(mean |x - x0|)
 /// ```
-/// so that directions are comparable across noise levels (`weight_factor` in DMD2's code). Codes
+/// so that directions are comparable across noise levels (`weight_factor` in DMD2's code). Codebases
 /// differ in three choices, each of which is an option here:
 ///
 /// | choice | options | default |
@@ -30,9 +30,10 @@ use crate::{Floor, Guidance, Result};
 /// epsilon is in the [`Diagnostics`](crate::Diagnostics).
 ///
 /// # Recipes
-/// | code | here |
+/// | codebase | here |
 /// |---|---|
-/// | DMD2, Self-Forcing, VideoX-Fun | [`dmd2`](Self::dmd2); they replace NaN by zero afterwards |
+/// | DMD2, Self-Forcing, VideoX-Fun (Wan) | [`dmd2`](Self::dmd2); they replace NaN by zero afterwards |
+/// | VideoX-Fun (Z-Image) | `guided(alpha).floor(Floor::new(1e-5)?)`; it replaces NaN by zero afterwards |
 /// | FastGen, DiffSynth-Studio | [`fastgen`](Self::fastgen) |
 /// | FastVideo | [`fastvideo`](Self::fastvideo) |
 /// | SimpleTuner | `guided(alpha).floor(Floor::new(1e-6)?)` |

@@ -5,7 +5,7 @@ use crate::{
     Renoising, Shift, Uniform,
 };
 
-/// Where CFG Augmentation and the regularizer look at the samples (Section 4.2 and Table 1 of
+/// Where CFG Augmentation and the regularizer look at the samples (Section 4.3 and Table 1 of
 /// arXiv 2511.22677), with the network forwards of one update of the student:
 ///
 /// | schedule | tau_CA | tau_DM | normaliser | teacher | fake |

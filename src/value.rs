@@ -39,7 +39,7 @@ macro_rules! checked_conversions {
 /// Guidance scale in the alpha-form, `null + alpha (cond - null)`: finite and at least 1.
 ///
 /// 1 is neutral: the conditional prediction alone, no call of the null branch.
-/// Codes that write `cond + w (cond - null)` (CausVid, Self-Forcing, the Z-Image pipeline) state
+/// Codebases that write `cond + w (cond - null)` (CausVid, Self-Forcing, the Z-Image pipeline) state
 /// `w = alpha - 1`: use [`Guidance::from_w`] for their numbers, or every one is off by one.
 ///
 /// ```

@@ -24,8 +24,8 @@ use crate::{Prediction, Result};
 ///
 /// | weighting | W | source |
 /// |---|---|---|
-/// | [`UNIFORM`](Self::UNIFORM) | that of the network's own type | Algorithm 1; DMD2, Self-Forcing, CDM; the default |
-/// | [`measured_as`](Self::measured_as) | that of a given type | FastGen trains flow networks as samples, SimpleTuner measures noise |
+/// | [`UNIFORM`](Self::UNIFORM) | that of the network's own type | DMD2, Self-Forcing, CDM; the default |
+/// | [`measured_as`](Self::measured_as) | that of a given type | the sample: Algorithm 1 of Decoupled DMD as printed, and FastGen's flow networks; noise: SimpleTuner |
 /// | [`min_snr`](Self::min_snr) | min(a^2 / s^2, clip) | Hang et al. 2023, clip 5; TDM |
 /// | [`edm`](Self::edm) | (sigma^2 + d^2) / (sigma d)^2, sigma = s / a | Karras et al. 2022, d = 0.5 |
 ///

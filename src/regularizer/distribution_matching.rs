@@ -25,7 +25,7 @@ use crate::{
 /// | `fake` | the fake score, a copy of the teacher at first, without guidance | |
 /// | `shift` | the shift of the model, [`Shift::NONE`] where it has none | |
 /// | [`renoising`](Self::renoising) | the times at which the fake score is trained | U(0, 1), then the shift; Algorithm 1 |
-/// | [`weighting`](Self::weighting) | how much each time counts in its training | uniform in its own prediction type; Algorithm 1 |
+/// | [`weighting`](Self::weighting) | how much each time counts in its training | uniform in its own prediction type; DMD2, Self-Forcing, CDM |
 ///
 /// How often the fake is trained is the loop's matter; [`UpdateRatio`](crate::UpdateRatio) counts.
 ///
@@ -96,9 +96,10 @@ impl<'a> DistributionMatching<'a> {
 
     /// The loss that trains the fake score on the samples of the batch, a scalar; x is detached.
     ///
-    /// Algorithm 1, fake step: the mean of w(t) (target - output)^2 in the fake score's own
-    /// prediction type ([`Denoiser::denoising_loss`]), w from [`weighting`](Self::weighting), times
-    /// from [`renoising`](Self::renoising) and fresh noise.
+    /// The mean of w(t) (target - output)^2 in the fake score's own prediction type
+    /// ([`Denoiser::denoising_loss`]), w from [`weighting`](Self::weighting), times from
+    /// [`renoising`](Self::renoising) and fresh noise. Algorithm 1 prints the error of the clean sample
+    /// in its place: [`Weighting::measured_as`] with [`Prediction::Sample`](crate::Prediction::Sample).
     ///
     /// # Errors
     /// [`Error::Missing`](crate::Error::Missing) if [`renoising`](Self::renoising) needs the student's

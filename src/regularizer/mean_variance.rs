@@ -56,7 +56,8 @@ pub enum Statistics {
 /// computed in float32, or float64 for such x.
 ///
 /// # Forwards
-/// None. The gradient flows into x; targets carry none.
+/// None. The gradient flows into x, once: second derivatives are not those of the formula. Targets carry
+/// none.
 ///
 /// # Errors
 /// [`Error::Shape`] if the samples have no channels or not as many as the target.

@@ -39,7 +39,7 @@ impl TimeSampler for Uniform {
 }
 
 /// Evenly above the student's own time, `tau ~ U(t + gap, high)`: the constrained schedule of
-/// tau_CA (Section 4.2 and Algorithm 1), drawn before the shift.
+/// tau_CA (Section 4.1 and Algorithm 1), drawn before the shift.
 ///
 /// Where `t + gap` exceeds `high` the range is empty and tau is `high`.
 #[derive(Debug, Clone, Copy, PartialEq)]

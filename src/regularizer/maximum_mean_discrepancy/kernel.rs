@@ -14,8 +14,8 @@ const MEDIAN_POINTS: i64 = 1024;
 /// A kernel k(d) of the distance d between two feature vectors.
 ///
 /// A mixture is the *mean* over its scales, so that k(0) = 1 and the biased estimate lies in [0, 2]
-/// however many there are. The codes of DAN and WAE *sum* over scales: multiply their weights by the
-/// number of scales.
+/// however many there are. The implementations of DAN and WAE *sum* over scales: multiply their
+/// weights by the number of scales.
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
