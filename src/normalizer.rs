@@ -41,6 +41,9 @@ use crate::{Floor, Guidance, Result};
 /// | CDM | [`cdm`](Self::cdm), the default |
 /// | decoupled loss ported onto DMD2 | [`decoupled_port`](Self::decoupled_port) |
 ///
+/// TDM divides a pseudo-Huber loss in place of the difference, which is no normaliser: write it as a
+/// [`Regularizer`](crate::Regularizer).
+///
 /// ```
 /// # use decoupled_dmd::{Floor, Guidance, Normalizer};
 /// let simple_tuner = Normalizer::guided(Guidance::new(3.0)?).floor(Floor::new(1e-6)?);
