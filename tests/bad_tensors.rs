@@ -219,9 +219,8 @@ fn denoiser_with_pair<'a>(wrong: usize) -> Denoiser<'a> {
 
 #[test]
 fn differences_of_a_probe() -> Result<()> {
-    let (x, cond) = (samples(), Condition::none());
-    let cond_tensor = Condition::from(wave(&SHAPE, 1.0, Kind::Float));
-    let (batch, teacher) = (Batch::new(&x, &cond_tensor)?, gaussian_teacher(0.5));
+    let (x, cond) = (samples(), Condition::from(wave(&SHAPE, 1.0, Kind::Float)));
+    let (batch, teacher) = (Batch::new(&x, &cond)?, gaussian_teacher(0.5));
     let probe = Probe::at(&teacher, &batch, half(), x.detach())?;
     assert!(probe.normalize(&x).is_ok() && probe.masked(&x).is_ok());
     for (bad, why) in unlike() {
@@ -234,7 +233,6 @@ fn differences_of_a_probe() -> Result<()> {
     let engine = CfgAugmentation::new(Guidance::new(2.0)?);
     let refused = refusal(decoupled_dmd::Engine::direction(&engine, &probe));
     assert_eq!(refused, ("null condition", "missing"));
-    let _ = cond;
     Ok(())
 }
 

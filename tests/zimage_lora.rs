@@ -43,7 +43,8 @@ fn an_adapter_equals_merged_weights() -> Result<()> {
         let adapted = inputs.run(&model, Role::adapted(&lora))?;
         let error =
             max_difference(&adapted, &inputs.run(&merged_by_hand(&model, &lora)?, Role::BASE)?);
-        assert!(error < 1e-5, "float32: {error}");
+        // Rounding alone: each of the two is up to 2e-5 away from float64.
+        assert!(error < 5e-5, "float32: {error}");
         assert!(max_difference(&adapted, &base) > 1e-2);
 
         let (model, lora) = (model.cast(Kind::Double)?, double(&lora)?);

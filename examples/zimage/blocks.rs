@@ -51,16 +51,25 @@ impl Linear {
     }
 }
 
-/// Root-mean-square normalisation of the last axis.
+/// Root-mean-square normalisation of the last axis. Differentiable once: second derivatives, as R1 by double
+/// backward would take through this model, are not those of the formula.
 #[derive(Debug)]
 pub struct RmsNorm {
     weight: Tensor,
     eps: f64,
+    scale: Option<f64>,
 }
 
 impl RmsNorm {
     pub(super) fn new(parameters: &Parameters, name: &str, eps: f64) -> Result<Self> {
-        Ok(Self { weight: parameter(parameters, &format!("{name}.weight"))?, eps })
+        let weight = parameter(parameters, &format!("{name}.weight"))?;
+        Ok(Self { weight, eps, scale: None })
+    }
+
+    /// The same, and what comes out times `scale`.
+    fn scaled(mut self, scale: f64) -> Self {
+        self.scale = Some(scale);
+        self
     }
 
     /// Same shape as `x`; the mean square is taken in float32 or wider.
@@ -72,28 +81,55 @@ impl RmsNorm {
     fn forward_times(&self, x: &Tensor, factor: Option<&Tensor>) -> Result<Tensor> {
         let kind = x.f_kind()?;
         if !matches!(kind, Kind::BFloat16 | Kind::Half) {
-            return Ok(x.f_mul(&self.gain(x, factor)?)?);
+            // In this order: what is written is laid out as the gain is, which has no gaps, also where x is a
+            // view of heads. Attention's products would copy it.
+            return Ok(self.gain(x, factor)?.f_mul(x)?);
         }
         let width = self.weight.size();
         let normed = x.f_to_kind(Kind::Float)?.f_rms_norm(&width, None::<&Tensor>, self.eps)?;
-        let scaled = normed.f_to_kind(kind)?.f_mul(&self.weight)?;
+        let mut scaled = normed.f_to_kind(kind)?.f_mul(&self.weight)?;
+        if let Some(scale) = self.scale {
+            scaled = scaled.f_mul_scalar(scale)?;
+        }
         Ok(match factor {
             None => scaled,
             Some(factor) => scaled.f_mul(factor)?,
         })
     }
 
+    fn width(&self) -> f64 {
+        self.weight.size()[0] as f64
+    }
+
     /// What `x` is multiplied by. With weight and factor joined before they meet the activations, passes
     /// over these are fewest; libtorch's own function takes more on the CPU, where it has no kernel.
     fn gain(&self, x: &Tensor, factor: Option<&Tensor>) -> Result<Tensor> {
-        let norm = x.f_norm_scalaropt_dim(2, [-1i64].as_slice(), true)?;
-        let mean_square = norm.f_square()?.f_div_scalar(self.weight.size()[0])?;
+        let mut mean_square = mean_square(&x.f_detach()?)?;
+        if x.requires_grad() {
+            // The slope of a square from one of its factors, which is half of it: in one pass, where that of
+            // libtorch's norm takes three. The bracket is exactly zero.
+            let half = x.f_mul(&x.f_detach()?)?;
+            let half = half.f_sum_dim_intlist([-1i64].as_slice(), true, None::<Kind>)?;
+            let bracket = half.f_sub(&half.f_detach()?)?;
+            mean_square = mean_square.f_add(&bracket.f_mul_scalar(2.0 / self.width())?)?;
+        }
         let inverse = mean_square.f_add_scalar(self.eps)?.f_rsqrt()?;
+        // As a product of a column and a row, whose gradients read what they sum and write nothing.
+        let mut row = self.weight.f_unsqueeze(0)?;
+        if let Some(scale) = self.scale {
+            row = row.f_mul_scalar(scale)?;
+        }
         Ok(match factor {
-            None => inverse.f_mul(&self.weight)?,
-            Some(factor) => inverse.f_mul(&self.weight.f_mul(factor)?)?,
+            None => inverse.f_matmul(&row)?,
+            Some(factor) => inverse.f_matmul(&row.f_mul(factor)?)?,
         })
     }
+}
+
+/// Over the last axis, which is kept.
+fn mean_square(x: &Tensor) -> Result<Tensor> {
+    let norm = x.f_norm_scalaropt_dim(2, [-1i64].as_slice(), true)?;
+    Ok(norm.f_square()?.f_div_scalar(x.size().last().copied().unwrap_or(1))?)
 }
 
 /// Sinusoidal time features and the MLP over them.
@@ -158,7 +194,8 @@ impl Attention {
             key: linear("to_k")?,
             value: linear("to_v")?,
             out: linear("to_out.0")?,
-            query_norm: norm("norm_q")?,
+            // On the weight of the norm the scale costs nothing, on the queries two passes.
+            query_norm: norm("norm_q")?.scaled(1.0 / (config.head_dim() as f64).sqrt()),
             key_norm: norm("norm_k")?,
             heads: config.n_heads,
         })
@@ -173,40 +210,46 @@ impl Attention {
         role: Role<'_>,
     ) -> Result<Tensor> {
         let (batch, length, dim) = x.size3()?;
-        let split = |rows| [batch, rows, self.heads, dim / self.heads];
+        let split = |x: Tensor, rows| -> Result<Tensor> {
+            Ok(x.f_view([batch, rows, self.heads, dim / self.heads])?.f_transpose(1, 2)?)
+        };
         // Contiguous, or else libtorch's product would depend on whether a gradient is wanted.
         let asking = first_rows(x, 1, rows)?.f_contiguous()?;
-        let query = self.query.forward(&asking, role)?.f_view(split(rows))?;
-        let key = self.key.forward(x, role)?.f_view(split(length))?;
-        let value = self.value.forward(x, role)?.f_view(split(length))?;
+        let query = split(self.query.forward(&asking, role)?, rows)?;
+        let key = split(self.key.forward(x, role)?, length)?;
+        let value = split(self.value.forward(x, role)?, length)?;
         let rotary = &sequence.rotary;
-        let query_rotary = first_rows(rotary, rotary.dim() as i64 - 3, rows)?;
-        let mixed = attend(
-            &rotate(&self.query_norm.forward(&query)?, &query_rotary)?.f_transpose(1, 2)?,
-            &rotate(&self.key_norm.forward(&key)?, rotary)?.f_transpose(1, 2)?,
-            &value.f_transpose(1, 2)?,
-            sequence.mask.as_ref(),
-        )?;
+        let query_rotary = first_rows(rotary, rotary.dim() as i64 - 2, rows)?;
+        let query = rotate(&self.query_norm.forward(&query)?, &query_rotary)?;
+        let key = rotate(&self.key_norm.forward(&key)?, rotary)?;
+        let mixed = attend(&query, &key, &value, sequence.mask.as_ref())?;
         self.out.forward(&mixed.f_transpose(1, 2)?.f_reshape([batch, rows, dim])?, role)
     }
 }
 
-/// `softmax(q k^T / sqrt(d)) v` for `[B, heads, S, d]`, over the keys where `mask` `[B, 1, 1, S]` is true.
+/// `softmax(q k^T) v` for `[B, heads, S, d]`, the queries scaled already, over the keys where `mask` `[B, 1, 1, S]` is true.
 ///
 /// libtorch's fused kernel is left out for short sequences on the CPU, where its backward pass takes longer
 /// than these products, in bfloat16 three times (and cannot be differentiated again). That would be no reason
 /// where no gradient is asked for, but a pass with gradients is to give the same bits as one without.
 fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-    let (length, width) = (key.size()[2], query.size()[3]);
-    if query.device() == Device::Cpu && length <= SHORT_SEQUENCE {
-        let scale = 1.0 / (width as f64).sqrt();
-        let mut scores = query.f_mul_scalar(scale)?.f_matmul(&key.f_transpose(2, 3)?)?;
+    if query.device() == Device::Cpu && key.size()[2] <= SHORT_SEQUENCE {
+        let mut scores = query.f_matmul(&key.f_transpose(2, 3)?)?;
         if let Some(mask) = mask {
             scores = scores.f_masked_fill(&mask.f_logical_not()?, f64::NEG_INFINITY)?;
         }
         return Ok(scores.f_softmax(-1, query.f_kind()?)?.f_matmul(value)?);
     }
-    Ok(Tensor::f_scaled_dot_product_attention(query, key, value, mask, 0.0, false, None, false)?)
+    Ok(Tensor::f_scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        mask,
+        0.0,
+        false,
+        Some(1.0),
+        false,
+    )?)
 }
 
 /// SwiGLU: `w2(silu(w1 x) * w3 x)`.
@@ -224,7 +267,14 @@ impl FeedForward {
     }
 
     fn forward(&self, x: &Tensor, role: Role<'_>) -> Result<Tensor> {
-        let hidden = self.gate.forward(x, role)?.f_silu()?.f_mul(&self.up.forward(x, role)?)?;
+        let mut gate = self.gate.forward(x, role)?;
+        let up = self.up.forward(x, role)?;
+        let hidden = if gate.requires_grad() || up.requires_grad() {
+            gate.f_silu()?.f_mul(&up)?
+        } else {
+            // The same numbers in place: these are the widest tensors of a block.
+            gate.f_silu_()?.f_mul_(&up)?
+        };
         self.down.forward(&hidden, role)
     }
 }
@@ -298,5 +348,6 @@ fn residual(
 ) -> Result<Tensor> {
     let (scale, gate) = scale_gate.as_ref().map(|(scale, gate)| (scale, gate)).unzip();
     let output = layer(&norms[0].forward_times(x, scale)?)?;
-    Ok(first_rows(x, 1, rows)?.f_add(&norms[1].forward_times(&output, gate)?)?)
+    let mut update = norms[1].forward_times(&output, gate)?;
+    Ok(update.f_add_(&first_rows(x, 1, rows)?)?)
 }

@@ -80,7 +80,7 @@ pub fn unpatchify(tokens: &Tensor, patch: i64, grid: Grid) -> Result<Tensor> {
 /// What attention has to know of the tokens of a batch.
 #[derive(Debug)]
 pub struct Sequence {
-    /// Factors as for [`rotate`](super::rope::rotate): `[S, 1, d/2]`, or `[B, S, 1, d/2]` where the items
+    /// Factors as for [`rotate`](super::rope::rotate): `[S, d/2]`, or `[B, 1, S, d/2]` where the items
     /// differ.
     pub rotary: Tensor,
     /// True on an item's own tokens, `[B, 1, 1, S]`; none where all items are S tokens long.
@@ -109,12 +109,12 @@ impl Sequence {
             let mask = own_tokens(&lengths, longest, rotary[0].device())?;
             Some(mask.f_view([-1, 1, 1, longest])?)
         };
-        Ok(Self { rotary: stack(&rotary, longest)?, mask, kept: longest })
+        Ok(Self { rotary: stack(&rotary, longest)?.f_unsqueeze(1)?, mask, kept: longest })
     }
 
     /// The tokens, from the first, that block `index` of `count` has to give.
     pub fn rows(&self, index: usize, count: usize) -> i64 {
-        if index + 1 == count { self.kept } else { self.rotary.size()[self.rotary.dim() - 3] }
+        if index + 1 == count { self.kept } else { self.rotary.size()[self.rotary.dim() - 2] }
     }
 
     /// Handles on the same tensors.

@@ -14,9 +14,9 @@ use super::layout::Grid;
 /// as interleaved (re, im) pairs in float32.
 #[derive(Debug)]
 pub struct RotaryTable {
-    /// Image tokens, padding included: complex `[S_image, 1, d/2]`.
+    /// Image tokens, padding included: complex `[S_image, d/2]`.
     pub image: Tensor,
-    /// Caption tokens, padding included: complex `[S_caption, 1, d/2]`.
+    /// Caption tokens, padding included: complex `[S_caption, d/2]`.
     pub caption: Tensor,
     /// Image tokens followed by caption tokens.
     pub unified: Tensor,
@@ -82,7 +82,7 @@ pub fn padded(length: i64) -> i64 {
     (length + SEQUENCE_MULTIPLE - 1) / SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
 }
 
-/// Complex factors `[S, 1, d/2]` for position ids `[S][3]`.
+/// Complex factors `[S, d/2]` for position ids `[S][3]`.
 ///
 /// # Errors
 /// If libtorch fails.
@@ -98,13 +98,13 @@ pub fn rotary_factors(config: &Config, ids: &[[i64; 3]], device: Device) -> Resu
             }
         }
     }
-    let shape = [ids.len() as i64, 1, config.head_dim() / 2, 2];
+    let shape = [ids.len() as i64, config.head_dim() / 2, 2];
     let pairs = Tensor::f_from_slice(&factors)?.f_reshape(shape)?.f_to_device(device)?;
     Ok(pairs.f_view_as_complex()?)
 }
 
-/// Rotates adjacent channel pairs of `x` `[B, S, heads, d]` by `factors` `[S, 1, d/2]` or
-/// `[B, S, 1, d/2]` in float32, or in float64 where `x` is.
+/// Rotates adjacent channel pairs of `x` `[B, heads, S, d]` by `factors` `[S, d/2]` or
+/// `[B, 1, S, d/2]` in float32, or in float64 where `x` is.
 ///
 /// # Errors
 /// If the shapes do not fit.
