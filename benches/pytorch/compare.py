@@ -1,13 +1,14 @@
 """The crate against PyTorch eager: time, memory and the floor, work by work.
 
-    ./with-libtorch python3 benches/pytorch/compare.py [--only PATTERN] [--rounds N] [--json FILE]
+    ./with-libtorch python3 benches/pytorch/compare.py [--only PATTERN] [--rounds N] [--json FILE] [--compiled]
 
 Needs Linux, cargo, and a Python (3.11 or later) with torch 2.13 and diffusers. Both sides are
 processes with one thread on the same libtorch and the settings of .cargo/config.toml, so that
 PyTorch too has the faster allocator of the crate's examples. They take turns (A B A B ..), and what
 is compared is the CPU time of the processes, page faults included, so that a busy machine does
 little harm. Each work runs first once on both sides with the same random numbers, and must give the
-same losses and gradients.
+same losses and gradients. `--compiled` adds PyTorch under torch.compile, which needs a C++ compiler and
+some minutes.
 """
 
 import argparse
@@ -42,7 +43,7 @@ RELATIVE = {"float32": 2e-5, "bfloat16": 2e-2}
 class Work:
     """What both sides do, and how PyTorch may do it."""
 
-    def __init__(self, name, *, variants=("",), tolerance=RELATIVE["float32"], passes=None, flops=None):
+    def __init__(self, name, *, variants=("eager", "compiled"), tolerance=RELATIVE["float32"], passes=None, flops=None):
         self.name, self.variants, self.tolerance = name, variants, tolerance
         self.bytes, self.flops = passes, flops
 
@@ -58,7 +59,7 @@ def works(large):
                     tensors = (1 + 2 + looks + looks + 1) * width + looks * 4
                     yield Work(
                         f"objective {schedule} {kind} {batch} {draws}",
-                        variants=("published", "float32"),
+                        variants=("published", "float32", *(("compiled",) if draws == "given" else ())),
                         tolerance=RELATIVE[kind],
                         passes=tensors * LATENTS * batch,
                     )
@@ -233,6 +234,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=9, help="turns of each side")
     parser.add_argument("--seconds", type=float, default=0.4, help="length of a turn")
     parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--compiled", action="store_true", help="PyTorch under torch.compile too")
     arguments = parser.parse_args()
     environment = os.environ | settings() | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     crate = build()
@@ -250,6 +252,8 @@ def main():
         if any(str(folder) in work.name for work in chosen):
             make_model(folder, LARGE)
         for work in chosen:
+            if not arguments.compiled:
+                work.variants = tuple(v for v in work.variants if v != "compiled")
             floor = (work.bytes or 0) / bandwidth + (work.flops or 0) / products
             for row in compare(work, crate, environment, arguments.rounds, arguments.seconds):
                 row["work"] = short(work.name, folder)

@@ -2,7 +2,9 @@
 
 The losses are written from their formulas in the way of public trainers (DMD2, FastGen): one loss per
 term, per-sample weights, NaN replaced by zero. `published` converts predictions to clean samples in
-float64, as these do; `float32` stays in float32. The transformer is diffusers' class.
+float64, as these do; `float32` stays in float32; `compiled` is that under torch.compile, which joins
+operations into kernels of its own and compiles them once, before the clock runs. The transformer is
+diffusers' class.
 """
 
 import json
@@ -49,6 +51,18 @@ def distance(x, reference):
     return (x.float() - reference).abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=FLOOR)
 
 
+def descending(loss, leaves, variant):
+    """Loss and gradients, for a closure without arguments."""
+    if variant == "compiled":
+        loss = torch.compile(loss)
+
+    def run():
+        value = loss()
+        return value, *torch.autograd.grad(value, leaves)
+
+    return run
+
+
 def objective(schedule, kind, batch, draws, variant):
     kind, batch = KINDS[kind], int(batch)
     wide = torch.float64 if variant == "published" else torch.float32
@@ -63,6 +77,7 @@ def objective(schedule, kind, batch, draws, variant):
         return [(torch.rand(batch), latents(batch, kind)) for _ in range(groups)]
 
     ready = draw(False)
+    inputs = [torch.empty(batch, *SAMPLE) for _ in range(groups)]
     above = lambda u: STUDENT_TIME + u * (1 - STUDENT_TIME)
     full = lambda u: u
     times = {
@@ -72,7 +87,7 @@ def objective(schedule, kind, batch, draws, variant):
         "decoupled-hybrid": (above, full),
     }[schedule]
 
-    def run():
+    def loss():
         if draws == "drawn":
             torch.manual_seed(1)
         drawn = draw(True) if draws == "drawn" else ready
@@ -80,6 +95,9 @@ def objective(schedule, kind, batch, draws, variant):
         with torch.no_grad():
             # The networks would run on these.
             noised = [add_noise(x.float(), noise.float(), tau) for tau, noise in looks]
+            if variant == "compiled":
+                # A compiler would never write what no network reads here.
+                noised = [kept.copy_(one) for kept, one in zip(inputs, noised)]
             at_ca, at_dm = (noised[0], looks[0][0]), (noised[-1], looks[-1][0])
             real = clean(at_ca[0], cond, at_ca[1], wide)
             real_null = clean(at_ca[0], null, at_ca[1], wide)
@@ -91,28 +109,26 @@ def objective(schedule, kind, batch, draws, variant):
                 real_dm = clean(at_dm[0], cond, at_dm[1], wide)
                 weight_ca, weight_dm = distance(x, real), distance(x, real_dm)
         loss = descend(x, (GUIDANCE - 1) * (real - real_null), weight_ca)
-        loss = loss + descend(x, real_dm - fake_dm, weight_dm)
-        return loss, *torch.autograd.grad(loss, x)
+        return loss + descend(x, real_dm - fake_dm, weight_dm)
 
-    return run
+    return descending(loss, x, variant)
 
 
-def mean_variance(kind, batch, mean=0.075, variance=0.81):
+def mean_variance(kind, batch, variant, mean=0.075, variance=0.81):
     torch.manual_seed(0)
     x = latents(int(batch), KINDS[kind]).requires_grad_()
     latents(int(batch), KINDS[kind])
 
-    def run():
+    def loss():
         wide = x.float()
         m = wide.mean(dim=(1, 2, 3))
         v = wide.var(dim=(1, 2, 3), unbiased=False)
-        loss = 0.5 * ((v + (m - mean) ** 2) / variance - 1 - torch.log(v / variance)).mean()
-        return loss, *torch.autograd.grad(loss, x)
+        return 0.5 * ((v + (m - mean) ** 2) / variance - 1 - torch.log(v / variance)).mean()
 
-    return run
+    return descending(loss, x, variant)
 
 
-def mmd(points, width):
+def mmd(points, width, variant):
     """As in DAN's code: the pooled differences in one tensor, where that fits; else `cdist`."""
     points, width = int(points), int(width)
     torch.manual_seed(0)
@@ -120,7 +136,7 @@ def mmd(points, width):
     real = torch.randn(points, width) + 0.5
     pooled = 2 * points
 
-    def run():
+    def loss():
         total = torch.cat([x, real])
         if pooled * pooled * width * 4 < 1e9:
             rows, columns = total.unsqueeze(0), total.unsqueeze(1)
@@ -132,13 +148,12 @@ def mmd(points, width):
         kernels = sum(torch.exp(-squared / (unit * scale)) for scale in (0.25, 0.5, 1, 2, 4)) / 5
         own, cross = kernels[:points, :points], kernels[:points, points:]
         theirs, back = kernels[points:, points:], kernels[points:, :points]
-        loss = (own + theirs - cross - back).mean()
-        return loss, *torch.autograd.grad(loss, x)
+        return (own + theirs - cross - back).mean()
 
-    return run
+    return descending(loss, x, variant)
 
 
-def gan(part, batch):
+def gan(part, batch, variant):
     batch = int(batch)
     torch.manual_seed(0)
     x = latents(batch).requires_grad_()
@@ -150,38 +165,40 @@ def gan(part, batch):
     def critic(noised):
         return F.conv2d(F.silu(F.conv2d(noised, first, stride=4)), second)
 
-    def generator_step():
-        # DMD2 switches the critic's gradients off in this step.
-        for weight in (first, second):
-            weight.requires_grad_(False)
-        loss = F.softplus(-critic(add_noise(x, noise, time))).mean()
-        return loss, *torch.autograd.grad(loss, x)
+    def generator_loss():
+        return F.softplus(-critic(add_noise(x, noise, time))).mean()
 
-    def critic_step():
+    def critic_loss():
         fake_logits = critic(add_noise(x.detach(), noise, time))
         real_logits = critic(add_noise(real, noise, time))
-        loss = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
-        return loss, *torch.autograd.grad(loss, (first, second))
+        return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
 
-    return generator_step if part == "generator" else critic_step
+    if part == "critic":
+        return descending(critic_loss, (first, second), variant)
+    # DMD2 switches the critic's gradients off in this step.
+    for weight in (first, second):
+        weight.requires_grad_(False)
+    return descending(generator_loss, x, variant)
 
 
-def fake(kind, batch):
+def fake(kind, batch, variant):
     kind, batch = KINDS[kind], int(batch)
     torch.manual_seed(0)
     x, noise = latents(batch, kind), latents(batch, kind)
     answer = latents(batch, kind).requires_grad_()
     time = torch.full((batch,), 0.5)
+    kept = torch.empty_like(x, dtype=torch.float32)
 
-    def run():
+    def loss():
         with torch.no_grad():
             # The fake score would run on this.
-            add_noise(x.float(), noise.float(), time)
+            noised = add_noise(x.float(), noise.float(), time)
+            if variant == "compiled":
+                kept.copy_(noised)
             target = noise.float() - x.float()
-        loss = torch.mean((answer.float() - target) ** 2)
-        return loss, *torch.autograd.grad(loss, answer)
+        return torch.mean((answer.float() - target) ** 2)
 
-    return run
+    return descending(loss, answer, variant)
 
 
 def load(folder):
@@ -202,8 +219,10 @@ def call(model, images, time, captions):
     return torch.stack(output).squeeze(2)
 
 
-def transformer(folder, batch, size, caption, run_pass):
+def transformer(folder, batch, size, caption, run_pass, variant):
     model = load(folder).requires_grad_(run_pass == "train")
+    if variant == "compiled":
+        model.compile()
     batch, size = int(batch), int(size)
     torch.manual_seed(0)
     images = torch.randn(batch, model.config.in_channels, size, size)
