@@ -1,94 +1,24 @@
 #!/usr/bin/env python3
 """Reference values for the noise paths and prediction types, in float64 PyTorch.
 
-Writes tests/reference/paths.safetensors, which tests/reference_paths.rs compares the crate with. Only
-formulas of the papers are used: each path has its coefficients (a, s), each prediction is a row (p, q)
-of `output = p x0 + q eps`, and the clean sample comes from solving
-
-    a x0 + s eps = x_t
-    p x0 + q eps = output
-
-so no formula of the crate's conversion table is repeated here.
+Writes tests/reference/paths.safetensors, which tests/reference_paths.rs compares the crate with. The
+formulas are in noise_paths.py.
 
 Run: python3 scripts/reference/paths.py      (torch 2.13, safetensors; takes a second)
 """
 
-import math
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from noise_paths import PATHS, clean_terms, edm_sigma, prediction_rows, sdxl_table, sdxl_timestep
 
 OUT = Path(__file__).resolve().parents[2] / "tests/reference/paths.safetensors"
 KINDS = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16}
 
 # Both ends of the crate's clock (0 noise, 1 data), next to the ends, and between.
 TIMES = [0.0, 0.001, 0.02, 0.25, 0.5, 0.75, 0.98, 1.0]
-
-
-def rectified_flow(t):
-    return t, 1 - t
-
-
-def vp_linear(t, beta_min=0.1, beta_max=20.0):
-    """score_sde's VPSDE.marginal_prob, at its time r = 1 - t."""
-    r = 1 - t
-    log_mean = -0.25 * r**2 * (beta_max - beta_min) - 0.5 * r * beta_min
-    return torch.exp(log_mean), torch.sqrt(-torch.expm1(2 * log_mean))
-
-
-def sdxl_table():
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - betas, 0)
-
-
-def sdxl_timestep(t):
-    """Trailing spacing: t = 0 is n = 999, and n grows with the noise by one per 1/1000."""
-    return (torch.round(1000 * (1 - t)) - 1).clamp(0, 999).long()
-
-
-def vp_sdxl(t):
-    abar = sdxl_table()[sdxl_timestep(t)]
-    return abar.sqrt(), (1 - abar).sqrt()
-
-
-def edm_sigma(t, low=0.002, high=80.0, rho=7.0):
-    return (high ** (1 / rho) + t * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-
-
-def edm(t):
-    return torch.ones_like(t), edm_sigma(t)
-
-
-def trig_flow(t):
-    angle = math.pi / 2 * (1 - t)
-    # cos(pi/2) is 6e-17 in float64 instead of 0.
-    return torch.where(t == 0, torch.zeros_like(t), torch.cos(angle)), torch.sin(angle)
-
-
-PATHS = {f.__name__: f for f in (rectified_flow, vp_linear, vp_sdxl, edm, trig_flow)}
-
-
-def prediction_rows(a, s):
-    """(p, q) with output = p x0 + q eps."""
-    one, zero = torch.ones_like(a), torch.zeros_like(a)
-    return {
-        "sample": (one, zero),
-        "noise": (zero, one),
-        "flow_velocity": (-one, one),
-        "velocity": (-s, a),
-        "score": (zero, -1 / s),
-    }
-
-
-def solve(a, s, p, q, x_t, output):
-    """x0 by Cramer's rule, and the size of the largest term, to which rounding errors are relative."""
-    # The score's row is infinite at s = 0: multiply it by s first, where it is finite.
-    det = a * q - s * p
-    first, second = q / det, s / det
-    x0 = first * x_t - second * output
-    size = ((first * x_t).abs() + (second * output).abs()).amax(1)
-    return x0, size
 
 
 def main():
@@ -115,14 +45,9 @@ def main():
             for prediction, (p, q) in prediction_rows(a, s).items():
                 name = f"{key}.{prediction}"
                 tensors[f"{name}.target"] = p * x0 + q * eps
-                if prediction == "sample":
-                    # The answer itself, also at s = 0, where both equations are the same.
-                    x0_hat, size = out, out.abs().amax(1)
-                elif prediction == "score":
-                    # s * (row) = (0, -1), the same equation times s.
-                    x0_hat, size = solve(a, s, 0 * a, 0 * a - 1, noised.double(), s * out)
-                else:
-                    x0_hat, size = solve(a, s, p, q, noised.double(), out)
+                first, second = clean_terms(prediction, a, s, noised.double(), out)
+                # The largest term is what rounding errors are relative to.
+                x0_hat, size = first + second, (first.abs() + second.abs()).amax(1)
                 tensors[f"{name}.x0"], tensors[f"{name}.size"] = x0_hat, size
 
     t = tensors["f64.t"]
