@@ -6,44 +6,13 @@
 
 mod common;
 
-use std::collections::HashMap;
-
+use common::reference::{PATHS, PREDICTIONS, Reference, path};
 use common::{gradient, max_difference, value, values};
 use decoupled_dmd::{
-    Condition, Denoiser, Edm, Error, LogNormal, LogitNormal, Path, PostShift, Prediction,
-    RectifiedFlow, Result, TimeSampler, TrigFlow, VariancePreserving,
+    Condition, Denoiser, Edm, Error, LogNormal, LogitNormal, Path, PostShift, Prediction, Result,
+    TimeSampler, VariancePreserving,
 };
 use tch::{Kind, Tensor};
-
-const PREDICTIONS: [(Prediction, &str); 5] = [
-    (Prediction::Sample, "sample"),
-    (Prediction::Noise, "noise"),
-    (Prediction::FlowVelocity, "flow_velocity"),
-    (Prediction::Velocity, "velocity"),
-    (Prediction::Score, "score"),
-];
-
-struct Reference(HashMap<String, Tensor>);
-
-impl Reference {
-    fn read() -> Self {
-        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/reference/paths.safetensors");
-        Self(Tensor::read_safetensors(file).unwrap().into_iter().collect())
-    }
-    fn get(&self, name: &str) -> &Tensor {
-        self.0.get(name).unwrap_or_else(|| panic!("no {name} in the reference"))
-    }
-}
-
-fn paths() -> Result<[(&'static str, Box<dyn Path>); 5]> {
-    Ok([
-        ("rectified_flow", Box::new(RectifiedFlow)),
-        ("vp_linear", Box::new(VariancePreserving::linear(0.1, 20.0)?)),
-        ("vp_sdxl", Box::new(VariancePreserving::scaled_linear(0.00085, 0.012, 1000)?)),
-        ("edm", Box::new(Edm::default())),
-        ("trig_flow", Box::new(TrigFlow)),
-    ])
-}
 
 /// The largest error over samples `[B, ..]`, relative to `size` `[B]`; samples of size 0 must agree.
 fn relative(found: &Tensor, expected: &Tensor, size: &Tensor) -> f64 {
@@ -61,55 +30,49 @@ fn finite_rows(expected: &Tensor) -> Tensor {
     finite.nonzero().flatten(0, -1)
 }
 
-fn report(case: &str, to_terms: f64, to_result: f64, tolerance: f64) {
-    println!("{case:<44} {to_terms:9.1e} {to_result:9.1e}");
-    assert!(to_terms < tolerance, "{case}: {to_terms:e}");
+/// Prints the errors of a case of `kind` and requires the first to be within the tolerance.
+fn report(reference: &Reference, kind: &str, case: &str, (to_terms, to_result): (f64, f64)) {
+    let tolerance = if kind == "f64" { 1e-12 } else { 1e-6 };
+    let what = ["terms", "result"].map(|of| format!("{kind} to {of}"));
+    let errors = [(what[0].as_str(), to_terms, tolerance), (&what[1], to_result, f64::INFINITY)];
+    reference.report(&format!("{kind} {case}"), &errors);
 }
 
 #[test]
-fn every_path_and_prediction_agrees_with_pytorch() -> Result<()> {
-    let reference = Reference::read();
-    println!("{:<44} {:>9} {:>9}", "worst relative error", "to terms", "to result");
-    for (kind, tolerance) in [("f64", 1e-12), ("f32", 1e-6), ("bf16", 1e-6)] {
-        for (name, path) in &paths()? {
-            compare(&reference, kind, name, path, tolerance)?;
+fn every_value_of_the_reference() -> Result<()> {
+    Reference::check("paths", |reference| {
+        for kind in ["f64", "f32", "bf16"] {
+            for name in PATHS {
+                compare(reference, kind, name)?;
+            }
         }
-    }
-    Ok(())
+        table_of_sdxl(reference)?;
+        preconditioning_of_edm(reference)?;
+        normal_samplers(reference)
+    })
 }
 
-fn compare(
-    reference: &Reference,
-    kind: &str,
-    name: &str,
-    path: &dyn Path,
-    tolerance: f64,
-) -> Result<()> {
+fn compare(reference: &Reference, kind: &str, name: &str) -> Result<()> {
     let input = |what: &str| reference.get(&format!("{kind}.{what}"));
     let (t, x0, eps) = (input("t"), input("x0"), input("eps"));
-    let case = format!("{kind} {name}");
     let of_path = |what: &str| reference.get(&format!("{kind}.{name}.{what}"));
 
+    let report = |what: &str, errors| report(reference, kind, &format!("{name} {what}"), errors);
+    let path = &*path(name)?;
     let time = PostShift::new(t.shallow_clone())?;
     let found = path.coefficients(&time)?;
     for (what, found) in [("a", &found.data), ("s", &found.noise)] {
         let error = relative(found, of_path(what), of_path(what));
-        report(&format!("{case} {what}"), error, error, tolerance);
+        report(what, (error, error));
     }
     let (a, s) = (of_path("a").view([-1, 1]), of_path("s").view([-1, 1]));
     let terms = largest(&((&a * x0).abs() + (&s * eps).abs()));
     let (found, expected) = (path.renoise(x0, &time, eps)?, of_path("noised"));
-    let error = relative(&found, expected, &terms);
-    report(
-        &format!("{case} noised"),
-        error,
-        relative(&found, expected, &largest(expected)),
-        tolerance,
-    );
+    let result = relative(&found, expected, &largest(expected));
+    report("noised", (relative(&found, expected, &terms), result));
 
-    for (prediction, label) in PREDICTIONS {
+    for (label, prediction) in PREDICTIONS {
         let of_prediction = |what: &str| of_path(&format!("{label}.{what}"));
-        let case = format!("{case} {label}");
         let target = of_prediction("target");
         let rows = finite_rows(target);
         let pick = |tensor: &Tensor| tensor.index_select(0, &rows);
@@ -118,10 +81,11 @@ fn compare(
             largest(&pick(x0)).maximum(&largest(&pick(eps))).maximum(&largest(&pick(target)));
         let expected = pick(target);
         let result = relative(&found, &expected, &largest(&expected));
-        report(&format!("{case} target"), relative(&found, &expected, &terms), result, tolerance);
+        let terms = relative(&found, &expected, &terms);
+        report(&format!("{label} target"), (terms, result));
         if rows.size() != t.size() {
             let singular = self::target(path, prediction, t, x0, eps);
-            assert!(matches!(singular, Err(Error::OutOfRange { .. })), "{case}");
+            assert!(matches!(singular, Err(Error::OutOfRange { .. })), "{name} {label}");
         }
 
         let expected = of_prediction("x0");
@@ -131,10 +95,11 @@ fn compare(
             clean(path, prediction, &pick(t), &pick(of_path("noised_in")), &pick(input("out")))?;
         let (expected, terms) = (pick(expected), pick(of_prediction("size")));
         let result = relative(&found, &expected, &largest(&expected));
-        report(&format!("{case} x0"), relative(&found, &expected, &terms), result, tolerance);
+        let terms = relative(&found, &expected, &terms);
+        report(&format!("{label} x0"), (terms, result));
         if rows.size() != t.size() {
             let singular = clean(path, prediction, t, of_path("noised_in"), input("out"));
-            assert!(matches!(singular, Err(Error::OutOfRange { .. })), "{case}");
+            assert!(matches!(singular, Err(Error::OutOfRange { .. })), "{name} {label}");
         }
     }
     Ok(())
@@ -174,9 +139,7 @@ fn clean(
     Ok(clean)
 }
 
-#[test]
-fn the_table_of_sdxl_agrees_with_pytorch() -> Result<()> {
-    let reference = Reference::read();
+fn table_of_sdxl(reference: &Reference) -> Result<()> {
     let path = VariancePreserving::scaled_linear(0.00085, 0.012, 1000)?;
     let timestep = path.timestep(reference.get("f64.t"))?;
     assert_eq!(values(&timestep), values(reference.get("sdxl.timestep")));
@@ -184,13 +147,11 @@ fn the_table_of_sdxl_agrees_with_pytorch() -> Result<()> {
     let a = path.coefficients(&PostShift::new(Tensor::from_slice(&times))?)?.data;
     let expected = reference.get("sdxl.alphas_cumprod");
     let error = relative(&a.square(), expected, expected);
-    report("f64 vp_sdxl alphas_cumprod", error, error, 1e-12);
+    report(reference, "f64", "vp_sdxl alphas_cumprod", (error, error));
     Ok(())
 }
 
-#[test]
-fn the_preconditioning_of_edm_agrees_with_pytorch() -> Result<()> {
-    let reference = Reference::read();
+fn preconditioning_of_edm(reference: &Reference) -> Result<()> {
     let found = Edm::default().preconditioning(reference.get("f64.t"), 0.5)?;
     let factors = [
         ("c_skip", &found.skip),
@@ -201,30 +162,28 @@ fn the_preconditioning_of_edm_agrees_with_pytorch() -> Result<()> {
     for (name, found) in factors {
         let expected = reference.get(&format!("edm.{name}"));
         let error = relative(found, expected, &expected.abs());
-        report(&format!("f64 edm {name}"), error, error, 1e-12);
+        report(reference, "f64", &format!("edm {name}"), (error, error));
     }
     let expected = reference.get("edm.denoised");
-    for (kind, tolerance) in [(Kind::Double, 1e-12), (Kind::Float, 1e-6)] {
-        let out = reference.get("f64.out").to_kind(kind);
+    for (kind, of) in [("f64", Kind::Double), ("f32", Kind::Float)] {
+        let out = reference.get("f64.out").to_kind(of);
         let network = |x: &Tensor, c: &Tensor| &out + x * c.view([-1, 1]);
-        let found = found.apply(&reference.get("f64.x0").to_kind(kind), network)?;
-        assert_eq!(found.kind(), kind);
+        let found = found.apply(&reference.get("f64.x0").to_kind(of), network)?;
+        assert_eq!(found.kind(), of);
         let error = relative(&found, expected, &largest(expected));
-        report(&format!("{kind:?} edm denoised"), error, error, tolerance);
+        report(reference, kind, "edm denoised", (error, error));
     }
     Ok(())
 }
 
-#[test]
-fn the_normal_samplers_agree_with_pytorch() -> Result<()> {
-    let reference = Reference::read();
+fn normal_samplers(reference: &Reference) -> Result<()> {
     let u = reference.get("sampler.u");
     let logit = LogitNormal::new(0.5, 1.5)?.times(u, None)?;
     let log = LogNormal::default().times(u, None)?;
     for (name, found) in [("logit_normal", &logit), ("log_normal", &log)] {
         let expected = reference.get(&format!("sampler.{name}"));
         let error = max_difference(found.tensor(), expected);
-        report(&format!("f64 sampler {name}"), error, error, 1e-12);
+        report(reference, "f64", &format!("sampler {name}"), (error, error));
     }
     Ok(())
 }

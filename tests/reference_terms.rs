@@ -5,9 +5,8 @@
 
 mod common;
 
-use std::collections::HashMap;
-
-use common::{gaussian_teacher, max_difference, value, values};
+use common::reference::{Reference, relative};
+use common::{gaussian_teacher, max_difference, value};
 use decoupled_dmd::{
     Adversarial, Bandwidth, Batch, Condition, CriticHeads, CriticPenalty, Estimator, GanLoss,
     Kernel, MaximumMeanDiscrepancy, MeanVariance, PostShift, Probe, RectifiedFlow, Regularizer,
@@ -31,49 +30,43 @@ fn wide(kind: Kind) -> Kind {
     if kind == Kind::Double { Kind::Double } else { Kind::Float }
 }
 
-struct Reference(HashMap<String, Tensor>);
+fn input(reference: &Reference, name: &str, kind: Kind) -> Tensor {
+    reference.get(name).to_kind(kind)
+}
 
-impl Reference {
-    fn read() -> Result<Self> {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/reference/terms.safetensors");
-        Ok(Self(Tensor::read_safetensors(path)?.into_iter().collect()))
-    }
+fn leaf(reference: &Reference, name: &str, kind: Kind) -> Tensor {
+    input(reference, name, kind).detach().set_requires_grad(true)
+}
 
-    fn get(&self, name: &str, kind: Kind) -> Tensor {
-        self.0.get(name).unwrap_or_else(|| panic!("no {name} in the reference")).to_kind(kind)
-    }
-
-    fn leaf(&self, name: &str, kind: Kind) -> Tensor {
-        self.get(name, kind).detach().set_requires_grad(true)
-    }
-
-    /// Compares the value of `loss` and its gradient in each leaf.
-    fn compare(&self, case: &str, kind: Kind, loss: &Tensor, leaves: &[(&str, &Tensor)]) {
-        let relative = |found: &Tensor, name: &str, scale: &str| {
-            let expected = self.get(&format!("{case}/{name}"), Kind::Double);
-            let scale = self.0.get(&format!("{case}/{scale}")).unwrap_or(&expected);
-            let found = found.view(expected.size().as_slice());
-            max_difference(&found, &expected) / value(&scale.abs().max()).max(1e-300)
-        };
-        let error = relative(loss, "value", "scale");
-        let mut line = format!("{case:<46} {kind:<9?} value {error:.1e}");
-        // NaN is above every tolerance.
-        let off = |error: f64, allowed: f64| error.is_nan() || error > allowed;
-        let mut failed = off(error, tolerance(case, kind));
-        assert_eq!(loss.kind(), wide(kind), "{case}");
-        let inputs: Vec<&Tensor> = leaves.iter().map(|(_, leaf)| *leaf).collect();
-        let gradients = Tensor::run_backward(&[loss], &inputs, true, false);
-        for ((name, leaf), gradient) in leaves.iter().zip(&gradients) {
-            assert_eq!(gradient.kind(), leaf.kind());
-            let error = relative(gradient, &format!("grad_{name}"), "");
-            // bfloat16 has eight bits: half a unit in the last place of the gradient itself.
-            let allowed =
-                if leaf.kind() == Kind::BFloat16 { 1.0 / 256.0 } else { tolerance(case, kind) };
-            failed |= off(error, allowed);
-            line += &format!("  d{name} {error:.1e}");
-        }
-        println!("{line}");
-        assert!(!failed, "{line}");
+/// Compares the value of `loss` and its gradient in each leaf.
+fn compare(
+    reference: &Reference,
+    case: &str,
+    kind: Kind,
+    loss: &Tensor,
+    leaves: &[(&str, &Tensor)],
+) {
+    let relative = |found: &Tensor, name: &str, scale: &str| {
+        let expected = input(reference, &format!("{case}/{name}"), Kind::Double);
+        let scale = reference.get(&format!("{case}/{scale}"));
+        let found = found.view(expected.size().as_slice());
+        max_difference(&found, &expected) / value(&scale.abs().max()).max(1e-300)
+    };
+    // MMD is a difference of larger numbers.
+    let scale = if case.starts_with("mmd_") { "scale" } else { "value" };
+    let error = relative(loss, "value", scale);
+    reference.report(case, &[(&format!("value {kind:?}"), error, tolerance(case, kind))]);
+    assert_eq!(loss.kind(), wide(kind), "{case}");
+    let inputs: Vec<&Tensor> = leaves.iter().map(|(_, leaf)| *leaf).collect();
+    let gradients = Tensor::run_backward(&[loss], &inputs, true, false);
+    for ((name, leaf), gradient) in leaves.iter().zip(&gradients) {
+        assert_eq!(gradient.kind(), leaf.kind());
+        let of = format!("grad_{name}");
+        // bfloat16 has eight bits: half a unit in the last place of the gradient itself.
+        let allowed =
+            if leaf.kind() == Kind::BFloat16 { 1.0 / 256.0 } else { tolerance(case, kind) };
+        let error = (format!("gradient {kind:?}"), relative(gradient, &of, &of), allowed);
+        reference.report(&format!("{case} d{name}"), &[(&error.0, error.1, error.2)]);
     }
 }
 
@@ -87,21 +80,29 @@ fn loss_of(term: &dyn Regularizer, batch: &Batch<'_>) -> Result<Tensor> {
 }
 
 #[test]
-fn mean_variance() -> Result<()> {
-    let reference = Reference::read()?;
+fn every_value_of_the_reference() -> Result<()> {
+    Reference::check("terms", |reference| {
+        mean_variance(reference)?;
+        maximum_mean_discrepancy(reference)?;
+        adversarial(reference)?;
+        critic_heads(reference)
+    })
+}
+
+fn mean_variance(reference: &Reference) -> Result<()> {
     let cond = Condition::none();
     for kind in KINDS {
-        let x = reference.leaf("mv/x", kind);
+        let x = leaf(reference, "mv/x", kind);
         let batch = Batch::new(&x, &cond)?;
         let check = |case: &str, term: &MeanVariance| -> Result<()> {
-            reference.compare(case, kind, &loss_of(term, &batch)?, &[("x", &x)]);
+            compare(reference, case, kind, &loss_of(term, &batch)?, &[("x", &x)]);
             Ok(())
         };
         check("mv_sample", &MeanVariance::per_sample(0.075, 0.81)?)?;
         check("mv_floor", &MeanVariance::per_sample(0.075, 0.81)?.floor(0.5)?)?;
-        let target = |name| reference.get(name, wide(kind));
+        let target = |name| input(reference, name, wide(kind));
         check("mv_channel", &MeanVariance::per_channel(&target("mv/mu"), &target("mv/var"))?)?;
-        let batches = [0, 1, 2].map(|k| reference.get(&format!("mv/batch_{k}"), kind));
+        let batches = [0, 1, 2].map(|k| input(reference, &format!("mv/batch_{k}"), kind));
         for (name, statistics) in
             [("sample", Statistics::PerSample), ("channel", Statistics::PerChannel)]
         {
@@ -110,23 +111,30 @@ fn mean_variance() -> Result<()> {
             for (decay, shown) in [(0.75, "0.75"), (1.0, "1.0")] {
                 let case = format!("mv_running_{name}_{shown}");
                 let term = measured()?.running(decay, 0)?;
-                for batch in &batches {
-                    term.update(batch)?;
-                }
-                check(&case, &term)?;
                 // Resuming after the first batch gives the same.
                 let resumed = measured()?.running(decay, 1)?;
-                batches[1..].iter().try_for_each(|batch| resumed.update(batch))?;
+                for (k, batch) in batches.iter().enumerate() {
+                    term.update(batch)?;
+                    if k > 0 {
+                        resumed.update(batch)?;
+                    }
+                }
+                check(&case, &term)?;
                 check(&case, &resumed)?;
+                for (what, found) in [("mu", term.target().0), ("var", term.target().1)] {
+                    let expected = input(reference, &format!("{case}/{what}"), Kind::Double);
+                    let error = relative(&case, &found.view(expected.size().as_slice()), &expected);
+                    // Batches in bfloat16 are measured in float32.
+                    let what = format!("target {kind:?}");
+                    reference.report(&case, &[(&what, error, tolerance(&case, kind))]);
+                }
             }
         }
     }
     Ok(())
 }
 
-#[test]
-fn maximum_mean_discrepancy() -> Result<()> {
-    let reference = Reference::read()?;
+fn maximum_mean_discrepancy(reference: &Reference) -> Result<()> {
     let with_mean = |kernel| match kernel {
         Kernel::Gaussian { scales, .. } => Kernel::Gaussian { bandwidth: Bandwidth::Mean, scales },
         other => other,
@@ -141,8 +149,8 @@ fn maximum_mean_discrepancy() -> Result<()> {
     ];
     let cond = Condition::none();
     for kind in KINDS {
-        let (x, y) = (reference.leaf("mmd/x", kind), reference.get("mmd/y", kind));
-        let projection = reference.get("mmd/projection", wide(kind)).tr();
+        let (x, y) = (leaf(reference, "mmd/x", kind), input(reference, "mmd/y", kind));
+        let projection = input(reference, "mmd/projection", wide(kind)).tr();
         let batch = Batch::new(&x, &cond)?.real(&y)?;
         for (name, kernel) in &kernels {
             for (shown, estimator) in
@@ -155,27 +163,25 @@ fn maximum_mean_discrepancy() -> Result<()> {
                 };
                 let case = format!("mmd_{name}_{shown}");
                 let loss = loss_of(&term()?, &batch)?;
-                reference.compare(&format!("{case}_flat"), kind, &loss, &[("x", &x)]);
+                compare(reference, &format!("{case}_flat"), kind, &loss, &[("x", &x)]);
                 let mapped = term()?.features(|x: &Tensor| {
                     x.to_kind(wide(kind)).flatten(1, -1).matmul(&projection).tanh()
                 });
                 let loss = loss_of(&mapped, &batch)?;
-                reference.compare(&format!("{case}_tanh"), kind, &loss, &[("x", &x)]);
+                compare(reference, &format!("{case}_tanh"), kind, &loss, &[("x", &x)]);
             }
         }
     }
     Ok(())
 }
 
-#[test]
-fn adversarial() -> Result<()> {
-    let reference = Reference::read()?;
+fn adversarial(reference: &Reference) -> Result<()> {
     for kind in KINDS {
-        let sample = |name: &str| reference.get(&format!("gan/{name}"), kind);
-        let other = |name: &str| reference.get(&format!("gan/{name}"), wide(kind));
-        let leaf = |name: &str| other(name).detach().set_requires_grad(true);
-        let (x, y) = (reference.leaf("gan/x", kind), sample("y"));
-        let (w1, u, w2) = (leaf("w1"), leaf("u"), leaf("w2"));
+        let sample = |name: &str| input(reference, &format!("gan/{name}"), kind);
+        let other = |name: &str| input(reference, &format!("gan/{name}"), wide(kind));
+        let weights = |name: &str| other(name).detach().set_requires_grad(true);
+        let (x, y) = (leaf(reference, "gan/x", kind), sample("y"));
+        let (w1, u, w2) = (weights("w1"), weights("u"), weights("w2"));
         let (cond, real_cond) = (other("cond").into(), Condition::from(other("real_cond")));
         let tau = || PostShift::new(other("tau"));
         let critic = |x: &Tensor, t: &Tensor, c: &Condition| {
@@ -191,7 +197,7 @@ fn adversarial() -> Result<()> {
         ] {
             let term = || Adversarial::new(RectifiedFlow, Shift::NONE, critic).gan_loss(gan_loss);
             let loss = term().loss(&probe)?;
-            reference.compare(&format!("gan_{name}_generator"), kind, &loss, &[("x", &x)]);
+            compare(reference, &format!("gan_{name}_generator"), kind, &loss, &[("x", &x)]);
             for (shown, penalty) in [
                 ("none", None),
                 ("r1", Some(CriticPenalty::R1 { gamma: 0.5 })),
@@ -208,37 +214,62 @@ fn adversarial() -> Result<()> {
                 let loss = term.critic_loss_at(&batch, &tau()?, &noise, &perturbation)?;
                 let case = format!("gan_{name}_critic_{shown}");
                 let leaves = [("w1", &w1), ("u", &u), ("w2", &w2)];
-                reference.compare(&case, kind, &loss, &leaves);
+                compare(reference, &case, kind, &loss, &leaves);
             }
         }
     }
     Ok(())
 }
 
-#[test]
-fn critic_heads() -> Result<()> {
-    let reference = Reference::read()?;
-    for kind in [Kind::Double, Kind::Float] {
-        let mut store = nn::VarStore::new(Device::Cpu);
-        let heads = {
-            let _guard = common::seeded(1);
-            CriticHeads::new(&store.root(), &[4, 5], 16)?
-        };
-        store.set_kind(kind);
-        // The store was made anew for this type: the heads hold the same tensors.
-        let mut parameters: Vec<_> = store.variables().into_iter().collect();
-        parameters.sort_by(|a, b| a.0.cmp(&b.0));
-        for (name, parameter) in &mut parameters {
-            let saved = reference.get(&format!("heads/{name}"), kind);
-            let _no_grad = tch::no_grad_guard();
-            parameter.copy_(&saved.view(parameter.size().as_slice()));
-        }
-        let levels = [0, 1].map(|k| reference.get(&format!("heads/level_{k}"), kind));
+fn critic_heads(reference: &Reference) -> Result<()> {
+    // Features are converted to the type of the parameters: in bfloat16, which has all of their
+    // digits, they change nothing. Parameters in bfloat16 do: the hidden features are rounded to eight
+    // bits four times in a row.
+    for (parameters, features, tolerance) in [
+        (Kind::Double, Kind::Double, 1e-12),
+        (Kind::Double, Kind::BFloat16, 1e-12),
+        (Kind::Float, Kind::Float, 1e-6),
+        (Kind::Float, Kind::BFloat16, 1e-6),
+        (Kind::BFloat16, Kind::BFloat16, 4.0 / 256.0),
+    ] {
+        let (heads, leaves) = heads(reference, parameters)?;
+        let levels = [0, 1].map(|k| input(reference, &format!("heads/level_{k}"), features));
         let logits = heads.logits(&levels)?;
-        assert_eq!(logits.size(), [3, 2]);
-        let leaves: Vec<_> = parameters.iter().map(|(name, t)| (name.as_str(), t)).collect();
-        reference.compare("heads", kind, &(&logits * 0.125).exp().sum(kind), &leaves);
-        assert!(values(&logits).iter().all(|logit| logit.is_finite()));
+        assert_eq!(logits.kind(), parameters);
+        let wide = wide(parameters);
+        let loss = (logits.to_kind(wide) * 0.125).exp().sum(wide);
+        let inputs: Vec<&Tensor> = leaves.iter().map(|(_, leaf)| leaf).collect();
+        let gradients = Tensor::run_backward(&[&loss], &inputs, false, false);
+        let names = leaves.iter().map(|(name, _)| format!("grad_{name}"));
+        let found = names.zip(gradients).chain([
+            ("logits".to_owned(), logits.detach()),
+            ("value".to_owned(), loss.detach().view([1])),
+        ]);
+        for (name, found) in found {
+            let name = format!("heads/{name}");
+            let found = found.view(reference.get(&name).size().as_slice());
+            let error = reference.error(&name, &found);
+            reference.report(&name, &[(&format!("heads {parameters:?}"), error, tolerance)]);
+        }
     }
     Ok(())
+}
+
+/// Heads with the parameters of the reference.
+fn heads(reference: &Reference, kind: Kind) -> Result<(CriticHeads, Vec<(String, Tensor)>)> {
+    let mut store = nn::VarStore::new(Device::Cpu);
+    let heads = {
+        let _guard = common::seeded(1);
+        CriticHeads::new(&store.root(), &[4, 5], 16)?
+    };
+    store.set_kind(kind);
+    // The store was made anew for this type: the heads hold the same tensors.
+    let mut parameters: Vec<_> = store.variables().into_iter().collect();
+    parameters.sort_by(|a, b| a.0.cmp(&b.0));
+    for (name, parameter) in &mut parameters {
+        let saved = input(reference, &format!("heads/{name}"), kind);
+        let _no_grad = tch::no_grad_guard();
+        parameter.copy_(&saved.view(parameter.size().as_slice()));
+    }
+    Ok((heads, parameters))
 }

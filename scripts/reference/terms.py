@@ -196,7 +196,8 @@ for k, level in enumerate(LEVELS):
     z = (z - z.mean(2, keepdim=True)) / (z.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
     z = z.reshape(3, WIDTH, -1).transpose(1, 2) * head["scale"] + head["offset"]
     logits.append(((z * torch.sigmoid(z)) @ head["read"].T + head["constant"]).mean(1))
-record("heads", torch.cat(logits, 1).mul(0.125).exp().sum(), **leaves)
+tensors["heads/logits"] = torch.cat(logits, 1)
+record("heads", tensors["heads/logits"].mul(0.125).exp().sum(), **leaves)
 
 OUT.parent.mkdir(exist_ok=True)
 save_file({name: t.detach().contiguous() for name, t in tensors.items()}, OUT)

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 pub mod paper;
+pub mod reference;
 
 use std::cell::RefCell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
