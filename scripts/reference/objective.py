@@ -1,80 +1,31 @@
-"""Reference values of the objective, in stock PyTorch float64, written from the formulas.
+"""Reference values of the student's loss, in stock PyTorch float64, written from the formulas.
 
 Nothing here is shared with the crate: losses are the literal `0.5 mean (x - sg(x + d))^2`, their
-gradients come from autograd, weightings are applied to errors of the clean sample. Needs torch and
-safetensors; from the root of the repository:
+gradients come from autograd. Needs torch and safetensors; from the root of the repository:
 
     python3 scripts/reference/objective.py
 
 writes tests/reference/objective.safetensors, which tests/reference_objective.rs compares with.
 """
 
-import math
-import pathlib
-
 import torch
-from safetensors.torch import save_file
 
-torch.set_default_dtype(torch.float64)
-SHAPE = (3, 2, 4, 4)
+from noise_paths import PATHS, PREDICTIONS, clean
+from setting import (
+    COND, EPS, EPS_DM, FAKE_GAIN, MASKS, NULL, SHAPE, TEACHER_GAIN, TIMES, X, coefficients, narrow,
+    network, reaches_noise, save,
+)
+
 ALPHA = 4.0
-TEACHER_GAIN, FAKE_GAIN = 0.8, 0.6
 OUT = {}
 
-TIMES = {
-    "middle": [0.2, 0.5, 0.7],
-    "dm": [0.6, 0.35, 0.15],
-    "bounds": [0.02, 0.98, 0.5],
-    "near": [1e-6, 1.0 - 1e-6, 0.5],
-    "ends": [0.0, 1.0, 0.5],
-}
-PREDICTIONS = ["sample", "noise", "flow_velocity", "velocity", "score"]
-
-
-def rounded(tensor):
-    """Inputs are float32 numbers, so that a run in float32 starts from the very same ones: 1 - t
-    near the clean end would otherwise carry their rounding, magnified."""
-    return tensor.float().double()
-
-
-def wave(phase, rate):
-    index = torch.arange(math.prod(SHAPE), dtype=torch.float64)
-    values = torch.sin(rate * index + phase) + 0.3 * torch.cos(1.9 * index * rate)
-    return rounded(values).reshape(SHAPE)
-
-
-def column(values):
-    return rounded(torch.tensor(values)).reshape(-1, 1, 1, 1)
-
-
-def network(x, t, c, gain):
-    """A network of anything: no part of it is special."""
-    return gain * torch.sin(x + c) * (0.5 + t) + 0.1 * x
-
-
-def clean(prediction, out, x_t, t):
-    """x0 from a network's output on rectified flow, x_t = t x0 + (1 - t) eps."""
-    a, s = t, 1 - t
-    if prediction == "sample":
-        return out
-    if prediction == "noise":
-        return (x_t - s * out) / a
-    if prediction == "flow_velocity":
-        return x_t - s * out
-    if prediction == "velocity":
-        return (a * x_t - s * out) / (a * a + s * s)
-    return (x_t + s * s * out) / a
-
-
-def target(prediction, x0, eps, t):
-    a, s = t, 1 - t
-    return {
-        "sample": lambda: x0,
-        "noise": lambda: eps,
-        "flow_velocity": lambda: eps - x0,
-        "velocity": lambda: a * eps - s * x0,
-        "score": lambda: -eps / s,
-    }[prediction]()
+NORMALISERS = ["off", "dmd2", "fastgen", "fastvideo", "simple_tuner", "rcm", "guided", "cdm",
+               "conditional_floor_2", "port", "conditional_batch"]
+# What networks on each path are usually trained to predict.
+USUAL = {"rectified_flow": "flow_velocity", "vp_linear": "noise", "vp_sdxl": "noise",
+         "edm": "sample", "trig_flow": "velocity"}
+# Teacher and fake score that predict different quantities.
+MIXED = list(zip(PREDICTIONS, PREDICTIONS[1:] + PREDICTIONS[:1]))
 
 
 def kept_mean(values, mask):
@@ -105,31 +56,37 @@ def normaliser(name, x, cond, guided, mask):
     }[name]()
 
 
-NORMALISERS = ["off", "dmd2", "fastgen", "fastvideo", "simple_tuner", "rcm", "guided", "cdm",
-               "conditional_floor_2", "port", "conditional_batch"]
+def look(x, eps, times, path="rectified_flow", teacher="flow_velocity", fake=None):
+    """The noised samples, and the clean ones that the teacher with and without condition and the
+    fake score take them for."""
+    a, s = coefficients(path, times)
+    x_t = a * x + s * eps
 
+    def denoise(prediction, c, gain):
+        return clean(prediction, a, s, x_t, network(path, times, x_t, c, gain))
 
-def look(x, eps, times, prediction):
-    t = column(TIMES[times])
-    x_t = t * x + (1 - t) * eps
-    cond = clean(prediction, network(x_t, t, COND, TEACHER_GAIN), x_t, t)
-    null = clean(prediction, network(x_t, t, NULL, TEACHER_GAIN), x_t, t)
-    fake = clean(prediction, network(x_t, t, COND, FAKE_GAIN), x_t, t)
-    return x_t, cond, null, fake
+    cond, null = denoise(teacher, COND, TEACHER_GAIN), denoise(teacher, NULL, TEACHER_GAIN)
+    return x_t, cond, null, denoise(fake or teacher, COND, FAKE_GAIN)
 
 
 def surrogate(x, direction):
     return 0.5 * ((x - (x + direction).detach()) ** 2).mean()
 
 
-def student(name, terms, norm, times, prediction="flow_velocity", x=None, eps=None, mask=None):
-    """Loss and gradient of a sum of terms, each (which, times, noise)."""
-    x = (X if x is None else x).clone().requires_grad_()
+# Each term is (which, times other than the case's, noise).
+CA, DM = ("ca", None, EPS), ("dm", None, EPS)
+TERMS = {"ca": [CA], "dm": [DM], "coupled": [CA, DM], "decoupled": [CA, ("dm", "dm", EPS_DM)]}
+
+
+def student(name, terms="coupled", norm="guided", times="middle", mask=None, cast=None, **networks):
+    """Loss and gradient of a sum of terms."""
+    cast = cast or (lambda tensor: tensor)
+    x = cast(X).clone().requires_grad_()
     mask = torch.ones(SHAPE, dtype=torch.bool) if mask is None else mask
     loss = torch.zeros(())
-    for which, at, noise in terms:
+    for which, at, noise in TERMS[terms]:
         with torch.no_grad():
-            _, cond, null, fake = look(x, noise if eps is None else eps, at or times, prediction)
+            _, cond, null, fake = look(x, cast(noise), at or times, **networks)
             guided = null + ALPHA * (cond - null)
             n = normaliser(norm, x, cond, guided, mask)
             d = (ALPHA - 1) * (cond - null) if which == "ca" else cond - fake
@@ -139,66 +96,42 @@ def student(name, terms, norm, times, prediction="flow_velocity", x=None, eps=No
     OUT[name + ":loss"], OUT[name + ":gradient"] = loss.detach(), gradient
 
 
-def dmd2(name, times):
+def dmd2():
     """The fused loss of DMD2: guided teacher against fake, one normaliser."""
     x = X.clone().requires_grad_()
     with torch.no_grad():
-        _, cond, null, fake = look(x, EPS, times, "flow_velocity")
+        _, cond, null, fake = look(x, EPS, "middle")
         guided = null + ALPHA * (cond - null)
         grad = (fake - guided) / (x - guided).abs().mean(dim=(1, 2, 3), keepdim=True)
     loss = 0.5 * torch.nn.functional.mse_loss(x, (x - grad).detach())
-    OUT[name + ":gradient"] = torch.autograd.grad(loss, x)[0]
+    OUT["dmd2:gradient"] = torch.autograd.grad(loss, x)[0]
 
 
-def weight(weighting, t):
-    """W of the error of the clean sample."""
-    a, s = t, 1 - t
-    if weighting == "min_snr":
-        return (a * a / (s * s)).clamp(max=5.0)
-    if weighting == "edm":
-        sigma, d = s / a, 0.5
-        return (sigma**2 + d**2) / (sigma * d) ** 2
-    return {
-        "as_sample": lambda: torch.ones_like(t),
-        "as_noise": lambda: (a / s) ** 2,
-        "as_flow_velocity": lambda: 1 / s**2,
-        "as_velocity": lambda: ((a * a + s * s) / s) ** 2,
-        "as_score": lambda: (a / s**2) ** 2,
-    }[weighting]()
+def rms(v):
+    return v.flatten(1).square().mean(1).sqrt()
 
 
-WEIGHTINGS = ["uniform", "min_snr", "edm"] + ["as_" + p for p in PREDICTIONS]
+def cos(v, w):
+    return torch.nn.functional.cosine_similarity(v.flatten(1), w.flatten(1))
 
 
-def fake_loss(name, prediction, weighting, times, mask=None):
-    gain = torch.tensor(FAKE_GAIN, requires_grad=True)
-    t = column(TIMES[times])
-    x_t = t * X + (1 - t) * EPS
-    out = network(x_t, t, COND, gain)
-    if weighting == "uniform":
-        error = (target(prediction, X, EPS, t) - out) ** 2
-    else:
-        error = weight(weighting, t) * (X - clean(prediction, out, x_t, t)) ** 2
-    loss = (error if mask is None else error * mask).mean()
-    (slope,) = torch.autograd.grad(loss, gain)
-    OUT[name + ":loss"], OUT[name + ":gradient"] = loss.detach(), slope
+def scores(times, eps, path="rectified_flow", **predictions):
+    """rel_gap, cos and mag_ratio of the flow velocities eps - x0 of teacher and fake score."""
+    a, s = coefficients(path, times)
+    x_t, cond, _, fake = look(X, eps, times, path, **predictions)
+    real_u, fake_u = ((x_t - a * x0) / s - x0 for x0 in (cond, fake))
+    return torch.stack([rms(real_u - fake_u) / rms(real_u), cos(real_u, fake_u),
+                        rms(fake_u) / rms(real_u)])
 
 
 def diagnostics():
-    def rms(v):
-        return v.flatten(1).square().mean(1).sqrt()
-
-    def cos(v, w):
-        return torch.nn.functional.cosine_similarity(v.flatten(1), w.flatten(1))
-
-    x_t, cond, null, _ = look(X, EPS, "middle", "flow_velocity")
+    _, cond, null, _ = look(X, EPS, "middle")
     n_ca = (X - cond).abs().flatten(1).mean(1).clamp(min=0.1)
     ca = (ALPHA - 1) * (cond - null) / n_ca.reshape(-1, 1, 1, 1)
-    t = column(TIMES["dm"])
-    x_t, cond, _, fake = look(X, EPS_DM, "dm", "flow_velocity")
+    _, cond, _, fake = look(X, EPS_DM, "dm")
     n_dm = (X - cond).abs().flatten(1).mean(1).clamp(min=0.1)
     dm = (cond - fake) / n_dm.reshape(-1, 1, 1, 1)
-    real_u, fake_u = (x_t - cond) / (1 - t), (x_t - fake) / (1 - t)
+    rel_gap, score_cos, mag_ratio = scores("dm", EPS_DM)
     values = {
         "x_mean": X.flatten(1).mean(1),
         "x_std": X.flatten(1).var(1, unbiased=False).sqrt(),
@@ -207,59 +140,48 @@ def diagnostics():
         "dm_n": n_dm,
         "ca_update_rms": rms(ca),
         "dm_update_rms": rms(dm),
-        "dm_rel_gap": rms(real_u - fake_u) / rms(real_u),
-        "dm_cos": cos(real_u, fake_u),
-        "dm_mag_ratio": rms(fake_u) / rms(real_u),
+        "dm_rel_gap": rel_gap,
+        "dm_cos": score_cos,
+        "dm_mag_ratio": mag_ratio,
         "ca_dm_cos": cos(ca, dm),
         "dm_to_ca": (rms(dm).mean() / rms(ca).mean()).reshape(1),
         "variance_drift": (X.flatten(1).var(1, unbiased=False).mean() / 0.4).log().reshape(1),
     }
-    OUT.update({"diagnostics:" + name: value.clone() for name, value in values.items()})
+    OUT.update({"diagnostics/" + name: value for name, value in values.items()})
 
 
-X, EPS, EPS_DM = wave(0.3, 0.7), wave(5.0, 1.3), wave(9.0, 1.1)
-COND, NULL = wave(1.1, 0.5), wave(2.9, 0.9)
-MASKS = {
-    "samples": torch.tensor([True, False, True]).reshape(-1, 1, 1, 1).expand(SHAPE).contiguous(),
-    "elements": wave(0.0, 2.1) > -0.2,
-}
-OUT.update({"x": X, "noise": EPS, "noise_dm": EPS_DM, "cond": COND, "null": NULL})
-OUT.update({"times_" + name: rounded(torch.tensor(values)) for name, values in TIMES.items()})
-OUT.update({"mask_" + name: mask for name, mask in MASKS.items()})
-
-CA, DM = ("ca", None, EPS), ("dm", None, EPS)
-COUPLED, DECOUPLED = [CA, DM], [CA, ("dm", "dm", EPS_DM)]
 for norm in NORMALISERS:
-    student(f"ca/{norm}", [CA], norm, "middle")
-    student(f"dm/{norm}", [DM], norm, "middle")
-    student(f"coupled/{norm}", COUPLED, norm, "middle")
+    for terms in ["ca", "dm", "coupled"]:
+        student(f"{terms}/{norm}", terms, norm)
+    for terms in ["ca", "dm"]:
+        student(f"bf16/{terms}/{norm}", terms, norm, cast=narrow)
 for norm in ["off", "cdm", "port"]:
-    student(f"decoupled/{norm}", DECOUPLED, norm, "middle")
-dmd2("dmd2", "middle")
-for prediction in PREDICTIONS:
-    student(f"prediction/{prediction}", COUPLED, "guided", "middle", prediction)
-    student(f"bounds/{prediction}", COUPLED, "guided", "bounds", prediction)
-for prediction in ["sample", "flow_velocity", "velocity"]:
-    student(f"near/{prediction}", COUPLED, "guided", "near", prediction)
-    student(f"ends/{prediction}", COUPLED, "guided", "ends", prediction)
+    student(f"decoupled/{norm}", "decoupled", norm)
+dmd2()
 for which, mask in MASKS.items():
     for norm in ["cdm", "fastvideo"]:
-        student(f"mask_{which}/{norm}", COUPLED, norm, "middle", mask=mask)
-    fake_loss(f"mask_{which}/fake", "flow_velocity", "min_snr", "middle", mask)
-narrow = [v.to(torch.bfloat16).double() for v in (X, EPS)]
-for norm in ["cdm", "guided"]:
-    student(f"bf16/{norm}", COUPLED, norm, "middle", x=narrow[0], eps=narrow[1])
-for prediction in PREDICTIONS:
-    for weighting in WEIGHTINGS:
-        fake_loss(f"fake/{prediction}/{weighting}", prediction, weighting, "middle")
-        fake_loss(f"fake_bounds/{prediction}/{weighting}", prediction, weighting, "bounds")
-for weighting in ["uniform", "min_snr", "as_sample"]:
-    fake_loss(f"fake_ends/{weighting}", "flow_velocity", weighting, "ends")
+        student(f"mask_{which}/{norm}", norm=norm, mask=mask)
 diagnostics()
+for path in PATHS:
+    for prediction in PREDICTIONS:
+        networks = dict(path=path, teacher=prediction)
+        for terms in ["coupled", "decoupled"]:
+            for norm in ["guided", "cdm"]:
+                student(f"{path}/{prediction}/{terms}/{norm}", terms, norm, **networks)
+        for times in ["bounds", "near", "ends"]:
+            if not (reaches_noise(path, times) and prediction in ("noise", "score")):
+                student(f"{path}/{prediction}/{times}", times=times, **networks)
+        for times in ["middle", "bounds"]:
+            OUT[f"{path}/{prediction}/scores_{times}"] = scores(times, EPS, **networks)
+    for teacher, fake in MIXED:
+        networks = dict(path=path, teacher=teacher, fake=fake)
+        student(f"{path}/{teacher}_{fake}/coupled", **networks)
+        OUT[f"{path}/{teacher}_{fake}/scores_middle"] = scores("middle", EPS, **networks)
+    for times in ["middle", "bounds", "near", "ends"]:
+        for norm in ["guided", "cdm"]:
+            networks = dict(path=path, teacher=USUAL[path], cast=narrow)
+            student(f"bf16/{path}/{times}/{norm}", norm=norm, times=times, **networks)
 
-for name, value in OUT.items():
-    assert torch.isfinite(value.double()).all(), name
-path = pathlib.Path("tests/reference/objective.safetensors")
-path.parent.mkdir(parents=True, exist_ok=True)
-save_file({name: value.contiguous() for name, value in OUT.items()}, path)
-print(f"{len(OUT)} tensors, {path.stat().st_size} bytes")
+times = [f"times_{name}" for name in TIMES]
+masks = [f"mask_{name}" for name in MASKS]
+save("objective", OUT, ["x", "noise", "noise_dm", "cond", "null", *times, *masks])
