@@ -2,11 +2,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::value::checked;
+use crate::value::{MOST_STEPS, checked};
 use crate::{Result, Shift};
-
-/// More steps than anyone takes, and few enough for memory.
-pub(crate) const MOST_STEPS: usize = 1_000_000;
 
 /// Noise levels (1 - t) between which CDM draws the inner times of its random grids.
 const INNER_NOISE: (f64, f64) = (0.25, 0.95);

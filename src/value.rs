@@ -4,6 +4,9 @@ use tch::Tensor;
 
 use crate::{Error, Result};
 
+/// More steps than anyone takes, and few enough for memory.
+pub(crate) const MOST_STEPS: usize = 1_000_000;
+
 /// `value` if `valid`, which must be false for NaN.
 pub(crate) fn checked(
     what: &'static str,

@@ -2,10 +2,9 @@
 
 use tch::{Kind, Tensor};
 
-use crate::grid::MOST_STEPS;
 use crate::numeric::{check_samples, check_vector, widen};
 use crate::path::{Coefficients, Path, wide_time};
-use crate::value::checked;
+use crate::value::{MOST_STEPS, checked};
 use crate::{Error, PostShift, Result};
 
 /// Variance preserving: a = sqrt(abar), s = sqrt(1 - abar).
