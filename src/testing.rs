@@ -16,19 +16,21 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! | check | engine | regularizer |
-//! |---|---|---|
-//! | shape, type and device of the answer; all of it finite | [`check_engine`] | [`check_regularizer`] |
-//! | the samples are left as they were | yes | yes |
-//! | no graph on a direction; a gradient that reaches x, finite and not all zero | the first | the second |
-//! | the same probe gives the same answer | yes | yes |
-//! | samples in another order give the answer in that order | yes | yes |
-//! | one NaN sample leaves the others as they were | yes | [`check_independence`], where samples do not meet |
-//! | the gradient is that of the value | | [`check_gradient`], for a plain loss |
+//! | check | engine | regularizer | its own loss |
+//! |---|---|---|---|
+//! | shape, type and device of the answer; all of it finite | [`check_engine`] | [`check_regularizer`] | [`check_own_loss`] |
+//! | the samples are left as they were | yes | yes | yes |
+//! | no graph on a direction; a gradient that reaches x, finite and not all zero | the first | the second | |
+//! | a graph to a network, and no gradient in x | | | yes |
+//! | the same probe gives the same answer | yes | yes | |
+//! | samples in another order give the answer in that order | yes | yes | |
+//! | one NaN sample leaves the others as they were | yes | [`check_independence`], where samples do not meet | |
+//! | the gradient is that of the value | | [`check_gradient`], for a plain loss | |
 //!
-//! Every check looks at the batch at noise levels spread over 0.1 to 0.9 and with a fixed noise;
-//! nothing is drawn. The batch needs two samples or more. Tensors of a condition, and real samples,
-//! whose first axis has as many entries as the batch are taken to belong to the samples one by one.
+//! Checks look at the batch at noise levels spread over 0.1 to 0.9 and with a fixed noise; nothing is
+//! drawn, but by the own loss that [`check_own_loss`] asks for, from libtorch's global generator. The
+//! batch needs two samples or more. Tensors of a condition, and real samples, whose first axis has as
+//! many entries as the batch are taken to belong to the samples one by one.
 
 mod trial;
 
@@ -36,6 +38,9 @@ use tch::{Kind, Tensor, no_grad_guard};
 
 use crate::{Batch, Denoiser, Engine, Error, Probe, Regularizer};
 use trial::Trial;
+
+/// The types that are computed in.
+const WIDE: &[Kind] = &[Kind::Float, Kind::Double];
 
 /// What a term was found not to keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +50,7 @@ pub enum Check {
     SetUp,
     /// A direction has the shape of x, a loss that of a scalar.
     Shape,
-    /// The answer is in float32 or float64.
+    /// A direction or a loss is in float32 or float64, an own loss in a floating-point type.
     Kind,
     /// The answer is on the device of x.
     Device,
@@ -57,6 +62,10 @@ pub enum Check {
     NoGraph,
     /// The gradient of a loss reaches x and is not all zero.
     ReachesSamples,
+    /// There is an own loss, and it has a graph to a network.
+    ReachesNetwork,
+    /// The own loss sends no gradient to x.
+    SparesSamples,
     /// The same probe gives the same answer.
     Deterministic,
     /// Samples in another order give the answer in that order.
@@ -113,7 +122,7 @@ pub fn check_engine<E: Engine + ?Sized>(
         })
     };
     let direction = direction_of(&trial)?;
-    check_answer(&direction, trial.x(), &trial.x().size())?;
+    check_answer(&direction, trial.x(), &trial.x().size(), WIDE)?;
     require(Check::NoGraph, !direction.requires_grad(), || "the direction has a graph".into())?;
     check_unchanged(&trial, batch)?;
     check_same(Check::Deterministic, &direction_of(&trial)?, &direction)?;
@@ -136,7 +145,7 @@ pub fn check_regularizer<R: Regularizer + ?Sized>(
     let trial = Trial::new(batch)?;
     let answer_of = |trial: &Trial| trial.run(teacher, |probe| answer(regularizer, probe));
     let (loss, gradient) = answer_of(&trial)?;
-    check_answer(&loss, trial.x(), &[])?;
+    check_answer(&loss, trial.x(), &[], WIDE)?;
     require(Check::Finite, all_finite(&gradient)?, || "the gradient in x is not finite".into())?;
     let largest = gradient.f_abs()?.f_max()?.f_double_value(&[])?;
     require(Check::ReachesSamples, largest > 0.0, || "the gradient in x is all zero".into())?;
@@ -204,24 +213,48 @@ pub fn check_gradient<R: Regularizer + ?Sized>(
     Ok(())
 }
 
+/// Checks the loss of a regularizer's own network, at a draw of its own; see the table of this
+/// [module](self). A regularizer without an own loss fails: one that wraps another has to pass it on.
+///
+/// # Errors
+/// [`Failure::Broken`] with the first check that fails, [`Failure::Term`] if the regularizer does.
+pub fn check_own_loss<R: Regularizer + ?Sized>(regularizer: &R, batch: &Batch<'_>) -> Result<()> {
+    const FLOATING: &[Kind] = &[Kind::Float, Kind::Double, Kind::BFloat16, Kind::Half];
+    let trial = Trial::new(batch)?;
+    let loss = trial.with_batch(|batch| Ok(regularizer.own_loss(batch)?))?;
+    let Some(loss) = loss else {
+        let found = "there is no own loss".into();
+        return Err(Failure::Broken { check: Check::ReachesNetwork, found });
+    };
+    check_answer(&loss, trial.x(), &[], FLOATING)?;
+    require(Check::ReachesNetwork, loss.requires_grad(), || "the loss has no graph".into())?;
+    let in_x = gradient_in(&loss, trial.x())?;
+    require(Check::SparesSamples, in_x.is_none(), || "the loss depends on x".into())?;
+    check_unchanged(&trial, batch)
+}
+
 /// The loss without its graph, and its gradient in x.
 fn answer<R: Regularizer + ?Sized>(regularizer: &R, probe: &Probe<'_>) -> Result<(Tensor, Tensor)> {
     let loss = regularizer.loss(probe)?;
     let unreached = || "the loss does not depend on x".to_owned();
     require(Check::ReachesSamples, loss.requires_grad(), unreached)?;
-    let gradients = Tensor::f_run_backward(&[&loss], &[probe.x()], false, false)?;
-    let gradient = gradients.into_iter().next().filter(Tensor::defined);
-    let gradient = gradient
+    let gradient = gradient_in(&loss, probe.x())?
         .ok_or_else(|| Failure::Broken { check: Check::ReachesSamples, found: unreached() })?;
     Ok((loss.f_detach()?, gradient))
 }
 
-fn check_answer(answer: &Tensor, x: &Tensor, size: &[i64]) -> Result<()> {
+/// The gradient of a loss with a graph in x, if it has one there.
+fn gradient_in(loss: &Tensor, x: &Tensor) -> Result<Option<Tensor>> {
+    let gradients = Tensor::f_run_backward(&[loss], &[x], false, false)?;
+    Ok(gradients.into_iter().next().filter(Tensor::defined))
+}
+
+fn check_answer(answer: &Tensor, x: &Tensor, size: &[i64], kinds: &[Kind]) -> Result<()> {
     let found = answer.size();
     require(Check::Shape, found == size, || format!("expected {size:?}, found {found:?}"))?;
     let kind = answer.f_kind()?;
-    let wide = matches!(kind, Kind::Float | Kind::Double);
-    require(Check::Kind, wide, || format!("expected float32 or float64, found {kind:?}"))?;
+    let fits = kinds.contains(&kind);
+    require(Check::Kind, fits, || format!("expected one of {kinds:?}, found {kind:?}"))?;
     let (expected, found) = (x.device(), answer.device());
     require(Check::Device, expected == found, || {
         format!("expected {expected:?}, found {found:?}")

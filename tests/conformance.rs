@@ -4,14 +4,16 @@ mod common;
 
 use std::cell::Cell;
 
-use common::{gaussian_teacher, wave};
+use common::{gaussian_teacher, seeded, wave};
 use decoupled_dmd::testing::{
-    Check, Failure, check_engine, check_gradient, check_independence, check_regularizer,
+    Check, Failure, check_engine, check_gradient, check_independence, check_own_loss,
+    check_regularizer,
 };
 use decoupled_dmd::{
-    Adversarial, Batch, CfgAugmentation, Condition, DistributionMatching, Estimator, GanLoss,
-    Guidance, Kernel, MaximumMeanDiscrepancy, MeanVariance, PreShift, Probe, RectifiedFlow, Result,
-    Shift, Statistics, engine_fn, regularizer_fn,
+    Adversarial, Batch, CfgAugmentation, Condition, CriticPenalty, Denoiser, DistributionMatching,
+    Estimator, GanLoss, Guidance, Kernel, MaximumMeanDiscrepancy, MeanVariance, PreShift,
+    Prediction, Probe, RectifiedFlow, Regularizer, Renoising, Result, Shift, Statistics, Uniform,
+    engine_fn, regularizer_fn,
 };
 use tch::{Kind, Tensor};
 
@@ -147,6 +149,43 @@ fn adversarial() -> Result<(), Failure> {
 }
 
 #[test]
+fn own_losses() -> Result<(), Failure> {
+    let _guard = seeded(51);
+    for kind in KINDS {
+        let (s, weight) = (setting(kind), wave(&[2, 32], 0.9, kind).set_requires_grad(true));
+        let fake = |x: &Tensor, _: &Tensor, c: &Condition| x * weight.get(0).mean(None) + &c[0];
+        for prediction in Prediction::ALL {
+            let fake = Denoiser::new(RectifiedFlow, prediction, fake);
+            let dm = DistributionMatching::new(fake, Shift::NONE);
+            let renoising = Renoising::new(Uniform::new(0.02, 0.98)?);
+            check_own_loss(&dm.renoising(renoising), &s.batch())?;
+        }
+        let critic = |x: &Tensor, _: &Tensor, cond: &Condition| {
+            let seen = (x.to_kind(kind) + &cond[0] * 0.5).tanh().flatten(1, -1);
+            seen.linear(&weight, None::<&Tensor>)
+        };
+        let penalties = [
+            None,
+            Some(CriticPenalty::R1 { gamma: 0.1 }),
+            Some(CriticPenalty::ApproximateR1 { weight: 100.0, sigma: 0.01 }),
+        ];
+        for gan_loss in [GanLoss::NonSaturating, GanLoss::Hinge, GanLoss::Relativistic] {
+            for penalty in penalties {
+                let mut term =
+                    Adversarial::new(RectifiedFlow, Shift::NONE, critic).gan_loss(gan_loss);
+                if let Some(penalty) = penalty {
+                    term = term.penalty(penalty)?;
+                }
+                // Passed on by a loan and by a box.
+                let lent: Box<dyn Regularizer> = Box::new(&term);
+                check_own_loss(&lent, &s.batch_with_data())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn what_belongs_to_the_samples_one_by_one_turns_with_them() -> Result<(), Failure> {
     let (s, teacher) = (setting(Kind::Double), gaussian_teacher(0.5));
     let times = PreShift::new(Tensor::from_slice(&[0.1, 0.4, 0.8]))?;
@@ -186,6 +225,29 @@ fn a_gradient_may_be_off_by_rounding_and_not_by_more() -> Result<(), Failure> {
     assert_eq!(off_by(0.0, 1e6), None);
     assert_eq!(off_by(1.0, 1e6), Some(Check::Gradient));
     Ok(())
+}
+
+#[test]
+fn answers_may_differ_by_rounding_in_proportion_to_their_size() {
+    let teacher = gaussian_teacher(0.5);
+    for (kind, tolerance) in [(Kind::Double, 1e-10), (Kind::Float, 1e-4)] {
+        for size in [1e4, 1e-4] {
+            let mut s = setting(kind);
+            s.x *= size;
+            let off_by = |error: f64| {
+                let calls = Cell::new(0);
+                let engine = engine_fn(|probe| {
+                    calls.set(calls.get() + 1);
+                    // The first answer is what the others are compared with.
+                    let factor = if calls.get() > 1 { 1.0 + error } else { 1.0 };
+                    Ok(probe.x().detach() * factor)
+                });
+                broken(check_engine(&engine, &teacher, &s.batch()))
+            };
+            assert_eq!(off_by(0.9 * tolerance), None, "{kind:?} {size}");
+            assert_eq!(off_by(1.1 * tolerance), Some(Check::Deterministic), "{kind:?} {size}");
+        }
+    }
 }
 
 #[test]
@@ -260,4 +322,54 @@ fn regularizers_that_break_the_contract_are_found() {
     let failing = CfgAugmentation::new(Guidance::new(4.0).unwrap());
     let no_null = Batch::new(&s.x, &s.cond).unwrap();
     assert!(matches!(check_engine(&failing, &teacher, &no_null), Err(Failure::Term(_))));
+}
+
+/// A regularizer with the given own loss.
+struct Owning<F>(F);
+
+impl<F: Fn(&Batch<'_>) -> Result<Option<Tensor>>> Regularizer for Owning<F> {
+    fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
+        Ok(probe.x().f_mean(None)?)
+    }
+    fn own_loss(&self, batch: &Batch<'_>) -> Result<Option<Tensor>> {
+        (self.0)(batch)
+    }
+}
+
+#[test]
+fn own_losses_that_break_the_contract_are_found() {
+    let (s, weight) = (setting(Kind::Double), wave(&[32], 0.9, Kind::Double));
+    let weight = weight.set_requires_grad(true);
+    let outputs = |x: &Tensor| x.flatten(1, -1).matmul(&weight);
+    let error = |x: &Tensor| (outputs(x) - 1.0).square();
+    let scalar = Tensor::from(0.5).set_requires_grad(true);
+    type OwnLoss<'a> = &'a dyn Fn(&Tensor) -> Option<Tensor>;
+    let cases: [(Option<Check>, OwnLoss<'_>); 12] = [
+        (None, &|x| Some(error(&x.detach()).mean(None))),
+        // Unlike a loss of the student, it may be narrow.
+        (None, &|x| Some(error(&x.detach()).mean(None).to_kind(Kind::BFloat16))),
+        (None, &|_| Some(scalar.shallow_clone())),
+        (Some(Check::Shape), &|x| Some(error(&x.detach()))),
+        (Some(Check::Kind), &|x| Some(error(&x.detach()).mean(None).to_kind(Kind::Int64))),
+        (Some(Check::Finite), &|x| Some((outputs(&x.detach()).sum(None) * 0.0 - 1.0).log())),
+        (Some(Check::ReachesNetwork), &|_| None),
+        (Some(Check::ReachesNetwork), &|x| Some(error(&x.detach()).mean(None).detach())),
+        (Some(Check::SparesSamples), &|x| Some(error(x).mean(None))),
+        (Some(Check::SparesSamples), &|x| Some(error(&x.detach()).mean(None) + x.sum(None) * 0.0)),
+        (Some(Check::SparesSamples), &|x| Some(x.square().mean(None))),
+        (Some(Check::Unchanged), &|x| {
+            Some(error(&(x.detach().f_mul_scalar_(2.0).ok()?)).mean(None))
+        }),
+    ];
+    for (index, (check, own)) in cases.into_iter().enumerate() {
+        let term = Owning(|batch: &Batch<'_>| Ok(own(batch.x())));
+        assert_eq!(broken(check_own_loss(&term, &s.batch())), check, "case {index}");
+    }
+    assert!(!weight.grad().defined(), "a check leaves no gradient behind");
+    let result = check_own_loss(&MeanVariance::per_sample(0.1, 0.8).unwrap(), &s.batch());
+    assert_eq!(broken(result), Some(Check::ReachesNetwork));
+    // Without its real samples a critic fails, which breaks nothing.
+    let critic = |x: &Tensor, _: &Tensor, _: &Condition| outputs(x);
+    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+    assert!(matches!(check_own_loss(&gan, &s.batch()), Err(Failure::Term(_))));
 }

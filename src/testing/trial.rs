@@ -52,6 +52,14 @@ impl Trial {
         teacher: &Denoiser<'_>,
         look: impl FnOnce(&Probe<'_>) -> Result<T>,
     ) -> Result<T> {
+        self.with_batch(|batch| {
+            let tau = PostShift::new(self.tau.shallow_clone())?;
+            look(&Probe::at(teacher, batch, tau, self.noise.shallow_clone())?)
+        })
+    }
+
+    /// Shows a term this trial's batch.
+    pub(super) fn with_batch<T>(&self, look: impl FnOnce(&Batch<'_>) -> Result<T>) -> Result<T> {
         let mut batch = Batch::new(&self.x, &self.cond)?;
         if let Some(null) = &self.null {
             batch = batch.null(null);
@@ -65,8 +73,7 @@ impl Trial {
         if let Some(mask) = &self.mask {
             batch = batch.mask(mask)?;
         }
-        let tau = PostShift::new(self.tau.shallow_clone())?;
-        look(&Probe::at(teacher, &batch, tau, self.noise.shallow_clone())?)
+        look(&batch)
     }
 
     /// The samples, and all that belongs to them one by one, from last to first.
