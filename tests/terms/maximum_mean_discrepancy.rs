@@ -95,24 +95,45 @@ fn the_gradient_is_that_of_the_value_with_the_bandwidth_held() -> Result<()> {
 #[test]
 fn blocks_of_rows_give_what_all_pairs_at_once_give() -> Result<()> {
     let _guard = seeded(22);
-    // More differences than fit into one block, in rows and in columns.
-    let (x, y) = (Tensor::randn([50, 1500], DOUBLE), Tensor::randn([60, 1500], DOUBLE) * 1.1);
-    let x = leaf(&x);
-    let bandwidth = 3000.0;
-    let kernel = Kernel::Gaussian { bandwidth: Bandwidth::Fixed(bandwidth), scales: vec![1.0] };
-    let loss = term(&kernel, Estimator::Unbiased).between(&x, &y)?;
-    let k = |a: &Tensor, b: &Tensor| {
-        let squared = (a.unsqueeze(1) - b).square().sum_dim_intlist(&[2i64][..], false, None);
-        (squared / -bandwidth).exp()
+    // Numbers, so that all pairs are one matrix. Each of the three sums has more of them than a block,
+    // even than the 4.2 million of one on a GPU, and a last block that is not like the others.
+    let (m, n) = (2100.0, 2050.0);
+    let x = leaf(&Tensor::randn([2100, 1], DOUBLE));
+    let y = Tensor::randn([2050, 1], DOUBLE) * 1.1 + 0.2;
+    let pooled = Tensor::cat(&[&x, &y], 0);
+    let squares = value(&pooled.square().sum(None)) / (m + n);
+    let mean_square = 2.0 * (m + n) / (m + n - 1.0) * (squares - value(&pooled.mean(None)).powi(2));
+    // Kernels of a difference, and their derivatives.
+    type OfDifference<'a> = &'a dyn Fn(&Tensor) -> (Tensor, Tensor);
+    let gaussian = |d: &Tensor| {
+        let [one, other] = [0.5, 3.0].map(|width| (d.square() / -width).exp());
+        ((&one + &other) / 2.0, -d * (one / 0.5 + other / 3.0))
     };
-    let own = |a: &Tensor| {
-        let m = a.size()[0] as f64;
-        (k(a, a).sum(None) - m) / (m * (m - 1.0))
+    let multiquadric = |d: &Tensor| {
+        let k = mean_square / (d.square() + mean_square);
+        (k.shallow_clone(), d * k.square() * (-2.0 / mean_square))
     };
-    let dense = own(&x) + own(&y) - 2.0 * k(&x, &y).mean(None);
-    approx::assert_relative_eq!(value(&loss), value(&dense), max_relative = 1e-12);
-    let (slope, expected) = (gradient(&loss, &x), gradient(&dense, &x));
-    assert!(max_difference(&slope, &expected) < 1e-12 * value(&expected.abs().max()));
+    let energy = |d: &Tensor| (-d.abs(), -d.sign());
+    let fixed = Kernel::Gaussian { bandwidth: Bandwidth::Fixed(1.0), scales: vec![0.5, 3.0] };
+    let mean = Kernel::InverseMultiquadric { bandwidth: Bandwidth::Mean, scales: vec![1.0] };
+    let cases: [(Kernel, f64, OfDifference<'_>); 3] =
+        [(fixed, 1.0, &gaussian), (mean, 1.0, &multiquadric), (Kernel::Energy, 0.0, &energy)];
+    for (kernel, at_zero, of_difference) in cases {
+        let loss = term(&kernel, Estimator::Unbiased).between(&x, &y)?;
+        let sums = |a: &Tensor, b: &Tensor| {
+            let (k, slope) = of_difference(&(a - b.transpose(0, 1)).detach());
+            (value(&k.sum(None)), slope.sum_dim_intlist(&[1i64][..], true, None))
+        };
+        let ((own, own_slope), (real, _), (cross, cross_slope)) =
+            (sums(&x, &x), sums(&y, &y), sums(&x, &y));
+        let expected = (own - m * at_zero) / (m * (m - 1.0))
+            + (real - n * at_zero) / (n * (n - 1.0))
+            - 2.0 * cross / (m * n);
+        approx::assert_abs_diff_eq!(value(&loss), expected, epsilon = 1e-12);
+        let expected = 2.0 * own_slope / (m * (m - 1.0)) - 2.0 * cross_slope / (m * n);
+        let difference = max_difference(&gradient(&loss, &x), &expected);
+        assert!(difference < 1e-11 * value(&expected.abs().max()), "{kernel:?} {difference}");
+    }
     Ok(())
 }
 
@@ -190,6 +211,29 @@ proptest! {
         // No gradient moves the samples as a whole when they are where the data are.
         let (same, still) = loss(&y, &y);
         prop_assert!(same.abs() < 1e-14 && values(&still).iter().all(|g| g.abs() < 1e-13));
+    }
+
+    #[test]
+    fn a_measured_kernel_knows_no_unit_and_the_energy_distance_is_in_that_of_the_data(
+        entries in prop::collection::vec(-3.0..3.0f64, 16),
+        scale in (-3.0..3.0f64).prop_map(|exponent| 10f64.powf(exponent)),
+        estimator in prop::sample::select(&[Estimator::Unbiased, Estimator::Biased][..]),
+    ) {
+        let points = Tensor::from_slice(&entries).view([8, 2]);
+        let loss = |kernel: &Kernel, scale: f64| {
+            let x = leaf(&(points.narrow(0, 0, 3) * scale));
+            let loss = term(kernel, estimator).between(&x, &(points.narrow(0, 3, 5) * scale)).unwrap();
+            (value(&loss), gradient(&loss, &x))
+        };
+        for kernel in [Kernel::gaussian(), Kernel::inverse_multiquadric()] {
+            let ((one, slope), (scaled, scaled_slope)) = (loss(&kernel, 1.0), loss(&kernel, scale));
+            prop_assert!((scaled - one).abs() < 1e-12, "{kernel:?}");
+            prop_assert!(max_difference(&(scaled_slope * scale), &slope) < 1e-12, "{kernel:?}");
+        }
+        let ((one, slope), (scaled, scaled_slope)) =
+            (loss(&Kernel::Energy, 1.0), loss(&Kernel::Energy, scale));
+        prop_assert!((scaled / scale - one).abs() < 1e-12);
+        prop_assert!(max_difference(&scaled_slope, &slope) < 1e-12);
     }
 }
 

@@ -1,4 +1,5 @@
 use decoupled_dmd::{Batch, Condition, Error, MeanVariance, Result, Statistics};
+use proptest::prelude::*;
 use tch::{Kind, Tensor};
 
 use super::common::{gradient, max_difference, value, values, wave};
@@ -134,4 +135,37 @@ fn a_bad_update_is_refused_and_leaves_the_target() -> Result<()> {
     assert_eq!(term.updates(), 1);
     assert!(term.target().0.equal(&mean) && term.target().1.equal(&variance));
     Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn the_unit_of_samples_and_target_does_not_matter(
+        entries in prop::collection::vec(-3.0..3.0f64, 24),
+        mean in prop::array::uniform2(-1.0..1.0f64),
+        variance in prop::array::uniform2(0.1..2.0f64),
+        // Below the variances, among them, and above.
+        floor in prop::sample::select(&[1e-6, 2.0, 10.0][..]),
+        scale in (-3.0..3.0f64).prop_map(|exponent| 10f64.powf(exponent)),
+    ) {
+        let x = Tensor::from_slice(&entries).view([3, 2, 4]);
+        let of = |scale: f64, per_channel: bool| {
+            let mean = Tensor::from_slice(&mean) * scale;
+            let variance = Tensor::from_slice(&variance) * (scale * scale);
+            let term = if per_channel {
+                MeanVariance::per_channel(&mean, &variance)
+            } else {
+                MeanVariance::per_sample(mean.double_value(&[0]), variance.double_value(&[0]))
+            };
+            let term = term.unwrap().floor(floor * scale * scale).unwrap();
+            loss_and_gradient(&term, &(&x * scale)).unwrap()
+        };
+        for per_channel in [false, true] {
+            let ((one, slope), (scaled, scaled_slope)) = (of(1.0, per_channel), of(scale, per_channel));
+            prop_assert!((scaled - one).abs() < 1e-11 * one.abs().max(1.0));
+            let tolerance = 1e-11 * value(&slope.abs().max()).max(1.0);
+            prop_assert!(max_difference(&(scaled_slope * scale), &slope) < tolerance);
+        }
+    }
 }
