@@ -4,9 +4,9 @@ mod common;
 
 use common::{Calls, counting_teacher, gaussian_denoiser, gaussian_teacher, seeded, value, wave};
 use decoupled_dmd::{
-    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Error, Group, Guidance,
-    Objective, PostShift, PreShift, Prediction, Probe, RectifiedFlow, Renoising, Result, Schedule,
-    Shift, Uniform,
+    Adversarial, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Error, GanLoss,
+    Group, Guidance, Objective, PostShift, PreShift, Prediction, Probe, RectifiedFlow, Renoising,
+    Result, Schedule, Shift, Uniform,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -121,28 +121,45 @@ fn a_known_prediction_is_not_asked_for_again() -> Result<()> {
 #[test]
 fn observing_costs_no_forward_and_changes_no_loss() -> Result<()> {
     let (x, cond, null) = inputs();
-    #[allow(clippy::type_complexity)]
-    let evaluate = |observed: bool| -> Result<(f64, usize, Vec<(String, f64)>)> {
+    let real = wave(&x.size(), 4.0, Kind::Float);
+    let evaluate = |schedule: Schedule, observed: bool| -> Result<_> {
         let _guard = seeded(6);
-        let calls = Calls::default();
-        let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
-        let teacher = counting_teacher(&calls, 0.5);
-        let mut objective =
-            Schedule::DecoupledFull.objective(teacher, Guidance::new(4.0)?, &dm, Shift::NONE);
+        let [teacher, fake, critic] = [(); 3].map(|()| Calls::default());
+        let dm = DistributionMatching::new(counting_teacher(&fake, 0.8), Shift::NONE);
+        let gan = Adversarial::new(
+            RectifiedFlow,
+            Shift::NONE,
+            |x: &Tensor, t: &Tensor, _: &Condition| {
+                critic.record(t);
+                x.flatten(1, -1).sum_dim_intlist(&[1i64][..], true, None)
+            },
+        );
+        let gan = gan.gan_loss(GanLoss::Relativistic);
+        let guidance = Guidance::new(4.0)?;
+        let mut objective = schedule
+            .objective(counting_teacher(&teacher, 0.5), guidance, &dm, Shift::NONE)
+            .with(Group::new(Renoising::new(Uniform::FULL)).regularizer("gan", 0.1, &gan));
         if observed {
             objective = objective.observed();
         }
-        let evaluation = objective.evaluate(&Batch::new(&x, &cond)?.null(&null))?;
+        let time = PreShift::all(0.25, 2, (Kind::Float, Device::Cpu))?;
+        let batch = Batch::new(&x, &cond)?.null(&null).real(&real)?.student_time(&time)?;
+        let evaluation = objective.evaluate(&batch)?;
         let report = evaluation.diagnostics.map(|all| all.report()).transpose()?;
-        Ok((value(&evaluation.loss), calls.count(), report.unwrap_or_default()))
+        let calls = [&teacher, &fake, &critic].map(Calls::count);
+        Ok((value(&evaluation.loss), calls, report.unwrap_or_default()))
     };
-    let (plain, plain_calls, nothing) = evaluate(false)?;
-    let (loss, calls, report) = evaluate(true)?;
-    assert!(nothing.is_empty());
-    approx::assert_relative_eq!(plain, loss);
-    assert_eq!(plain_calls, calls);
-    for name in ["dm_rel_gap", "dm_cos", "dm_update_rms", "ca_update_rms", "dm_to_ca"] {
-        assert!(report.iter().any(|(n, v)| n == name && v.is_finite()), "{name}");
+    for (schedule, teacher) in Schedule::ALL.into_iter().zip([2, 3, 3, 3]) {
+        let (plain, plain_calls, nothing) = evaluate(schedule, false)?;
+        let (loss, calls, report) = evaluate(schedule, true)?;
+        assert!(nothing.is_empty());
+        assert_eq!(plain, loss);
+        assert_eq!((plain_calls, calls), ([teacher, 1, 2], [teacher, 1, 2]), "{schedule:?}");
+        for name in
+            ["dm_rel_gap", "dm_cos", "dm_update_rms", "ca_update_rms", "dm_to_ca", "gan_logit"]
+        {
+            assert!(report.iter().any(|(n, v)| n == name && v.is_finite()), "{name}");
+        }
     }
     Ok(())
 }
