@@ -293,3 +293,83 @@ fn nothing_that_is_kept_has_a_graph() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn one_element_makes_a_sample_bad_whatever_its_axes() -> Result<()> {
+    let cond = Condition::none();
+    for shape in [&[3, 4][..], &[3, 2, 4], &[3, 2, 2, 3], &[3, 2, 2, 2, 2]] {
+        let spoilt = |tensor: &Tensor, sample: i64, value: f64| {
+            let bad = tensor.detach().copy();
+            let _ = bad.get(sample).view([-1]).get(-1).fill_(value);
+            bad
+        };
+        let x = wave(shape, 0.3, Kind::Float);
+        let engine = |bad: bool| {
+            engine_fn(move |probe| {
+                let direction = probe.noised().f_zeros_like()?;
+                Ok(if bad { spoilt(&direction, 2, f64::INFINITY) } else { direction })
+            })
+        };
+        for (bad_x, bad_direction, expected) in
+            [(false, false, 0.0), (true, false, 1.0), (false, true, 1.0), (true, true, 2.0)]
+        {
+            let x = if bad_x { spoilt(&x, 1, f64::NAN) } else { x.shallow_clone() };
+            let group = Group::new(Renoising::new(Uniform::FULL));
+            let objective = Objective::new(gaussian_teacher(0.5)).observed().with(group.engine(
+                "own",
+                1.0,
+                engine(bad_direction),
+            ));
+            let draw = Draw { u: Tensor::from_slice(&[0.2f32, 0.5, 0.7]), noise: x.zeros_like() };
+            let evaluation = objective.evaluate_at(&Batch::new(&x, &cond)?, vec![draw])?;
+            let share = evaluation.diagnostics.expect("observed").not_finite()?;
+            approx::assert_relative_eq!(share, expected / 3.0);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_below_a_hundred_rounding_steps_has_no_angle() -> Result<()> {
+    let cond = Condition::none();
+    for (kind, step) in [
+        (Kind::Double, f64::EPSILON),
+        (Kind::Float, f64::from(f32::EPSILON)),
+        // Computed in float32.
+        (Kind::BFloat16, f64::from(f32::EPSILON)),
+    ] {
+        let x = wave(&SHAPE, 0.3, kind);
+        for (steps, is_there) in [(50.0, false), (200.0, true)] {
+            let size = steps * step;
+            // A velocity in proportion to the noised sample, and directions about 0.
+            let near = |factor: f64| {
+                let network = move |x: &Tensor, _: &Tensor, _: &Condition| x - x * (factor * size);
+                Denoiser::new(RectifiedFlow, Prediction::Sample, network)
+            };
+            let of_size = |size: f64| engine_fn(move |p| Ok(p.noised().f_full_like(size)?));
+            let dm = DistributionMatching::new(near(8.0), Shift::NONE);
+            let objective = Objective::new(near(1.0)).observed().with(
+                Group::new(Renoising::new(Uniform::FULL))
+                    .engine("small", 1.0, of_size(size))
+                    .engine("large", 1.0, of_size(-1.0))
+                    .regularizer("dm", 1.0, &dm),
+            );
+            let u = Tensor::from_slice(&[0.2, 0.5, 0.7]).to_kind(kind);
+            let draw = Draw { u, noise: wave(&SHAPE, 5.0, kind) };
+            let evaluation = objective.evaluate_at(&Batch::new(&x, &cond)?, vec![draw])?;
+            let all = evaluation.diagnostics.expect("observed");
+            let scores = all.term("dm").and_then(|dm| dm.scores.as_ref()).expect("scores");
+            let angle = all.update_cos("small", "large")?.expect("two directions");
+            for (numbers, expected) in [(&angle, -1.0), (&scores.cos, 1.0), (&scores.rel_gap, 7.0)]
+            {
+                match numbers.mean()? {
+                    Some(found) if is_there => {
+                        approx::assert_relative_eq!(found, expected, max_relative = 0.05);
+                    }
+                    found => assert!(!is_there && found.is_none(), "{kind:?} {steps} {found:?}"),
+                }
+            }
+        }
+    }
+    Ok(())
+}
