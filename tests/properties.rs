@@ -5,8 +5,8 @@ mod common;
 use common::{gaussian_teacher, gradient, max_difference, seeded, wave};
 use decoupled_dmd::{
     AboveStudent, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Draw, Engine,
-    Group, Guidance, Normalizer, Objective, Path, PostShift, PreShift, Prediction, Probe,
-    RectifiedFlow, Regularizer, Renoising, Result, Schedule, Shift, TimeSampler, Uniform,
+    Group, Guidance, LogitNormal, Normalizer, Objective, Path, PostShift, PreShift, Prediction,
+    Probe, RectifiedFlow, Regularizer, Renoising, Result, Schedule, Shift, TimeSampler, Uniform,
     VariancePreserving, engine_fn, surrogate,
 };
 use proptest::prelude::*;
@@ -206,6 +206,23 @@ proptest! {
             prop_assert!((gap..=high).contains(&tau));
         }
     }
+}
+
+#[test]
+fn logit_normal_times_come_as_close_to_the_ends_as_float32_tells_apart() -> Result<()> {
+    let u = times(&[0.0, 0.5, 1.0]);
+    let of = |mean: f64| -> Result<Vec<f64>> {
+        Ok(common::values(LogitNormal::new(mean, 1.0)?.times(&u, None)?.tensor()))
+    };
+    let end = 2f64.powi(-24);
+    assert_eq!(of(-40.0)?, [end; 3]);
+    assert_eq!(of(40.0)?, [1.0 - end; 3]);
+    // Normal numbers end at 5.5.
+    let sigmoid = |z: f64| 1.0 / (1.0 + (-z).exp());
+    for (t, z) in of(0.0)?.into_iter().zip([-5.5, 0.0, 5.5]) {
+        approx::assert_relative_eq!(t, sigmoid(z), max_relative = 1e-14);
+    }
+    Ok(())
 }
 
 #[test]
