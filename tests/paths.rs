@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{DOUBLE, gradient, max_difference, seeded, value, values, wave};
+use common::{DOUBLE, gradient, max_difference, paths, sdxl, seeded, value, values, wave};
 use decoupled_dmd::{
     Batch, Condition, Denoiser, DistributionMatching, Draw, Edm, Error, FewStepGrid, Group,
     Guidance, Objective, Path, PostShift, PreShift, Prediction, RectifiedFlow, Renoising, Result,
@@ -12,20 +12,6 @@ use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 const SHAPE: [i64; 3] = [3, 2, 4];
-
-fn sdxl() -> VariancePreserving {
-    VariancePreserving::scaled_linear(0.00085, 0.012, 1000).unwrap()
-}
-
-fn paths() -> [Box<dyn Path>; 5] {
-    [
-        Box::new(RectifiedFlow),
-        Box::new(VariancePreserving::linear(0.1, 20.0).unwrap()),
-        Box::new(sdxl()),
-        Box::new(Edm::default()),
-        Box::new(TrigFlow),
-    ]
-}
 
 fn at(path: &dyn Path, t: f64) -> (f64, f64) {
     let c = path.coefficients(&PostShift::all(t, 1, DOUBLE).unwrap()).unwrap();

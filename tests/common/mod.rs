@@ -7,7 +7,9 @@ pub mod reference;
 use std::cell::RefCell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use decoupled_dmd::{Condition, Denoiser, Prediction, RectifiedFlow};
+use decoupled_dmd::{
+    Condition, Denoiser, Edm, Path, Prediction, RectifiedFlow, TrigFlow, VariancePreserving,
+};
 use tch::{Device, Kind, Tensor};
 
 /// Where references are computed.
@@ -38,6 +40,22 @@ pub fn gaussian_teacher<'a>(variance: f64) -> Denoiser<'a> {
         Prediction::Sample,
         move |x: &Tensor, t: &Tensor, c: &Condition| gaussian_denoiser(x, t, &c[0], variance),
     )
+}
+
+/// The table of SDXL.
+pub fn sdxl() -> VariancePreserving {
+    VariancePreserving::scaled_linear(0.00085, 0.012, 1000).unwrap()
+}
+
+/// Every path.
+pub fn paths() -> [Box<dyn Path>; 5] {
+    [
+        Box::new(RectifiedFlow),
+        Box::new(VariancePreserving::linear(0.1, 20.0).unwrap()),
+        Box::new(sdxl()),
+        Box::new(Edm::default()),
+        Box::new(TrigFlow),
+    ]
 }
 
 /// What a network was asked.

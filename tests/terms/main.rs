@@ -8,6 +8,7 @@ mod convergence;
 mod critic_evaluation;
 mod maximum_mean_discrepancy;
 mod mean_variance;
+mod parameter_gradients;
 
 use decoupled_dmd::{Batch, PostShift, Probe, Regularizer, Result};
 use tch::{Device, Kind, Tensor};
