@@ -6,7 +6,7 @@ use common::{gaussian_teacher, gradient, max_difference, seeded, wave};
 use decoupled_dmd::{
     AboveStudent, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Draw, Engine,
     Group, Guidance, LogitNormal, Normalizer, Objective, Path, PostShift, PreShift, Prediction,
-    Probe, RectifiedFlow, Regularizer, Renoising, Result, Schedule, Shift, TimeSampler, Uniform,
+    Probe, RectifiedFlow, Renoising, Result, Schedule, Shift, TimeSampler, Uniform,
     VariancePreserving, engine_fn, surrogate,
 };
 use proptest::prelude::*;
@@ -222,28 +222,6 @@ fn logit_normal_times_come_as_close_to_the_ends_as_float32_tells_apart() -> Resu
     for (t, z) in of(0.0)?.into_iter().zip([-5.5, 0.0, 5.5]) {
         approx::assert_relative_eq!(t, sigmoid(z), max_relative = 1e-14);
     }
-    Ok(())
-}
-
-#[test]
-fn draws_repeat_under_a_seed() -> Result<()> {
-    let x = wave(&[2, 6], 0.1, Kind::Float).set_requires_grad(true);
-    let cond = Condition::from(wave(&[2, 6], 1.0, Kind::Float));
-    let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
-    let objective = Schedule::DecoupledFull.objective(
-        gaussian_teacher(0.5),
-        Guidance::NEUTRAL,
-        &dm,
-        Shift::NONE,
-    );
-    let batch = Batch::new(&x, &cond)?;
-    let losses = |seed| -> Result<[f64; 2]> {
-        let _guard = seeded(seed);
-        let own = dm.own_loss(&batch)?.map_or(f64::NAN, |loss| common::value(&loss));
-        Ok([common::value(&objective.evaluate(&batch)?.loss), own])
-    };
-    assert_eq!(losses(3)?, losses(3)?);
-    assert_ne!(losses(3)?, losses(4)?);
     Ok(())
 }
 
