@@ -119,7 +119,25 @@ impl Shift {
         time / (time + self.0 * (1.0 - time))
     }
 
-    /// Shifts pre-shift times.
+    /// Shifts pre-shift times, once:
+    ///
+    /// ```
+    /// # use decoupled_dmd::{PreShift, Shift};
+    /// # let options = (tch::Kind::Double, tch::Device::Cpu);
+    /// # let (shift, student) = (Shift::new(3.0)?, PreShift::all(0.75, 1, options)?);
+    /// let time = shift.apply(&student)?;
+    /// # assert_eq!(time.tensor().double_value(&[0]), 0.5);
+    /// # Ok::<(), decoupled_dmd::Error>(())
+    /// ```
+    /// What has been shifted is a [`PostShift`], which a second shift does not take:
+    ///
+    /// ```compile_fail,E0308
+    /// # use decoupled_dmd::{PreShift, Shift};
+    /// # let options = (tch::Kind::Double, tch::Device::Cpu);
+    /// # let (shift, student) = (Shift::new(3.0)?, PreShift::all(0.75, 1, options)?);
+    /// let time = shift.apply(&shift.apply(&student)?)?;
+    /// # Ok::<(), decoupled_dmd::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Torch`] if libtorch fails.

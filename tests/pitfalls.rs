@@ -1,16 +1,18 @@
-//! Mistakes that implementations of the method have made, or could make, one test each.
+//! Mistakes that implementations of the method have made, or could make, by number.
 
 mod common;
+#[path = "pitfalls/regularizers.rs"]
+mod regularizers;
 
 use common::{
     Calls, DOUBLE, counting_teacher, gaussian_denoiser, gaussian_teacher, gradient, max_difference,
-    value, values, wave,
+    paths, sdxl, value, values, wave,
 };
 use decoupled_dmd::{
     AboveStudent, Batch, CfgAugmentation, Coefficients, Condition, Denoiser, DistributionMatching,
     Draw, Engine, Error, FewStepGrid, Group, Guidance, Normalizer, Objective, Path, PostShift,
-    PreShift, Prediction, Probe, RectifiedFlow, Regularizer, Renoising, Result, Shift, TimeSampler,
-    Uniform, Weighting,
+    PreShift, Prediction, Probe, RectifiedFlow, Regularizer, Renoising, Result, Shift, Uniform,
+    Weighting,
 };
 use tch::{Kind, Tensor};
 
@@ -52,20 +54,33 @@ fn constant<'a>(answer: &Tensor) -> Denoiser<'a> {
 #[test]
 fn pitfall_1_tau_of_ca_is_on_the_clean_side_and_an_empty_range_stays_in_bounds() -> Result<()> {
     let student = PreShift::new(Tensor::from_slice(&[0.0, 0.5, 0.875, 1.0]))?;
-    let sampler = AboveStudent::new(0.0, 0.98)?;
+    let shift = Shift::new(3.0)?;
+    let renoising = Renoising::new(AboveStudent::new(0.0, 0.98)?).shifted(shift);
+    let at_student = shift.apply(&student)?;
     for u in [0.0, 0.3, 0.999] {
-        let tau = sampler.times(&Tensor::full([4], u, DOUBLE), Some(&student))?;
-        let tau = PostShift::new(tau.tensor().shallow_clone())?;
-        let at = PostShift::new(student.tensor().shallow_clone())?;
-        let noise = |time: &PostShift| -> Result<Vec<f64>> {
-            Ok(values(&RectifiedFlow.coefficients(time)?.noise))
-        };
-        let (level, of_student) = (noise(&tau)?, noise(&at)?);
-        for index in 0..3 {
-            assert!(level[index] <= of_student[index], "noisier than the student");
-        }
+        let tau = renoising.at(&Tensor::full([4], u, DOUBLE), Some(&student))?;
         // Nothing is left above the last student: the bound, not beyond it and not NaN.
-        assert_eq!(values(tau.tensor())[3], 0.98);
+        approx::assert_relative_eq!(values(tau.tensor())[3], shift.of(0.98), epsilon = 1e-15);
+        // Above in the paper's clock is below in that of every path: less noise to the data.
+        for (which, path) in paths().iter().enumerate() {
+            let levels = |time: &PostShift| -> Result<Vec<f64>> {
+                let Coefficients { data, noise } = path.coefficients(time)?;
+                Ok(values(&(noise / data)))
+            };
+            let (levels, of_student) = (levels(&tau)?, levels(&at_student)?);
+            for index in 0..3 {
+                let (level, limit) = (levels[index], of_student[index]);
+                let is_cleaner = if u > 0.0 { level < limit } else { level <= limit };
+                assert!(is_cleaner, "path {which}, draw {u}, student {index}: {level} {limit}");
+            }
+            assert!(levels[3].is_finite(), "path {which}");
+        }
+        // A table counts its noise: a smaller index.
+        let table = sdxl();
+        let index =
+            |time: &PostShift| -> Result<Vec<f64>> { Ok(values(&table.timestep(time.tensor())?)) };
+        let (index, of_student) = (index(&tau)?, index(&at_student)?);
+        assert!((0..3).all(|k| index[k] < of_student[k] + f64::from(u <= 0.0)), "{index:?}");
     }
     Ok(())
 }

@@ -8,7 +8,8 @@ use std::cell::RefCell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use decoupled_dmd::{
-    Condition, Denoiser, Edm, Path, Prediction, RectifiedFlow, TrigFlow, VariancePreserving,
+    Batch, Condition, Denoiser, Edm, Path, PostShift, Prediction, Probe, RectifiedFlow,
+    Regularizer, Result, TrigFlow, VariancePreserving,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -104,6 +105,13 @@ pub fn wave(shape: &[i64], phase: f64, kind: Kind) -> Tensor {
     let count: i64 = shape.iter().product();
     let index = Tensor::arange(count, (Kind::Double, Device::Cpu));
     (index * 0.7 + phase).sin().view(shape).to_kind(kind)
+}
+
+/// The loss of a term at tau = 0.5 with a fixed noise.
+pub fn loss_of(term: &dyn Regularizer, batch: &Batch<'_>) -> Result<Tensor> {
+    let (x, teacher) = (batch.x(), gaussian_teacher(1.0));
+    let tau = PostShift::all(0.5, batch.batch_size(), (x.kind(), Device::Cpu))?;
+    term.loss(&Probe::at(&teacher, batch, tau, wave(&x.size(), 5.0, x.kind()))?)
 }
 
 /// The gradient of a scalar in one leaf.

@@ -10,15 +10,8 @@ mod maximum_mean_discrepancy;
 mod mean_variance;
 mod parameter_gradients;
 
-use decoupled_dmd::{Batch, PostShift, Probe, Regularizer, Result};
-use tch::{Device, Kind, Tensor};
-
-/// The loss of a term at tau = 0.5 with a fixed noise.
-fn loss_of(term: &dyn Regularizer, batch: &Batch<'_>) -> Result<Tensor> {
-    let (x, teacher) = (batch.x(), common::gaussian_teacher(1.0));
-    let tau = PostShift::all(0.5, batch.batch_size(), (x.kind(), Device::Cpu))?;
-    term.loss(&Probe::at(&teacher, batch, tau, common::wave(&x.size(), 5.0, x.kind()))?)
-}
+use common::loss_of;
+use tch::{Kind, Tensor};
 
 /// The gradient of `f` at `x` by central differences, in float64.
 fn central_differences(x: &Tensor, f: impl Fn(&Tensor) -> f64) -> Tensor {
