@@ -212,7 +212,8 @@ impl<'a> Probe<'a> {
         }
         let value = {
             let _no_grad = no_grad_guard();
-            value()?
+            // It may have been there before, with a graph.
+            value()?.f_detach()?
         };
         self.record(|term| {
             term.observations.push((name, value));

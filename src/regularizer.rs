@@ -26,8 +26,9 @@ pub trait Regularizer {
     /// something that the regularizer needs.
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor>;
 
-    /// The loss of the regularizer's own network (a fake score, a critic) on the detached samples;
-    /// `None` where there is no such network.
+    /// The loss of the regularizer's own network (a fake score, a critic): a floating-point scalar with a
+    /// graph to that network, on the detached samples, so that x gets no gradient. `None` where there is no
+    /// such network. `testing::check_own_loss` asks for all of it.
     ///
     /// # Errors
     /// As [`loss`](Self::loss).

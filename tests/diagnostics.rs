@@ -261,6 +261,8 @@ fn nothing_that_is_kept_has_a_graph() -> Result<()> {
         let dm = DistributionMatching::new(learned(&weights[1]), Shift::NONE);
         let own = regularizer_fn(|probe| {
             let loss = probe.x().f_square()?.f_mean(None)?;
+            // Made before, with its graph.
+            probe.observe("loss", || Ok(loss.shallow_clone()))?;
             probe.observe("root", || Ok(loss.f_sqrt()?))?;
             Ok(loss)
         });
@@ -285,8 +287,8 @@ fn nothing_that_is_kept_has_a_graph() -> Result<()> {
         assert!(evaluation.loss.requires_grad());
         let all = tensors(&evaluation.diagnostics.expect("observed"));
         // Of the samples 6; of three directions 3 x 2, their cosines 9 x 2; n and on_guard of two
-        // terms 4 x 2; scores 3 x 2; a tau each; logit and root.
-        assert_eq!(all.len(), 6 + 6 + 18 + 8 + 6 + 6 + 2);
+        // terms 4 x 2; scores 3 x 2; a tau each; logit, loss and root.
+        assert_eq!(all.len(), 6 + 6 + 18 + 8 + 6 + 6 + 3);
         for (name, tensor) in all {
             assert!(!tensor.requires_grad(), "{name}");
         }
