@@ -198,6 +198,17 @@ fn a_grid_may_start_off_the_noise_end() -> Result<()> {
     };
     assert!(matches!(sample(0.0), Err(Error::OutOfRange { .. })));
     assert!(sample(0.001)?.isfinite().all().int64_value(&[]) == 1);
+    // So can one at a step that the rollout or real samples lead to: the grid tells how noisy it may be.
+    let trained = |first| -> Result<()> {
+        let grid = FewStepGrid::new(vec![first, 0.5], Shift::NONE)?;
+        let (sampler, none) = (Sampler::new(&eps, grid, Transition::Euler), Condition::none());
+        let (x, at) = (noise(), steps(&[0, 1]));
+        let _from_real = sampler.from_real_at(&x, &none, &at, &x)?;
+        let _kept = sampler.simulate_on(&sampler.trajectory(&x, &none)?, &none, &at)?;
+        Ok(())
+    };
+    assert!(matches!(trained(0.0), Err(Error::OutOfRange { .. })));
+    trained(0.001)?;
     Ok(())
 }
 
