@@ -109,8 +109,8 @@ impl<'a> Denoiser<'a> {
     ///
     /// # Errors
     /// [`Error::Network`] from the closure; [`Error::Shape`], [`Error::Kind`] or [`Error::Device`]
-    /// unless `noised` are floating-point samples with a time each, and the output is like them; [`Error::OutOfRange`] if times may be at a singular end
-    /// of the [`Prediction`].
+    /// unless `noised` are floating-point samples with a time each, and the output is like them;
+    /// [`Error::OutOfRange`] if times may be at a singular end of the [`Prediction`].
     pub fn denoise(&self, noised: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
         self.answer(noised, time, cond)?.into_sample()
     }

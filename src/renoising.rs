@@ -86,9 +86,6 @@ impl<'a> Renoising<'a> {
     /// [`Error::Device`](crate::Error::Device) if they are not as many as the draws or elsewhere.
     pub fn at(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PostShift> {
         check_draws(u)?;
-        if let Some(student) = student {
-            check_per_sample("student time", student.tensor(), u)?;
-        }
         self.times(u, student)
     }
 
@@ -99,14 +96,14 @@ impl<'a> Renoising<'a> {
     /// floating-point samples; as [`at`](Self::at) for the student's times.
     pub fn draw(&self, x: &Tensor, student: Option<&PreShift>) -> Result<PostShift> {
         check_samples("x", x, 1)?;
-        if let Some(student) = student {
-            check_per_sample("student time", student.tensor(), x)?;
-        }
         self.times(&unit_uniform(x)?, student)
     }
 
-    /// For draws and times that are known to be good.
+    /// [`at`](Self::at) for draws that are known to be good, of which none is read.
     pub(crate) fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PostShift> {
+        if let Some(student) = student {
+            check_per_sample("student time", student.tensor(), u)?;
+        }
         self.shift.apply(&self.sampler.times(u, student)?)
     }
 }

@@ -97,21 +97,19 @@ impl RmsNorm {
         })
     }
 
-    fn width(&self) -> f64 {
-        self.weight.size()[0] as f64
-    }
-
     /// What `x` is multiplied by. With weight and factor joined before they meet the activations, passes
     /// over these are fewest; libtorch's own function takes more on the CPU, where it has no kernel.
     fn gain(&self, x: &Tensor, factor: Option<&Tensor>) -> Result<Tensor> {
-        let mut mean_square = mean_square(&x.f_detach()?)?;
+        let width = self.weight.size()[0] as f64;
+        let norm = x.f_detach()?.f_norm_scalaropt_dim(2, [-1i64].as_slice(), true)?;
+        let mut mean_square = norm.f_square()?.f_div_scalar(width)?;
         if x.requires_grad() {
             // The slope of a square from one of its factors, which is half of it: in one pass, where that of
             // libtorch's norm takes three. The bracket is exactly zero.
             let half = x.f_mul(&x.f_detach()?)?;
             let half = half.f_sum_dim_intlist([-1i64].as_slice(), true, None::<Kind>)?;
             let bracket = half.f_sub(&half.f_detach()?)?;
-            mean_square = mean_square.f_add(&bracket.f_mul_scalar(2.0 / self.width())?)?;
+            mean_square = mean_square.f_add(&bracket.f_mul_scalar(2.0 / width)?)?;
         }
         let inverse = mean_square.f_add_scalar(self.eps)?.f_rsqrt()?;
         // As a product of a column and a row, whose gradients read what they sum and write nothing.
@@ -124,12 +122,6 @@ impl RmsNorm {
             Some(factor) => inverse.f_matmul(&row.f_mul(factor)?)?,
         })
     }
-}
-
-/// Over the last axis, which is kept.
-fn mean_square(x: &Tensor) -> Result<Tensor> {
-    let norm = x.f_norm_scalaropt_dim(2, [-1i64].as_slice(), true)?;
-    Ok(norm.f_square()?.f_div_scalar(x.size().last().copied().unwrap_or(1))?)
 }
 
 /// Sinusoidal time features and the MLP over them.

@@ -59,8 +59,8 @@ pub struct DistributionMatching<'a> {
 
 impl<'a> DistributionMatching<'a> {
     /// With the fake score, which must live on the teacher's path (it is handed the same noised
-    /// samples), and the shift of the model, which
-    /// applies to the times at which the fake score is trained.
+    /// samples), and the shift of the model, which applies to the times at which the fake score is
+    /// trained.
     #[must_use]
     pub fn new(fake: Denoiser<'a>, shift: Shift) -> Self {
         let renoising = Renoising::new(Uniform::FULL).shifted(shift);

@@ -31,19 +31,15 @@ impl CriticEvaluation {
     ///
     /// # Errors
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
-    pub fn report(&self) -> Result<[(&'static str, f64); 5]> {
+    pub fn report(&self) -> Result<Vec<(&'static str, f64)>> {
         let _no_grad = no_grad_guard();
         let mean = |tensor: &Tensor| tensor.f_mean(Kind::Double);
         let (real, fake) = (mean(&self.real_logits)?, mean(&self.fake_logits)?);
         let gap = real.f_sub(&fake)?;
-        let right = [mean(&self.real_logits.f_gt(0.0)?)?, mean(&self.fake_logits.f_lt(0.0)?)?];
-        let [of_real, of_fake] = right;
-        let values = Tensor::f_stack(&[real, fake, gap, of_real, of_fake], 0)?;
+        let real_right = mean(&self.real_logits.f_gt(0.0)?)?;
+        let fake_right = mean(&self.fake_logits.f_lt(0.0)?)?;
+        let values = Tensor::f_stack(&[real, fake, gap, real_right, fake_right], 0)?;
         let names = ["real_logit", "fake_logit", "logit_gap", "real_accuracy", "fake_accuracy"];
-        let mut named = names.map(|name| (name, f64::NAN));
-        for (slot, value) in named.iter_mut().zip(Vec::<f64>::try_from(values)?) {
-            slot.1 = value;
-        }
-        Ok(named)
+        Ok(names.into_iter().zip(Vec::<f64>::try_from(values)?).collect())
     }
 }
