@@ -63,7 +63,7 @@ pub struct Batch<'a> {
     student_time: Option<&'a PreShift>,
     /// Boolean, expanded to the shape of `x`.
     mask: Option<Tensor>,
-    /// `x` in float32 or wider, without a graph.
+    /// `x` in float32 or wider, with its graph.
     wide: OnceCell<Tensor>,
 }
 
@@ -167,9 +167,11 @@ impl<'a> Batch<'a> {
         Ok(self)
     }
 
-    /// The samples in float32 or wider, without a graph: one copy for all probes, or x itself.
+    /// The samples in float32 or wider, with the student's gradient: one copy for all terms, or x
+    /// itself. Gradients of several terms are added up here, before they are rounded to the type of x.
     pub(crate) fn wide(&self) -> Result<&Tensor> {
-        once(&self.wide, || widen(&self.x.f_detach()?))
+        // Asked for first without gradients, it must still have them for the next.
+        once(&self.wide, || tch::with_grad(|| widen(self.x)))
     }
 
     /// The mask, boolean and of the shape of x, where given.

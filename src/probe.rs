@@ -226,7 +226,7 @@ impl<'a> Probe<'a> {
         check_like("direction", direction, self.x())?;
         let direction = self.masked(direction)?;
         self.record(|term| term.set_direction(&direction))?;
-        surrogate(&self.masked(self.x())?, &direction)
+        surrogate(&self.masked(self.batch.wide()?)?, &direction)
     }
 
     /// Records how the score of a fake prediction compares with the teacher's.

@@ -34,16 +34,16 @@ impl Setting {
         }
     }
 
-    /// The same numbers in float64.
-    fn in_double(&self) -> Self {
-        let double = |tensor: &Tensor| tensor.detach().to_kind(Kind::Double);
+    /// The same numbers in a wider type.
+    fn widened(&self, kind: Kind) -> Self {
+        let wide = |tensor: &Tensor| tensor.detach().to_kind(kind);
         Self {
-            x: double(&self.x).set_requires_grad(true),
-            cond: double(&self.cond[0]).into(),
-            null: double(&self.null[0]).into(),
-            real: double(&self.real),
-            noise: double(&self.noise),
-            u: double(&self.u),
+            x: wide(&self.x).set_requires_grad(true),
+            cond: wide(&self.cond[0]).into(),
+            null: wide(&self.null[0]).into(),
+            real: wide(&self.real),
+            noise: wide(&self.noise),
+            u: wide(&self.u),
         }
     }
 
@@ -83,7 +83,7 @@ fn check(name: &str, s: &Setting, loss: impl Fn(&Setting) -> Result<Tensor>) {
     let slope = gradient(&found, &s.x);
     assert_eq!((slope.size(), slope.kind()), (s.x.size(), s.x.kind()), "{name}");
     assert_eq!(slope.device(), s.x.device(), "{name}");
-    let double = s.in_double();
+    let double = s.widened(Kind::Double);
     let expected = gradient(&loss(&double).unwrap(), &double.x);
     let largest = value(&expected.abs().max());
     // NaN is above every tolerance.
@@ -181,13 +181,27 @@ fn own_loss(name: &str, s: &Setting, weight: &Tensor, loss: impl Fn(&Setting) ->
         assert_eq!((slope.size(), slope.kind()), (vec![], Kind::Float), "{name}");
         [value(&loss), value(&slope)]
     };
-    for (found, expected) in of(s).into_iter().zip(of(&s.in_double())) {
+    for (found, expected) in of(s).into_iter().zip(of(&s.widened(Kind::Double))) {
         // Computed in float32 at least, whatever the samples are in; terms of a sum may cancel. NaN
         // is above every tolerance.
         let error = (found - expected).abs();
         assert!(error <= 1e-4 * expected.abs().max(0.1), "{name}: {found} for {expected}");
         assert!(expected != 0.0, "{name}");
     }
+}
+
+#[test]
+fn the_gradient_of_several_terms_is_rounded_once() {
+    let narrow = Setting::new(&[3, 4, 5], Kind::BFloat16);
+    let slope = |s: &Setting| {
+        let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
+        let ca = CfgAugmentation::new(Guidance::new(4.0).unwrap());
+        let loss = s.loss_of(|g| g.engine("ca", 1.0, ca).regularizer("dm", 1.0, dm)).unwrap();
+        gradient(&loss, &s.x)
+    };
+    let expected = slope(&narrow.widened(Kind::Float)).to_kind(Kind::BFloat16);
+    assert!(expected.any().int64_value(&[]) == 1);
+    assert_eq!(slope(&narrow), expected);
 }
 
 proptest! {

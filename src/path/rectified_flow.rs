@@ -7,7 +7,8 @@ use crate::{PostShift, Result};
 /// Rectified flow: a = t, s = 1 - t.
 ///
 /// The crate's clock is the path's own; `sigma = 1 - t` in diffusers, whose timestep is
-/// `1000 sigma`. Liu et al., arXiv 2209.03003; in the clock `1 - t` in SD3, arXiv 2403.03206. Used by SD3, FLUX, Wan, Qwen-Image and Z-Image, which predict
+/// `1000 sigma`. Liu et al., arXiv 2209.03003; in the clock `1 - t` in SD3, arXiv 2403.03206. Used by
+/// SD3, FLUX, Wan, Qwen-Image and Z-Image, which predict
 /// [`FlowVelocity`](crate::Prediction::FlowVelocity): it has no singular end here.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RectifiedFlow;
