@@ -47,9 +47,7 @@ impl Answer {
 
     /// [`sample`](Self::sample), as a tensor of its own.
     pub(crate) fn into_sample(self) -> Result<Tensor> {
-        self.sample()?;
-        let made = self.sample.into_inner();
-        Ok(made.unwrap_or(self.output))
+        Ok(self.sample()?.shallow_clone())
     }
 
     /// x0-hat of this answer less that of `other` at the same noised sample, as a new tensor

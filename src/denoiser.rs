@@ -3,7 +3,10 @@
 use tch::{Reduction, Tensor};
 
 use crate::answer::Answer;
-use crate::numeric::{check_like, check_per_sample, check_samples, mean, widen, widen_like};
+use crate::numeric::{
+    check_like, check_per_sample, check_samples, finite_where_masked, masked, mean, widen,
+    widen_like,
+};
 use crate::{Condition, Error, Path, PostShift, Prediction, Result};
 
 type Network<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
@@ -105,7 +108,8 @@ impl<'a> Denoiser<'a> {
     }
 
     /// x0-hat: the clean sample that the network predicts, `[B, ..]` in float32, or in float64 where
-    /// `noised` is. The network is handed `noised` and `time` in the types that they have.
+    /// `noised` is. The network is handed `noised` and `time` in the types that they have, but no time
+    /// in float64 with a sample that is not.
     ///
     /// # Errors
     /// [`Error::Network`] from the closure; [`Error::Shape`], [`Error::Kind`] or [`Error::Device`]
@@ -138,7 +142,7 @@ impl<'a> Denoiser<'a> {
         cond: &Condition,
     ) -> Result<Answer> {
         self.check_input(noised, time)?;
-        let output = (self.network)(noised, time.tensor(), cond)?;
+        let output = (self.network)(noised, &time.for_network(noised)?, cond)?;
         self.checked(noised, time, &output)
     }
 
@@ -154,7 +158,7 @@ impl<'a> Denoiser<'a> {
             return Ok((self.answer(noised, time, one)?, self.answer(noised, time, two)?));
         };
         self.check_input(noised, time)?;
-        let (one, two) = paired(noised, time.tensor(), one, two)?;
+        let (one, two) = paired(noised, &time.for_network(noised)?, one, two)?;
         Ok((self.checked(noised, time, &one)?, self.checked(noised, time, &two)?))
     }
 
@@ -175,28 +179,35 @@ impl<'a> Denoiser<'a> {
         noise: &Tensor,
         cond: &Condition,
     ) -> Result<Tensor> {
-        mean(&self.denoising_error(x, time, noise, cond)?)
+        mean(&self.denoising_error(x, time, noise, cond, None)?)
     }
 
-    /// The squares `[B, ..]` whose mean is [`denoising_loss`](Self::denoising_loss).
+    /// The squares `[B, ..]` whose mean is [`denoising_loss`](Self::denoising_loss), zero where `kept`,
+    /// a boolean shaped like x, is false. What is not finite there sends no gradient to the network.
     pub(crate) fn denoising_error(
         &self,
         x: &Tensor,
         time: &PostShift,
         noise: &Tensor,
         cond: &Condition,
+        kept: Option<&Tensor>,
     ) -> Result<Tensor> {
         check_samples("x", x, 1)?;
         check_per_sample("time", time.tensor(), x)?;
         check_like("noise", noise, x)?;
         self.prediction.check_target(&*self.path, time)?;
-        let x = x.f_detach()?;
+        // Zero times NaN is NaN, also in the gradient of a network that was given one.
+        let x = finite_where_masked(&x.f_detach()?, kept)?;
         let noised = self.path.renoise(&x, time, noise)?;
         let coefficients = self.path.coefficients(time)?.like(&x)?;
         let target = self.prediction.target(&coefficients, &widen(&x)?, &widen_like(noise, &x)?)?;
-        let output = (self.network)(&noised, time.tensor(), cond)?;
+        let output = (self.network)(&noised, &time.for_network(&noised)?, cond)?;
         check_like("network output", &output, &noised)?;
-        Ok(widen_like(&output, &x)?.f_mse_loss(&target, Reduction::None)?)
+        let output = widen_like(&output, &x)?;
+        Ok(match kept {
+            Some(_) => masked(&output.f_sub(&target)?, kept)?.f_square()?,
+            None => output.f_mse_loss(&target, Reduction::None)?,
+        })
     }
 
     fn check_input(&self, noised: &Tensor, time: &PostShift) -> Result<()> {

@@ -9,7 +9,7 @@ pub(crate) use term::Role;
 pub use term::{ScoreDiagnostics, TermDiagnostics};
 
 use crate::numeric::{masked, masked_mean, per_sample, widen};
-use crate::value::checked;
+use crate::value::{checked, is_positive};
 use crate::{Batch, Result};
 
 /// The diagnostics of one evaluation, from what it computed anyway: no network runs for them.
@@ -89,7 +89,7 @@ impl Diagnostics {
     /// # Errors
     /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `target` is finite and positive.
     pub fn variance_drift(&self, target: f64) -> Result<Option<f64>> {
-        let valid = target.is_finite() && target > 0.0;
+        let valid = is_positive(target);
         checked("target variance", "finite and positive", target, valid)?;
         let mean = self.x_std.map(|std| Ok(std.f_square()?))?.mean()?;
         Ok(mean.map(|mean| (mean / target).ln()))
@@ -125,8 +125,8 @@ impl Diagnostics {
 
     /// Everything as named numbers, for a log: `x_std`, `not_finite`, and for terms called `ca` and
     /// `dm` `ca_update_rms`, `dm_cos`, `dm_n`, `dm_n_min`, `dm_share_on_floor`, `dm_to_ca`,
-    /// `ca_dm_cos`, its `_std`, `_min` and `_max`, and so on, the mean over the samples at which each is defined. A number that is
-    /// undefined, or not finite, is left out.
+    /// `ca_dm_cos`, its `_std`, `_min` and `_max`, and so on, the mean over the samples at which each is
+    /// defined. A number that is undefined, or not finite, is left out.
     ///
     /// It reads all of them at once, so that a GPU is waited for once.
     ///

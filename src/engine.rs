@@ -2,6 +2,8 @@
 
 mod cfg_augmentation;
 
+use std::rc::Rc;
+
 pub use cfg_augmentation::CfgAugmentation;
 use tch::Tensor;
 
@@ -49,6 +51,12 @@ impl<E: Engine + ?Sized> Engine for &E {
 }
 
 impl<E: Engine + ?Sized> Engine for Box<E> {
+    fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
+        (**self).direction(probe)
+    }
+}
+
+impl<E: Engine + ?Sized> Engine for Rc<E> {
     fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
         (**self).direction(probe)
     }

@@ -56,6 +56,18 @@ pub enum Error {
         /// The method of [`Batch`](crate::Batch) that provides it.
         setter: &'static str,
     },
+    /// A closure cut the graph between the samples and what a loss is made of: it would train nothing.
+    #[error("{what}: no gradient to the samples: is there a detach or no_grad in the closure?")]
+    NoGradient {
+        /// What came out of the closure.
+        what: &'static str,
+    },
+    /// Two terms of an objective have one name.
+    #[error("two terms of the objective are named \"{name}\"")]
+    SameName {
+        /// The name.
+        name: String,
+    },
     /// A term of an objective failed.
     #[error("term \"{name}\" failed")]
     Term {

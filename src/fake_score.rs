@@ -131,11 +131,12 @@ pub fn align_fake<'t>(
             return Err(Error::Kind { what, expected, found: kind });
         }
         check_size("parameter of the student", student, &fake.size())?;
-        let moved = student.f_to_device(fake.device())?.f_to_kind(kind)?;
-        fitting.push((fake.shallow_clone(), moved));
+        fitting.push((fake.shallow_clone(), student));
     }
     for (mut fake, student) in fitting {
-        let _ = fake.f_lerp_(&student, 1.0 - keep)?;
+        // One at a time: a copy of all would be as large as the network.
+        let moved = student.f_to_device(fake.device())?.f_to_kind(fake.f_kind()?)?;
+        let _ = fake.f_lerp_(&moved, 1.0 - keep)?;
     }
     Ok(())
 }

@@ -11,7 +11,8 @@ const INNER_NOISE: (f64, f64) = (0.25, 0.95);
 /// The times at which a few-step generator is evaluated, starting at pure noise.
 ///
 /// The network is handed pure noise at the first time whatever that is: 0 as a rule, 0.6 for DMD2's
-/// one-step SDXL model, which is told n = 399 of a table of 1000.
+/// one-step SDXL model, which is told n = 399 of a table of 1000. On [`Edm`](crate::Edm) that noise has
+/// the size of t = 0, sigma_max, so a grid starts there.
 ///
 /// Pre-shift times 0, 1/K, .., (K-1)/K, then the shift; in diffusers' clock `sigma` goes from 1 to
 /// the shifted 1/K, and the last step lands on the clean sample. With shift 3 and K = 8 this is the
@@ -52,6 +53,19 @@ impl FewStepGrid {
         Ok(Self { times, shift })
     }
 
+    /// Given post-shift times, those that the network is to see: of FastGen's list `.999, .937, .833,
+    /// .624`, which are noise levels after a shift of 5, each as `1 - t`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn from_shifted(times: Vec<f64>, shift: Shift) -> Result<Self> {
+        let unshift = |time| {
+            checked("time of the grid", "in [0, 1)", time, (0.0..1.0).contains(&time))?;
+            Ok(shift.inverse().of(time))
+        };
+        Self::new(times.into_iter().map(unshift).collect::<Result<_>>()?, shift)
+    }
+
     /// A random grid, to be drawn anew for every update: a student trained on it can be sampled in
     /// any number of steps. The dynamic schedule of CDM (arXiv 2605.06376).
     ///
@@ -62,7 +76,8 @@ impl FewStepGrid {
     /// libtorch's global generator.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `max_steps` is from 1 to 1e6.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `max_steps` is from 1 to 1e6, or if the
+    /// shift moves the last time to 1 as float32.
     pub fn dynamic(max_steps: usize, shift: Shift) -> Result<Self> {
         check_steps(max_steps)?;
         let high = i64::try_from(max_steps).unwrap_or(i64::MAX);
@@ -76,7 +91,8 @@ impl FewStepGrid {
     /// [`dynamic`](Self::dynamic) for given unit-uniform draws, one for each step after the first.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if a draw is outside [0, 1] or two are equal.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if a draw is outside [0, 1] or two are equal, or
+    /// if the shift moves the last time to 1 as float32.
     pub fn dynamic_at(draws: &[f64], shift: Shift) -> Result<Self> {
         let (low, high) = INNER_NOISE;
         let mut times = vec![0.0];

@@ -4,6 +4,7 @@ use std::cell::OnceCell;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::value::checked;
 use crate::{Error, Result};
 
 /// The type to compute in: float32, or float64 where the input has it.
@@ -79,6 +80,14 @@ pub(crate) fn masked(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     }
 }
 
+/// `tensor` with zeros in place of what is not finite, but only where `mask` is false.
+pub(crate) fn finite_where_masked(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    match mask {
+        Some(mask) => masked(tensor, Some(&mask.f_logical_or(&tensor.f_isfinite()?)?)),
+        None => Ok(tensor.shallow_clone()),
+    }
+}
+
 /// [`sample_mean`] over the elements that `mask` keeps; 0 for a sample without any.
 pub(crate) fn masked_mean(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     let Some(mask) = mask else { return sample_mean(tensor) };
@@ -101,18 +110,33 @@ pub(crate) fn with_gradient(value: &Tensor, at: &Tensor, gradient: &Tensor) -> R
 /// `loss` calls receive none, though the gradient runs through them.
 ///
 /// The gradient is taken here and now, on a copy of `x` without a past, so there is no second one.
-pub(crate) fn only_in(x: &Tensor, loss: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+///
+/// Fails where x has a gradient to receive and `what`, which the closure that made it may have
+/// detached, sends none.
+pub(crate) fn only_in(
+    what: &'static str,
+    x: &Tensor,
+    loss: impl FnOnce(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
     let leaf = x.f_detach()?.f_set_requires_grad(x.requires_grad())?;
     let value = loss(&leaf)?;
-    // Without a graph (no_grad, or a loss that ignores x) there is a value and no gradient.
-    if !(leaf.requires_grad() && value.requires_grad()) {
+    if !(leaf.requires_grad() && is_recording()?) {
         return Ok(value.f_detach()?);
+    }
+    if !value.requires_grad() {
+        return Err(Error::NoGradient { what });
     }
     let gradients = Tensor::f_run_backward(&[&value], &[&leaf], false, false)?;
     match gradients.into_iter().next().filter(Tensor::defined) {
         Some(gradient) => with_gradient(&value, x, &gradient),
-        None => Ok(value.f_detach()?),
+        None => Err(Error::NoGradient { what }),
     }
+}
+
+/// Whether autograd records what is computed: not under no_grad.
+fn is_recording() -> Result<bool> {
+    let leaf = Tensor::f_zeros([0i64], (Kind::Float, Device::Cpu))?.f_set_requires_grad(true)?;
+    Ok(leaf.f_neg()?.requires_grad())
 }
 
 /// Unit Gaussian noise with the shape, type and device of `like`.
@@ -181,20 +205,20 @@ pub(crate) fn check_vector(what: &'static str, tensor: &Tensor) -> Result<()> {
     check_samples(what, tensor, 1)
 }
 
-/// Refuses numbers outside `[low, high]`, NaN included, and returns the extremes. Reading them
-/// synchronises a GPU.
+/// Refuses numbers outside `[low, high]`, NaN included, and returns the extremes. Waits for a GPU, once.
 pub(crate) fn check_range(
     what: &'static str,
     requirement: &'static str,
     tensor: &Tensor,
     (low, high): (f64, f64),
 ) -> Result<(f64, f64)> {
-    let read = |extreme: Tensor| -> Result<f64> {
-        let value = extreme.f_double_value(&[])?;
-        let valid = (low..=high).contains(&value);
-        if valid { Ok(value) } else { Err(Error::OutOfRange { what, requirement, value }) }
-    };
-    Ok((read(tensor.f_min()?)?, read(tensor.f_max()?)?))
+    let extremes = Tensor::f_stack(&[tensor.f_min()?, tensor.f_max()?], 0)?;
+    let value = |index| extremes.f_double_value(&[index]);
+    let (least, most) = (value(0)?, value(1)?);
+    for value in [least, most] {
+        checked(what, requirement, value, (low..=high).contains(&value))?;
+    }
+    Ok((least, most))
 }
 
 #[cfg(test)]

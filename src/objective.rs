@@ -153,7 +153,7 @@ impl<'a> Objective<'a> {
     /// # Errors
     /// [`Error::Term`] with the name of the term that failed and why, such as a loss that is no
     /// floating-point scalar; [`Error::Missing`] if a schedule needs the student's times;
-    /// [`Error::OutOfRange`] if there is no term at all.
+    /// [`Error::OutOfRange`] if there is no term at all; [`Error::SameName`] if two have one name.
     pub fn evaluate(&self, batch: &Batch<'_>) -> Result<Evaluation> {
         self.evaluate_with(batch, self.draw(batch)?)
     }
@@ -190,6 +190,9 @@ impl<'a> Objective<'a> {
             for NamedTerm { name, weight, term } in &group.terms {
                 checked("weight of a term", "finite", *weight, weight.is_finite())
                     .map_err(|error| error.in_term(name))?;
+                if terms.iter().any(|(other, _)| other == name) {
+                    return Err(Error::SameName { name: name.clone() });
+                }
                 let loss = term.loss(&probe).map_err(|error| error.in_term(name))?;
                 let weighted = loss.f_mul_scalar(*weight)?;
                 total = Some(match total {

@@ -118,10 +118,13 @@ pub(crate) fn coefficients_at(path: &dyn Path, time: f64) -> Result<(f64, f64)> 
 pub(crate) fn check_same_path(fake: &dyn Path, teacher: &dyn Path) -> Result<()> {
     for time in [0.25, 0.5, 0.75] {
         let (found, expected) = (coefficients_at(fake, time)?, coefficients_at(teacher, time)?);
-        let (found, expected) = (found.1 / found.0, expected.1 / expected.0);
-        let valid = (found - expected).abs() <= 1e-6 * expected.abs();
-        let what = "noise to data on the path of the fake score";
-        checked(what, "that of the teacher's path at each time", found, valid)?;
+        for (what, found, expected) in [
+            ("share of data on the path of the fake score", found.0, expected.0),
+            ("share of noise on the path of the fake score", found.1, expected.1),
+        ] {
+            let valid = (found - expected).abs() <= 1e-6 * expected.abs();
+            checked(what, "that of the teacher's path at each time", found, valid)?;
+        }
     }
     Ok(())
 }
@@ -147,3 +150,4 @@ macro_rules! forward_path {
 
 forward_path!(&P);
 forward_path!(Box<P>);
+forward_path!(std::rc::Rc<P>);

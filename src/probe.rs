@@ -7,7 +7,7 @@ use tch::{Tensor, no_grad_guard};
 use crate::answer::Answer;
 use crate::diagnostics::{Role, TermDiagnostics};
 use crate::normalizer::{Distance, Reference};
-use crate::numeric::{check_like, check_per_sample, masked, noise_like, once, per_sample};
+use crate::numeric::{check_like, check_per_sample, masked, noise_like, once, per_sample, widen};
 use crate::{Batch, Denoiser, Normalizer, Path, PostShift, Renoising, Result, surrogate};
 
 /// The samples re-noised to one tau with one noise, and the teacher's predictions there.
@@ -138,6 +138,16 @@ impl<'a> Probe<'a> {
 
     /// The teacher's answer with the condition.
     pub(crate) fn cond(&self) -> Result<&Answer> {
+        let normalizes_guided = matches!(self.normalizer.reference(),
+            Reference::Guided(guidance) if !guidance.is_neutral());
+        if normalizes_guided && self.batch.null_condition().is_ok() {
+            // The normaliser will ask for both: one forward may do.
+            return Ok(self.pair()?.0);
+        }
+        self.cond_alone()
+    }
+
+    fn cond_alone(&self) -> Result<&Answer> {
         once(&self.cond, || {
             let _no_grad = no_grad_guard();
             self.teacher.answer(&self.noised, &self.tau, self.batch.cond())
@@ -154,7 +164,7 @@ impl<'a> Probe<'a> {
             return Ok((self.cond.get_or_init(|| pair.0), self.null.get_or_init(|| pair.1)));
         }
         let null = once(&self.null, || self.teacher.answer(&self.noised, &self.tau, null))?;
-        Ok((self.cond()?, null))
+        Ok((self.cond_alone()?, null))
     }
 
     /// Scales a difference of clean predictions `[B, ..]` into a direction, per sample, in float32
@@ -166,9 +176,10 @@ impl<'a> Probe<'a> {
     /// teacher's closure returns, if its prediction is needed and not known yet.
     pub fn normalize(&self, difference: &Tensor) -> Result<Tensor> {
         check_like("difference", difference, self.x())?;
+        let difference = widen(difference)?;
         match self.divisor()? {
-            Some(n) => self.masked(&difference.f_div(&per_sample(n, difference)?)?),
-            None => self.masked(difference),
+            Some(n) => self.masked(&difference.f_div(&per_sample(n, &difference)?)?),
+            None => self.masked(&difference),
         }
     }
 

@@ -5,6 +5,8 @@ mod distribution_matching;
 mod maximum_mean_discrepancy;
 mod mean_variance;
 
+use std::rc::Rc;
+
 pub use adversarial::{Adversarial, CriticEvaluation, CriticHeads, CriticPenalty, GanLoss};
 pub use distribution_matching::DistributionMatching;
 pub use maximum_mean_discrepancy::{Bandwidth, Estimator, Kernel, MaximumMeanDiscrepancy};
@@ -26,9 +28,9 @@ pub trait Regularizer {
     /// something that the regularizer needs.
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor>;
 
-    /// The loss of the regularizer's own network (a fake score, a critic): a floating-point scalar with a
-    /// graph to that network, on the detached samples, so that x gets no gradient. `None` where there is no
-    /// such network. `testing::check_own_loss` asks for all of it.
+    /// The loss of the regularizer's own network (a fake score, a critic): a floating-point scalar with
+    /// a graph to that network, on the detached samples, so that x gets no gradient. `None` where there
+    /// is no such network. `testing::check_own_loss` asks for all of it.
     ///
     /// # Errors
     /// As [`loss`](Self::loss).
@@ -74,6 +76,15 @@ impl<R: Regularizer + ?Sized> Regularizer for &R {
 }
 
 impl<R: Regularizer + ?Sized> Regularizer for Box<R> {
+    fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
+        (**self).loss(probe)
+    }
+    fn own_loss(&self, batch: &Batch<'_>) -> Result<Option<Tensor>> {
+        (**self).own_loss(batch)
+    }
+}
+
+impl<R: Regularizer + ?Sized> Regularizer for Rc<R> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
         (**self).loss(probe)
     }

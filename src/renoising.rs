@@ -4,6 +4,8 @@ mod log_normal;
 mod logit_normal;
 mod uniform;
 
+use std::rc::Rc;
+
 pub use log_normal::LogNormal;
 pub use logit_normal::LogitNormal;
 pub use uniform::{AboveStudent, Uniform};
@@ -36,7 +38,8 @@ pub trait TimeSampler {
     /// carries them.
     ///
     /// # Errors
-    /// [`Error::Missing`](crate::Error::Missing) if the sampler needs the student's times and there are none.
+    /// [`Error::Missing`](crate::Error::Missing) if the sampler needs the student's times and there are
+    /// none.
     fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift>;
 }
 
@@ -47,6 +50,12 @@ impl<S: TimeSampler + ?Sized> TimeSampler for &S {
 }
 
 impl<S: TimeSampler + ?Sized> TimeSampler for Box<S> {
+    fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift> {
+        (**self).times(u, student)
+    }
+}
+
+impl<S: TimeSampler + ?Sized> TimeSampler for Rc<S> {
     fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift> {
         (**self).times(u, student)
     }

@@ -74,7 +74,7 @@ impl<'a> Sampler<'a> {
     /// Clean samples `[B, ..]` from unit noise of that shape, without a graph.
     ///
     /// # Errors
-    /// What the network returns.
+    /// As [`simulate`](Self::simulate).
     pub fn sample(&self, noise: &Tensor, cond: &Condition) -> Result<Tensor> {
         let _no_grad = no_grad_guard();
         let last = self.grid.steps().saturating_sub(1);
@@ -87,9 +87,9 @@ impl<'a> Sampler<'a> {
     /// put on its clean prediction at that step. `noise` is unit noise `[B, ..]`; steps count from 0.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] if the grid has no such step;
-    /// [`Error::Shape`] or [`Error::Kind`] if `noise` is
-    /// not a batch of samples; what the network returns.
+    /// [`Error::OutOfRange`] if the grid has no such step; [`Error::Shape`] or [`Error::Kind`] if
+    /// `noise` is not a batch of samples; as [`Denoiser::denoise`], which refuses the pure noise of a
+    /// grid's first time for some predictions.
     pub fn simulate(&self, noise: &Tensor, cond: &Condition, step: usize) -> Result<Simulation> {
         self.simulate_with(noise, cond, step, |_, like| noise_like(like))
     }
@@ -190,7 +190,7 @@ impl<'a> Sampler<'a> {
     pub fn from_real(&self, real: &Tensor, cond: &Condition) -> Result<Simulation> {
         check_samples("real samples", real, 2)?;
         let steps = spread_steps(self.steps(), batch_size(real), real.device())?;
-        self.from_real_at(real, cond, &steps, &noise_like(real)?)
+        self.predict_from_real(real, cond, &steps, &noise_like(real)?)
     }
 
     /// [`from_real`](Self::from_real) at given steps `[B]`, whole numbers from 0, and unit noise
@@ -209,6 +209,17 @@ impl<'a> Sampler<'a> {
         check_samples("real samples", real, 2)?;
         check_like("noise", noise, real)?;
         check_steps(steps, self.steps(), batch_size(real), real)?;
+        self.predict_from_real(real, cond, steps, noise)
+    }
+
+    /// [`from_real_at`](Self::from_real_at) for steps and noise that are known to be good.
+    fn predict_from_real(
+        &self,
+        real: &Tensor,
+        cond: &Condition,
+        steps: &Tensor,
+        noise: &Tensor,
+    ) -> Result<Simulation> {
         let times = self.times_like(real)?.f_index_select(0, steps)?;
         let student_time = PreShift::within(times, self.grid.range());
         let time = self.grid.shift().apply(&student_time)?;

@@ -81,6 +81,9 @@ impl Schedule {
 ///
 /// A smaller shift of the regularizer lets it look at less noise, where it corrects detail rather than
 /// contrast. A schedule with a shared tau has the engine's.
+///
+/// What looks above the student's time is cleaner than what the student was given only if its shift is
+/// at most that of the student's grid: a larger one takes tau below t.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Shifts {
     /// Of tau_CA.

@@ -10,8 +10,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::numeric::{check_floating, check_range, check_vector, widen};
-use crate::value::checked;
+use crate::numeric::{check_floating, check_range, check_vector, widen, widen_like};
+use crate::value::{checked, is_positive};
 use crate::{Error, Result};
 
 /// Times before the shift, one per sample, `[B]` in [0, 1]. Few-step grids are even in this clock,
@@ -85,6 +85,15 @@ macro_rules! time_methods {
 time_methods!(PreShift, "pre-shift time");
 time_methods!(PostShift, "post-shift time");
 
+impl PostShift {
+    /// The times as a network is handed them beside `noised`: float64 would spread through it from them
+    /// to samples that are not.
+    pub(crate) fn for_network(&self, noised: &Tensor) -> Result<Tensor> {
+        let too_wide = self.times.f_kind()? == Kind::Double && noised.f_kind()? != Kind::Double;
+        if too_wide { widen_like(&self.times, noised) } else { Ok(self.times.shallow_clone()) }
+    }
+}
+
 /// The timestep shift of flow models, a factor k > 0; 1 changes nothing.
 ///
 /// ```text
@@ -103,14 +112,19 @@ impl Shift {
     /// A shift by the factor `k`.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] unless `k` is finite and positive.
+    /// [`Error::OutOfRange`] unless `k` is finite and positive, as float32 too.
     pub fn new(k: f64) -> Result<Self> {
-        checked("shift", "finite and positive", k, k.is_finite() && k > 0.0).map(Self)
+        checked("shift", "finite and positive", k, is_positive(k)).map(Self)
     }
 
     /// The factor k.
     pub fn get(self) -> f64 {
         self.0
+    }
+
+    /// The shift that undoes this one.
+    pub(crate) fn inverse(self) -> Self {
+        Self(self.0.recip())
     }
 
     /// The shifted value of one pre-shift time in [0, 1].
@@ -152,7 +166,7 @@ impl Shift {
     /// # Errors
     /// [`Error::Torch`] if libtorch fails.
     pub fn invert(self, time: &PostShift) -> Result<PreShift> {
-        let inverse = Self(self.0.recip());
+        let inverse = self.inverse();
         let (low, high) = time.range;
         let range = (inverse.of(low), inverse.of(high));
         Ok(PreShift::within(rational(&time.times, inverse.0)?, range))

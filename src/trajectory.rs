@@ -85,8 +85,9 @@ pub(crate) fn check_steps(steps: &Tensor, count: i64, batch: i64, like: &Tensor)
         return Err(Error::Kind { what: "steps", expected: "Int64", found });
     }
     check_device("steps", steps, like)?;
-    for value in [steps.f_min()?, steps.f_max()?] {
-        let value = value.f_int64_value(&[])?;
+    let extremes = Tensor::f_stack(&[steps.f_min()?, steps.f_max()?], 0)?;
+    for index in [0, 1] {
+        let value = extremes.f_int64_value(&[index])?;
         let valid = (0..count).contains(&value);
         checked("step", "below the number of steps", value as f64, valid)?;
     }

@@ -17,7 +17,7 @@ pub(crate) fn checked(
     if valid { Ok(value) } else { Err(Error::OutOfRange { what, requirement, value }) }
 }
 
-/// Whether a number is finite and positive as float32 too, in which most samples are computed with.
+/// Whether a number is finite and positive as float32 too, in which most samples are computed.
 pub(crate) fn is_positive(value: f64) -> bool {
     (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&value)
 }
@@ -126,7 +126,7 @@ impl Floor {
 }
 
 impl Default for Floor {
-    /// 0.1, the clamp of CDM (arXiv 2605.06376), in units of data of unit scale.
+    /// 0.1, the clamp of CDM (arXiv 2605.06376), for data of unit scale.
     fn default() -> Self {
         Self(0.1)
     }

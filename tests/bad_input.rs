@@ -93,6 +93,7 @@ fn settings_out_of_range_are_named() -> Result<()> {
     // 1e-50 and 1e50 are 0 and infinity in float32.
     for bad in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-50, 1e50] {
         assert!(named(Floor::new(bad).unwrap_err(), "normaliser floor"));
+        assert!(named(Shift::new(bad).unwrap_err(), "shift"));
         let error = Normalizer::conditional().epsilon(bad).unwrap_err();
         assert!(named(error, "normaliser epsilon"));
     }
@@ -239,13 +240,31 @@ fn an_objective_refuses_bad_weights_no_terms_and_missing_draws() -> Result<()> {
     let objective = Objective::new(gaussian_teacher(0.5)).with(group(2.0));
     let error = objective.evaluate_at(&batch, Vec::new()).unwrap_err();
     assert!(matches!(error, Error::OutOfRange { what: "number of draws", .. }));
+    // In one group or in two.
+    let same = group(1.0).regularizer("l2", 1.0, term());
+    for objective in [
+        Objective::new(gaussian_teacher(0.5)).with(same),
+        Objective::new(gaussian_teacher(0.5)).with(group(1.0)).with(group(2.0)),
+    ] {
+        let error = objective.evaluate(&batch).unwrap_err();
+        assert!(matches!(error, Error::SameName { ref name } if name == "l2"), "{error}");
+    }
     Ok(())
 }
 
 #[test]
 fn mean_variance_checks_its_target_and_the_channels() -> Result<()> {
     let _guard = seeded(3);
-    for (mean, variance) in [(f64::NAN, 1.0), (0.0, 0.0), (0.0, -1.0), (0.0, f64::INFINITY)] {
+    for (mean, variance) in [
+        (f64::NAN, 1.0),
+        (1e50, 1.0),
+        (0.0, 0.0),
+        (0.0, -1.0),
+        (0.0, f64::INFINITY),
+        (0.0, f64::NAN),
+        (0.0, 1e-50),
+        (0.0, 1e50),
+    ] {
         let target = MeanVariance::per_sample(mean, variance);
         assert!(matches!(target, Err(Error::OutOfRange { .. })), "{mean} {variance}");
     }

@@ -7,8 +7,8 @@ use std::cell::Cell;
 
 use common::{gaussian_teacher, seeded, wave};
 use decoupled_dmd::{
-    AboveStudent, Adversarial, Batch, CfgAugmentation, Condition, CriticHeads, Denoiser,
-    DistributionMatching, Draw, Edm, Error, FewStepGrid, Group, Guidance, Kernel,
+    AboveStudent, Adversarial, Batch, CfgAugmentation, Coefficients, Condition, CriticHeads,
+    Denoiser, DistributionMatching, Draw, Edm, Error, FewStepGrid, Group, Guidance, Kernel,
     MaximumMeanDiscrepancy, MeanVariance, Objective, Path, PostShift, PreShift, Prediction, Probe,
     RectifiedFlow, Regularizer, Renoising, Result, Sampler, Shift, Statistics, Transition,
     TrigFlow, Uniform, VariancePreserving,
@@ -236,6 +236,16 @@ fn differences_of_a_probe() -> Result<()> {
     Ok(())
 }
 
+/// Rectified flow with twice the noise.
+struct Loud;
+
+impl Path for Loud {
+    fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
+        let Coefficients { data, noise } = RectifiedFlow.coefficients(time)?;
+        Ok(Coefficients { data, noise: noise * 2.0 })
+    }
+}
+
 #[test]
 fn a_fake_score_on_another_path() -> Result<()> {
     let (x, cond) = (samples(), Condition::from(wave(&SHAPE, 1.0, Kind::Float)));
@@ -255,9 +265,13 @@ fn a_fake_score_on_another_path() -> Result<()> {
         if which == 0 {
             assert_eq!(found, ("nothing", "refused"));
         } else {
-            assert_eq!(found, ("noise to data on the path of the fake score", "range"), "{which}");
+            assert_eq!(found, ("share of data on the path of the fake score", "range"), "{which}");
         }
     }
+    assert_eq!(
+        refusal(on(Box::new(Loud))),
+        ("share of noise on the path of the fake score", "range")
+    );
     assert_eq!(calls.get(), 1, "a fake on another path is not run");
     Ok(())
 }

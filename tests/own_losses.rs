@@ -77,6 +77,7 @@ fn own_losses_are_those_of_the_regularizers_under_their_names() -> Result<()> {
 
 #[test]
 fn a_network_that_cannot_be_trained_is_named() -> Result<()> {
+    let _guard = seeded(12);
     let nets = networks();
     let (x, cond) = (wave(&SHAPE, 0.3, Kind::Double), Condition::none());
     let objective = Objective::new(gaussian_teacher(0.5)).with(

@@ -173,6 +173,23 @@ fn bad_grids_and_steps_are_refused() -> Result<()> {
 }
 
 #[test]
+fn a_grid_may_be_given_as_the_network_sees_it() -> Result<()> {
+    // FastGen's noise levels, those of four even steps after a shift of 5, rounded.
+    let levels = [0.999, 0.937, 0.833, 0.624];
+    let shift = Shift::new(5.0)?;
+    let grid = FewStepGrid::from_shifted(levels.iter().map(|level| 1.0 - level).collect(), shift)?;
+    for (k, (&time, level)) in grid.times().iter().zip(levels).enumerate() {
+        approx::assert_abs_diff_eq!(shift.of(time), 1.0 - level, epsilon = 1e-12);
+        approx::assert_abs_diff_eq!(time, k as f64 / 4.0, epsilon = 6e-3);
+    }
+    for bad in [vec![], vec![-0.1], vec![0.0, 1.0], vec![0.0, f64::NAN], vec![0.5, 0.5]] {
+        let made = FewStepGrid::from_shifted(bad.clone(), shift);
+        assert!(matches!(made, Err(Error::OutOfRange { .. })), "{bad:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_grid_may_start_off_the_noise_end() -> Result<()> {
     // DMD2's one-step SDXL model: pure noise, and n = 399.
     let path = VariancePreserving::scaled_linear(0.00085, 0.012, 1000)?;

@@ -2,11 +2,12 @@
 
 mod common;
 
-use common::{gaussian_teacher, gradient, max_difference, value, wave};
+use common::{gaussian_teacher, gradient, max_difference, seeded, value, wave};
 use decoupled_dmd::{
     Adversarial, Batch, CfgAugmentation, Condition, CriticPenalty, Denoiser, DistributionMatching,
     Draw, Estimator, GanLoss, Group, Guidance, Kernel, MaximumMeanDiscrepancy, MeanVariance,
-    Objective, PostShift, Prediction, RectifiedFlow, Renoising, Result, Shift, Statistics, Uniform,
+    Objective, PostShift, PreShift, Prediction, RectifiedFlow, Renoising, Result, Schedule, Shift,
+    Statistics, Uniform,
 };
 use proptest::prelude::*;
 use tch::{Kind, Tensor};
@@ -202,6 +203,37 @@ fn the_gradient_of_several_terms_is_rounded_once() {
     let expected = slope(&narrow.widened(Kind::Float)).to_kind(Kind::BFloat16);
     assert!(expected.any().int64_value(&[]) == 1);
     assert_eq!(slope(&narrow), expected);
+}
+
+#[test]
+fn networks_never_get_a_time_wider_than_the_sample() -> Result<()> {
+    let _guard = seeded(1);
+    for (kind, expected) in
+        [(Kind::Float, Kind::Float), (Kind::BFloat16, Kind::Float), (Kind::Double, Kind::Double)]
+    {
+        let s = Setting::new(&[2, 3], kind);
+        // As written in Rust: float64.
+        let student = PreShift::new(Tensor::from_slice(&[0.25, 0.5]))?;
+        let time = PostShift::new(Tensor::from_slice(&[0.3, 0.6]))?;
+        let batch = s.batch()?.student_time(&student)?;
+        let network = |x: &Tensor, t: &Tensor, _: &Condition| {
+            assert_eq!((x.kind(), t.kind()), (expected, expected));
+            x * 0.5
+        };
+        let model = || Denoiser::new(RectifiedFlow, Prediction::Sample, network);
+        let dm = DistributionMatching::new(model(), Shift::NONE);
+        let shift = Shift::new(3.0)?;
+        let guidance = Guidance::new(4.0)?;
+        for schedule in Schedule::ALL {
+            let _ = schedule.objective(model(), guidance, &dm, shift).evaluate(&batch)?;
+        }
+        let _loss = dm.denoising_loss_at(&batch, &time, &s.noise)?;
+        let wide = s.x.detach().to_kind(expected);
+        let _pair = model().denoise_pair(&wide, &time, &s.cond, &s.null)?;
+        let gan = Adversarial::new(RectifiedFlow, Shift::NONE, network);
+        let _loss = gan.critic_loss_at(&batch, &time, &s.noise, &s.noise)?;
+    }
+    Ok(())
 }
 
 proptest! {

@@ -2,11 +2,13 @@
 
 mod common;
 
+use std::rc::Rc;
+
 use common::{Calls, counting_teacher, gaussian_denoiser, gaussian_teacher, seeded, value, wave};
 use decoupled_dmd::{
     Adversarial, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Error, GanLoss,
-    Group, Guidance, Objective, PostShift, PreShift, Prediction, Probe, RectifiedFlow, Renoising,
-    Result, Schedule, Shift, Uniform,
+    Group, Guidance, Normalizer, Objective, PostShift, PreShift, Prediction, Probe, RectifiedFlow,
+    Renoising, Result, Schedule, Shift, Uniform,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -92,6 +94,60 @@ fn a_paired_teacher_answers_both_conditions_in_one_forward() -> Result<()> {
     );
     approx::assert_relative_eq!(evaluate(teacher)?, plain);
     assert_eq!((calls.count(), *calls.paired.borrow()), (2, 1));
+    Ok(())
+}
+
+#[test]
+fn a_trainer_may_own_its_terms_and_an_objective_of_them() -> Result<()> {
+    let _guard = seeded(6);
+    let (x, cond, null) = inputs();
+    let dm = Rc::new(DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE));
+    let ca = Rc::new(CfgAugmentation::new(Guidance::new(4.0)?));
+    let path = Rc::new(RectifiedFlow);
+    let teacher =
+        Denoiser::new(path, Prediction::Sample, |x: &Tensor, _: &Tensor, c: &Condition| {
+            x * 0.5 + &c[0]
+        });
+    let group = Group::new(Renoising::new(Rc::new(Uniform::FULL)));
+    let group = group.engine("ca", 1.0, Rc::clone(&ca)).regularizer("dm", 1.0, Rc::clone(&dm));
+    // Nothing is borrowed, so that one struct can hold all of it.
+    let owned: (Rc<DistributionMatching<'static>>, Objective<'static>) =
+        (dm, Objective::new(teacher).with(group));
+    let batch = Batch::new(&x, &cond)?.null(&null);
+    let evaluation = owned.1.evaluate(&batch)?;
+    assert!(value(&evaluation.loss).is_finite());
+    assert_eq!(owned.1.own_losses(&batch)?.len(), 1);
+    assert!(value(&owned.0.denoising_loss(&batch)?).is_finite());
+    Ok(())
+}
+
+#[test]
+fn a_guided_normaliser_asks_for_both_conditions_at_once() -> Result<()> {
+    let (x, cond, null) = inputs();
+    let calls = Calls::default();
+    let evaluate = |paired: bool, normalizer| -> Result<f64> {
+        let _guard = seeded(5);
+        let mut teacher = counting_teacher(&calls, 0.5);
+        if paired {
+            teacher = teacher.paired(|x: &Tensor, t: &Tensor, one: &Condition, two: &Condition| {
+                *calls.paired.borrow_mut() += 1;
+                (gaussian_denoiser(x, t, &one[0], 0.5), gaussian_denoiser(x, t, &two[0], 0.5))
+            });
+        }
+        // Distribution matching comes first, and needs one condition alone.
+        let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
+        let group = Group::new(Renoising::new(Uniform::FULL)).normalizer(normalizer);
+        let objective = Objective::new(teacher).with(group.regularizer("dm", 1.0, dm));
+        Ok(value(&objective.evaluate(&Batch::new(&x, &cond)?.null(&null))?.loss))
+    };
+    let guided = Normalizer::dmd2(Guidance::new(4.0)?);
+    let plain = evaluate(false, guided)?;
+    assert_eq!((calls.count(), *calls.paired.borrow()), (2, 0));
+    approx::assert_relative_eq!(evaluate(true, guided)?, plain);
+    assert_eq!((calls.count(), *calls.paired.borrow()), (2, 1));
+    // Others need no more than the term.
+    evaluate(true, Normalizer::conditional())?;
+    assert_eq!((calls.count(), *calls.paired.borrow()), (3, 1));
     Ok(())
 }
 

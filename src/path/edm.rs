@@ -5,7 +5,7 @@ use tch::Tensor;
 use crate::denoiser::NetworkOutput;
 use crate::numeric::{check_like, check_per_sample, check_samples, check_vector, widen};
 use crate::path::{Coefficients, Path, factor, wide_time};
-use crate::value::checked;
+use crate::value::{checked, is_positive};
 use crate::{PostShift, Result};
 
 /// EDM: a = 1, s = sigma, with
@@ -51,9 +51,9 @@ impl Edm {
     /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless 0 < `sigma_min` < `sigma_max`, `rho` >= 1,
     /// all finite, and the roots of both sigmas differ in float64.
     pub fn new(sigma_min: f64, sigma_max: f64, rho: f64) -> Result<Self> {
-        let valid = sigma_min.is_finite() && sigma_min > 0.0;
+        let valid = is_positive(sigma_min);
         checked("sigma_min", "finite and positive", sigma_min, valid)?;
-        let valid = sigma_max.is_finite() && sigma_max > sigma_min;
+        let valid = is_positive(sigma_max) && sigma_max > sigma_min;
         checked("sigma_max", "finite and above sigma_min", sigma_max, valid)?;
         checked("rho", "finite and at least 1", rho, rho.is_finite() && rho >= 1.0)?;
         let path = Self { sigma_min, sigma_max, rho };
@@ -91,7 +91,7 @@ impl Edm {
     /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `sigma_data` is finite and positive; as
     /// [`sigma`](Self::sigma) for `t`.
     pub fn preconditioning(&self, t: &Tensor, sigma_data: f64) -> Result<Preconditioning> {
-        let valid = sigma_data.is_finite() && sigma_data > 0.0;
+        let valid = is_positive(sigma_data);
         checked("sigma_data", "finite and positive", sigma_data, valid)?;
         let sigma = self.sigma(t)?;
         let variance = sigma.f_square()?.f_add_scalar(sigma_data * sigma_data)?;

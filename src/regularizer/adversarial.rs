@@ -10,7 +10,8 @@ pub use gan_loss::{CriticPenalty, GanLoss};
 use tch::{Kind, Tensor, no_grad_guard};
 
 use crate::numeric::{
-    batch_size, check_like, check_per_sample, check_size, noise_like, only_in, widen,
+    batch_size, check_floating, check_like, check_per_sample, check_size, noise_like, only_in,
+    widen,
 };
 use crate::{
     Batch, Condition, Error, NetworkOutput, Path, PostShift, Probe, Regularizer, Renoising, Result,
@@ -52,7 +53,8 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 ///
 /// # Forwards
 /// Generator: critic 1, and its backward to x; 2 in the relativistic form. Critic: 2, with the
-/// approximate R1 3; R1 differentiates twice, and takes a graph for that under `tch::no_grad` too. Teacher: none.
+/// approximate R1 3; R1 differentiates twice, and takes a graph for that under `tch::no_grad` too.
+/// Teacher: none.
 ///
 /// **Gradients.** The generator's gradient is computed when the loss is, runs through the critic and
 /// its frozen trunk, and ends in x alone: parameters of the critic receive none, whatever
@@ -62,8 +64,10 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 /// # Errors
 /// [`Error::Missing`] without [`Batch::real`], which the critic needs, and the generator in the
 /// relativistic form; [`Error::Shape`] if there are not as many real samples as samples, or the
-/// logits do not start with B; [`Error::Missing`] if [`renoising`](Self::renoising) needs the student's
-/// times and there are none; [`Error::Network`] from the closure.
+/// logits do not start with B; [`Error::NoGradient`] if the generator's logits have no graph to x, as
+/// when the closure detaches or checkpoints by hand; [`Error::Missing`] if
+/// [`renoising`](Self::renoising) needs the student's times and there are none; [`Error::Network`] from
+/// the closure.
 ///
 /// # Example
 /// ```
@@ -220,12 +224,12 @@ impl<'a> Adversarial<'a> {
 
     /// `[B, K]`, in float32 or wider.
     fn logits(&self, noised: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
-        let logits = (self.critic)(noised, time.tensor(), cond)?;
+        let logits = (self.critic)(noised, &time.for_network(noised)?, cond)?;
         let (found, batch) = (logits.size(), batch_size(noised));
         if batch_size(&logits) != batch || logits.numel() == 0 {
             return Err(Error::shape("critic logits", format!("[{batch}, K]"), &found));
         }
-        check_size("critic logits", &logits, &found)?;
+        check_floating("critic logits", logits.f_kind()?)?;
         Ok(widen(&logits)?.f_reshape([batch, -1])?)
     }
 }
@@ -260,7 +264,7 @@ fn slope(logits: &Tensor, at: &Tensor) -> Result<Tensor> {
 impl Regularizer for Adversarial<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
         let (batch, tau) = (probe.batch(), probe.tau());
-        only_in(probe.x(), |x| {
+        only_in("critic logits", probe.x(), |x| {
             let noised = self.path.renoise(x, tau, probe.noise())?;
             let fake = self.logits(&noised, tau, batch.cond())?;
             probe.observe("logit", || Ok(fake.f_mean(None::<Kind>)?))?;

@@ -30,7 +30,8 @@ use crate::{
 /// How often the fake is trained is the loop's matter; [`UpdateRatio`](crate::UpdateRatio) counts.
 ///
 /// # Shapes
-/// x `[B, ..]` to a scalar, whose gradient in x is `-direction / numel`; see [`surrogate`](crate::surrogate).
+/// x `[B, ..]` to a scalar, whose gradient in x is `-direction / numel`; see
+/// [`surrogate`](crate::surrogate).
 ///
 /// # Forwards
 /// Teacher: conditional. Fake score: one, without a graph. Its own loss: one, with a graph.
@@ -139,13 +140,15 @@ impl<'a> DistributionMatching<'a> {
 
     /// The weighted squares `[B, ..]`, zero where the batch's mask leaves an element out.
     fn error_at(&self, batch: &Batch<'_>, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
-        let mut error = self.fake.denoising_error(batch.x(), time, noise, batch.cond())?;
+        let kept = batch.kept();
+        let mut error = self.fake.denoising_error(batch.x(), time, noise, batch.cond(), kept)?;
         let at = self.fake.path().coefficients(time)?;
         if let Some(factor) = self.weighting.factor(self.fake.prediction(), &at)? {
             // Paths answer in float64; the error keeps its type.
             error = error.f_mul(&per_sample(&widen_like(&factor, &error)?, &error)?)?;
         }
-        masked(&error, batch.kept())
+        // Once more: a factor may be infinite at the time of a sample that is left out.
+        masked(&error, kept)
     }
 }
 

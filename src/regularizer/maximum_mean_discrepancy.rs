@@ -6,15 +6,17 @@ pub use kernel::{Bandwidth, Kernel};
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use crate::numeric::{
-    batch_size, check_device, check_samples, check_size, only_in, widen, with_gradient,
+    batch_size, check_device, check_samples, check_size, only_in, widen, widen_like, with_gradient,
 };
 use crate::value::checked;
 use crate::{Error, NetworkOutput, Probe, Regularizer, Result};
 
-/// Pairs in the largest intermediate tensor, unless one row has more: on a CPU what its cache holds, so that
-/// memory is read and written once for all passes; elsewhere enough to fill the device.
-const CPU_BLOCK: i64 = 1 << 17;
-const BLOCK: i64 = 1 << 22;
+/// Pairs in a block, unless one row has more: on a CPU what its cache holds, so that memory is read and
+/// written once for all passes; elsewhere enough to fill the device.
+const CPU_PAIRS: i64 = 1 << 17;
+const PAIRS: i64 = 1 << 22;
+/// Numbers in the differences of a block, which the gradient of distances makes on CUDA.
+const DIFFERENCES: i64 = 1 << 26;
 /// The mode of libtorch's `cdist` that does not go over products.
 const EXPLICIT_DIFFERENCES: i64 = 2;
 
@@ -58,7 +60,8 @@ pub enum Estimator {
 /// # Shapes
 /// x `[m, ..]` and real samples `[n, ..]` to a scalar, in float32 or wider; features `[m, ..]` and
 /// `[n, ..]` are flattened to vectors. Pairs are visited in blocks of rows: memory grows with
-/// (m + n) times the length of a feature vector, time with (m + n)^2 times it.
+/// (m + n) times the length of a feature vector, time with (m + n)^2 times it. f is handed both in the
+/// type of x, but in float32 where that is narrower.
 ///
 /// # Forwards
 /// Features: one of x, one of the real samples without a graph. The gradient flows through f into x
@@ -67,7 +70,7 @@ pub enum Estimator {
 ///
 /// # Errors
 /// [`Error::Missing`] without [`Batch::real`](crate::Batch::real); [`Error::OutOfRange`] for a
-/// single sample with the unbiased estimator; [`Error::Shape`], [`Error::Kind`] or
+/// single sample with the unbiased estimator; [`Error::NoGradient`] if `f` detaches; [`Error::Shape`], [`Error::Kind`] or
 /// [`Error::Device`] if the features of x and of the real samples do not fit each other; what `f`
 /// returns.
 ///
@@ -136,10 +139,10 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         }
         let target = {
             let _no_grad = no_grad_guard();
-            self.vectors(real)?
+            self.vectors(&widen_like(real, x)?)?
         };
-        only_in(x, |x| {
-            let vectors = self.vectors(x)?;
+        only_in("features", x, |x| {
+            let vectors = self.vectors(&widen(x)?)?;
             let width: Vec<i64> = target
                 .size()
                 .into_iter()
@@ -207,8 +210,15 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         unit: &Tensor,
         is_sloped: bool,
     ) -> Result<(Tensor, Tensor)> {
-        let block = if x.device() == Device::Cpu { CPU_BLOCK } else { BLOCK };
-        let rows = block.checked_div(batch_size(y)).unwrap_or(1).max(1);
+        let rows_of = |block: i64, row: i64| block.checked_div(row).unwrap_or(1).max(1);
+        let count = batch_size(y);
+        let rows = match x.device() {
+            Device::Cpu => rows_of(CPU_PAIRS, count),
+            _ => {
+                let differences = i64::try_from(y.numel()).unwrap_or(i64::MAX);
+                rows_of(PAIRS, count).min(rows_of(DIFFERENCES, differences))
+            }
+        };
         let mut sum = Tensor::f_zeros([0i64; 0], (Kind::Double, x.device()))?;
         let mut slopes = vec![x.f_narrow(0, 0, 0)?];
         for block in x.f_split(rows, 0)? {

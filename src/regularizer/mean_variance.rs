@@ -49,15 +49,16 @@ pub enum Statistics {
 ///
 /// Below the floor, ln v continues as its tangent there, `ln f + v / f - 1`: a collapsed sample is
 /// still pushed apart, but by at most `1 / (G N sqrt(f))` in the root mean square, where Eq. 7 itself
-/// has no bound. A constant sample (v = 0) has no direction to be pushed in and is moved by its mean alone.
+/// has no bound. A constant sample (v = 0) has no direction to be pushed in and is moved by its mean
+/// alone.
 ///
 /// # Shapes
 /// x `[B, ..]`, for channels `[B, C, ..]` with at least one more axis, to a scalar. m and v are
 /// computed in float32, or float64 for such x.
 ///
 /// # Forwards
-/// None. The gradient flows into x, once: second derivatives are not those of the formula. Targets carry
-/// none.
+/// None. The gradient flows into x, once: second derivatives are not those of the formula. Targets
+/// carry none.
 ///
 /// # Errors
 /// [`Error::Shape`] if the samples have no channels or not as many as the target.
@@ -204,12 +205,15 @@ impl MeanVariance {
 }
 
 fn check_target(mean: &Tensor, variance: &Tensor) -> Result<()> {
-    let smallest = variance.f_min()?.f_double_value(&[])?;
-    for (values, what) in [(mean, "target mean"), (variance, "target variance")] {
-        let sum = values.f_sum(Kind::Double)?.f_double_value(&[])?;
-        checked(what, "finite", sum, sum.is_finite())?;
+    let largest = mean.f_abs()?.f_max()?;
+    // Read together: a GPU is waited for once.
+    let found = Tensor::f_stack(&[largest, variance.f_min()?, variance.f_max()?], 0)?;
+    let value = |index| found.f_double_value(&[index]);
+    let (mean, least, most) = (value(0)?, value(1)?, value(2)?);
+    checked("target mean", "finite", mean, mean <= f64::from(f32::MAX))?;
+    for variance in [least, most] {
+        checked("target variance", "finite and positive", variance, is_positive(variance))?;
     }
-    checked("target variance", "positive", smallest, smallest > 0.0)?;
     Ok(())
 }
 

@@ -11,7 +11,8 @@ use crate::{PreShift, Result};
 /// them from 0 and 1.
 const OPEN_END: f64 = 1.0 / 16_777_216.0;
 
-/// `t = sigmoid(mean + std z)` with z standard normal (SD3). A positive mean favours the clean end.
+/// `t = sigmoid(mean + std z)` with z standard normal (SD3). A positive mean favours the clean end: where
+/// t is the noise level, as in SD3 and LADD, the mean has the other sign.
 ///
 /// z is kept within 5.5 of 0 and t off 0 and 1 by 2^-24, so that no draw gives an end of the path.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -26,7 +27,8 @@ impl LogitNormal {
     /// With the mean and standard deviation of the logit of t.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `mean` is finite and `std` finite and positive.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `mean` is finite and `std` finite and
+    /// positive.
     pub fn new(mean: f64, std: f64) -> Result<Self> {
         checked("mean of the logit", "finite", mean, mean.is_finite())?;
         let valid = std.is_finite() && std > 0.0;

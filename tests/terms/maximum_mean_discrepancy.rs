@@ -160,6 +160,28 @@ fn features_pass_the_gradient_on_and_keep_none() -> Result<()> {
     assert!(!quiet.requires_grad());
     assert!(!term.between(&x.detach(), &y)?.requires_grad());
     approx::assert_relative_eq!(value(&quiet), value(&loss), max_relative = 1e-14);
+    let cut = MaximumMeanDiscrepancy::new(Kernel::Energy)?.features(|x: &Tensor| x.detach());
+    assert!(matches!(cut.between(&x, &y), Err(Error::NoGradient { what: "features" })));
+    let _value = cut.between(&x.detach(), &y)?;
+    Ok(())
+}
+
+#[test]
+fn features_are_handed_one_type() -> Result<()> {
+    use Kind::{BFloat16, Double, Float};
+    for (x, real, handed) in
+        [(Float, BFloat16, Float), (BFloat16, Float, Float), (Double, Float, Double)]
+    {
+        let seen = std::cell::RefCell::new(Vec::new());
+        let term = MaximumMeanDiscrepancy::new(Kernel::Energy)?.features(|x: &Tensor| {
+            seen.borrow_mut().push(x.kind());
+            x.shallow_clone()
+        });
+        let x = leaf(&wave(&[4, 3], 0.3, x));
+        term.between(&x, &wave(&[5, 3], 1.3, real))?.backward();
+        assert_eq!(x.grad().kind(), x.kind());
+        assert_eq!(*seen.borrow(), [handed; 2]);
+    }
     Ok(())
 }
 
@@ -222,7 +244,7 @@ fn bad_input_is_named() -> Result<()> {
         let result = MaximumMeanDiscrepancy::new(kernel);
         matches!(result, Err(Error::OutOfRange { what, .. }) if what == argument)
     };
-    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-50, 1e50] {
         let fixed = |bandwidth, scale| Kernel::Gaussian { bandwidth, scales: vec![scale] };
         assert!(refused(fixed(Bandwidth::Fixed(bad), 1.0), "kernel bandwidth"));
         assert!(refused(fixed(Bandwidth::Mean, bad), "kernel scale"));

@@ -59,6 +59,33 @@ fn the_denoising_loss_of_every_prediction_and_weighting() -> Result<()> {
 }
 
 #[test]
+fn what_a_mask_leaves_out_may_be_anything() -> Result<()> {
+    let (noise, cond) = (double(&SHAPE, 5.0), Condition::none());
+    let time = PostShift::new(Tensor::from_slice(&[0.2, 0.5, 0.8]))?;
+    let weight = Tensor::from(0.6).set_requires_grad(true);
+    let slope = |x: &Tensor, mask: &Tensor| -> Result<Tensor> {
+        let network = |x: &Tensor, _: &Tensor, _: &Condition| (x * &weight).sin();
+        let fake = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
+        let dm = DistributionMatching::new(fake, Shift::NONE);
+        let loss = dm.denoising_loss_at(&Batch::new(x, &cond)?.mask(mask)?, &time, &noise)?;
+        assert!(value(&loss).is_finite());
+        Ok(gradient(&loss, &weight))
+    };
+    // One of three samples, and one element of each.
+    let per_element = Tensor::from_slice(&[true, true, true, false]).view([1, 2, 2]);
+    for mask in [Tensor::from_slice(&[true, false, true]), per_element] {
+        let x = double(&SHAPE, 0.3);
+        let expected = slope(&x, &mask)?;
+        let kept = if mask.dim() == 1 { mask.view([3, 1, 1]) } else { mask.shallow_clone() };
+        for left_out in [f64::NAN, f64::INFINITY] {
+            let found = slope(&x.where_scalarother(&kept, left_out), &mask)?;
+            assert_eq!(found, expected, "{left_out}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn the_loss_of_the_critic_in_every_form_with_every_penalty() -> Result<()> {
     let (x, real) = (double(&SHAPE, 0.3), double(&SHAPE, 1.3));
     let (noise, perturbation) = (double(&SHAPE, 5.0), double(&SHAPE, 7.0));

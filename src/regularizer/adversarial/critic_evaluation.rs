@@ -24,10 +24,12 @@ impl CriticEvaluation {
     /// | name | what | how to read it |
     /// |---|---|---|
     /// | `real_logit`, `fake_logit` | mean D(y_t), mean D(x_t) | |
-    /// | `logit_gap` | the former less the latter | above 15 or below 0.1: one side has won |
-    /// | `real_accuracy`, `fake_accuracy` | share of D(y_t) > 0, of D(x_t) < 0 | both above 0.95 or below 0.55: likewise |
+    /// | `logit_gap` | the former less the latter | far above what it was: the critic has won; around 0: it sees no difference |
+    /// | `real_accuracy`, `fake_accuracy` | share of D(y_t) > 0, of D(x_t) < 0 | both above 0.95, or below 0.55: likewise |
     ///
-    /// The bounds are rules of thumb of practitioners, for logits of a non-saturating loss.
+    /// The bounds are a rule of thumb of a trainer with the hinge loss, which names a gap of 15 for the
+    /// *sum* of six heads. In the relativistic form D may gain any constant: the gap alone means
+    /// something.
     ///
     /// # Errors
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.

@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use crate::Result;
-use crate::value::checked;
+use crate::value::{checked, is_positive};
 
 /// How logits become losses, each a mean over samples and heads. D is the critic, r a real sample, f
 /// a generated one.
@@ -83,7 +83,7 @@ impl CriticPenalty {
         let (what, strength) = match self {
             Self::R1 { gamma } => ("gamma of R1", gamma),
             Self::ApproximateR1 { weight, sigma } => {
-                let valid = sigma.is_finite() && sigma > 0.0;
+                let valid = is_positive(sigma);
                 checked("sigma of the approximate R1", "finite and positive", sigma, valid)?;
                 ("weight of the approximate R1", weight)
             }

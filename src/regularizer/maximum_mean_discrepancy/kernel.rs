@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::numeric::batch_size;
-use crate::value::checked;
+use crate::value::{checked, is_positive};
 use crate::{Error, Result};
 
 /// Keeps kernels finite when all points coincide; far below any distance between data.
@@ -81,16 +81,15 @@ impl Kernel {
         else {
             return Ok(());
         };
-        let positive = |value: f64| value.is_finite() && value > 0.0;
         if let Bandwidth::Fixed(b) = *bandwidth {
-            checked("kernel bandwidth", "finite and positive", b, positive(b))?;
+            checked("kernel bandwidth", "finite and positive", b, is_positive(b))?;
         }
         if scales.is_empty() {
             let (what, requirement) = ("number of kernel scales", "at least 1");
             return Err(Error::OutOfRange { what, requirement, value: 0.0 });
         }
         for &scale in scales {
-            checked("kernel scale", "finite and positive", scale, positive(scale))?;
+            checked("kernel scale", "finite and positive", scale, is_positive(scale))?;
         }
         Ok(())
     }
@@ -154,8 +153,8 @@ impl Kernel {
     }
 }
 
-/// The mean over scales of a kernel and of its derivative, of which `part` gives the value and the fall, the
-/// derivative's negative, at one width.
+/// The mean over scales of a kernel and of its derivative, of which `part` gives the value and the fall,
+/// the derivative's negative, at one width.
 fn mixture(
     squared: &Tensor,
     unit: &Tensor,
