@@ -6,7 +6,7 @@ use tch::Tensor;
 
 use crate::numeric::{once, widen};
 use crate::path::Coefficients;
-use crate::{Path, Prediction, Result};
+use crate::{Guidance, Path, Prediction, Result};
 
 /// The output of a network at one noised sample. The clean sample that it implies is made when someone
 /// asks: a difference of two answers does without.
@@ -48,6 +48,23 @@ impl Answer {
     /// [`sample`](Self::sample), as a tensor of its own.
     pub(crate) fn into_sample(self) -> Result<Tensor> {
         Ok(self.sample()?.shallow_clone())
+    }
+
+    /// `null + alpha (this - null)`, of two answers of one network at one noised sample: since what it
+    /// predicts leads to the clean sample in a straight line, the outputs may be combined before.
+    pub(crate) fn guided(&self, null: &Self, guidance: Guidance) -> Result<Self> {
+        let at = Coefficients {
+            data: self.at.data.shallow_clone(),
+            noise: self.at.noise.shallow_clone(),
+        };
+        Ok(Self {
+            prediction: self.prediction,
+            at,
+            noised: self.noised.shallow_clone(),
+            output: null.output.f_lerp(&self.output, guidance.get())?,
+            sample: OnceCell::new(),
+            is_straight: self.is_straight,
+        })
     }
 
     /// x0-hat of this answer less that of `other` at the same noised sample, as a new tensor

@@ -281,9 +281,9 @@ impl<'a> Probe<'a> {
         let reference = match self.normalizer.reference() {
             Reference::Off => return Ok(None),
             Reference::Guided(guidance) if !guidance.is_neutral() => {
-                let (cond, null) = self.teacher_pair()?;
-                guided = guidance.combine(cond, null)?;
-                &guided
+                let (cond, null) = self.pair()?;
+                guided = cond.guided(null, guidance)?;
+                guided.sample()?
             }
             Reference::Conditional | Reference::Guided(_) => self.teacher_cond()?,
         };

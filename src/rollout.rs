@@ -263,8 +263,8 @@ impl<'a> Sampler<'a> {
         let Some((guidance, null)) = self.guidance else {
             return self.denoiser.denoise(x, time, cond);
         };
-        let (cond, null) = self.denoiser.denoise_pair(x, time, cond, null)?;
-        guidance.combine(&cond, &null)
+        let (cond, null) = self.denoiser.answer_pair(x, time, cond, null)?;
+        cond.guided(&null, guidance)?.into_sample()
     }
 
     /// From the input `x` of `step` and its clean prediction `x0` to the input of the next step;

@@ -1,7 +1,5 @@
 //! Checked numbers: a value of these types is in range, wherever it came from.
 
-use tch::Tensor;
-
 use crate::{Error, Result};
 
 /// More steps than anyone takes, and few enough for memory.
@@ -81,11 +79,6 @@ impl Guidance {
     /// The scale in the alpha-form.
     pub fn get(self) -> f64 {
         self.0
-    }
-
-    /// `null + alpha (cond - null)`, the guided prediction.
-    pub(crate) fn combine(self, cond: &Tensor, null: &Tensor) -> Result<Tensor> {
-        Ok(null.f_lerp(cond, self.0)?)
     }
 
     /// `alpha - 1`: the scale in the w-form, and the weight of CFG Augmentation (Eq. 6).

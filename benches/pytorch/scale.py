@@ -42,7 +42,8 @@ def axes(folder):
 def measure(work, crate, environment):
     side = Side([crate], environment)
     try:
-        before = side.memory("VmRSS")
+        side.ask("setup nothing")
+        before = side.memory("VmHWM")
         side.ask(f"setup {work}")
         first = side.seconds(1)[0]
         count = max(1, int(0.4 / first))

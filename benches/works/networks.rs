@@ -143,12 +143,13 @@ pub fn adamw(tensors: usize, device: Device) -> Result<Work> {
             Ok((format!("{index:03}"), parameter))
         })
         .collect::<Result<Vec<_>>>()?;
-    let first = parameters.first().context("at least one tensor")?.1.shallow_clone();
+    let first = parameters.first().context("at least one tensor")?.1.f_detach()?;
+    let before = first.copy();
     let settings = AdamWSettings { max_gradient_norm: Some(1.0), ..AdamWSettings::default() };
     let mut optimizer = AdamW::new(parameters, settings)?;
     Ok(Box::new(move || {
         let norm = optimizer.step()?;
-        Ok(vec![norm, first.f_detach()?])
+        Ok(vec![norm, first.f_sub(&before)?])
     }))
 }
 
