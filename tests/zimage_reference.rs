@@ -8,7 +8,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use common::{max_difference, value, wave};
+use common::{max_difference, value, wave, worse};
 use tch::{Device, Kind, Tensor};
 use zimage::blocks::Parameters;
 use zimage::checkpoint::read_tensors;
@@ -107,7 +107,7 @@ fn assert_case(
     let outputs = model.forward_items(&latents, &case.one("t")?, &captions, role)?;
     let mut worst = [0f64; 2];
     for (output, expected) in outputs.iter().zip(case.all("output")?) {
-        worst[0] = worst[0].max(relative(output, &expected));
+        worst[0] = worse(worst[0], relative(output, &expected));
     }
     assert_eq!(outputs.len(), latents.len());
 
@@ -134,7 +134,7 @@ fn assert_case(
         };
         let error = relative(&gradient, expected);
         assert!(error < 1e-5, "gradient of {part}: relative error {error}");
-        worst[1] = worst[1].max(error);
+        worst[1] = worse(worst[1], error);
         compared += 1;
     }
     assert!(compared >= 2 * latents.len());

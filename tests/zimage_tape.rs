@@ -8,7 +8,7 @@ mod common;
 mod small_model;
 
 use anyhow::Result;
-use common::{max_difference, seeded, value, wave};
+use common::{max_difference, seeded, value, wave, worse};
 use decoupled_dmd::{Condition, PostShift};
 use small_model::{Inputs, double, every_linear, fill, inputs, model, settings};
 use tch::{Device, Kind, Tensor};
@@ -52,7 +52,7 @@ fn compare(plain: &Named, found: &Named, missing: &[&str]) -> f64 {
         }
         let size = value(&plain.abs().max());
         assert!(size > 0.0, "{name} has no gradient");
-        worst = worst.max(max_difference(plain, found) / size);
+        worst = worse(worst, max_difference(plain, found) / size);
     }
     worst
 }

@@ -96,6 +96,11 @@ pub fn value(tensor: &Tensor) -> f64 {
     tensor.double_value(&[])
 }
 
+/// The larger of two errors; NaN is above all, where `f64::max` would drop it.
+pub fn worse(one: f64, other: f64) -> f64 {
+    if other <= one || one.is_nan() { one } else { other }
+}
+
 pub fn max_difference(left: &Tensor, right: &Tensor) -> f64 {
     (left.to_kind(Kind::Double) - right.to_kind(Kind::Double)).abs().max().double_value(&[])
 }
