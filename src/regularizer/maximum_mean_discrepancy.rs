@@ -183,9 +183,9 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
             Estimator::Unbiased => (m * (m - 1.0), n * (n - 1.0), self.kernel.at_zero()),
             Estimator::Biased => (m * m, n * n, 0.0),
         };
-        let (own_sum, own_slope) = self.pairs(x, x, &unit, true)?;
-        let (real_sum, _) = self.pairs(y, y, &unit, false)?;
-        let (cross_sum, cross_slope) = self.pairs(x, y, &unit, true)?;
+        let (own_sum, own_slope) = self.among_rows(x, &unit, true)?;
+        let (real_sum, _) = self.among_rows(y, &unit, false)?;
+        let (cross_sum, cross_slope) = self.between_rows(x, y, &unit)?;
         let mean = |sum: Tensor, diagonal: f64, pairs: f64| {
             sum.f_sub_scalar(diagonal)?.f_mul_scalar(1.0 / pairs)
         };
@@ -199,40 +199,90 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
     }
 
     /// The sum of k over all pairs of a row of x and a row of y, in float64, and its gradient in the
-    /// rows of x if `is_sloped`, else an empty tensor.
-    ///
-    /// Distances are those of explicit differences: |x|^2 + |y|^2 - 2 xy would lose close pairs to
-    /// rounding.
-    fn pairs(
-        &self,
-        x: &Tensor,
-        y: &Tensor,
-        unit: &Tensor,
-        is_sloped: bool,
-    ) -> Result<(Tensor, Tensor)> {
-        let rows_of = |block: i64, row: i64| block.checked_div(row).unwrap_or(1).max(1);
-        let count = batch_size(y);
-        let rows = match x.device() {
-            Device::Cpu => rows_of(CPU_PAIRS, count),
-            _ => {
-                let differences = i64::try_from(y.numel()).unwrap_or(i64::MAX);
-                rows_of(PAIRS, count).min(rows_of(DIFFERENCES, differences))
-            }
-        };
+    /// rows of x.
+    fn between_rows(&self, x: &Tensor, y: &Tensor, unit: &Tensor) -> Result<(Tensor, Tensor)> {
         let mut sum = Tensor::f_zeros([0i64; 0], (Kind::Double, x.device()))?;
-        let mut slopes = vec![x.f_narrow(0, 0, 0)?];
-        for block in x.f_split(rows, 0)? {
-            let distance = Tensor::f_cdist(&block, y, 2.0, EXPLICIT_DIFFERENCES)?;
-            let (value, mut slope) = self.kernel.evaluate(&distance.f_square()?, unit)?;
-            sum = sum.f_add(&value.f_sum(Kind::Double)?)?;
-            if is_sloped {
-                // d k(d^2) / dd = 2 d k'; where d = 0 its gradient in x is taken as 0.
-                let slope = slope.f_mul_(&distance)?.f_mul_scalar_(2.0)?;
-                slopes.push(Tensor::f_internal_cdist_backward(&slope, &block, y, 2.0, &distance)?);
-            }
+        let mut slopes = Vec::new();
+        for rows in x.f_split(rows_in_block(y), 0)? {
+            let pairs = self.pairs(&rows, y, unit)?;
+            sum = sum.f_add(&pairs.sum)?;
+            slopes.push(pairs.slope_in_rows(&rows, y)?);
         }
         Ok((sum, Tensor::f_cat(&slopes, 0)?))
     }
+
+    /// The sum of k over all pairs of rows of x, those of one row with itself among them, in float64,
+    /// and half of its gradient in x if `is_sloped`, else zeros. Pairs in different blocks are met once.
+    fn among_rows(&self, x: &Tensor, unit: &Tensor, is_sloped: bool) -> Result<(Tensor, Tensor)> {
+        let mut sum = Tensor::f_zeros([0i64; 0], (Kind::Double, x.device()))?;
+        let slope = x.f_zeros_like()?;
+        let mut later = x.shallow_clone();
+        let mut slope_of_later = slope.shallow_clone();
+        for rows in x.f_split(rows_in_block(x), 0)? {
+            let count = batch_size(&rows);
+            let after = |tensor: &Tensor| tensor.f_slice(0, count, None, 1);
+            let mut slope_of_rows = slope_of_later.f_narrow(0, 0, count)?;
+            (later, slope_of_later) = (after(&later)?, after(&slope_of_later)?);
+            let own = self.pairs(&rows, &rows, unit)?;
+            let cross = self.pairs(&rows, &later, unit)?;
+            sum = sum.f_add(&own.sum)?.f_add(&cross.sum.f_mul_scalar(2.0)?)?;
+            if is_sloped {
+                let _ = slope_of_rows.f_add_(&own.slope_in_rows(&rows, &rows)?)?;
+                let _ = slope_of_rows.f_add_(&cross.slope_in_rows(&rows, &later)?)?;
+                let _ = slope_of_later.f_add_(&cross.turned()?.slope_in_rows(&later, &rows)?)?;
+            }
+        }
+        Ok((sum, slope))
+    }
+
+    /// All pairs of a row of x and a row of y, at once.
+    ///
+    /// Distances are those of explicit differences: |x|^2 + |y|^2 - 2 xy would lose close pairs to
+    /// rounding.
+    fn pairs(&self, x: &Tensor, y: &Tensor, unit: &Tensor) -> Result<Pairs> {
+        let distance = Tensor::f_cdist(x, y, 2.0, EXPLICIT_DIFFERENCES)?;
+        let (value, mut slope) = self.kernel.evaluate(&distance.f_square()?, unit)?;
+        // d k(d^2) / dd = 2 d k'; where d = 0 its gradient in x is taken as 0.
+        let slope = slope.f_mul_(&distance)?.f_mul_scalar_(2.0)?;
+        Ok(Pairs { sum: value.f_sum(Kind::Double)?, slope, distance })
+    }
+}
+
+/// The kernel over pairs of rows.
+struct Pairs {
+    /// Its sum, in float64.
+    sum: Tensor,
+    /// Its derivative in the distance, a number a pair.
+    slope: Tensor,
+    distance: Tensor,
+}
+
+impl Pairs {
+    /// The gradient of the sum in the rows of x, for pairs of a row of x and a row of y.
+    fn slope_in_rows(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        Ok(Tensor::f_internal_cdist_backward(&self.slope, x, y, 2.0, &self.distance)?)
+    }
+
+    /// The same pairs seen from the other side.
+    fn turned(&self) -> Result<Self> {
+        let turn = |tensor: &Tensor| tensor.f_transpose(0, 1)?.f_contiguous();
+        Ok(Self {
+            sum: self.sum.shallow_clone(),
+            slope: turn(&self.slope)?,
+            distance: turn(&self.distance)?,
+        })
+    }
+}
+
+/// How many rows meet those of y in one block.
+fn rows_in_block(y: &Tensor) -> i64 {
+    let rows = |block: i64, row: i64| block.checked_div(row).unwrap_or(1).max(1);
+    let count = batch_size(y);
+    if y.device() == Device::Cpu {
+        return rows(CPU_PAIRS, count);
+    }
+    let differences = i64::try_from(y.numel()).unwrap_or(i64::MAX);
+    rows(PAIRS, count).min(rows(DIFFERENCES, differences))
 }
 
 impl Regularizer for MaximumMeanDiscrepancy<'_> {
