@@ -10,7 +10,7 @@ use decoupled_dmd::{
     Statistics, Uniform,
 };
 use proptest::prelude::*;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Tensors of one shape, in one type.
 struct Setting {
@@ -233,6 +233,16 @@ fn networks_never_get_a_time_wider_than_the_sample() -> Result<()> {
         let gan = Adversarial::new(RectifiedFlow, Shift::NONE, network);
         let _loss = gan.critic_loss_at(&batch, &time, &s.noise, &s.noise)?;
     }
+    // Asked directly, it gets them as they are.
+    let narrow = (Kind::BFloat16, Device::Cpu);
+    let network = |x: &Tensor, t: &Tensor, _: &Condition| {
+        assert_eq!((x.kind(), t.kind()), (Kind::BFloat16, Kind::BFloat16));
+        x * 0.5
+    };
+    let model = Denoiser::new(RectifiedFlow, Prediction::Sample, network);
+    let (noised, time) = (Tensor::ones([2, 3], narrow), PostShift::all(0.5, 2, narrow)?);
+    let sample = model.denoise(&noised, &time, &Condition::none())?;
+    assert_eq!(sample.kind(), Kind::Float);
     Ok(())
 }
 
