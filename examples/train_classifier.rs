@@ -1,7 +1,7 @@
 //! Trains the classifier that judges generated emoji.
 //!
 //! ```sh
-//! cargo run --release --example train_classifier -- --bf16
+//! cargo run --release --example train_classifier -- --out runs/classifier --bf16
 //! ```
 //! It learns every picture, those held out of the generators' training too: it compares, it does not
 //! compete. It sees pictures moved, scaled, turned, recoloured, noisy and partly covered, but never
@@ -21,6 +21,7 @@ use zimage::data::EmojiData;
 use zimage::flow_matching::step_seed;
 use zimage::metrics::Judge;
 use zimage::optimizer::{AdamW, AdamWSettings};
+use zimage::options::set_threads;
 
 /// Steps between two progress lines.
 const REPORT_EVERY: u64 = 100;
@@ -31,7 +32,7 @@ const LUMINANCE: [f32; 3] = [0.299, 0.587, 0.114];
 #[derive(Parser)]
 struct Arguments {
     /// Folder for classifier.safetensors
-    #[arg(long, default_value = "assets/classifier")]
+    #[arg(long)]
     out: PathBuf,
     /// Folder with emoji.png, captions.json, vocabulary.txt and vectors.safetensors
     #[arg(long, default_value = "assets/emoji")]
@@ -73,7 +74,7 @@ impl Arguments {
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     ensure!(arguments.batch > 0 && arguments.steps > 0, "--batch and --steps must be positive");
-    tch::set_num_threads(arguments.threads);
+    set_threads(Some(arguments.threads))?;
     let data = EmojiData::load(&arguments.data)?;
     let classifier = train(&arguments, &data)?;
     fs::create_dir_all(&arguments.out)

@@ -26,10 +26,13 @@ use zimage::fingerprint::fingerprint;
 use zimage::flow_matching::{SHIFT, flow_matching_loss, step_seed};
 use zimage::interrupt::{INTERRUPTED, Interrupt};
 use zimage::optimizer::{AdamW, AdamWSettings};
+use zimage::options::set_threads;
 use zimage::picture::write_grid;
 use zimage::pipeline::Pipeline;
+use zimage::student::{Lock, create_folder};
 use zimage::teacher_options::TeacherOptions;
 use zimage::training_state::{Progress, StateFolder};
+use zimage::weights::read_json;
 use zimage::{Config, ZImageTransformer};
 
 /// Steps between two progress lines.
@@ -57,10 +60,10 @@ fn main() -> Result<ExitCode> {
         arguments.from.is_none() || arguments.config.is_none(),
         "--from brings its own config: leave --config out"
     );
-    tch::set_num_threads(arguments.threads);
+    ensure!(arguments.measure != Some(0), "--measure must be at least 1 step");
+    set_threads(Some(arguments.threads))?;
     let config = match &arguments.config {
-        Some(path) => serde_json::from_str(&fs::read_to_string(path)?)
-            .with_context(|| format!("parsing {}", path.display()))?,
+        Some(path) => read_json(path)?,
         None => Config::embedded(),
     };
     let data = EmojiData::load(&arguments.data)?;
@@ -69,8 +72,8 @@ fn main() -> Result<ExitCode> {
         trainer.measure(steps)?;
         return Ok(ExitCode::SUCCESS);
     }
-    fs::create_dir_all(&arguments.out)
-        .with_context(|| format!("creating {}", arguments.out.display()))?;
+    create_folder(&arguments.out)?;
+    let _lock = Lock::take(&arguments.out)?;
     let mut states = open_states(&arguments, trainer.model.config())?;
     trainer.resume(&states)?;
     if !trainer.run(&mut states)? {
@@ -312,11 +315,12 @@ impl<'a> Trainer<'a> {
             .collect()
     }
 
-    /// Writes everything needed to go on, and the averaged model as a diffusers folder.
+    /// Writes the averaged model as a diffusers folder, and everything needed to go on.
     fn save(&self, states: &mut StateFolder) -> Result<()> {
-        states.save(&self.state(), Progress::default())?;
+        // The model first: a run that goes on from the state of the last step does not write it again.
         Pipeline { transformer: self.average.duplicate()?, shift: Shift::new(SHIFT)? }
-            .save(&self.arguments.out.join("teacher"))
+            .save(&self.arguments.out.join("teacher"))?;
+        states.save(&self.state(), Progress::default())
     }
 
     fn resume(&mut self, states: &StateFolder) -> Result<()> {

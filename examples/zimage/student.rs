@@ -126,9 +126,11 @@ pub struct Lock {
 }
 
 impl Lock {
+    /// Takes the lock of a folder.
+    ///
     /// # Errors
     /// If another process has it, or the file cannot be made.
-    fn take(folder: &Path) -> Result<Self> {
+    pub fn take(folder: &Path) -> Result<Self> {
         let path = folder.join(".lock");
         let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
         match FileExt::try_lock(&file) {
