@@ -38,6 +38,7 @@ use zimage::classifier::Classifier;
 use zimage::data::EmojiData;
 use zimage::metrics::{Judge, mean_variance};
 use zimage::prompts::Prompts;
+use zimage::weights::read_json;
 
 const DM: Shield = Shield::DistributionMatching(Tau::Full);
 
@@ -207,7 +208,7 @@ struct Sample {
 }
 
 fn numbers() -> Result<Numbers> {
-    record::read("tests/reference/ablation.json".as_ref())
+    read_json("tests/reference/ablation.json".as_ref())
 }
 
 #[test]
@@ -278,13 +279,13 @@ fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
     };
     let bench = Bench::new(judge()?, &material, &data, 6, false)?;
     write_reference(folder, &material, &bench)?;
-    let reference: Reference = record::read(&reference_path(folder))?;
+    let reference: Reference = read_json(&reference_path(folder))?;
     assert_eq!((reference.real.alignment, reference.real.frechet_distance), (1.0, 0.0));
     let arm = Arm::new("ca", 2).engine(Tau::AboveStudent).observer().quick();
     run(folder, folder, &arm, 0, &material, &bench)?;
 
     let path = run_path(folder, "ca", 0);
-    let record: RunRecord = record::read(&path)?;
+    let record: RunRecord = read_json(&path)?;
     assert_eq!(record.arm, arm);
     assert_eq!(record.captions, 6);
     assert_eq!(record.points.iter().map(|p| p.update).collect::<Vec<_>>(), [0, 1, 2]);
@@ -303,6 +304,10 @@ fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
     let before = std::fs::metadata(&path)?.modified()?;
     run(folder, folder, &arm, 0, &material, &bench)?;
     assert_eq!(std::fs::metadata(&path)?.modified()?, before);
+    // A result of other settings does not pass for that of these.
+    let other = arm.clone().with(|arm| arm.student_learning_rate *= 2.0);
+    let error = run(folder, folder, &other, 0, &material, &bench).unwrap_err().to_string();
+    assert!(error.contains("ca-seed0.json was made with other settings"), "{error}");
 
     // Captions for choosing and captions for reporting do not meet.
     let selection = Bench::new(judge()?, &material, &data, 6, true)?;
@@ -327,7 +332,10 @@ fn the_report_takes_its_numbers_from_the_files() -> Result<()> {
     let template = "{{value one fine-power}} {{at one 0 drift}} {{seen two 0.5 fake}} a {{value one alignment}} b {{value one drift}} c \
                     {{paired two one alignment}} d {{verdict two one alignment}} e \
                     {{teacher guided frechet}} f {{runs}}\n{{table pair}}{{curves pair}}\
+                    {{strips pair}} {{picture one-seen}} \
                     {{when pair}}finished{{end}}{{unless pair}}open{{end}}";
+    // What stands before the text is for those who edit it.
+    let template = &format!("<!-- a template -->\n{template}");
     report::write(template, &document, &figures, &results)?;
     let text = std::fs::read_to_string(&document)?;
     // The half width is 12.7062 times half the distance of two values.
@@ -338,10 +346,11 @@ fn the_report_takes_its_numbers_from_the_files() -> Result<()> {
         "| two | 2 | 66.0 ± 76.2 |",
         "| *teacher, 4 steps, unguided* | | 80.0 |",
         "](figures/pair-curves.svg)",
+        "*not run* *not run*",
     ] {
         assert!(text.contains(part), "{part} is not in\n{text}");
     }
-    assert!(text.ends_with("finished"), "{text}");
+    assert!(text.starts_with("25.0") && text.ends_with("finished"), "{text}");
     let plot = std::fs::read(figures.join("pair-curves.svg"))?;
     report::write(template, &document, &figures, &results)?;
     assert_eq!(std::fs::read_to_string(&document)?, text);

@@ -1,15 +1,14 @@
 //! The result files: one for each run, and one for the teacher that all are compared with.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
-use serde::de::DeserializeOwned;
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::arm::Arm;
 use super::bench::{Measurement, Observation};
+use crate::zimage::weights::read_json;
 
 /// A measurement on the way, and the means of the diagnostics since the one before.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -40,6 +39,22 @@ pub struct RunRecord {
     pub seconds: f64,
 }
 
+impl RunRecord {
+    /// Reads the file of a run of `arm`, measured on as many `captions`.
+    ///
+    /// # Errors
+    /// If the file is missing or broken, or the run had other settings.
+    pub fn load(path: &Path, arm: &Arm, captions: usize) -> Result<Self> {
+        let record: Self = read_json(path)?;
+        ensure!(
+            record.arm == *arm && record.captions == captions,
+            "{} was made with other settings: remove it, or name another --out",
+            path.display()
+        );
+        Ok(record)
+    }
+}
+
 /// The teacher on the same captions and noise.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Reference {
@@ -63,15 +78,6 @@ pub fn run_path(folder: &Path, arm: &str, seed: u64) -> PathBuf {
 /// File of the teacher's scores.
 pub fn reference_path(folder: &Path) -> PathBuf {
     folder.join("teacher.json")
-}
-
-/// Reads a JSON file.
-///
-/// # Errors
-/// Names the file that is missing or broken.
-pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))
 }
 
 /// Numbers at six digits: what a file keeps.

@@ -18,12 +18,15 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
 use super::bench::Measurement;
 use super::plots;
 use super::results::{Field, Results};
 use super::statistics::Interval;
+
+/// Stands where a picture would.
+const NO_PICTURE: &str = "*not run*";
 
 /// Writes the document and its plots. Pictures are those that the runs have left in `figures`.
 ///
@@ -33,6 +36,9 @@ pub fn write(template: &str, document: &Path, figures: &Path, results: &Results)
     let folder = document.parent().context("the document needs a folder")?;
     let link = figures.strip_prefix(folder).unwrap_or(figures).display().to_string();
     let report = Report { results, figures, link };
+    // What the template says about itself is not for the document.
+    let comment = template.strip_prefix("<!--").and_then(|rest| rest.split_once("-->\n"));
+    let template = comment.map_or(template, |(_, rest)| rest);
     let mut text = String::new();
     let template = report.chosen(template)?;
     let mut rest = template.as_str();
@@ -230,7 +236,9 @@ impl Report<'_> {
             .map(|arm| arm.name.as_str())
             .filter(|arm| self.figures.join(format!("{arm}.png")).exists())
             .collect();
-        ensure!(!present.is_empty(), "no pictures of the experiment {experiment}");
+        if present.is_empty() {
+            return Ok(NO_PICTURE.to_owned());
+        }
         // Three to a row: that many fit a page.
         let mut text = String::new();
         for row in present.chunks(3) {
@@ -243,7 +251,9 @@ impl Report<'_> {
 
     fn picture(&self, name: &str) -> Result<String> {
         let file = format!("{name}.png");
-        ensure!(self.figures.join(&file).exists(), "there is no {file}");
+        if !self.figures.join(&file).exists() {
+            return Ok(NO_PICTURE.to_owned());
+        }
         Ok(format!("![{name}]({}/{file})", self.link))
     }
 

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
 use super::experiments::Experiment;
-use super::record::{Reference, RunRecord, read, reference_path, run_path};
+use super::record::{Reference, RunRecord, reference_path, run_path};
 use super::statistics::Interval;
+use crate::zimage::weights::read_json;
 
 /// Seeds that are looked for.
 pub const MOST_SEEDS: u64 = 20;
@@ -100,7 +101,7 @@ impl Results {
     /// If the teacher's file is missing, a file is broken, or a run was made with other settings or
     /// captions than the arm has now.
     pub fn load(folder: &Path, experiments: Vec<Experiment>) -> Result<Self> {
-        let reference: Reference = read(&reference_path(folder))?;
+        let reference: Reference = read_json(&reference_path(folder))?;
         let mut runs: BTreeMap<String, Vec<RunRecord>> = BTreeMap::new();
         for arm in experiments.iter().flat_map(|experiment| &experiment.arms) {
             if runs.contains_key(&arm.name) {
@@ -109,13 +110,7 @@ impl Results {
             let of_arm = runs.entry(arm.name.clone()).or_default();
             for path in (0..MOST_SEEDS).map(|seed| run_path(folder, &arm.name, seed)) {
                 if path.exists() {
-                    let record: RunRecord = read(&path)?;
-                    ensure!(
-                        record.arm == *arm && record.captions == reference.captions,
-                        "{} was made with other settings: remove it and run again",
-                        path.display()
-                    );
-                    of_arm.push(record);
+                    of_arm.push(RunRecord::load(&path, arm, reference.captions)?);
                 }
             }
         }

@@ -11,10 +11,11 @@ use tch::Tensor;
 
 use super::arm::Arm;
 use super::bench::{Bench, Measurement, radial_spectrum};
-use super::record::{Point, Reference, RunRecord, read, reference_path, rounded, run_path};
+use super::record::{Point, Reference, RunRecord, reference_path, rounded, run_path};
 use super::training::{Material, Trainer};
 use crate::zimage::picture::write_grid;
 use crate::zimage::pipeline::write_json;
+use crate::zimage::weights::read_json;
 
 /// Steps and guidance of the teacher that students are compared with.
 const TEACHER_STEPS: usize = 50;
@@ -29,7 +30,7 @@ const FEW_STEPS: [usize; 3] = [1, 4, 8];
 pub fn write_reference(folder: &Path, material: &Material<'_>, bench: &Bench<'_>) -> Result<()> {
     let path = reference_path(folder);
     if path.exists() {
-        let found: Reference = read(&path)?;
+        let found: Reference = read_json(&path)?;
         ensure!(
             (found.captions, found.selection) == (bench.captions(), bench.is_selection()),
             "{} holds measurements on other captions: name another --out",
@@ -58,7 +59,8 @@ pub fn write_reference(folder: &Path, material: &Material<'_>, bench: &Bench<'_>
 /// over columns of measurements, goes to `pictures`.
 ///
 /// # Errors
-/// If libtorch fails or a file cannot be written. Numbers that are not finite are a result.
+/// If the file there is that of a run with other settings, libtorch fails, or a file cannot be written.
+/// Numbers that are not finite are a result.
 pub fn run(
     folder: &Path,
     pictures: &Path,
@@ -69,6 +71,8 @@ pub fn run(
 ) -> Result<()> {
     let path = run_path(folder, &arm.name, seed);
     if path.exists() {
+        let _record = RunRecord::load(&path, arm, bench.captions())?;
+        eprintln!("{} seed {seed}: skipped, its file is there", arm.name);
         return Ok(());
     }
     let start = Instant::now();
