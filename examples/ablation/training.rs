@@ -238,12 +238,8 @@ impl<'a> Trainer<'a> {
 
     fn train_fake(&mut self, rollout: &Rollout) -> Result<f64> {
         let Some(fake) = &mut self.fake else { return Ok(0.0) };
-        let steps = rollout.trajectory.draw_steps()?;
-        let x = rollout.trajectory.samples_at(&steps)?;
         let Material { teacher, shift, .. } = *self.material;
-        let loss = DistributionMatching::new(fake.denoiser(teacher), shift)
-            .denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps))?)?;
-        let _norm = fake.learner.descend(&loss, None)?;
+        let (loss, _norm) = fake.train(teacher, rollout, shift, None)?;
         Ok(f64::try_from(&loss)?)
     }
 

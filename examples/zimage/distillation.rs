@@ -223,15 +223,10 @@ impl<'a> Distillation<'a> {
     }
 
     fn train_fake(&mut self, rollout: &Rollout) -> Result<f64> {
-        let steps = rollout.trajectory.draw_steps()?;
-        let x = rollout.trajectory.samples_at(&steps)?;
         let tape = self.tape();
-        let loss = {
-            let fake = self.fake.training(self.teacher, tape.as_ref());
-            let dm = DistributionMatching::new(fake, self.recipe.shift);
-            dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps))?)?
-        };
-        let _norm = finite(&self.fake.learner.descend(&loss, tape.as_ref())?)?;
+        let (loss, norm) =
+            self.fake.train(self.teacher, rollout, self.recipe.shift, tape.as_ref())?;
+        finite(&norm)?;
         Ok(f64::try_from(&loss)?)
     }
 

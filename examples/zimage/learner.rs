@@ -1,7 +1,7 @@
 //! What trainings are made of: networks with their optimizers, and the student's rollout.
 
 use anyhow::Result;
-use decoupled_dmd::{Condition, Denoiser, Trajectory};
+use decoupled_dmd::{Batch, Condition, Denoiser, DistributionMatching, Shift, Trajectory};
 use tch::{Kind, Tensor};
 
 use super::adapter::fake_denoiser;
@@ -91,13 +91,26 @@ impl FakeScore {
         fake_denoiser(self.learner.weights.network(base), &self.steps)
     }
 
-    /// What to train, see [`Trained::training`].
-    pub fn training<'a>(
-        &'a self,
-        base: &'a ZImageTransformer,
-        tape: Option<&'a Tape>,
-    ) -> Denoiser<'a> {
-        fake_denoiser(self.learner.weights.training(base, tape), &self.steps)
+    /// One update on the samples of a rollout; returns loss and gradient norm as scalar tensors.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn train(
+        &mut self,
+        base: &ZImageTransformer,
+        rollout: &Rollout,
+        shift: Shift,
+        tape: Option<&Tape>,
+    ) -> Result<(Tensor, Tensor)> {
+        let steps = rollout.trajectory.draw_steps()?;
+        let x = rollout.trajectory.samples_at(&steps)?;
+        let loss = {
+            let fake = fake_denoiser(self.learner.weights.training(base, tape), &self.steps);
+            let dm = DistributionMatching::new(fake, shift);
+            dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps))?)?
+        };
+        let norm = self.learner.descend(&loss, tape)?;
+        Ok((loss, norm))
     }
 }
 
