@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Every run writes one file when it is done and is skipped once that file is there, so the program
-//! can be stopped at any time and started again.
+//! can be stopped at any time and started again. A file of a run with other settings is refused.
 
 #[path = "ablation/mod.rs"]
 mod ablation;
@@ -29,6 +29,7 @@ use clap::Parser;
 use tch::Kind;
 use zimage::classifier::Classifier;
 use zimage::data::EmojiData;
+use zimage::failure::described;
 use zimage::metrics::Judge;
 use zimage::pipeline::Pipeline;
 use zimage::prompts::Prompts;
@@ -76,7 +77,7 @@ fn main() -> ExitCode {
     match work(&Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", described(&error));
             ExitCode::FAILURE
         }
     }

@@ -12,6 +12,7 @@ mod zimage;
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
+use zimage::failure::{described, is_out_of_memory};
 use zimage::options::{Options, set_threads};
 use zimage::{embedded, released};
 
@@ -19,7 +20,13 @@ fn main() -> ExitCode {
     match Options::from_command_line().and_then(|options| run(&options)) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", described(&error));
+            if is_out_of_memory(&error) {
+                eprintln!(
+                    "A smaller --batch needs less memory; with a released model a smaller --size or --rank too, \
+                     and --plan says what each takes"
+                );
+            }
             ExitCode::FAILURE
         }
     }

@@ -16,6 +16,7 @@ pub mod ema;
 pub mod embedded;
 pub mod encoder_key;
 pub mod evaluation;
+pub mod failure;
 pub mod features;
 pub mod fingerprint;
 pub mod flow_matching;
