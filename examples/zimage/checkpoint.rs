@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::blocks::Parameters;
 use super::config::{CLASS_NAME, Config};
+use super::pipeline::write_json;
 use super::transformer::ZImageTransformer;
 use super::weights::{Weights, check_shapes};
 
@@ -74,9 +75,7 @@ impl ZImageTransformer {
         fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
         let mut config = serde_json::to_value(self.config())?;
         config["_class_name"] = CLASS_NAME.into();
-        write_atomically(&folder.join("config.json"), |path| {
-            Ok(fs::write(path, serde_json::to_string_pretty(&config)? + "\n")?)
-        })?;
+        write_json(&folder.join("config.json"), &config)?;
         write_tensors(&folder.join(format!("{WEIGHTS}.safetensors")), self.parameters())
     }
 }
@@ -149,9 +148,12 @@ pub fn write_atomically(path: &Path, write: impl FnOnce(&Path) -> Result<()>) ->
     let mut temporary = PathBuf::from(path).into_os_string();
     temporary.push(".partial");
     let temporary = PathBuf::from(temporary);
-    write(&temporary)
-        .and_then(|()| Ok(File::open(&temporary)?.sync_all()?))
-        .with_context(|| format!("writing {}", temporary.display()))?;
+    let written = write(&temporary).and_then(|()| Ok(File::open(&temporary)?.sync_all()?));
+    if written.is_err() {
+        // Half a file is of no use, and a full disk is short of its room.
+        let _ = fs::remove_file(&temporary);
+    }
+    written.with_context(|| format!("writing {}", temporary.display()))?;
     fs::rename(&temporary, path)
         .map_err(Into::into)
         .and_then(|()| sync_folder(path.parent().unwrap_or(Path::new(""))))

@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::blocks::Parameters;
-use super::checkpoint::{read_tensors, write_atomically, write_tensors};
+use super::checkpoint::{read_tensors, write_tensors};
 use super::encoder_key::{Hash, encoder_key};
+use super::pipeline::write_json;
 use super::text::{MAX_TOKENS, TextEncoder, frame};
 use super::weights::read_json;
 
@@ -150,9 +151,7 @@ impl FeatureCache {
 
     fn create(folder: &Path, manifest: Manifest) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
-        write_atomically(&folder.join(MANIFEST), |path| {
-            Ok(fs::write(path, serde_json::to_string_pretty(&manifest)? + "\n")?)
-        })?;
+        write_json(&folder.join(MANIFEST), &manifest)?;
         Ok(Self { folder: folder.into(), manifest })
     }
 
