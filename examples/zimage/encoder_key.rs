@@ -1,43 +1,12 @@
-//! What cached features are filed under: short keys for prompts and encoders.
+//! What tells text encoders apart whose features are cached.
 
-use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use tch::Kind;
 
-/// Files up to this size are hashed whole.
-const WHOLE: u64 = 1 << 20;
-/// Of larger files, this many blocks at even distances are hashed, the first and the last among them.
-const BLOCKS: u64 = 256;
-const BLOCK: u64 = 4096;
-
-/// FNV-1a with 128 bits (Fowler, Noll, Vo): tells texts and files apart by accident, not against
-/// intent. The hash of the standard library may change with its version, and this one is kept on disk.
-#[derive(Debug)]
-pub struct Hash(u128);
-
-impl Default for Hash {
-    fn default() -> Self {
-        Self(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d)
-    }
-}
-
-impl Hash {
-    /// Adds bytes and their number, so that neighbours cannot trade bytes.
-    pub fn add(&mut self, bytes: &[u8]) {
-        for byte in bytes.iter().chain(&(bytes.len() as u64).to_le_bytes()) {
-            self.0 = (self.0 ^ u128::from(*byte))
-                .wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b);
-        }
-    }
-
-    /// 32 hexadecimal digits.
-    pub fn hex(&self) -> String {
-        format!("{:032x}", self.0)
-    }
-}
+use super::fingerprint::{Hash, add_file};
 
 /// Names the text encoder of a diffusers folder that computes in `kind`.
 ///
@@ -69,26 +38,4 @@ pub fn encoder_key(folder: &Path, kind: Kind) -> Result<String> {
         add_file(&mut hash, path).with_context(|| format!("reading {}", path.display()))?;
     }
     Ok(hash.hex())
-}
-
-/// Adds the size of a file, and its content or blocks of it.
-fn add_file(hash: &mut Hash, path: &Path) -> Result<()> {
-    let mut file = File::open(path)?;
-    let size = file.metadata()?.len();
-    hash.add(&size.to_le_bytes());
-    if size <= WHOLE {
-        let mut content = Vec::new();
-        file.read_to_end(&mut content)?;
-        hash.add(&content);
-        return Ok(());
-    }
-    let mut block = [0; BLOCK as usize];
-    let room = u128::from(size - BLOCK);
-    for index in 0..BLOCKS {
-        let start = room * u128::from(index) / u128::from(BLOCKS - 1);
-        file.seek(SeekFrom::Start(start as u64))?;
-        file.read_exact(&mut block)?;
-        hash.add(&block);
-    }
-    Ok(())
 }

@@ -11,7 +11,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::blocks::Parameters;
 use super::checkpoint::{read_tensors, write_tensors};
-use super::encoder_key::{Hash, encoder_key};
+use super::encoder_key::encoder_key;
+use super::fingerprint::Hash;
 use super::pipeline::write_json;
 use super::text::{MAX_TOKENS, TextEncoder, frame};
 use super::weights::read_json;

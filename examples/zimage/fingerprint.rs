@@ -6,11 +6,40 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// Bytes read at either end of a file.
-const SAMPLE: u64 = 1 << 20;
+/// Files up to this size are hashed whole.
+const WHOLE: u64 = 1 << 20;
+/// Of larger files, this many blocks at even distances are hashed, the first and the last among them.
+const BLOCKS: u64 = 256;
+const BLOCK: u64 = 4096;
 
 /// Folders of a checkpoint that a run reads.
 const PARTS: [&str; 5] = ["scheduler", "text_encoder", "tokenizer", "transformer", "vae"];
+
+/// FNV-1a with 128 bits (Fowler, Noll, Vo): tells texts and files apart by accident, not against
+/// intent. The hash of the standard library may change with its version, and this one is kept on disk.
+#[derive(Debug)]
+pub struct Hash(u128);
+
+impl Default for Hash {
+    fn default() -> Self {
+        Self(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d)
+    }
+}
+
+impl Hash {
+    /// Adds bytes and their number, so that neighbours cannot trade bytes.
+    pub fn add(&mut self, bytes: &[u8]) {
+        for byte in bytes.iter().chain(&(bytes.len() as u64).to_le_bytes()) {
+            self.0 = (self.0 ^ u128::from(*byte))
+                .wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b);
+        }
+    }
+
+    /// 32 hexadecimal digits.
+    pub fn hex(&self) -> String {
+        format!("{:032x}", self.0)
+    }
+}
 
 /// [`fingerprint`] of those parts of a diffusers folder that there are: what else lies in it, a run of ours
 /// for instance, is not the model.
@@ -18,18 +47,18 @@ const PARTS: [&str; 5] = ["scheduler", "text_encoder", "tokenizer", "transformer
 /// # Errors
 /// If a file cannot be read.
 pub fn fingerprint_model(folder: &Path) -> Result<String> {
-    let mut hash = Fnv::default();
+    let mut hash = Hash::default();
     for part in PARTS {
         let path = folder.join(part);
         if path.exists() {
             hash.add(format!("{part} {}", fingerprint(&path)?).as_bytes());
         }
     }
-    Ok(format!("{:016x}", hash.0))
+    Ok(hash.hex())
 }
 
-/// A number for the content of a file or of all files in a folder: of their names, their lengths, and
-/// the first and the last mebibyte of each. Weights that were trained differ there, and a checkpoint of
+/// A key for the content of a file or of all files in a folder: of their names, their lengths, and all of
+/// small files or blocks of large ones. Another training changes weights everywhere, and a checkpoint of
 /// many gigabytes takes no time.
 ///
 /// # Errors
@@ -38,13 +67,13 @@ pub fn fingerprint(path: &Path) -> Result<String> {
     let mut files = Vec::new();
     list(path, &mut files).with_context(|| format!("reading {}", path.display()))?;
     files.sort();
-    let mut hash = Fnv::default();
+    let mut hash = Hash::default();
     for file in files {
         let name = file.strip_prefix(path)?.to_string_lossy().into_owned();
         hash.add(name.as_bytes());
         add_file(&mut hash, &file).with_context(|| format!("reading {}", file.display()))?;
     }
-    Ok(format!("{:016x}", hash.0))
+    Ok(hash.hex())
 }
 
 fn list(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
@@ -58,33 +87,27 @@ fn list(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-fn add_file(hash: &mut Fnv, path: &Path) -> Result<()> {
+/// Adds the size of a file, and its content or blocks of it.
+///
+/// # Errors
+/// If the file cannot be read.
+pub fn add_file(hash: &mut Hash, path: &Path) -> Result<()> {
     let mut file = File::open(path)?;
-    let length = file.metadata()?.len();
-    hash.add(&length.to_le_bytes());
-    let mut bytes = Vec::new();
-    file.by_ref().take(SAMPLE).read_to_end(&mut bytes)?;
-    if length > SAMPLE {
-        file.seek(SeekFrom::Start(SAMPLE.max(length.saturating_sub(SAMPLE))))?;
-        file.take(SAMPLE).read_to_end(&mut bytes)?;
+    let size = file.metadata()?.len();
+    hash.add(&size.to_le_bytes());
+    if size <= WHOLE {
+        let mut content = Vec::new();
+        file.read_to_end(&mut content)?;
+        hash.add(&content);
+        return Ok(());
     }
-    hash.add(&bytes);
+    let mut block = [0; BLOCK as usize];
+    let room = u128::from(size - BLOCK);
+    for index in 0..BLOCKS {
+        let start = room * u128::from(index) / u128::from(BLOCKS - 1);
+        file.seek(SeekFrom::Start(start as u64))?;
+        file.read_exact(&mut block)?;
+        hash.add(&block);
+    }
     Ok(())
-}
-
-/// FNV-1a with 64 bits: unlike the standard library's hash, the same in every release.
-struct Fnv(u64);
-
-impl Default for Fnv {
-    fn default() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-}
-
-impl Fnv {
-    fn add(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-        }
-    }
 }
