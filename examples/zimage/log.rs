@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead as _, BufReader, Seek as _, SeekFrom, Write as _};
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::Value;
 
 /// A log that can be cut back to where a state was saved, so that no line is lost or written twice.
@@ -14,10 +14,11 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens the log and forgets what is behind its first `bytes` bytes. Returns the lines before.
+    /// Opens the log and forgets what is behind its first `bytes` bytes. Returns the lines before. A log
+    /// that is shorter starts anew, with a warning: the run can go on without it.
     ///
     /// # Errors
-    /// If the file is shorter than that, holds something else, or cannot be written.
+    /// If the file holds something else, or cannot be written.
     pub fn open(path: &Path, bytes: u64) -> Result<(Self, Vec<Value>)> {
         Self::cut(path, bytes).with_context(|| format!("opening {}", path.display()))
     }
@@ -27,11 +28,14 @@ impl Log {
             OpenOptions::new().read(true).write(true).create(true).truncate(false).clone();
         let mut file = options.open(path)?;
         let length = file.metadata()?.len();
-        ensure!(
-            length >= bytes,
-            "it has {length} bytes but had {bytes} when the training state was saved"
-        );
-        file.set_len(bytes)?;
+        if length < bytes {
+            eprintln!(
+                "warning: {} has {length} bytes but had {bytes} when the training state was saved: it \
+                 starts anew, without what was observed before",
+                path.display()
+            );
+        }
+        file.set_len(if length < bytes { 0 } else { bytes })?;
         let lines = BufReader::new(&file)
             .lines()
             .map(|line| Ok(serde_json::from_str(&line?)?))
