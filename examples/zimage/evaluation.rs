@@ -83,6 +83,8 @@ impl<'a> Evaluator<'a> {
         let device = network.model.device();
         let denoiser = denoiser(network);
         let grid = FewStepGrid::even(run.steps, self.shift)?;
+        // Of the noise between steps, where there is some: that of a resumed run is the same.
+        tch::manual_seed(NOISE_SEED + 1);
         let (mut samples, mut order) = (Vec::new(), Vec::new());
         for positions in self.prompts.batches(&self.items, CHUNK)? {
             let items: Vec<i64> =

@@ -154,7 +154,7 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     let encoded = Prompts::from_features(&teacher.transformer, features, &cache.get("")?)?;
     let captions: Vec<&str> = prompts.iter().take(PICTURED).map(String::as_str).collect();
     let noise = draw_noise(options.seed, captions.len(), size)?;
-    let studio = Studio::new(&options.checkpoint, &teacher, &encoded, noise);
+    let studio = Studio::new(&options.checkpoint, &teacher, &encoded, options.seed, noise);
 
     let items: Vec<i64> = (0..prompts.len() as i64).collect();
     let base = &teacher.transformer;
@@ -241,7 +241,7 @@ pub fn sample(options: &Options, device: Device, prompt: &str) -> Result<()> {
     let copies = (0..count).map(|_| Ok(features[0].shallow_clone()));
     let encoded = Prompts::from_features(&base.transformer, copies, &features[1])?;
     let noise = draw_noise(options.seed, count, size)?;
-    let studio = Studio::new(&options.checkpoint, &base, &encoded, noise);
+    let studio = Studio::new(&options.checkpoint, &base, &encoded, options.seed, noise);
     let role = lora.as_ref().map_or(Role::BASE, Role::adapted);
     let images =
         studio.draw(Network { model: &base.transformer, role }, few_steps(&made.recipe))?;

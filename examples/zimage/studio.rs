@@ -11,9 +11,13 @@ use super::autoencoder::Decoder;
 use super::autoencoder::config::AutoencoderConfig;
 use super::config::Config;
 use super::evaluation::Run;
+use super::flow_matching::step_seed;
 use super::pipeline::Pipeline;
 use super::prompts::Prompts;
 use super::trained::Network;
+
+/// Apart from the numbers of updates, whose seeds are made in the same way.
+const RENOISING_SEED: u64 = 3_000_000_000;
 
 /// Draws prompts, always from the same noise.
 #[derive(Debug)]
@@ -22,15 +26,24 @@ pub struct Studio<'a> {
     prompts: &'a Prompts,
     shift: Shift,
     device: Device,
+    seed: u64,
     /// `[N, C, h, w]`; row i is that of prompt i.
     noise: Tensor,
 }
 
 impl<'a> Studio<'a> {
     /// For pictures of the first N of `prompts` from `noise` `[N, C, h, w]`, decoded by `vae/` of the
-    /// diffusers folder `checkpoint`, on the grid and the device of `base`.
-    pub fn new(checkpoint: &'a Path, base: &Pipeline, prompts: &'a Prompts, noise: Tensor) -> Self {
-        Self { checkpoint, prompts, shift: base.shift, device: base.transformer.device(), noise }
+    /// diffusers folder `checkpoint`, on the grid and the device of `base`. The noise that some transitions
+    /// draw between steps depends on `seed`.
+    pub fn new(
+        checkpoint: &'a Path,
+        base: &Pipeline,
+        prompts: &'a Prompts,
+        seed: u64,
+        noise: Tensor,
+    ) -> Self {
+        let device = base.transformer.device();
+        Self { checkpoint, prompts, shift: base.shift, device, seed, noise }
     }
 
     /// What pictures start from.
@@ -51,6 +64,8 @@ impl<'a> Studio<'a> {
         // One after the other: captions differ in length.
         let latents = (0..self.noise.size()[0])
             .map(|item| {
+                // Of the noise between steps, where there is some: that of a resumed run is the same.
+                tch::manual_seed(step_seed(self.seed, RENOISING_SEED + item as u64));
                 let (cond, null) = self.prompts.conditions(&[item])?;
                 let noise = self.noise.f_narrow(0, item, 1)?.f_to_device(self.device)?;
                 let sampler = Sampler::new(&denoiser, grid.clone(), transition);
