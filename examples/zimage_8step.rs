@@ -33,7 +33,12 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<ExitCode> {
-    ensure!(options.count > 0, "--count must be at least 1");
+    ensure!(options.count > 0, "--count must be at least 1, found {}", options.count);
+    ensure!(
+        options.checkpoint.is_dir(),
+        "--checkpoint {}: there is no such folder",
+        options.checkpoint.display()
+    );
     let is_released = released::is_released(&options.checkpoint);
     if options.plan {
         return released::plan(options).map(|()| ExitCode::SUCCESS);

@@ -18,6 +18,8 @@ use tiny::{prompts, teacher};
 use zimage::adapter::denoiser;
 use zimage::data::Vocabulary;
 use zimage::distillation::{Distillation, Record};
+use zimage::embedded;
+use zimage::failure::{described, is_out_of_memory};
 use zimage::lora::LoraSettings;
 use zimage::options::Options;
 use zimage::pipeline::Pipeline;
@@ -211,6 +213,13 @@ fn bad_options_are_refused_by_name() -> Result<()> {
         (&["--device", "gpu"], "expected auto, cpu, cuda or cuda:N"),
         (&["--updates", "many"], "invalid digit"),
         (&["--nonsense"], "unexpected argument"),
+        // What would not be looked at.
+        (&["--student", "x"], "--sample"),
+        (&["--count", "2"], "--sample"),
+        (&["--tensors"], "--sample"),
+        (&["--sample", "x", "--plan"], "--plan"),
+        (&["--sample", "x", "--updates", "3"], "--updates"),
+        (&["--sample", "x", "--save-every", "3"], "--save-every"),
     ] {
         let error = parse(arguments).unwrap_err().to_string();
         assert!(error.contains(complaint), "{arguments:?}: {error}");
@@ -229,15 +238,65 @@ fn bad_options_are_refused_by_name() -> Result<()> {
     }
     assert_eq!(parse(&[])?.recipe(Preset::Embedded, shift)?.steps, 8);
 
-    // What would not be looked at.
     let coupled = parse(&["--schedule", "coupled-shared", "--dm-shift", "2"])?;
     let error = coupled.recipe(Preset::Embedded, shift).unwrap_err().to_string();
     assert!(error.contains("--dm-shift is for schedules"), "{error}");
-    for option in ["--merge", "--float32", "--tensors", "--size=64", "--features=x"] {
-        let error = parse(&[option])?.refuse_released().unwrap_err().to_string();
+    for option in ["--float32", "--tensors", "--size=64"] {
+        let error = parse(&["--sample=x", option])?.refuse_released().unwrap_err().to_string();
         assert!(error.contains("is for released checkpoints"), "{option}: {error}");
     }
     Ok(())
+}
+
+#[test]
+fn the_demonstration_looks_at_everything_before_it_begins() -> Result<()> {
+    let folder = tempdir()?;
+    let out = folder.path().join("out");
+    let options = |arguments: &[&str]| -> Result<Options> {
+        let mut options = Options::try_parse_from([&["zimage_8step"], arguments].concat())?;
+        options.out.clone_from(&out);
+        Ok(options)
+    };
+    // A transformer and a scheduler, as of a released folder that is not complete.
+    let incomplete = "tests/reference/pipeline";
+    for (arguments, complaint) in [
+        (&["--prompts", "1"][..], "--prompts must be at least 2, found 1"),
+        (&["--rank", "4", "--targets", "to_x"], "\"to_x\" matches no linear layer"),
+        (&["--rank", "4", "--targets", "cap_embedder.1"], "caption side alone"),
+        (&["--rank", "4", "--alpha", "0"], "alpha must be positive, found 0"),
+        (&["--rank", "4", "--dropout", "2"], "dropout must be in [0, 1), found 2"),
+        (&["--checkpoint", incomplete], "A released one needs its text_encoder/ and vae/"),
+        (&["--merge"], "--merge is for released checkpoints"),
+        (&["--features", "x"], "--features is for released checkpoints"),
+    ] {
+        let error = embedded::distil(&options(arguments)?, Device::Cpu, 1).unwrap_err().to_string();
+        assert!(error.contains(complaint), "{arguments:?}: {error}");
+        assert!(!out.exists(), "{arguments:?}");
+    }
+    for (student, complaint) in [
+        ("tests/reference/zimage_lora", "name that with --checkpoint"),
+        (incomplete, "it is not a model of pixels and word vectors"),
+    ] {
+        let options = options(&["--sample", "pizza", "--student", student])?;
+        let error = embedded::sample(&options, Device::Cpu, "pizza").unwrap_err().to_string();
+        assert!(error.contains(complaint), "{student}: {error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn errors_are_a_line_without_the_stack_of_libtorch() {
+    let error = Tensor::f_zeros([1 << 50], (Kind::Float, Device::Cpu)).unwrap_err();
+    let error = anyhow::Error::new(decoupled_dmd::Error::from(error)).context("making zeros");
+    assert!(format!("{error:#}").lines().count() > 3, "{error:#}");
+    let text = described(&error);
+    assert!(text.starts_with("making zeros: libtorch: "), "{text}");
+    assert!(
+        text.lines().count() == 1 && text.matches("you tried to allocate").count() == 1,
+        "{text}"
+    );
+    assert!(is_out_of_memory(&error), "{text}");
+    assert!(!is_out_of_memory(&anyhow::anyhow!("--batch must be at least 1")));
 }
 
 #[test]

@@ -28,6 +28,7 @@ use zimage::recipe::Preset;
 use zimage::released::{distil, plan, sample};
 use zimage::student::{ADAPTER, Made, open_states, save_student};
 use zimage::trained::Trained;
+use zimage::training_state::Progress;
 
 /// Arguments for [`process`], one a line.
 const ARGUMENTS: &str = "ZIMAGE_RELEASED_ARGUMENTS";
@@ -216,11 +217,12 @@ fn a_student_leaves_nothing_of_an_earlier_one() -> Result<()> {
     let folder = place.out();
     let adapter = Trained::new(&teacher.transformer, made.recipe.adapter.as_ref())?;
     let copy = Trained::new(&teacher.transformer, None)?;
-    let there = || ["transformer", "scheduler", ADAPTER].map(|part| folder.join(part).exists());
+    let parts = ["transformer", "scheduler", "model_index.json", ADAPTER];
+    let there = || parts.map(|part| folder.join(part).exists());
     for (weights, merged, expected) in [
-        (&adapter, true, [true, true, true]),
-        (&adapter, false, [false, false, true]),
-        (&copy, false, [true, true, false]),
+        (&adapter, true, [true, true, true, true]),
+        (&adapter, false, [false, false, false, true]),
+        (&copy, false, [true, true, true, false]),
     ] {
         save_student(&folder, &teacher, weights, merged, &made)?;
         assert_eq!(there(), expected);
@@ -237,6 +239,26 @@ fn two_processes_do_not_share_a_folder() -> Result<()> {
     let (_states, lock) = open_states(&options, &identity)?;
     let error = message(open_states(&options, &identity), "a second process");
     assert!(error.contains("another process is at work in"), "{error}");
+    drop(lock);
+    let _ = open_states(&options, &identity)?;
+    Ok(())
+}
+
+#[test]
+fn a_finished_run_is_not_written_over_by_its_own_command() -> Result<()> {
+    let place = Workplace::new()?;
+    let options = place.options(&[])?;
+    fs::create_dir_all(&options.out)?;
+    let report = options.out.join("report.json");
+    fs::write(&report, "{}")?;
+    let identity = serde_json::json!({});
+    let error = message(open_states(&options, &identity), "a finished run");
+    assert!(error.contains("is finished") && error.contains("--fresh"), "{error}");
+    // Killed at its end, before the state was removed, a run goes on, and so does one begun anew.
+    let (mut states, lock) = open_states(&place.options(&["--fresh"])?, &identity)?;
+    assert!(!report.exists());
+    states.save(&Parameters::new(), Progress::default())?;
+    fs::write(&report, "{}")?;
     drop(lock);
     let _ = open_states(&options, &identity)?;
     Ok(())
@@ -287,8 +309,9 @@ fn what_is_wrong_is_named() -> Result<()> {
     let sampling = |student: Option<&Path>| {
         let student = student.map(|path| path.display().to_string());
         let more = student.iter().flat_map(|student| ["--student", student]).collect::<Vec<_>>();
+        let options = place.options(&[&["--sample", "A cat", "--float32"], &more[..]].concat())?;
         let _guard = seeded(2);
-        sample(&place.options(&[&["--float32"], &more[..]].concat())?, Device::Cpu, "A cat")
+        sample(&options, Device::Cpu, "A cat")
     };
     assert!(message(sampling(None), "no student").contains("there is no student in"));
     let student = place.0.path().join("another");
@@ -311,6 +334,14 @@ fn what_is_wrong_is_named() -> Result<()> {
     let reshaped = message(sampling(Some(&student)), "a pair of another model");
     assert!(reshaped.contains("layers.0.attention.to_q"), "{reshaped}");
 
+    let config = place.model().join("transformer/config.json");
+    let shape = fs::read_to_string(&config)?;
+    fs::write(&config, shape.replace("\"n_layers\": 2", "\"n_layers\": 3"))?;
+    let fewer = message(distil(&place.options(&file)?, Device::Cpu, 1), "a layer too few");
+    assert!(fewer.contains("layers.2.attention.to_q.weight is missing"), "{fewer}");
+    assert!(!place.out().join("features").exists());
+    fs::write(&config, shape)?;
+
     let decoder = place.model().join("vae/diffusion_pytorch_model.safetensors");
     fs::remove_file(&decoder)?;
     let missing = message(distil(&place.options(&file)?, Device::Cpu, 1), "half an autoencoder");
@@ -327,7 +358,15 @@ fn the_plan_needs_the_config_of_the_transformer_alone() -> Result<()> {
     for part in ["text_encoder", "tokenizer", "vae", "scheduler"] {
         fs::remove_dir_all(place.model().join(part))?;
     }
-    plan(&place.options(&["--plan", "--size", "64"])?)?;
+    let options = place.options(&["--plan", "--size", "64"])?;
+    let error = message(plan(&options), "the plan of a small model");
+    assert!(error.contains("released models") && error.contains("--checkpoint"), "{error}");
+    let config = place.model().join("transformer/config.json");
+    let shape = fs::read_to_string(&config)?;
+    fs::write(&config, shape.replace("\"in_channels\": 4", "\"in_channels\": 16"))?;
+    plan(&options)?;
+    let other = place.options(&["--plan", "--size", "64", "--prompts", "5"])?;
+    assert!(message(plan(&other), "--prompts").contains("--prompts is for the embedded model"));
     let error = message(plan(&place.options(&["--plan"])?), "a size for another autoencoder");
     assert!(error.contains("multiple of 16, found 24"), "{error}");
     Ok(())

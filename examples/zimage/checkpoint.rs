@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::blocks::Parameters;
 use super::config::{CLASS_NAME, Config};
-use super::pipeline::write_json;
+use super::pipeline::{read_config, write_json};
 use super::transformer::ZImageTransformer;
 use super::weights::{Weights, check_shapes};
 
@@ -55,15 +55,23 @@ impl ZImageTransformer {
         device: Device,
         progress: &ProgressBar,
     ) -> Result<Self> {
-        let folder = folder.join("transformer");
-        let config = Config::load(&folder.join("config.json"))?;
-        let weights = Weights::open(&folder, WEIGHTS)?;
+        let config = read_config(folder)?;
+        let weights = Weights::open(&folder.join("transformer"), WEIGHTS)?;
         let parameters = weights.load(&config.parameters(), kind, device, &mut |done, total| {
             progress.set_length(total);
             progress.set_position(done);
         })?;
         progress.finish_and_clear();
         Self::from_parameters(config, parameters)
+    }
+
+    /// Looks for what [`Self::load`] would refuse in `transformer/` of a diffusers folder; reads no weights.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn check(folder: &Path) -> Result<()> {
+        let parameters = read_config(folder)?.parameters();
+        Weights::open(&folder.join("transformer"), WEIGHTS)?.check(&parameters)
     }
 
     /// Writes `transformer/` of a diffusers folder.

@@ -1,5 +1,6 @@
 //! Distillation of the small model of this repository, with everything measured against its teacher.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -18,11 +19,13 @@ use super::interrupt::INTERRUPTED;
 use super::metrics::{Judge, Scores, mean_variance};
 use super::options::Options;
 use super::picture::{Sheet, write_comparison, write_grid};
-use super::pipeline::{Pipeline, loading_bar, write_json};
+use super::pipeline::{Pipeline, loading_bar, read_config, read_shift, write_json};
 use super::prompts::Prompts;
 use super::recipe::{Preset, Recipe};
 use super::report::{Report, Summary, table, write_curves};
-use super::student::{Made, create_folder, open_states, save_student, student_folder};
+use super::student::{
+    ADAPTER, Made, REPORT, create_folder, open_states, save_student, student_folder,
+};
 use super::trained::Network;
 use super::training::{Look, Outcome, report_interruption, train_student};
 
@@ -42,7 +45,13 @@ const PROMPTS: usize = 256;
 pub fn sample(options: &Options, device: Device, caption: &str) -> Result<()> {
     options.refuse_released()?;
     let folder = student_folder(options)?;
+    ensure!(
+        folder.join("transformer").exists() || !folder.join(ADAPTER).exists(),
+        "{} is the adapter of a released model: name that with --checkpoint",
+        folder.display()
+    );
     let data = EmojiData::load(options.data())?;
+    check_model(&folder, &data)?;
     let student = Pipeline::load_observed(&folder, Kind::Float, device, &loading_bar()?)?;
     let captions = std::iter::repeat_n(caption, options.count as usize);
     let prompts = Prompts::encode(&student.transformer, &data.vocabulary, captions)?;
@@ -68,16 +77,19 @@ pub fn sample(options: &Options, device: Device, caption: &str) -> Result<()> {
 /// If something cannot be read or written, or training breaks down.
 pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCode> {
     options.refuse_released()?;
+    let recipe = options.recipe(Preset::Embedded, read_shift(&options.checkpoint)?)?;
+    recipe.check_adapter(&read_config(&options.checkpoint)?)?;
+    // Scores compare covariances, which one sample has not.
+    let count = options.prompts.unwrap_or(PROMPTS);
+    ensure!(count >= 2, "--prompts must be at least 2, found {count}");
+    let data = EmojiData::load(options.data())?;
+    check_model(&options.checkpoint, &data)?;
     let progress = loading_bar()?;
     let teacher = Pipeline::load_observed(&options.checkpoint, Kind::Float, device, &progress)?;
-    let recipe = options.recipe(Preset::Embedded, teacher.shift)?;
-    let data = EmojiData::load(options.data())?;
-    check_model(&teacher, &data)?;
     let captions = || data.items.iter().map(|item| item.caption.as_str());
     let prompts = Prompts::encode(&teacher.transformer, &data.vocabulary, captions())?;
     let judge = Judge::new(Classifier::load(options.classifier(), Kind::Float, device)?, &data)?;
-    let evaluator =
-        Evaluator::new(judge, &prompts, &data, teacher.shift, options.prompts.unwrap_or(PROMPTS))?;
+    let evaluator = Evaluator::new(judge, &prompts, &data, teacher.shift, count)?;
     create_folder(&options.out)?;
     let identity = json!({
         "recipe": recipe,
@@ -184,7 +196,7 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
         rows,
         summary,
     };
-    write_json(&options.out.join("report.json"), &report)?;
+    write_json(&options.out.join(REPORT), &report)?;
     states.remove()?;
     Ok(ExitCode::SUCCESS)
 }
@@ -193,13 +205,15 @@ fn guided_suffix(run: Run) -> &'static str {
     if run.guidance.is_neutral() { "" } else { ", guided" }
 }
 
-fn check_model(teacher: &Pipeline, data: &EmojiData) -> Result<()> {
-    let config = teacher.transformer.config();
+/// Refuses a model that the data are not for, before its weights are read.
+fn check_model(folder: &Path, data: &EmojiData) -> Result<()> {
+    let config = read_config(folder)?;
     let (_, channels, _, _) = data.images.size4()?;
     ensure!(
         config.in_channels == channels && config.cap_feat_dim == data.vocabulary.width(),
-        "the checkpoint takes {} channels and captions of width {}, the data have {channels} and \
-         {}: it is not one of pixels and word vectors, and has no text encoder either",
+        "{} takes {} channels and captions of width {}, the data have {channels} and {}: it is not a \
+         model of pixels and word vectors. A released one needs its text_encoder/ and vae/, in --checkpoint",
+        folder.display(),
         config.in_channels,
         config.cap_feat_dim,
         data.vocabulary.width()

@@ -11,6 +11,37 @@ use tch::Device;
 use super::lora::LoraSettings;
 use super::recipe::{Preset, Recipe};
 
+/// What only training looks at.
+const OF_TRAINING: [&str; 27] = [
+    "classifier",
+    "save_every",
+    "fresh",
+    "schedule",
+    "guidance",
+    "dm_shift",
+    "updates",
+    "fake_updates",
+    "fake_warmup",
+    "batch",
+    "student_lr",
+    "fake_lr",
+    "warmup",
+    "ema",
+    "rank",
+    "alpha",
+    "targets",
+    "dropout",
+    "checkpointing",
+    "prompt_file",
+    "features",
+    "plan",
+    "merge",
+    "teacher_guidance",
+    "prompts",
+    "observe_every",
+    "evaluate_every",
+];
+
 /// Distils a Z-Image model into a generator of few steps without guidance, or samples from one.
 ///
 /// Without arguments: distils the embedded model of 32x32 emoji on the GPU if there is one, else on
@@ -44,7 +75,7 @@ pub struct Options {
     /// 0 to save when interrupted and at the end alone
     #[arg(long, default_value_t = 25)]
     pub save_every: u64,
-    /// Start anew where OUT holds an unfinished run
+    /// Start anew where OUT holds a run, finished or not
     #[arg(long)]
     pub fresh: bool,
     /// Seed of everything that is drawn, in training and for pictures
@@ -52,17 +83,22 @@ pub struct Options {
     pub seed: u64,
 
     /// Make pictures of a prompt with the student of an earlier run, and do not train
-    #[arg(long, value_name = "PROMPT", help_heading = "Sampling")]
+    #[arg(
+        long,
+        value_name = "PROMPT",
+        help_heading = "Sampling",
+        conflicts_with_all = OF_TRAINING
+    )]
     pub sample: Option<String>,
     /// Student to sample from; OUT/student by default
-    #[arg(long, value_name = "DIR", help_heading = "Sampling")]
+    #[arg(long, value_name = "DIR", help_heading = "Sampling", requires = "sample")]
     pub student: Option<PathBuf>,
     /// How many pictures
-    #[arg(long, default_value_t = 8, help_heading = "Sampling")]
+    #[arg(long, default_value_t = 8, help_heading = "Sampling", requires = "sample")]
     pub count: i64,
     /// Write sample.safetensors too (prompt, noise, pixels), to compare with other programs; for
     /// released checkpoints
-    #[arg(long, help_heading = "Sampling")]
+    #[arg(long, help_heading = "Sampling", requires = "sample")]
     pub tensors: bool,
     /// Numbers to start from; the options below replace single ones. By default embedded, or
     /// zimage-8step for a checkpoint with a text encoder
@@ -152,7 +188,7 @@ pub struct Options {
     /// Captions of the embedded model on which teacher and student are compared; 256 by default
     #[arg(long, help_heading = "Evaluation")]
     pub prompts: Option<usize>,
-    /// Updates between two lines of diagnostics in metrics.jsonl
+    /// Updates between two lines of diagnostics in metrics.jsonl; 0 for none
     #[arg(long, default_value_t = 10, help_heading = "Evaluation")]
     pub observe_every: u64,
     /// Updates between two looks at the student on the way: scores of the embedded model; of a released one

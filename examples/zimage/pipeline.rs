@@ -10,8 +10,12 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
 use super::checkpoint::write_atomically;
+use super::config::Config;
 use super::transformer::ZImageTransformer;
 use super::weights::read_json;
+
+/// Names the parts of a folder.
+pub const INDEX: &str = "model_index.json";
 
 /// What is needed to sample in latent space.
 #[derive(Debug)]
@@ -73,10 +77,18 @@ impl Pipeline {
         });
         fs::create_dir_all(folder.join("scheduler"))
             .with_context(|| format!("creating {}", folder.display()))?;
-        write_json(&folder.join("model_index.json"), &index)?;
+        write_json(&folder.join(INDEX), &index)?;
         write_json(&folder.join("scheduler/scheduler_config.json"), &scheduler)?;
         self.transformer.save(folder)
     }
+}
+
+/// The shape of the transformer of a folder.
+///
+/// # Errors
+/// If the file cannot be read, or is of a model that is not supported.
+pub fn read_config(folder: &Path) -> Result<Config> {
+    Config::load(&folder.join("transformer/config.json"))
 }
 
 /// The shift in `scheduler/` of a folder.

@@ -2,12 +2,14 @@
 
 use std::fmt::Write as _;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use decoupled_dmd::{Guidance, Schedule, Shift, Transition};
 use serde::{Deserialize, Serialize};
 
+use super::config::Config;
 use super::lora::LoraSettings;
 use super::optimizer::AdamWSettings;
+use super::prompts::is_caption_side;
 
 /// The recipe of a distillation.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -39,6 +41,21 @@ pub struct Recipe {
     /// Whether blocks are computed again in the backward pass, which saves memory.
     pub checkpointing: bool,
     pub seed: u64,
+}
+
+impl Recipe {
+    /// Refuses an adapter that does not fit a model, or of which nothing would be trained.
+    ///
+    /// # Errors
+    /// Says what is wrong with its settings.
+    pub fn check_adapter(&self, config: &Config) -> Result<()> {
+        let Some(adapter) = &self.adapter else { return Ok(()) };
+        ensure!(
+            adapter.modules(config)?.iter().any(|(name, _)| !is_caption_side(name)),
+            "--targets name layers of the caption side alone, which is encoded once and stays as it is"
+        );
+        Ok(())
+    }
 }
 
 /// A recipe by name.

@@ -10,9 +10,9 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::autoencoder::Decoder;
+use super::autoencoder::config::AutoencoderConfig;
 use super::blocks::Parameters;
 use super::checkpoint::write_tensors;
-use super::config::Config;
 use super::distillation::Distillation;
 use super::evaluation::Run;
 use super::features::{FeatureCache, read_prompts};
@@ -22,16 +22,19 @@ use super::lora::{Lora, Role};
 use super::model_card::write_model_card;
 use super::options::Options;
 use super::picture::{Sheet, write_comparison, write_grid};
-use super::pipeline::{Pipeline, loading_bar, read_shift, write_json};
+use super::pipeline::{Pipeline, loading_bar, read_config, read_shift, write_json};
 use super::plan::{Plan, Setup};
-use super::prompts::{Prompts, is_caption_side};
+use super::prompts::Prompts;
 use super::recipe::{Preset, Recipe};
 use super::report::write_curves;
-use super::student::{ADAPTER, Made, create_folder, open_states, save_student, student_folder};
+use super::student::{
+    ADAPTER, Made, REPORT, create_folder, open_states, save_student, student_folder,
+};
 use super::studio::{Studio, draw_noise, latent_size};
 use super::text::{MAX_TOKENS, TextEncoder};
 use super::trained::{Network, Trained};
 use super::training::{Look, Outcome, report_interruption, train_student};
+use super::transformer::ZImageTransformer;
 
 /// Prompts in samples.png.
 const PICTURED: usize = 4;
@@ -58,7 +61,16 @@ pub fn is_released(checkpoint: &Path) -> bool {
 /// # Errors
 /// If the configuration cannot be read, or an option does not fit.
 pub fn plan(options: &Options) -> Result<()> {
-    let config = transformer_config(&options.checkpoint)?;
+    let config = read_config(&options.checkpoint)?;
+    let channels = AutoencoderConfig::released().latent_channels;
+    ensure!(
+        is_released(&options.checkpoint) || config.in_channels == channels,
+        "--plan is for released models, whose transformer takes {channels} channels; that of {} takes {}: \
+         name another with --checkpoint",
+        options.checkpoint.display(),
+        config.in_channels
+    );
+    options.refuse_embedded()?;
     // No shift changes what is kept.
     let recipe = options.recipe(PRESET, Shift::NONE)?;
     let size = options.size.unwrap_or(SIZE);
@@ -89,13 +101,10 @@ fn kind(options: &Options) -> Kind {
 fn check_kind(options: &Options, recipe: &Recipe) -> Result<()> {
     ensure!(
         options.float32 || recipe.adapter.is_some(),
-        "whole copies (--rank 0) are trained in float32: add --float32"
+        "whole copies (--rank 0, --preset embedded) are trained in float32: add --float32, or train \
+         adapters of some --rank"
     );
     Ok(())
-}
-
-fn transformer_config(folder: &Path) -> Result<Config> {
-    Config::load(&folder.join("transformer/config.json"))
 }
 
 /// Trains a student on the prompts of a file.
@@ -111,18 +120,14 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
         );
     };
     // Whatever is wrong with options or files, before encoding and loading take their time.
-    let config = transformer_config(&options.checkpoint)?;
+    let config = read_config(&options.checkpoint)?;
     let shift = read_shift(&options.checkpoint)?;
     let recipe = options.recipe(PRESET, shift)?;
     check_kind(options, &recipe)?;
-    if let Some(adapter) = &recipe.adapter {
-        ensure!(
-            adapter.modules(&config)?.iter().any(|(name, _)| !is_caption_side(name)),
-            "--targets name layers of the caption side alone, which is encoded once and stays as it is"
-        );
-    }
+    recipe.check_adapter(&config)?;
     let side = options.size.unwrap_or(SIZE);
     let size = latent_size(&options.checkpoint, &config, side)?;
+    ZImageTransformer::check(&options.checkpoint)?;
     // Needed at the end, and not kept until then.
     drop(Decoder::load(&options.checkpoint, Kind::Float, Device::Cpu)?);
     let prompts = read_prompts(prompt_file)?;
@@ -188,7 +193,7 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     keep(&folder, distillation.student_weights(), options.merge)?;
     write_curves(&options.out.join("curves.svg"), &history)?;
     let report = json!({ "recipe": recipe, "training_seconds": seconds, "prompts": prompts.len() });
-    write_json(&options.out.join("report.json"), &report)?;
+    write_json(&options.out.join(REPORT), &report)?;
     println!("\nTraining {seconds:.0} s; the student is in {}", folder.display());
     let many_steps = Run {
         steps: TEACHER_STEPS,
@@ -227,7 +232,8 @@ pub fn sample(options: &Options, device: Device, prompt: &str) -> Result<()> {
     );
     // A whole student takes the place of the base.
     let source = if is_adapter { &options.checkpoint } else { &folder };
-    let config = transformer_config(source)?;
+    let config = read_config(source)?;
+    ZImageTransformer::check(source)?;
     let made = Made::load(&folder, options, PRESET, read_shift(&options.checkpoint)?)?;
     let size = latent_size(&options.checkpoint, &config, made.size.unwrap_or(SIZE))?;
     let lora = is_adapter.then(|| Lora::load(&adapter, &config, device)).transpose()?;

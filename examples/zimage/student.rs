@@ -11,7 +11,7 @@ use serde_json::Value;
 use tch::Device;
 
 use super::options::Options;
-use super::pipeline::{Pipeline, write_json};
+use super::pipeline::{INDEX, Pipeline, write_json};
 use super::recipe::{Preset, Recipe};
 use super::trained::Trained;
 use super::training_state::StateFolder;
@@ -19,6 +19,9 @@ use super::weights::read_json;
 
 /// The name that diffusers' `load_lora_weights` looks for.
 pub const ADAPTER: &str = "pytorch_lora_weights.safetensors";
+
+/// What a run writes at its end.
+pub const REPORT: &str = "report.json";
 
 /// How a student was made, beside it.
 const RECIPE: &str = "recipe.json";
@@ -79,6 +82,7 @@ pub fn save_student(
                 for part in ["transformer", "scheduler"] {
                     remove(&folder.join(part), |path| fs::remove_dir_all(path))?;
                 }
+                remove(&folder.join(INDEX), |path| fs::remove_file(path))?;
                 return Ok(());
             }
             // On the way to a file: the device may have no room for a second model.
@@ -113,10 +117,22 @@ pub fn student_folder(options: &Options) -> Result<PathBuf> {
 /// whatever else decides the numbers.
 ///
 /// # Errors
-/// If the unfinished run there is another one, or one that is still going on.
+/// If the unfinished run there is another one, or one that is still going on, or if a finished one is there
+/// that was not to be written over.
 pub fn open_states(options: &Options, identity: &Value) -> Result<(StateFolder, Lock)> {
     let lock = Lock::take(&options.out)?;
-    Ok((StateFolder::open(&options.out.join("state"), identity, options.fresh)?, lock))
+    let states = StateFolder::open(&options.out.join("state"), identity, options.fresh)?;
+    let report = options.out.join(REPORT);
+    if options.fresh {
+        remove(&report, |path| fs::remove_file(path))?;
+    }
+    ensure!(
+        states.is_unfinished() || !report.exists(),
+        "the run in {} is finished: sample from it with --sample, name another --out, or write over it with \
+         --fresh",
+        options.out.display()
+    );
+    Ok((states, lock))
 }
 
 /// Keeps a second process out of a folder, as long as it lives; the system forgets it with the process.

@@ -91,8 +91,7 @@ pub fn train_student(
         }
     }
     while distillation.updates() < updates {
-        let every = options.observe_every.max(1);
-        let observe = (distillation.updates() + 1).is_multiple_of(every);
+        let observe = is_due(distillation.updates() + 1, options.observe_every);
         let record = distillation.step(observe)?;
         let update = distillation.updates();
         let of = |name: &str| record.iter().find(|(n, _)| n == name).map_or(f64::NAN, |(_, v)| *v);
@@ -110,15 +109,14 @@ pub fn train_student(
             sitting.log.write(&line.into())?;
             history.push((update, record));
         }
-        if options.evaluate_every > 0 && update.is_multiple_of(options.evaluate_every) {
+        if is_due(update, options.evaluate_every) {
             let Look { message, entry } = evaluate(distillation)?;
             bar.suspend(|| println!("update {update}: {message}"));
             sitting.log.write(&json!({ "update": update, "student": entry }))?;
         }
         let is_last = update == updates;
-        let is_due = options.save_every > 0 && update.is_multiple_of(options.save_every);
         let stop = interrupt.is_requested();
-        if is_last || is_due || stop {
+        if is_last || stop || is_due(update, options.save_every) {
             sitting.save(distillation)?;
         }
         if stop {
@@ -128,6 +126,11 @@ pub fn train_student(
     interrupt.leave_at_once();
     bar.finish();
     Ok(Outcome::Finished { history, seconds: sitting.seconds() })
+}
+
+/// Whether something that happens every so many updates happens after this one; 0 is never.
+fn is_due(update: u64, every: u64) -> bool {
+    every > 0 && update.is_multiple_of(every)
 }
 
 /// Says where an interrupted training is, and how to go on.

@@ -134,6 +134,14 @@ impl Weights {
             .collect()
     }
 
+    /// Compares names and shapes with those of `expected`.
+    ///
+    /// # Errors
+    /// Names every tensor that is missing, unexpected or mis-shaped.
+    pub fn check(&self, expected: &[(String, Vec<i64>)]) -> Result<()> {
+        check_shapes(expected, self.shapes()).with_context(|| self.source.display().to_string())
+    }
+
     /// All tensors, which must be those of `expected` (names and shapes). `progress` is called after each
     /// with the bytes of the file read so far, and in all.
     ///
@@ -147,7 +155,7 @@ impl Weights {
         device: Device,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Parameters> {
-        check_shapes(expected, self.shapes()).with_context(|| self.source.display().to_string())?;
+        self.check(expected)?;
         let size = |entry: &Entry| entry.bytes.len() as u64;
         let total = self.tensors.values().map(|(_, entry)| size(entry)).sum();
         let mut done = 0;
