@@ -101,8 +101,8 @@ fn kind(options: &Options) -> Kind {
 fn check_kind(options: &Options, recipe: &Recipe) -> Result<()> {
     ensure!(
         options.float32 || recipe.adapter.is_some(),
-        "whole copies (--rank 0, --preset embedded) are trained in float32: add --float32, or train \
-         adapters of some --rank"
+        "whole copies (--rank 0, --preset embedded) are trained in float32: add --float32, or give \
+         adapters a --rank"
     );
     Ok(())
 }
