@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 use tempfile::{TempDir, tempdir};
 use zimage::blocks::Parameters;
-use zimage::checkpoint::restore;
+use zimage::checkpoint::{restore, write_atomically};
 use zimage::fingerprint::fingerprint;
 use zimage::log::Log;
 use zimage::training_state::{Progress, StateFolder};
@@ -225,6 +225,21 @@ fn restoring_is_all_or_nothing() -> Result<()> {
     let leaf: Tensor = live["one"].set_requires_grad(true);
     restore(&live, &tensors(0.2))?;
     assert_eq!(max_difference(&leaf, &tensors(0.2)["one"]), 0.0);
+    Ok(())
+}
+
+#[test]
+fn a_file_that_cannot_be_written_leaves_the_old_one_alone() -> Result<()> {
+    let folder = tempdir()?;
+    let path = folder.path().join("file");
+    fs::write(&path, "old")?;
+    let full = write_atomically(&path, |path| {
+        fs::write(path, "ne")?;
+        anyhow::bail!("no space left")
+    });
+    assert!(format!("{:#}", full.unwrap_err()).contains("no space left"));
+    assert_eq!(fs::read(&path)?, b"old");
+    assert_eq!(fs::read_dir(folder.path())?.count(), 1);
     Ok(())
 }
 
