@@ -135,8 +135,9 @@ impl<'a> Batch<'a> {
     /// `[B]`, one for each sample, or has the axes of `x` with 1 where one value serves an axis.
     ///
     /// For engines, Distribution Matching and the loss of the fake score:
-    /// - an element left out has an update of exactly zero, so it sends no gradient to the student,
-    ///   also where it, the update or the error is not finite;
+    /// - an element left out has an update of exactly zero, so it sends no gradient to the student or
+    ///   the fake score, also where it, the update or the error is not finite (inside of a student whose
+    ///   own layers are not finite, zero times NaN is NaN again);
     /// - the means of the normaliser and of the diagnostics are over the elements that count;
     /// - losses remain means over *all* elements of the batch, so that what one sample leaves out
     ///   does not change the gradient of another. For a mean over those that count, multiply the

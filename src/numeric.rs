@@ -205,6 +205,14 @@ pub(crate) fn check_vector(what: &'static str, tensor: &Tensor) -> Result<()> {
     check_samples(what, tensor, 1)
 }
 
+/// Scalars of one type as numbers, read in one go: a GPU is waited for once.
+pub(crate) fn numbers<const N: usize>(scalars: [Tensor; N]) -> Result<[f64; N]> {
+    let together = Tensor::f_stack(&scalars, 0)?.f_to_kind(Kind::Double)?;
+    let mut values = [0.0; N];
+    together.f_to_device(Device::Cpu)?.f_copy_data(&mut values, N)?;
+    Ok(values)
+}
+
 /// Refuses numbers outside `[low, high]`, NaN included, and returns the extremes. Waits for a GPU, once.
 pub(crate) fn check_range(
     what: &'static str,
@@ -212,9 +220,7 @@ pub(crate) fn check_range(
     tensor: &Tensor,
     (low, high): (f64, f64),
 ) -> Result<(f64, f64)> {
-    let extremes = Tensor::f_stack(&[tensor.f_min()?, tensor.f_max()?], 0)?;
-    let value = |index| extremes.f_double_value(&[index]);
-    let (least, most) = (value(0)?, value(1)?);
+    let [least, most] = numbers([tensor.f_min()?, tensor.f_max()?])?;
     for value in [least, most] {
         checked(what, requirement, value, (low..=high).contains(&value))?;
     }

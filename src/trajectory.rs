@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::numeric::{batch_size, check_device, per_sample};
+use crate::numeric::{batch_size, check_device, numbers, per_sample};
 use crate::value::checked;
 use crate::{Error, FewStepGrid, PreShift, Result};
 
@@ -85,11 +85,9 @@ pub(crate) fn check_steps(steps: &Tensor, count: i64, batch: i64, like: &Tensor)
         return Err(Error::Kind { what: "steps", expected: "Int64", found });
     }
     check_device("steps", steps, like)?;
-    let extremes = Tensor::f_stack(&[steps.f_min()?, steps.f_max()?], 0)?;
-    for index in [0, 1] {
-        let value = extremes.f_int64_value(&[index])?;
-        let valid = (0..count).contains(&value);
-        checked("step", "below the number of steps", value as f64, valid)?;
+    for value in numbers([steps.f_min()?, steps.f_max()?])? {
+        let valid = (0.0..count as f64).contains(&value);
+        checked("step", "below the number of steps", value, valid)?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::numeric::{check_like, check_samples, check_size, widen};
+use crate::numeric::{check_like, check_samples, check_size, numbers, widen};
 use crate::value::{checked, is_positive};
 use crate::{Error, Probe, Regularizer, Result};
 
@@ -206,10 +206,7 @@ impl MeanVariance {
 
 fn check_target(mean: &Tensor, variance: &Tensor) -> Result<()> {
     let largest = mean.f_abs()?.f_max()?;
-    // Read together: a GPU is waited for once.
-    let found = Tensor::f_stack(&[largest, variance.f_min()?, variance.f_max()?], 0)?;
-    let value = |index| found.f_double_value(&[index]);
-    let (mean, least, most) = (value(0)?, value(1)?, value(2)?);
+    let [mean, least, most] = numbers([largest, variance.f_min()?, variance.f_max()?])?;
     checked("target mean", "finite", mean, mean <= f64::from(f32::MAX))?;
     for variance in [least, most] {
         checked("target variance", "finite and positive", variance, is_positive(variance))?;
