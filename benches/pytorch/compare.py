@@ -39,6 +39,21 @@ LARGE = {
     "axes_lens": [256, 64, 64],
 }
 RELATIVE = {"float32": 2e-5, "bfloat16": 2e-2}
+# What is to be reached: works, how PyTorch does them, the ratio of times, and the time over the floor.
+GOALS = (
+    ("objective", "objective * given", "published", 0.5, 2.0),
+    ("objective, float32 throughout", "objective * given", "float32", 0.5, None),
+    ("objective, times and noise drawn", "objective * drawn", "published", 0.5, 2.0),
+    ("the same, float32 throughout", "objective * drawn", "float32", 0.5, None),
+    ("mean-variance", "mean_variance *", "eager", 0.8, None),
+    ("MMD", "mmd *", "eager", 0.8, None),
+    ("GAN", "gan *", "eager", 0.8, None),
+    ("S3-DiT, embedded size", "transformer embedded *", "eager", 0.8, None),
+    ("S3-DiT, width 512, 1024 tokens", "transformer dim512 *", "eager", 1.0, None),
+    ("optimizer step, fused", "adamw *", "fused", 1.0, None),
+    ("training step", "training_step *", "", 0.75, None),
+)
+TRAINING_STEP_MEMORY = 0.8
 
 
 class Work:
@@ -277,8 +292,36 @@ def main():
                 row["times_floor"] = row["ms"] / 1e3 / floor if floor else None
                 results.append(row)
                 print(line(row), flush=True)
+    print(*summary(results), sep="\n")
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def summary(results):
+    """The goals with what was measured, from the least to the largest."""
+    yield "\n| goal | of PyTorch, at most | measured | of the floor, at most | measured |"
+    yield "|---|---|---|---|---|"
+
+    def measured(values, goal):
+        verdict = "" if max(values) <= goal else ": **missed**"
+        low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+        return (low if low == high else f"{low} to {high}") + verdict
+
+    for name, pattern, variant, ratio, floor in GOALS:
+        rows = [
+            row
+            for row in results
+            if fnmatch.fnmatch(row["work"], pattern) and row["pytorch"] == variant
+        ]
+        if not rows:
+            continue
+        ratios = measured([row["ratio"][1] for row in rows], ratio)
+        floors = f"{floor} | {measured([row['times_floor'] for row in rows], floor)}" if floor else "|"
+        yield f"| {name} | {ratio} | {ratios} | {floors} |"
+        if variant == "":
+            memory = [row["peak_mib"] / row["pytorch_peak_mib"] for row in rows]
+            ratios = measured(memory, TRAINING_STEP_MEMORY)
+            yield f"| its peak memory | {TRAINING_STEP_MEMORY} | {ratios} | | |"
 
 
 def short(name, folder):
