@@ -203,7 +203,8 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
     fn between_rows(&self, x: &Tensor, y: &Tensor, unit: &Tensor) -> Result<(Tensor, Tensor)> {
         let mut sum = Tensor::f_zeros([0i64; 0], (Kind::Double, x.device()))?;
         let mut slopes = Vec::new();
-        for rows in x.f_split(rows_in_block(y), 0)? {
+        let rows = rows_in_block(y.device(), batch_size(y), y.numel());
+        for rows in x.f_split(rows, 0)? {
             let pairs = self.pairs(&rows, y, unit)?;
             sum = sum.f_add(&pairs.sum)?;
             slopes.push(pairs.slope_in_rows(&rows, y)?);
@@ -218,7 +219,8 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         let slope = x.f_zeros_like()?;
         let mut later = x.shallow_clone();
         let mut slope_of_later = slope.shallow_clone();
-        for rows in x.f_split(rows_in_block(x), 0)? {
+        let rows = rows_in_block(x.device(), batch_size(x), x.numel());
+        for rows in x.f_split(rows, 0)? {
             let count = batch_size(&rows);
             let after = |tensor: &Tensor| tensor.f_slice(0, count, None, 1);
             let mut slope_of_rows = slope_of_later.f_narrow(0, 0, count)?;
@@ -274,14 +276,13 @@ impl Pairs {
     }
 }
 
-/// How many rows meet those of y in one block.
-fn rows_in_block(y: &Tensor) -> i64 {
+/// How many rows meet, in one block, `count` others of `numbers` numbers in all.
+fn rows_in_block(device: Device, count: i64, numbers: usize) -> i64 {
     let rows = |block: i64, row: i64| block.checked_div(row).unwrap_or(1).max(1);
-    let count = batch_size(y);
-    if y.device() == Device::Cpu {
+    if device == Device::Cpu {
         return rows(CPU_PAIRS, count);
     }
-    let differences = i64::try_from(y.numel()).unwrap_or(i64::MAX);
+    let differences = i64::try_from(numbers).unwrap_or(i64::MAX);
     rows(PAIRS, count).min(rows(DIFFERENCES, differences))
 }
 
@@ -298,5 +299,24 @@ impl std::fmt::Debug for MaximumMeanDiscrepancy<'_> {
             .field("estimator", &self.estimator)
             .field("features", &self.features.is_some())
             .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_fit_the_cache_of_a_cpu_and_the_memory_of_a_gpu() {
+        // On a CPU whatever the width.
+        assert_eq!(rows_in_block(Device::Cpu, 1024, 1024), 128);
+        assert_eq!(rows_in_block(Device::Cpu, 1024, 1024 * 65_536), 128);
+        // Elsewhere 4.2 million pairs, or 67 million numbers of their differences.
+        assert_eq!(rows_in_block(Device::Cuda(0), 1024, 1024), 4096);
+        assert_eq!(rows_in_block(Device::Cuda(0), 1024, 1024 * 64), 1024);
+        // One row at least.
+        for device in [Device::Cpu, Device::Cuda(0)] {
+            assert_eq!(rows_in_block(device, i64::MAX, usize::MAX), 1);
+        }
     }
 }
