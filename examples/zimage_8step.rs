@@ -9,11 +9,12 @@
 
 mod zimage;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use zimage::failure::{described, is_out_of_memory};
-use zimage::options::{Options, set_threads};
+use zimage::options::{Options, TEACHER, set_threads};
 use zimage::{embedded, released};
 
 fn main() -> ExitCode {
@@ -34,8 +35,10 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<ExitCode> {
     ensure!(options.count > 0, "--count must be at least 1, found {}", options.count);
+    // A student of the embedded model is sampled without its teacher.
+    let is_needed = options.sample.is_none() || options.checkpoint != Path::new(TEACHER);
     ensure!(
-        options.checkpoint.is_dir(),
+        options.checkpoint.is_dir() || !is_needed,
         "--checkpoint {}: there is no such folder",
         options.checkpoint.display()
     );

@@ -110,7 +110,8 @@ impl<'a> Probe<'a> {
         &self.noised
     }
 
-    /// The teacher's conditional clean prediction at [`noised`](Self::noised), `[B, ..]`.
+    /// The teacher's conditional clean prediction at [`noised`](Self::noised), `[B, ..]`. Under a
+    /// normaliser with a guided reference, which needs both, the unconditional one is computed with it.
     ///
     /// # Errors
     /// What the teacher's closure returns.

@@ -197,7 +197,16 @@ fn the_gradient_of_several_terms_is_rounded_once() {
     let slope = |s: &Setting| {
         let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
         let ca = CfgAugmentation::new(Guidance::new(4.0).unwrap());
-        let loss = s.loss_of(|g| g.engine("ca", 1.0, ca).regularizer("dm", 1.0, dm)).unwrap();
+        let critic = |x: &Tensor, _: &Tensor, _: &Condition| x.sin().flatten(1, -1);
+        let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+        let mmd = MaximumMeanDiscrepancy::new(Kernel::gaussian()).unwrap();
+        let mean_variance = MeanVariance::per_sample(0.1, 0.7).unwrap();
+        let loss = s.loss_of(|group| {
+            let group = group.engine("ca", 1.0, ca).regularizer("dm", 1.0, dm);
+            let group = group.regularizer("mv", 1.0, mean_variance);
+            group.regularizer("mmd", 1.0, mmd).regularizer("gan", 1.0, gan)
+        });
+        let loss = loss.unwrap();
         gradient(&loss, &s.x)
     };
     let expected = slope(&narrow.widened(Kind::Float)).to_kind(Kind::BFloat16);

@@ -176,7 +176,7 @@ fn damaged_states_are_refused_by_file() -> Result<()> {
     let text = fs::read_to_string(&description)?;
     for (damaged, complaint) in [
         ("".to_owned(), "parsing"),
-        (text.replace("\"version\": 1", "\"version\": 7"), "version must be 1, found 7"),
+        (text.replace("\"version\": 2", "\"version\": 7"), "version must be 2, found 7"),
         (text.replace("log_bytes", "bytes"), "missing field `log_bytes`"),
     ] {
         fs::write(&description, &damaged)?;
@@ -268,6 +268,11 @@ fn a_log_goes_on_where_it_was_saved() -> Result<()> {
     assert_eq!(fs::read(&path)?, b"");
     fs::remove_file(&path)?;
     assert!(Log::open(&path, 1000)?.1.is_empty());
+    // Nor does one that was begun anew and has grown beyond what was saved.
+    fs::write(&path, "{\"update\":1}\n{\"update\":2}\n")?;
+    let (_, lines) = Log::open(&path, 16)?;
+    assert!(lines.is_empty());
+    assert_eq!(fs::read(&path)?, b"");
     Ok(())
 }
 

@@ -8,7 +8,7 @@ PyTorch too has the faster allocator of the crate's examples. They take turns (A
 is compared is the CPU time of the processes, page faults included, so that a busy machine does
 little harm. Each work runs first once on both sides with the same random numbers, and must give the
 same losses and gradients: their root mean square and some of their elements. Memory is the peak over
-what the process has before any work, its libraries loaded. `--compiled` adds PyTorch under torch.compile, which needs a C++ compiler and
+that of loading the process and its libraries. `--compiled` adds PyTorch under torch.compile, which needs a C++ compiler and
 some minutes.
 """
 
@@ -179,7 +179,8 @@ def same(ours, theirs, tolerance):
             for a, b in elements
         )
 
-    return all(alike(one, two) for one, two in zip(ours, theirs, strict=True))
+    pairs = zip(ours, theirs)
+    return len(ours) == len(theirs) and all(alike(one, two) for one, two in pairs)
 
 
 def compare(work, crate, environment, rounds, budget):
@@ -319,7 +320,7 @@ def summary(results):
         floors = f"{floor} | {measured([row['times_floor'] for row in rows], floor)}" if floor else "|"
         yield f"| {name} | {ratio} | {ratios} | {floors} |"
         if variant == "":
-            memory = [row["peak_mib"] / row["pytorch_peak_mib"] for row in rows]
+            memory = [row["peak_mib"] / max(row["pytorch_peak_mib"], 1.0) for row in rows]
             ratios = measured(memory, TRAINING_STEP_MEMORY)
             yield f"| its peak memory | {TRAINING_STEP_MEMORY} | {ratios} | | |"
 

@@ -15,10 +15,10 @@ pub struct Log {
 
 impl Log {
     /// Opens the log and forgets what is behind its first `bytes` bytes. Returns the lines before. A log
-    /// that is shorter starts anew, with a warning: the run can go on without it.
+    /// that is shorter, or holds something else, starts anew, with a warning: the run can go on without it.
     ///
     /// # Errors
-    /// If the file holds something else, or cannot be written.
+    /// If the file cannot be read or written.
     pub fn open(path: &Path, bytes: u64) -> Result<(Self, Vec<Value>)> {
         Self::cut(path, bytes).with_context(|| format!("opening {}", path.display()))
     }
@@ -36,10 +36,13 @@ impl Log {
             );
         }
         file.set_len(if length < bytes { 0 } else { bytes })?;
-        let lines = BufReader::new(&file)
-            .lines()
-            .map(|line| Ok(serde_json::from_str(&line?)?))
-            .collect::<Result<_>>()?;
+        let lines: Result<Vec<Value>> =
+            BufReader::new(&file).lines().map(|line| Ok(serde_json::from_str(&line?)?)).collect();
+        let lines = lines.or_else(|error| {
+            // A log that was begun anew and has grown since is cut somewhere.
+            eprintln!("warning: {} cannot be read and starts anew: {error}", path.display());
+            file.set_len(0).map(|()| Vec::new())
+        })?;
         file.seek(SeekFrom::End(0))?;
         Ok((Self { file }, lines))
     }

@@ -11,6 +11,9 @@ use tch::Device;
 use super::lora::LoraSettings;
 use super::recipe::{Preset, Recipe};
 
+/// The model of this repository.
+pub const TEACHER: &str = "assets/teacher";
+
 /// What only training looks at.
 const OF_TRAINING: [&str; 27] = [
     "classifier",
@@ -54,7 +57,7 @@ const OF_TRAINING: [&str; 27] = [
 pub struct Options {
     /// Teacher: a diffusers folder with transformer/ and scheduler/, for a released model with
     /// text_encoder/, tokenizer/ and vae/ too
-    #[arg(long, value_name = "DIR", default_value = "assets/teacher")]
+    #[arg(long, value_name = "DIR", default_value = TEACHER)]
     pub checkpoint: PathBuf,
     /// Captions and pictures of the embedded model; assets/emoji by default
     #[arg(long, value_name = "DIR")]
@@ -322,7 +325,7 @@ impl Options {
         ] {
             ensure!(
                 !is_given,
-                "--{option} is for the embedded model: {} is a whole pipeline",
+                "--{option} is for the embedded model, and {} is a released one",
                 self.checkpoint.display()
             );
         }

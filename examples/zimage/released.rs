@@ -73,6 +73,7 @@ pub fn plan(options: &Options) -> Result<()> {
     options.refuse_embedded()?;
     // No shift changes what is kept.
     let recipe = options.recipe(PRESET, Shift::NONE)?;
+    recipe.check_adapter(&config)?;
     let size = options.size.unwrap_or(SIZE);
     let [_, height, width] = latent_size(&options.checkpoint, &config, size)?;
     check_kind(options, &recipe)?;

@@ -44,6 +44,7 @@ impl Made {
     pub fn load(folder: &Path, options: &Options, default: Preset, shift: Shift) -> Result<Self> {
         let path = folder.join(RECIPE);
         let mut made = if path.exists() {
+            ensure!(options.preset.is_none(), "--preset: {} says how it was made", path.display());
             read_json(&path)?
         } else {
             Self { recipe: options.recipe(default, shift)?, size: None }

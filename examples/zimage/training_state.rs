@@ -15,7 +15,7 @@ use super::checkpoint::{read_tensors, sync_folder, write_tensors};
 use super::pipeline::write_json;
 
 /// Layout of the folder; another number is refused.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const TENSORS: &str = "tensors.safetensors";
 const DESCRIPTION: &str = "state.json";
 /// End of the names of folders that are being written or removed.

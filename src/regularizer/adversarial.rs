@@ -264,7 +264,7 @@ fn slope(logits: &Tensor, at: &Tensor) -> Result<Tensor> {
 impl Regularizer for Adversarial<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
         let (batch, tau) = (probe.batch(), probe.tau());
-        only_in("critic logits", probe.x(), |x| {
+        only_in("critic logits", batch.wide()?, |x| {
             let noised = self.path.renoise(x, tau, probe.noise())?;
             let fake = self.logits(&noised, tau, batch.cond())?;
             probe.observe("logit", || Ok(fake.f_mean(None::<Kind>)?))?;

@@ -288,7 +288,7 @@ fn rows_in_block(device: Device, count: i64, numbers: usize) -> i64 {
 
 impl Regularizer for MaximumMeanDiscrepancy<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        self.between(probe.x(), probe.batch().real_samples()?)
+        self.between(probe.batch().wide()?, probe.batch().real_samples()?)
     }
 }
 

@@ -247,7 +247,7 @@ fn moments(what: &'static str, x: &Tensor, statistics: Statistics) -> Result<(Te
 
 impl Regularizer for MeanVariance {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        let (mean, variance) = moments("x", probe.x(), self.statistics)?;
+        let (mean, variance) = moments("x", probe.batch().wide()?, self.statistics)?;
         let (target_mean, target_variance) = self.target();
         let channels = target_mean.size();
         if mean.size().get(1..) != Some(&channels) {
