@@ -16,10 +16,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benches/pytorch"))
+from compare import settings  # noqa: E402, what it imports comes with Python
+
 COPY = ROOT / "target" / "mutants"
 OUTCOMES = COPY / "outcomes.json"
 SECONDS = 120
@@ -149,6 +151,7 @@ def build(mutants):
 def outcome(binaries, id):
     # `--fail-fast` is not stable yet. The tests of one process share a random generator, and their
     # locks are one for each file here: one thread.
+    # Without cargo's settings some tests take thirty times as long.
     environment = os.environ | settings()
     environment |= {"MUTANT": str(id), "RUSTC_BOOTSTRAP": "1", "RUST_BACKTRACE": "0"}
     environment["PROPTEST_DISABLE_FAILURE_PERSISTENCE"] = "1"
@@ -166,12 +169,6 @@ def outcome(binaries, id):
         if done.returncode != 0:
             return "caught"
     return "survived"
-
-
-def settings():
-    """What cargo sets for tests: without it some take thirty times as long."""
-    config = tomllib.loads((ROOT / ".cargo/config.toml").read_text())
-    return {name: value for name, value in config["env"].items() if isinstance(value, str)}
 
 
 def main():

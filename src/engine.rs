@@ -2,8 +2,6 @@
 
 mod cfg_augmentation;
 
-use std::rc::Rc;
-
 pub use cfg_augmentation::CfgAugmentation;
 use tch::Tensor;
 
@@ -44,23 +42,19 @@ pub trait Engine {
     fn direction(&self, probe: &Probe<'_>) -> Result<Tensor>;
 }
 
-impl<E: Engine + ?Sized> Engine for &E {
-    fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        (**self).direction(probe)
-    }
+macro_rules! forward_engine {
+    ($type:ty) => {
+        impl<E: Engine + ?Sized> Engine for $type {
+            fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
+                (**self).direction(probe)
+            }
+        }
+    };
 }
 
-impl<E: Engine + ?Sized> Engine for Box<E> {
-    fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        (**self).direction(probe)
-    }
-}
-
-impl<E: Engine + ?Sized> Engine for Rc<E> {
-    fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        (**self).direction(probe)
-    }
-}
+forward_engine!(&E);
+forward_engine!(Box<E>);
+forward_engine!(std::rc::Rc<E>);
 
 /// An [`Engine`] from a closure, made by [`engine_fn`].
 #[derive(Clone, Copy)]

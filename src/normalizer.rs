@@ -169,8 +169,12 @@ impl Normalizer {
         self
     }
 
+    /// The reference; with a neutral guidance, the guided prediction is the conditional one.
     pub(crate) fn reference(self) -> Reference {
-        self.reference
+        match self.reference {
+            Reference::Guided(guidance) if guidance.is_neutral() => Reference::Conditional,
+            reference => reference,
+        }
     }
 
     /// n and whether the guard acts, `[B]` each, from x in the type that is computed in; the means are

@@ -213,7 +213,8 @@ pub(crate) fn numbers<const N: usize>(scalars: [Tensor; N]) -> Result<[f64; N]> 
     Ok(values)
 }
 
-/// Refuses numbers outside `[low, high]`, NaN included, and returns the extremes. Waits for a GPU, once.
+/// Refuses numbers outside `[low, high]`, NaN included, and returns the extremes. Waits for a GPU,
+/// once.
 pub(crate) fn check_range(
     what: &'static str,
     requirement: &'static str,

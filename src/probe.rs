@@ -139,9 +139,8 @@ impl<'a> Probe<'a> {
 
     /// The teacher's answer with the condition.
     pub(crate) fn cond(&self) -> Result<&Answer> {
-        let normalizes_guided = matches!(self.normalizer.reference(),
-            Reference::Guided(guidance) if !guidance.is_neutral());
-        if normalizes_guided && self.batch.null_condition().is_ok() {
+        let is_guided = matches!(self.normalizer.reference(), Reference::Guided(_));
+        if is_guided && self.batch.null_condition().is_ok() {
             // The normaliser will ask for both: one forward may do.
             return Ok(self.pair()?.0);
         }
@@ -281,12 +280,12 @@ impl<'a> Probe<'a> {
         let guided;
         let reference = match self.normalizer.reference() {
             Reference::Off => return Ok(None),
-            Reference::Guided(guidance) if !guidance.is_neutral() => {
+            Reference::Guided(guidance) => {
                 let (cond, null) = self.pair()?;
                 guided = cond.guided(null, guidance)?;
                 guided.sample()?
             }
-            Reference::Conditional | Reference::Guided(_) => self.teacher_cond()?,
+            Reference::Conditional => self.teacher_cond()?,
         };
         self.normalizer.distance(self.batch.wide()?, reference, self.batch.kept()).map(Some)
     }

@@ -5,8 +5,6 @@ mod distribution_matching;
 mod maximum_mean_discrepancy;
 mod mean_variance;
 
-use std::rc::Rc;
-
 pub use adversarial::{Adversarial, CriticEvaluation, CriticHeads, CriticPenalty, GanLoss};
 pub use distribution_matching::DistributionMatching;
 pub use maximum_mean_discrepancy::{Bandwidth, Estimator, Kernel, MaximumMeanDiscrepancy};
@@ -66,32 +64,22 @@ pub fn surrogate(x: &Tensor, direction: &Tensor) -> Result<Tensor> {
     Ok(value.f_add(&slope.f_detach()?.f_sub(&slope)?)?)
 }
 
-impl<R: Regularizer + ?Sized> Regularizer for &R {
-    fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        (**self).loss(probe)
-    }
-    fn own_loss(&self, batch: &Batch<'_>) -> Result<Option<Tensor>> {
-        (**self).own_loss(batch)
-    }
+macro_rules! forward_regularizer {
+    ($type:ty) => {
+        impl<R: Regularizer + ?Sized> Regularizer for $type {
+            fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
+                (**self).loss(probe)
+            }
+            fn own_loss(&self, batch: &Batch<'_>) -> Result<Option<Tensor>> {
+                (**self).own_loss(batch)
+            }
+        }
+    };
 }
 
-impl<R: Regularizer + ?Sized> Regularizer for Box<R> {
-    fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        (**self).loss(probe)
-    }
-    fn own_loss(&self, batch: &Batch<'_>) -> Result<Option<Tensor>> {
-        (**self).own_loss(batch)
-    }
-}
-
-impl<R: Regularizer + ?Sized> Regularizer for Rc<R> {
-    fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        (**self).loss(probe)
-    }
-    fn own_loss(&self, batch: &Batch<'_>) -> Result<Option<Tensor>> {
-        (**self).own_loss(batch)
-    }
-}
+forward_regularizer!(&R);
+forward_regularizer!(Box<R>);
+forward_regularizer!(std::rc::Rc<R>);
 
 /// A [`Regularizer`] from a closure, made by [`regularizer_fn`].
 #[derive(Clone, Copy)]

@@ -4,8 +4,6 @@ mod log_normal;
 mod logit_normal;
 mod uniform;
 
-use std::rc::Rc;
-
 pub use log_normal::LogNormal;
 pub use logit_normal::LogitNormal;
 pub use uniform::{AboveStudent, Uniform};
@@ -43,23 +41,19 @@ pub trait TimeSampler {
     fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift>;
 }
 
-impl<S: TimeSampler + ?Sized> TimeSampler for &S {
-    fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift> {
-        (**self).times(u, student)
-    }
+macro_rules! forward_time_sampler {
+    ($type:ty) => {
+        impl<S: TimeSampler + ?Sized> TimeSampler for $type {
+            fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift> {
+                (**self).times(u, student)
+            }
+        }
+    };
 }
 
-impl<S: TimeSampler + ?Sized> TimeSampler for Box<S> {
-    fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift> {
-        (**self).times(u, student)
-    }
-}
-
-impl<S: TimeSampler + ?Sized> TimeSampler for Rc<S> {
-    fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift> {
-        (**self).times(u, student)
-    }
-}
+forward_time_sampler!(&S);
+forward_time_sampler!(Box<S>);
+forward_time_sampler!(std::rc::Rc<S>);
 
 /// Standard normal numbers for unit-uniform draws, at most [`Z_MAX`] from 0.
 pub(crate) fn normal_quantile(u: &Tensor) -> Result<Tensor> {

@@ -8,8 +8,8 @@ PyTorch too has the faster allocator of the crate's examples. They take turns (A
 is compared is the CPU time of the processes, page faults included, so that a busy machine does
 little harm. Each work runs first once on both sides with the same random numbers, and must give the
 same losses and gradients: their root mean square and some of their elements. Memory is the peak over
-that of loading the process and its libraries. `--compiled` adds PyTorch under torch.compile, which needs a C++ compiler and
-some minutes.
+that of loading the process and its libraries. `--compiled` adds PyTorch under torch.compile, which
+needs a C++ compiler and some minutes.
 """
 
 import argparse

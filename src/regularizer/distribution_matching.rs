@@ -146,9 +146,10 @@ impl<'a> DistributionMatching<'a> {
         if let Some(factor) = self.weighting.factor(self.fake.prediction(), &at)? {
             // Paths answer in float64; the error keeps its type.
             error = error.f_mul(&per_sample(&widen_like(&factor, &error)?, &error)?)?;
+            // It may be infinite at the time of a sample that is left out.
+            error = masked(&error, kept)?;
         }
-        // Once more: a factor may be infinite at the time of a sample that is left out.
-        masked(&error, kept)
+        Ok(error)
     }
 }
 

@@ -70,9 +70,9 @@ pub enum Estimator {
 ///
 /// # Errors
 /// [`Error::Missing`] without [`Batch::real`](crate::Batch::real); [`Error::OutOfRange`] for a
-/// single sample with the unbiased estimator; [`Error::NoGradient`] if `f` detaches; [`Error::Shape`], [`Error::Kind`] or
-/// [`Error::Device`] if the features of x and of the real samples do not fit each other; what `f`
-/// returns.
+/// single sample with the unbiased estimator; [`Error::NoGradient`] if `f` detaches;
+/// [`Error::Shape`], [`Error::Kind`] or [`Error::Device`] if the features of x and of the real samples
+/// do not fit each other; what `f` returns.
 ///
 /// # Example
 /// ```

@@ -3,6 +3,7 @@
 use tch::{Kind, Tensor, no_grad_guard};
 
 use crate::Result;
+use crate::numeric::numbers;
 
 /// The critic's loss with the logits that it was made of; from
 /// [`Adversarial::critic_evaluation`](crate::Adversarial::critic_evaluation).
@@ -40,8 +41,8 @@ impl CriticEvaluation {
         let gap = real.f_sub(&fake)?;
         let real_right = mean(&self.real_logits.f_gt(0.0)?)?;
         let fake_right = mean(&self.fake_logits.f_lt(0.0)?)?;
-        let values = Tensor::f_stack(&[real, fake, gap, real_right, fake_right], 0)?;
+        let values = numbers([real, fake, gap, real_right, fake_right])?;
         let names = ["real_logit", "fake_logit", "logit_gap", "real_accuracy", "fake_accuracy"];
-        Ok(names.into_iter().zip(Vec::<f64>::try_from(values)?).collect())
+        Ok(names.into_iter().zip(values).collect())
     }
 }
