@@ -12,7 +12,7 @@ use anyhow::Result;
 use decoupled_dmd::testing::check_engine;
 use decoupled_dmd::{
     AboveStudent, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Engine, Group,
-    Guidance, Objective, PreShift, Prediction, Probe, RectifiedFlow, Renoising, Shift, Uniform,
+    Guidance, Objective, PreShift, Prediction, Probe, RectifiedFlow, Renoising, Uniform,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -58,7 +58,7 @@ fn train(engine: Option<&dyn Engine>) -> Result<(Vec<f32>, Vec<f32>)> {
         let [mean, spread] = &*student.borrow();
         gaussian(x, t, mean, spread)
     });
-    let dm = DistributionMatching::new(fake, Shift::NONE);
+    let dm = DistributionMatching::new(fake);
     let mut objective = Objective::new(model(0.5))
         .with(Group::new(Renoising::new(Uniform::FULL)).regularizer("dm", 1.0, &dm));
     if let Some(engine) = engine {
@@ -71,7 +71,7 @@ fn train(engine: Option<&dyn Engine>) -> Result<(Vec<f32>, Vec<f32>)> {
     for _ in 0..800 {
         let [mean, spread] = student.borrow().each_ref().map(Tensor::shallow_clone);
         let x = &mean + &spread * Tensor::randn([BATCH, 2], CPU);
-        let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
+        let batch = Batch::new(&x, &cond)?.with_null(&null).with_student_time(&time)?;
         let loss = objective.evaluate(&batch)?.loss;
         let gradients = Tensor::f_run_backward(&[loss], &[&mean, &spread], false, false)?;
         let _no_grad = tch::no_grad_guard();

@@ -22,7 +22,7 @@ struct BatchGaussian;
 
 impl Regularizer for BatchGaussian {
     fn loss(&self, probe: &Probe<'_>) -> decoupled_dmd::Result<Tensor> {
-        let (x, real) = (probe.x(), probe.batch().real_samples()?);
+        let (x, real) = (probe.x(), probe.batch().real()?);
         let mean_of = |t: &Tensor| t.f_mean_dim(&[0i64][..], false, Kind::Float);
         let offset = mean_of(x)?.f_sub(&mean_of(real)?)?;
         let covariance = |t: &Tensor| t.f_tr()?.f_cov(1, None::<&Tensor>, None::<&Tensor>);
@@ -65,7 +65,7 @@ fn train(objective: &Objective<'_>) -> Result<()> {
             let spread = Vec::<f32>::try_from(x.std_dim(&[0i64][..], true, false))?;
             println!("  after {step:>4} updates: mean {mean:>5.2?}  spread {spread:.2?}");
         }
-        let batch = Batch::new(&x, &cond)?.null(&null).real(&real)?;
+        let batch = Batch::new(&x, &cond)?.with_null(&null).with_real(&real)?;
         let loss = objective.evaluate(&batch)?.loss;
         let gradients = Tensor::f_run_backward(&[loss], &student, false, false)?;
         let _no_grad = tch::no_grad_guard();
@@ -78,11 +78,11 @@ fn train(objective: &Objective<'_>) -> Result<()> {
 
 fn main() -> Result<()> {
     let engine = CfgAugmentation::new(Guidance::new(2.0)?);
-    let group = || Group::new(Renoising::new(Uniform::FULL)).engine("ca", 1.0, engine);
+    let group = || Group::new(Renoising::new(Uniform::FULL)).engine("ca", 1.0, &engine);
     println!("data: mean [1.00, -0.50], spread [0.50, 0.50]");
     println!("CA alone");
     train(&Objective::new(teacher()).with(group()))?;
     println!("CA and the batch's Gaussian");
-    let shielded = group().regularizer("batch Gaussian", 1.0, BatchGaussian);
-    train(&Objective::new(teacher()).with(shielded))
+    let regularized = group().regularizer("batch Gaussian", 1.0, BatchGaussian);
+    train(&Objective::new(teacher()).with(regularized))
 }

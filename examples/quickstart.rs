@@ -8,7 +8,7 @@
 
 use decoupled_dmd::{
     Batch, Condition, Denoiser, DistributionMatching, FewStepGrid, Guidance, Prediction,
-    RectifiedFlow, Sampler, Schedule, Shift, Transition,
+    RectifiedFlow, Sampler, Schedule, Transition,
 };
 use tch::nn::{self, Module, OptimizerConfig};
 use tch::{Device, Kind, Tensor};
@@ -60,10 +60,9 @@ fn main() -> anyhow::Result<()> {
     let teacher = Denoiser::new(RectifiedFlow, Prediction::Sample, |x, t, c: &Condition| {
         mixture_denoiser(x, t, &c[0])
     });
-    let (guidance, shift) = (Guidance::new(1.5)?, Shift::NONE);
-    let dm = DistributionMatching::new(fake, shift);
-    let objective = Schedule::DecoupledHybrid.objective(teacher, guidance, &dm, shift);
-    let sampler = Sampler::new(&student, FewStepGrid::even(2, shift)?, Transition::Renoise);
+    let dm = DistributionMatching::new(fake);
+    let objective = Schedule::DecoupledHybrid.objective(teacher, Guidance::new(1.5)?, &dm);
+    let sampler = Sampler::new(&student, FewStepGrid::even(2)?, Transition::Renoise);
     let mut student_optimizer = nn::Adam::default().build(&student_vs, 3e-3)?;
     let mut fake_optimizer = nn::Adam::default().build(&fake_vs, 6e-3)?;
     let classes = Tensor::from_slice(&[0.5f32, 0.5, 0.0, 0.0, 0.0, 0.0, 0.5, 0.5]).view([2, 4]);
@@ -80,7 +79,8 @@ fn main() -> anyhow::Result<()> {
         let cond = Condition::from(classes.index_select(0, &labels));
         let noise = Tensor::randn([BATCH, 2], CPU);
         let made = sampler.simulate(&noise, &cond, sampler.draw_step()?)?;
-        let batch = Batch::new(&made.x, &cond)?.null(&null).student_time(&made.student_time)?;
+        let batch =
+            Batch::new(&made.x, &cond)?.with_null(&null).with_student_time(&made.student_time)?;
         fake_optimizer.backward_step(&dm.denoising_loss(&batch)?);
         if step % 3 == 0 {
             student_optimizer.backward_step(&objective.evaluate(&batch)?.loss);

@@ -282,10 +282,10 @@ impl<'a> Trainer<'a> {
         tch::manual_seed(step_seed(self.arguments.seed, u64::MAX - 3));
         let noise = real.f_randn_like()?;
         let denoiser = denoiser(&model);
-        let grid = FewStepGrid::even(30, Shift::new(SHIFT)?)?;
+        let grid = FewStepGrid::even(30)?.shifted(Shift::new(SHIFT)?);
         let mut columns = vec![real];
         for guidance in [1.0, 3.0] {
-            let sampler = Sampler::new(&denoiser, grid.clone(), Transition::Euler)
+            let sampler = Sampler::new(&denoiser, grid.clone(), Transition::Ddim)
                 .guided(Guidance::new(guidance)?, &null);
             columns.push(sampler.sample(&noise, &captions)?);
         }

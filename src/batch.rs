@@ -5,10 +5,11 @@ use std::ops::Deref;
 
 use tch::{Kind, Tensor};
 
-use crate::numeric::{
-    batch_size, check_device, check_per_sample, check_samples, check_size, once, per_sample, widen,
-};
-use crate::{Error, PreShift, Result};
+use crate::checks::{check_device, check_like, check_per_sample, check_samples, check_size};
+use crate::error::{Error, Result};
+use crate::numeric::{batch_size, once, per_sample, widen};
+use crate::simulation::Simulation;
+use crate::time::{PostShift, PreShift};
 
 /// What a network is conditioned on: any tensors, handed to network closures untouched.
 ///
@@ -61,6 +62,7 @@ pub struct Batch<'a> {
     real: Option<&'a Tensor>,
     real_cond: Option<&'a Condition>,
     student_time: Option<&'a PreShift>,
+    student_input: Option<(&'a Tensor, &'a PostShift)>,
     /// Boolean, expanded to the shape of `x`.
     mask: Option<Tensor>,
     /// `x` in float32 or wider, with its graph.
@@ -82,14 +84,26 @@ impl<'a> Batch<'a> {
             real: None,
             real_cond: None,
             student_time: None,
+            student_input: None,
             mask: None,
             wide: OnceCell::new(),
         })
     }
 
+    /// The student's prediction of `made` with the input and the times at which it was made, for the
+    /// condition `cond`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn of(made: &'a Simulation, cond: &'a Condition) -> Result<Self> {
+        Self::new(&made.x, cond)?
+            .with_student_input(&made.input, &made.time)?
+            .with_student_time(&made.student_time)
+    }
+
     /// Adds the null condition (the encoded empty prompt), which CFG Augmentation needs.
     #[must_use]
-    pub fn null(mut self, null: &'a Condition) -> Self {
+    pub fn with_null(mut self, null: &'a Condition) -> Self {
         self.null = Some(null);
         self
     }
@@ -98,7 +112,7 @@ impl<'a> Batch<'a> {
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Kind`] or [`Error::Device`] unless they are like `x` but in number.
-    pub fn real(mut self, real: &'a Tensor) -> Result<Self> {
+    pub fn with_real(mut self, real: &'a Tensor) -> Result<Self> {
         check_samples("real samples", real, 2)?;
         let mut expected = self.x.size();
         if let Some(first) = expected.first_mut() {
@@ -113,7 +127,7 @@ impl<'a> Batch<'a> {
     /// Adds the condition of the real samples, such as their own captions; without it they are taken
     /// to share that of the student's.
     #[must_use]
-    pub fn real_cond(mut self, cond: &'a Condition) -> Self {
+    pub fn with_real_cond(mut self, cond: &'a Condition) -> Self {
         self.real_cond = Some(cond);
         self
     }
@@ -125,9 +139,22 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// [`Error::Shape`] unless there is one time for each sample; [`Error::Device`] if they are
     /// elsewhere than `x`.
-    pub fn student_time(mut self, time: &'a PreShift) -> Result<Self> {
+    pub fn with_student_time(mut self, time: &'a PreShift) -> Result<Self> {
         check_per_sample("student time", time.tensor(), self.x)?;
         self.student_time = Some(time);
+        Ok(self)
+    }
+
+    /// Adds the input x_t `[B, ..]` at which the student made x, and its time as the network sees it;
+    /// engines that follow the teacher's ODE through the student's input need it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Kind`] or [`Error::Device`] unless `input` is like `x` and there is one
+    /// time for each sample.
+    pub fn with_student_input(mut self, input: &'a Tensor, time: &'a PostShift) -> Result<Self> {
+        check_like("student input", input, self.x)?;
+        check_per_sample("time of the student input", time.tensor(), self.x)?;
+        self.student_input = Some((input, time));
         Ok(self)
     }
 
@@ -135,9 +162,9 @@ impl<'a> Batch<'a> {
     /// `[B]`, one for each sample, or has the axes of `x` with 1 where one value serves an axis.
     ///
     /// For engines, Distribution Matching and the loss of the fake score:
-    /// - an element left out has an update of exactly zero, so it sends no gradient to the student or
-    ///   the fake score, also where it, the update or the error is not finite (inside of a student whose
-    ///   own layers are not finite, zero times NaN is NaN again);
+    /// - a masked element gets an update of exactly zero and sends no gradient to the student or the
+    ///   fake score, even if its value is NaN or infinite; this cannot help where activations inside the
+    ///   student are not finite;
     /// - the means of the normaliser and of the diagnostics are over the elements that count;
     /// - losses remain means over *all* elements of the batch, so that what one sample leaves out
     ///   does not change the gradient of another. For a mean over those that count, multiply the
@@ -150,7 +177,7 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// [`Error::Kind`] unless boolean, [`Error::Shape`] if it does not fit `x`, [`Error::Device`] if
     /// it is elsewhere.
-    pub fn mask(mut self, mask: &Tensor) -> Result<Self> {
+    pub fn with_mask(mut self, mask: &Tensor) -> Result<Self> {
         const WHAT: &str = "mask";
         let (size, whole) = (mask.size(), self.x.size());
         let is_per_sample = size == [self.batch_size()];
@@ -176,7 +203,7 @@ impl<'a> Batch<'a> {
     }
 
     /// The mask, boolean and of the shape of x, where given.
-    pub(crate) fn kept(&self) -> Option<&Tensor> {
+    pub fn mask(&self) -> Option<&Tensor> {
         self.mask.as_ref()
     }
 
@@ -196,28 +223,37 @@ impl<'a> Batch<'a> {
     }
 
     /// The pre-shift times of the student's evaluation, where given.
-    pub fn student_times(&self) -> Option<&'a PreShift> {
+    pub fn student_time(&self) -> Option<&'a PreShift> {
         self.student_time
+    }
+
+    /// The input x_t `[B, ..]` at which the student made x, and its time as the network sees it.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] if it was not given.
+    pub fn student_input(&self) -> Result<(&'a Tensor, &'a PostShift)> {
+        let missing = Error::Missing { what: "student input", setter: "with_student_input" };
+        self.student_input.ok_or(missing)
     }
 
     /// The null condition.
     ///
     /// # Errors
     /// [`Error::Missing`] if none was given.
-    pub fn null_condition(&self) -> Result<&'a Condition> {
-        self.null.ok_or(Error::Missing { what: "null condition", setter: "null" })
+    pub fn null(&self) -> Result<&'a Condition> {
+        self.null.ok_or(Error::Missing { what: "null condition", setter: "with_null" })
     }
 
     /// The real samples, `[M, ..]`.
     ///
     /// # Errors
     /// [`Error::Missing`] if none were given.
-    pub fn real_samples(&self) -> Result<&'a Tensor> {
-        self.real.ok_or(Error::Missing { what: "real samples", setter: "real" })
+    pub fn real(&self) -> Result<&'a Tensor> {
+        self.real.ok_or(Error::Missing { what: "real samples", setter: "with_real" })
     }
 
     /// The condition of the real samples: their own, or else that of the student's.
-    pub fn real_condition(&self) -> &'a Condition {
+    pub fn real_cond(&self) -> &'a Condition {
         self.real_cond.unwrap_or(self.cond)
     }
 }

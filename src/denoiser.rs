@@ -1,44 +1,22 @@
 //! A network as a predictor of clean samples: the boundary between the user's model and the terms.
 
+use std::rc::Rc;
+
 use tch::{Reduction, Tensor};
 
-use crate::answer::Answer;
-use crate::numeric::{
-    check_like, check_per_sample, check_samples, finite_where_masked, masked, mean, widen,
-    widen_like,
-};
-use crate::{Condition, Error, Path, PostShift, Prediction, Result};
+use crate::batch::Condition;
+use crate::checks::{check_like, check_per_sample, check_samples};
+use crate::error::Result;
+use crate::network::IntoOutput;
+use crate::numeric::{finite_where_masked, masked, mean, widen, widen_like};
+use crate::output::ModelOutput;
+use crate::path::NoisePath;
+use crate::prediction::Prediction;
+use crate::time::PostShift;
 
 type Network<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 type PairedNetwork<'a> =
     dyn Fn(&Tensor, &Tensor, &Condition, &Condition) -> Result<(Tensor, Tensor)> + 'a;
-
-/// What a network closure may return: a value, or a `Result` with any error.
-pub trait NetworkOutput<T> {
-    /// The value, the error boxed as [`Error::Network`].
-    ///
-    /// # Errors
-    /// The closure's own error.
-    fn into_result(self) -> Result<T>;
-}
-
-impl NetworkOutput<Tensor> for Tensor {
-    fn into_result(self) -> Result<Tensor> {
-        Ok(self)
-    }
-}
-
-impl NetworkOutput<(Tensor, Tensor)> for (Tensor, Tensor) {
-    fn into_result(self) -> Result<(Tensor, Tensor)> {
-        Ok(self)
-    }
-}
-
-impl<T, E: Into<Box<dyn std::error::Error + Send + Sync>>> NetworkOutput<T> for Result<T, E> {
-    fn into_result(self) -> Result<T> {
-        self.map_err(|error| Error::Network(error.into()))
-    }
-}
 
 /// A network, the path it lives on and what it predicts; every term speaks to it in clean samples.
 ///
@@ -63,25 +41,27 @@ impl<T, E: Into<Box<dyn std::error::Error + Send + Sync>>> NetworkOutput<T> for 
 /// ```
 ///
 /// The closure may borrow the network, so a denoiser stays on the thread that trains: `tch` tensors
-/// are not `Sync`.
+/// are not `Sync`. Clones share the path and the closures, so that one network, wrapped once, is sampled
+/// from and distilled.
+#[derive(Clone)]
 pub struct Denoiser<'a> {
-    path: Box<dyn Path + 'a>,
+    path: Rc<dyn NoisePath + 'a>,
     prediction: Prediction,
-    network: Box<Network<'a>>,
-    paired: Option<Box<PairedNetwork<'a>>>,
+    network: Rc<Network<'a>>,
+    paired: Option<Rc<PairedNetwork<'a>>>,
 }
 
 impl<'a> Denoiser<'a> {
     /// Wraps a network that outputs `prediction` on `path`.
-    pub fn new<O: NetworkOutput<Tensor>>(
-        path: impl Path + 'a,
+    pub fn new<O: IntoOutput<Tensor>>(
+        path: impl NoisePath + 'a,
         prediction: Prediction,
         network: impl Fn(&Tensor, &Tensor, &Condition) -> O + 'a,
     ) -> Self {
         Self {
-            path: Box::new(path),
+            path: Rc::new(path),
             prediction,
-            network: Box::new(move |x, t, cond| network(x, t, cond).into_result()),
+            network: Rc::new(move |x, t, cond| network(x, t, cond).into_result()),
             paired: None,
         }
     }
@@ -89,21 +69,21 @@ impl<'a> Denoiser<'a> {
     /// Adds a closure that answers for two conditions in one batched forward; it gets the noised
     /// sample, the time, both conditions, and returns both outputs in that order.
     #[must_use]
-    pub fn paired<O: NetworkOutput<(Tensor, Tensor)>>(
+    pub fn paired<O: IntoOutput<(Tensor, Tensor)>>(
         mut self,
         network: impl Fn(&Tensor, &Tensor, &Condition, &Condition) -> O + 'a,
     ) -> Self {
-        self.paired = Some(Box::new(move |x, t, one, two| network(x, t, one, two).into_result()));
+        self.paired = Some(Rc::new(move |x, t, one, two| network(x, t, one, two).into_result()));
         self
     }
 
     /// The path on which the network lives.
-    pub fn path(&self) -> &dyn Path {
+    pub fn path(&self) -> &(dyn NoisePath + 'a) {
         &*self.path
     }
 
-    /// What the network predicts.
-    pub(crate) fn prediction(&self) -> Prediction {
+    /// The quantity that the network outputs.
+    pub fn prediction(&self) -> Prediction {
         self.prediction
     }
 
@@ -116,7 +96,7 @@ impl<'a> Denoiser<'a> {
     /// unless `noised` are floating-point samples with a time each, and the output is like them;
     /// [`Error::OutOfRange`] if times may be at a singular end of the [`Prediction`].
     pub fn denoise(&self, noised: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
-        self.answer(noised, time, cond)?.into_sample()
+        self.predict(noised, time, cond)?.into_sample()
     }
 
     /// x0-hat for two conditions, in one forward where [`paired`](Self::paired) was given.
@@ -130,32 +110,39 @@ impl<'a> Denoiser<'a> {
         one: &Condition,
         two: &Condition,
     ) -> Result<(Tensor, Tensor)> {
-        let (one, two) = self.answer_pair(noised, time, one, two)?;
+        let (one, two) = self.predict_pair(noised, time, one, two)?;
         Ok((one.into_sample()?, two.into_sample()?))
     }
 
-    /// What [`denoise`](Self::denoise) makes a clean sample of.
-    pub(crate) fn answer(
+    /// The network's output at `noised` `[B, ..]`, from which [`denoise`](Self::denoise) makes a clean
+    /// sample.
+    ///
+    /// # Errors
+    /// As [`denoise`](Self::denoise).
+    pub fn predict(
         &self,
         noised: &Tensor,
         time: &PostShift,
         cond: &Condition,
-    ) -> Result<Answer> {
+    ) -> Result<ModelOutput> {
         self.check_input(noised, time)?;
         let output = (self.network)(noised, &time.for_network(noised)?, cond)?;
         self.checked(noised, time, &output)
     }
 
-    /// What [`denoise_pair`](Self::denoise_pair) makes clean samples of.
-    pub(crate) fn answer_pair(
+    /// The network's outputs for two conditions, in one forward where [`paired`](Self::paired) was given.
+    ///
+    /// # Errors
+    /// As [`denoise`](Self::denoise).
+    pub fn predict_pair(
         &self,
         noised: &Tensor,
         time: &PostShift,
         one: &Condition,
         two: &Condition,
-    ) -> Result<(Answer, Answer)> {
+    ) -> Result<(ModelOutput, ModelOutput)> {
         let Some(paired) = &self.paired else {
-            return Ok((self.answer(noised, time, one)?, self.answer(noised, time, two)?));
+            return Ok((self.predict(noised, time, one)?, self.predict(noised, time, two)?));
         };
         self.check_input(noised, time)?;
         let (one, two) = paired(noised, &time.for_network(noised)?, one, two)?;
@@ -182,30 +169,34 @@ impl<'a> Denoiser<'a> {
         mean(&self.denoising_error(x, time, noise, cond, None)?)
     }
 
-    /// The squares `[B, ..]` whose mean is [`denoising_loss`](Self::denoising_loss), zero where `kept`,
-    /// a boolean shaped like x, is false. What is not finite there sends no gradient to the network.
-    pub(crate) fn denoising_error(
+    /// The squares `[B, ..]` whose mean is [`denoising_loss`](Self::denoising_loss), zero where `mask`, a
+    /// boolean shaped like x as [`Batch::mask`](crate::Batch::mask) gives it, is false. A masked value that
+    /// is not finite is set to zero before it enters the network: the gradient of a layer's weight
+    /// multiplies its input, and zero times NaN is NaN.
+    ///
+    /// # Errors
+    /// As [`denoising_loss`](Self::denoising_loss).
+    pub fn denoising_error(
         &self,
         x: &Tensor,
         time: &PostShift,
         noise: &Tensor,
         cond: &Condition,
-        kept: Option<&Tensor>,
+        mask: Option<&Tensor>,
     ) -> Result<Tensor> {
         check_samples("x", x, 1)?;
         check_per_sample("time", time.tensor(), x)?;
         check_like("noise", noise, x)?;
         self.prediction.check_target(&*self.path, time)?;
-        // Zero times NaN is NaN, also in the gradient of a network that was given one.
-        let x = finite_where_masked(&x.f_detach()?, kept)?;
+        let x = finite_where_masked(&x.f_detach()?, mask)?;
         let noised = self.path.renoise(&x, time, noise)?;
         let coefficients = self.path.coefficients(time)?.like(&x)?;
         let target = self.prediction.target(&coefficients, &widen(&x)?, &widen_like(noise, &x)?)?;
         let output = (self.network)(&noised, &time.for_network(&noised)?, cond)?;
         check_like("network output", &output, &noised)?;
         let output = widen_like(&output, &x)?;
-        Ok(match kept {
-            Some(_) => masked(&output.f_sub(&target)?, kept)?.f_square()?,
+        Ok(match mask {
+            Some(_) => masked(&output.f_sub(&target)?, mask)?.f_square()?,
             None => output.f_mse_loss(&target, Reduction::None)?,
         })
     }
@@ -216,10 +207,9 @@ impl<'a> Denoiser<'a> {
         self.prediction.check_sample(&*self.path, time)
     }
 
-    fn checked(&self, noised: &Tensor, time: &PostShift, output: &Tensor) -> Result<Answer> {
+    fn checked(&self, noised: &Tensor, time: &PostShift, output: &Tensor) -> Result<ModelOutput> {
         check_like("network output", output, noised)?;
-        let at = self.path.coefficients(time)?.like(noised)?;
-        Answer::new(self.prediction, &*self.path, at, noised, widen_like(output, noised)?)
+        ModelOutput::new(self.prediction, &*self.path, time, noised, widen_like(output, noised)?)
     }
 }
 

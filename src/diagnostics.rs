@@ -8,9 +8,10 @@ use tch::{Kind, Tensor, no_grad_guard};
 pub(crate) use term::Role;
 pub use term::{ScoreDiagnostics, TermDiagnostics};
 
+use crate::batch::Batch;
+use crate::error::Result;
 use crate::numeric::{masked, masked_mean, per_sample, widen};
 use crate::value::{checked, is_positive};
-use crate::{Batch, Result};
 
 /// The diagnostics of one evaluation, from what it computed anyway: no network runs for them.
 ///
@@ -46,7 +47,7 @@ pub struct Diagnostics {
 impl Diagnostics {
     pub(crate) fn of(batch: &Batch<'_>) -> Result<Self> {
         let _no_grad = no_grad_guard();
-        let (x, mask) = (widen(&batch.x().f_detach()?)?, batch.kept());
+        let (x, mask) = (widen(&batch.x().f_detach()?)?, batch.mask());
         let mean = masked_mean(&x, mask)?;
         let variance = masked_mean(&x.f_sub(&per_sample(&mean, &x)?)?.f_square()?, mask)?;
         let rms = masked_mean(&x.f_square()?, mask)?.f_sqrt()?;
@@ -134,14 +135,21 @@ impl Diagnostics {
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
     pub fn report(&self) -> Result<Vec<(String, f64)>> {
         let _no_grad = no_grad_guard();
-        let mut named = vec![
+        let mut named = Vec::new();
+        self.named(&mut named)?;
+        read_together(named)
+    }
+
+    /// Appends everything as named scalars in float64, NaN or infinite where undefined.
+    pub(crate) fn named(&self, named: &mut Vec<(String, Tensor)>) -> Result<()> {
+        named.extend([
             ("x_mean".to_owned(), self.x_mean.mean_tensor()?),
             ("x_std".to_owned(), self.x_std.mean_tensor()?),
             ("x_rms".to_owned(), self.x_rms.mean_tensor()?),
             ("not_finite".to_owned(), self.not_finite_tensor()?),
-        ];
+        ]);
         for (name, term) in &self.terms {
-            term.report(name, &mut named)?;
+            term.report(name, named)?;
         }
         let of_role = |role| self.terms.iter().filter(move |(_, term)| term.role == role);
         for (engine_name, engine) in of_role(Role::Engine) {
@@ -158,14 +166,19 @@ impl Diagnostics {
                 }
             }
         }
-        let (names, tensors): (Vec<_>, Vec<_>) = named.into_iter().unzip();
-        let values = Vec::<f64>::try_from(Tensor::f_stack(&tensors, 0)?)?;
-        Ok(names.into_iter().zip(values).filter(|(_, value)| value.is_finite()).collect())
+        Ok(())
     }
 
     fn not_finite_tensor(&self) -> Result<Tensor> {
         Ok(self.finite.f_logical_not()?.f_mean(Kind::Double)?)
     }
+}
+
+/// Named scalars in float64 as numbers, read in one go, without the numbers that are not finite.
+pub(crate) fn read_together(named: Vec<(String, Tensor)>) -> Result<Vec<(String, f64)>> {
+    let (names, tensors): (Vec<_>, Vec<_>) = named.into_iter().unzip();
+    let values = Vec::<f64>::try_from(Tensor::f_stack(&tensors, 0)?)?;
+    Ok(names.into_iter().zip(values).filter(|(_, value)| value.is_finite()).collect())
 }
 
 /// Of the mean sizes of two directions, a scalar in float64; NaN or infinite where undefined.

@@ -5,7 +5,8 @@ mod cfg_augmentation;
 pub use cfg_augmentation::CfgAugmentation;
 use tch::Tensor;
 
-use crate::{Probe, Result};
+use crate::error::Result;
+use crate::probe::Probe;
 
 /// Where the samples should move.
 ///

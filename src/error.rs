@@ -68,6 +68,12 @@ pub enum Error {
         /// The name.
         name: String,
     },
+    /// An objective has no term of this name.
+    #[error("the objective has no term named \"{name}\"")]
+    NoTerm {
+        /// The name.
+        name: String,
+    },
     /// A term of an objective failed.
     #[error("term \"{name}\" failed")]
     Term {

@@ -18,7 +18,7 @@
 //! - [`Objective`]: [`Group`]s of terms, each group with one [`Probe`] of the samples; the paper's
 //!   four arrangements are ready-made in [`Schedule`].
 //!
-//! Around them: [`Denoiser`] makes any network a predictor of clean samples on its [`Path`], [`Batch`]
+//! Around them: [`Denoiser`] makes any network a predictor of clean samples on its [`NoisePath`], [`Batch`]
 //! carries what the student made, [`Sampler`] is backward simulation and few-step sampling, and
 //! [`Renoising`] says how tau is drawn. Networks, optimizers and the loop stay the user's.
 //!
@@ -44,18 +44,22 @@
     )
 )]
 
-mod answer;
 mod batch;
+mod checks;
 mod cuda;
 mod denoiser;
 mod diagnostics;
 mod engine;
 mod error;
-mod fake_score;
+mod gradient;
 mod grid;
+mod guidance;
+mod moving_average;
+mod network;
 mod normalizer;
 mod numeric;
 mod objective;
+mod output;
 mod path;
 mod prediction;
 mod probe;
@@ -63,39 +67,49 @@ mod regularizer;
 mod renoising;
 mod rollout;
 mod schedule;
+mod simulation;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod time;
 mod trajectory;
+mod update_ratio;
 mod value;
 mod weighting;
 
 pub use batch::{Batch, Condition};
 pub use cuda::{default_device, load_cuda};
-pub use denoiser::{Denoiser, NetworkOutput};
+pub use denoiser::Denoiser;
 pub use diagnostics::{Diagnostics, PerSample, ScoreDiagnostics, TermDiagnostics};
 pub use engine::{CfgAugmentation, Engine, EngineFn, engine_fn};
 pub use error::{Error, Result};
-pub use fake_score::{UpdateRatio, align_fake};
+pub use gradient::{gradient_only_in, surrogate};
 pub use grid::FewStepGrid;
+pub use guidance::Guidance;
+pub use moving_average::move_toward;
+pub use network::IntoOutput;
 pub use normalizer::Normalizer;
 pub use objective::{Draw, Evaluation, Group, Objective};
+pub use output::{Difference, ModelOutput};
 pub use path::{
-    Coefficients, Edm, Path, Preconditioning, RectifiedFlow, TrigFlow, VariancePreserving,
+    Coefficients, Edm, NoisePath, Preconditioning, RectifiedFlow, Shifted, TrigFlow,
+    VariancePreserving, check_same_path,
 };
 pub use prediction::Prediction;
 pub use probe::Probe;
 pub use regularizer::{
     Adversarial, Bandwidth, CriticEvaluation, CriticHeads, CriticPenalty, DistributionMatching,
     Estimator, GanLoss, Kernel, MaximumMeanDiscrepancy, MeanVariance, Regularizer, RegularizerFn,
-    Statistics, regularizer_fn, surrogate,
+    Statistics, regularizer_fn,
 };
-pub use renoising::{AboveStudent, LogNormal, LogitNormal, Renoising, TimeSampler, Uniform};
-pub use rollout::{Sampler, Simulation, Transition};
+pub use renoising::{
+    AboveStudent, LogNormal, LogitNormal, Renoising, TimeDistribution, Times, Uniform,
+};
+pub use rollout::{Sampler, Transition};
 pub use schedule::{Schedule, Shifts};
+pub use simulation::Simulation;
 pub use time::{PostShift, PreShift, Shift};
 pub use trajectory::Trajectory;
-pub use value::{Floor, Guidance};
+pub use update_ratio::UpdateRatio;
 pub use weighting::Weighting;
 
 /// The code of the README, compiled and run.

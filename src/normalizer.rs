@@ -2,9 +2,10 @@
 
 use tch::{Kind, Tensor};
 
+use crate::error::Result;
+use crate::guidance::Guidance;
 use crate::numeric::{masked, masked_mean, sample_distance};
 use crate::value::Positive;
-use crate::{Floor, Guidance, Result};
 
 /// How a difference of clean predictions is scaled into a direction: by 1 / n,
 ///
@@ -33,11 +34,11 @@ use crate::{Floor, Guidance, Result};
 /// | codebase | here |
 /// |---|---|
 /// | DMD2, Self-Forcing, VideoX-Fun (Wan) | [`dmd2`](Self::dmd2); they replace NaN by zero afterwards |
-/// | VideoX-Fun (Z-Image) | `guided(alpha).floor(Floor::new(1e-5)?)`; it replaces NaN by zero afterwards |
+/// | VideoX-Fun (Z-Image) | `guided(alpha).floor(1e-5)?`; it replaces NaN by zero afterwards |
 /// | FastGen, DiffSynth-Studio | [`fastgen`](Self::fastgen) |
 /// | FastVideo | [`fastvideo`](Self::fastvideo) |
-/// | SimpleTuner | `guided(alpha).floor(Floor::new(1e-6)?)` |
-/// | rCM | `guided(alpha).floor(Floor::new(1e-5)?)`; it sums over the elements in place of the mean |
+/// | SimpleTuner | `guided(alpha).floor(1e-6)?` |
+/// | rCM | `guided(alpha).floor(1e-5)?`; it sums over the elements in place of the mean |
 /// | CDM | [`cdm`](Self::cdm), the default |
 /// | decoupled loss ported onto DMD2 | [`decoupled_port`](Self::decoupled_port) |
 ///
@@ -45,8 +46,8 @@ use crate::{Floor, Guidance, Result};
 /// [`Regularizer`](crate::Regularizer).
 ///
 /// ```
-/// # use decoupled_dmd::{Floor, Guidance, Normalizer};
-/// let simple_tuner = Normalizer::guided(Guidance::new(3.0)?).floor(Floor::new(1e-6)?);
+/// # use decoupled_dmd::{Guidance, Normalizer};
+/// let simple_tuner = Normalizer::guided(Guidance::new(3.0)?).floor(1e-6)?;
 /// # Ok::<(), decoupled_dmd::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -73,7 +74,7 @@ pub(crate) enum Reference {
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 enum Guard {
     None,
-    Floor(Floor),
+    Floor(Positive),
     Epsilon(Positive),
 }
 
@@ -95,7 +96,7 @@ impl Normalizer {
     pub fn conditional() -> Self {
         Self {
             reference: Reference::Conditional,
-            guard: Guard::Floor(Floor::default()),
+            guard: Guard::Floor(Positive::CDM),
             scope: Scope::Sample,
         }
     }
@@ -138,11 +139,13 @@ impl Normalizer {
         Self { guard: Guard::Epsilon(Positive::PORT), ..Self::conditional() }
     }
 
-    /// n = max(mean, floor).
-    #[must_use]
-    pub fn floor(mut self, floor: Floor) -> Self {
-        self.guard = Guard::Floor(floor);
-        self
+    /// n = max(mean, floor), in units of the data.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless finite and positive, as float32 too.
+    pub fn floor(mut self, floor: f64) -> Result<Self> {
+        self.guard = Guard::Floor(Positive::new("normaliser floor", floor)?);
+        Ok(self)
     }
 
     /// n = mean + epsilon, in units of the data.
@@ -241,7 +244,7 @@ mod tests {
     fn guards_and_scopes_by_hand() -> Result<()> {
         let alpha = Guidance::new(3.0)?;
         assert_eq!(n(Normalizer::dmd2(alpha))?, [1.0, 4.0]);
-        assert_eq!(n(Normalizer::conditional().floor(Floor::new(2.0)?))?, [2.0, 4.0]);
+        assert_eq!(n(Normalizer::conditional().floor(2.0)?)?, [2.0, 4.0]);
         assert_eq!(n(Normalizer::conditional().epsilon(0.5)?)?, [1.5, 4.5]);
         assert_eq!(n(Normalizer::fastvideo(alpha))?, [2.5, 2.5]);
         assert_eq!(Normalizer::cdm(), Normalizer::default());

@@ -1,31 +1,38 @@
 //! The loss of the student: engines and regularizers, in groups that share a probe.
 
-use tch::{Tensor, no_grad_guard};
+use tch::{Kind, Tensor, no_grad_guard};
 
-use crate::diagnostics::Role;
-use crate::numeric::{check_per_sample, check_size, noise_like};
-use crate::renoising::{check_draws, unit_uniform};
-use crate::value::checked;
-use crate::{
-    Batch, Denoiser, Diagnostics, Engine, Error, Normalizer, Probe, Regularizer, Renoising, Result,
-};
+use crate::batch::Batch;
+use crate::checks::{check_per_sample, check_size};
+use crate::denoiser::Denoiser;
+use crate::diagnostics::{Diagnostics, Role, read_together};
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::normalizer::Normalizer;
+use crate::numeric::noise_like;
+use crate::probe::Probe;
+use crate::regularizer::Regularizer;
+use crate::renoising::{Renoising, check_draws, unit_uniform};
+use crate::value::{checked, is_finite};
 
 /// Terms that look at the same re-noised samples: one tau, one noise, one set of teacher forwards.
 pub struct Group<'a> {
     renoising: Renoising<'a>,
     normalizer: Normalizer,
-    terms: Vec<NamedTerm<'a>>,
+    terms: Vec<Term<'a>>,
 }
 
-struct NamedTerm<'a> {
+struct Term<'a> {
     name: String,
     weight: f64,
-    term: Term<'a>,
+    role: Role,
+    form: Form<'a>,
 }
 
-enum Term<'a> {
-    Engine(Box<dyn Engine + 'a>),
-    Regularizer(Box<dyn Regularizer + 'a>),
+/// What a term returns: where the samples should move, or a loss.
+enum Form<'a> {
+    Direction(Box<dyn Engine + 'a>),
+    Loss(Box<dyn Regularizer + 'a>),
 }
 
 impl<'a> Group<'a> {
@@ -45,27 +52,45 @@ impl<'a> Group<'a> {
     /// Adds an engine. `name` appears in the evaluation and in errors; `weight` scales its loss and
     /// must be finite, which the evaluation checks.
     #[must_use]
-    pub fn engine(
-        mut self,
-        name: impl Into<String>,
-        weight: f64,
-        engine: impl Engine + 'a,
-    ) -> Self {
-        let term = Term::Engine(Box::new(engine));
-        self.terms.push(NamedTerm { name: name.into(), weight, term });
-        self
+    pub fn engine(self, name: impl Into<String>, weight: f64, engine: impl Engine + 'a) -> Self {
+        self.term(name, weight, Role::Engine, Form::Direction(Box::new(engine)))
     }
 
     /// Adds a regularizer, as [`engine`](Self::engine). Lend it (`&dm`) to train its network beside.
     #[must_use]
     pub fn regularizer(
-        mut self,
+        self,
         name: impl Into<String>,
         weight: f64,
         regularizer: impl Regularizer + 'a,
     ) -> Self {
-        let term = Term::Regularizer(Box::new(regularizer));
-        self.terms.push(NamedTerm { name: name.into(), weight, term });
+        self.term(name, weight, Role::Regularizer, Form::Loss(Box::new(regularizer)))
+    }
+
+    /// Adds an engine that is given as a loss, such as a reward or a regression to the teacher's samples.
+    #[must_use]
+    pub fn engine_loss(
+        self,
+        name: impl Into<String>,
+        weight: f64,
+        engine: impl Regularizer + 'a,
+    ) -> Self {
+        self.term(name, weight, Role::Engine, Form::Loss(Box::new(engine)))
+    }
+
+    /// Adds a regularizer that is given as a direction.
+    #[must_use]
+    pub fn regularizer_direction(
+        self,
+        name: impl Into<String>,
+        weight: f64,
+        regularizer: impl Engine + 'a,
+    ) -> Self {
+        self.term(name, weight, Role::Regularizer, Form::Direction(Box::new(regularizer)))
+    }
+
+    fn term(mut self, name: impl Into<String>, weight: f64, role: Role, form: Form<'a>) -> Self {
+        self.terms.push(Term { name: name.into(), weight, role, form });
         self
     }
 }
@@ -103,6 +128,27 @@ pub struct Evaluation {
     pub diagnostics: Option<Diagnostics>,
 }
 
+impl Evaluation {
+    /// The loss as `loss`, each term under its name, and all diagnostics, as numbers for a log; names as
+    /// in [`Diagnostics::report`]. A number that is undefined, or not finite, is left out. All are read
+    /// together, so that a GPU is waited for once.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if libtorch fails.
+    pub fn report(&self) -> Result<Vec<(String, f64)>> {
+        let _no_grad = no_grad_guard();
+        let double = |value: &Tensor| value.f_detach()?.f_to_kind(Kind::Double);
+        let mut named = vec![("loss".to_owned(), double(&self.loss)?)];
+        for (name, value) in &self.terms {
+            named.push((name.clone(), double(value)?));
+        }
+        if let Some(diagnostics) = &self.diagnostics {
+            diagnostics.named(&mut named)?;
+        }
+        read_together(named)
+    }
+}
+
 /// Engines and regularizers over one teacher.
 ///
 /// ```text
@@ -128,6 +174,30 @@ impl<'a> Objective<'a> {
     pub fn with(mut self, group: Group<'a>) -> Self {
         self.groups.push(group);
         self
+    }
+
+    /// Changes the weight of the term that was added as `name`.
+    ///
+    /// # Errors
+    /// [`Error::NoTerm`] if there is no such term, [`Error::OutOfRange`] unless `weight` is finite.
+    pub fn set_weight(&mut self, name: &str, weight: f64) -> Result<()> {
+        let weight = check_weight(weight).map_err(|error| error.in_term(name))?;
+        let mut terms = self.groups.iter_mut().flat_map(|group| &mut group.terms);
+        let term = terms.find(|term| term.name == name);
+        term.ok_or_else(|| Error::NoTerm { name: name.to_owned() })?.weight = weight;
+        Ok(())
+    }
+
+    /// Changes the normaliser of the group that holds the term `name`, as when a guided normaliser has to
+    /// follow a guidance that changes.
+    ///
+    /// # Errors
+    /// [`Error::NoTerm`] if there is no such term.
+    pub fn set_normalizer(&mut self, name: &str, normalizer: Normalizer) -> Result<()> {
+        let holds = |group: &&mut Group<'a>| group.terms.iter().any(|term| term.name == name);
+        let group = self.groups.iter_mut().find(holds);
+        group.ok_or_else(|| Error::NoTerm { name: name.to_owned() })?.normalizer = normalizer;
+        Ok(())
     }
 
     /// Takes [`Diagnostics`] in every [`Evaluation`]. They cost a few elementwise operations, no
@@ -181,15 +251,16 @@ impl<'a> Objective<'a> {
         let mut terms = Vec::new();
         let mut diagnostics = if self.observed { Some(Diagnostics::of(batch)?) } else { None };
         for (group, Draw { u, noise }) in self.groups.iter().zip(draws) {
-            let tau = group.renoising.times(&u, batch.student_times())?;
+            let path = self.teacher.path();
+            let tau = group.renoising.times(path, &u, batch.student_time())?;
             let mut probe =
                 Probe::at(&self.teacher, batch, tau, noise)?.normalizer(group.normalizer);
             if self.observed {
                 probe = probe.observed();
             }
-            for NamedTerm { name, weight, term } in &group.terms {
-                checked("weight of a term", "finite", *weight, weight.is_finite())
-                    .map_err(|error| error.in_term(name))?;
+            for term in &group.terms {
+                let Term { name, weight, .. } = term;
+                check_weight(*weight).map_err(|error| error.in_term(name))?;
                 if terms.iter().any(|(other, _)| other == name) {
                     return Err(Error::SameName { name: name.clone() });
                 }
@@ -201,7 +272,7 @@ impl<'a> Objective<'a> {
                 });
                 terms.push((name.clone(), loss.f_detach()?));
                 if let (Some(all), Some(of_term)) =
-                    (&mut diagnostics, probe.take_diagnostics(term.role()))
+                    (&mut diagnostics, probe.take_diagnostics(term.role))
                 {
                     all.push(name, of_term)?;
                 }
@@ -222,9 +293,9 @@ impl<'a> Objective<'a> {
     /// floating-point scalar.
     pub fn own_losses(&self, batch: &Batch<'_>) -> Result<Vec<(String, Tensor)>> {
         let mut losses = Vec::new();
-        for NamedTerm { name, term, .. } in self.groups.iter().flat_map(|group| &group.terms) {
-            if let Term::Regularizer(regularizer) = term {
-                let loss = regularizer.own_loss(batch).map_err(|error| error.in_term(name))?;
+        for Term { name, form, .. } in self.groups.iter().flat_map(|group| &group.terms) {
+            if let Form::Loss(term) = form {
+                let loss = term.own_loss(batch).map_err(|error| error.in_term(name))?;
                 if let Some(loss) = loss {
                     check_size("loss", &loss, &[]).map_err(|error| error.in_term(name))?;
                     losses.push((name.clone(), loss));
@@ -235,25 +306,22 @@ impl<'a> Objective<'a> {
     }
 }
 
-impl Term<'_> {
-    fn role(&self) -> Role {
-        match self {
-            Self::Engine(_) => Role::Engine,
-            Self::Regularizer(_) => Role::Regularizer,
-        }
-    }
+fn check_weight(weight: f64) -> Result<f64> {
+    checked("weight of a term", "finite, as float32 too", weight, is_finite(weight))
+}
 
+impl Term<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        match self {
-            Self::Engine(engine) => {
+        match &self.form {
+            Form::Direction(term) => {
                 let direction = {
                     let _no_grad = no_grad_guard();
-                    engine.direction(probe)?
+                    term.direction(probe)?
                 };
-                probe.descend(&direction)
+                probe.loss_of(&direction)
             }
-            Self::Regularizer(regularizer) => {
-                let loss = regularizer.loss(probe)?;
+            Form::Loss(term) => {
+                let loss = term.loss(probe)?;
                 // Another shape would spread over the sum, and fail in `backward` without a name.
                 check_size("loss", &loss, &[])?;
                 Ok(loss)

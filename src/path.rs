@@ -12,11 +12,11 @@ pub use variance_preserving::VariancePreserving;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::numeric::{
-    check_like, check_per_sample, check_samples, compute_kind, per_sample, widen, widen_like,
-};
+use crate::checks::{check_like, check_per_sample, check_samples};
+use crate::error::Result;
+use crate::numeric::{compute_kind, per_sample, widen, widen_like};
+use crate::time::{PostShift, Shift};
 use crate::value::checked;
-use crate::{PostShift, Result};
 
 /// A noise path on the crate's clock, t in [0, 1] from noise to data.
 ///
@@ -31,12 +31,34 @@ use crate::{PostShift, Result};
 /// On a path of one's own, a must not fall and s must not rise with t: then a larger t is cleaner, as
 /// [`AboveStudent`](crate::AboveStudent) takes it, and the ends of a range of times bound what lies
 /// between.
-pub trait Path {
+pub trait NoisePath {
     /// The coefficients of data and noise at `time`, on its device, in float32 or wider.
     ///
     /// # Errors
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
     fn coefficients(&self, time: &PostShift) -> Result<Coefficients>;
+
+    /// The timestep shift that models on this path are run with; none unless
+    /// [`shifted`](Self::shifted) has said so. Few-step grids and re-noising times are shifted by it.
+    fn shift(&self) -> Shift {
+        Shift::NONE
+    }
+
+    /// This path for a model that is run with `shift`. The shift is said here once: samplers, groups,
+    /// Distribution Matching and critics take it from the path.
+    ///
+    /// ```
+    /// # use decoupled_dmd::{NoisePath, RectifiedFlow, Shift};
+    /// let z_image = RectifiedFlow.shifted(Shift::new(6.0)?);
+    /// # assert_eq!(z_image.shift().get(), 6.0);
+    /// # Ok::<(), decoupled_dmd::Error>(())
+    /// ```
+    fn shifted(self, shift: Shift) -> Shifted<Self>
+    where
+        Self: Sized,
+    {
+        Shifted { path: self, shift }
+    }
 
     /// Whether a + s = 1 at every time, as on the straight path: a velocity then leads to the clean
     /// sample without a division.
@@ -74,6 +96,33 @@ pub trait Path {
     }
 }
 
+/// A path with the timestep shift of its model, made by [`NoisePath::shifted`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
+pub struct Shifted<P> {
+    path: P,
+    shift: Shift,
+}
+
+impl<P: NoisePath> NoisePath for Shifted<P> {
+    fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
+        self.path.coefficients(time)
+    }
+    fn shift(&self) -> Shift {
+        self.shift
+    }
+    fn is_straight(&self) -> bool {
+        self.path.is_straight()
+    }
+    fn renoise(&self, x0: &Tensor, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
+        self.path.renoise(x0, time, noise)
+    }
+    fn start(&self, noise: &Tensor) -> Result<Tensor> {
+        self.path.start(noise)
+    }
+}
+
 /// The coefficients of a path at given times.
 #[derive(Debug)]
 pub struct Coefficients {
@@ -84,6 +133,10 @@ pub struct Coefficients {
 }
 
 impl Coefficients {
+    pub(crate) fn shallow_clone(&self) -> Self {
+        Self { data: self.data.shallow_clone(), noise: self.noise.shallow_clone() }
+    }
+
     /// Reshaped to `[B, 1, ..]`, so that they multiply a tensor of the rank of `like`, and in the
     /// type that is computed in for it: paths may answer in float64, samples stay in float32.
     pub(crate) fn like(&self, like: &Tensor) -> Result<Self> {
@@ -108,32 +161,42 @@ fn wide_time(time: &Tensor) -> Result<Tensor> {
 }
 
 /// a and s at one time, on the host: no device is waited for.
-pub(crate) fn coefficients_at(path: &dyn Path, time: f64) -> Result<(f64, f64)> {
+pub(crate) fn coefficients_at(path: &dyn NoisePath, time: f64) -> Result<(f64, f64)> {
     let Coefficients { data, noise } =
         path.coefficients(&PostShift::all(time, 1, (Kind::Double, Device::Cpu))?)?;
     Ok((data.f_double_value(&[0])?, noise.f_double_value(&[0])?))
 }
 
-/// Refuses two paths that mix data and noise differently, seen at a few times on the host.
-pub(crate) fn check_same_path(fake: &dyn Path, teacher: &dyn Path) -> Result<()> {
+/// Refuses a path that mixes data and noise otherwise than the teacher's, seen at a few times on the
+/// host, or whose model has another shift. Terms whose own network is handed the noised samples of the
+/// teacher's path call it once.
+///
+/// # Errors
+/// [`Error::OutOfRange`](crate::Error::OutOfRange) if coefficients or shifts differ;
+/// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+pub fn check_same_path(path: &dyn NoisePath, teacher: &dyn NoisePath) -> Result<()> {
+    let same = |what, requirement, found: f64, expected: f64| {
+        checked(what, requirement, found, (found - expected).abs() <= 1e-6 * expected.abs())
+    };
     for time in [0.25, 0.5, 0.75] {
-        let (found, expected) = (coefficients_at(fake, time)?, coefficients_at(teacher, time)?);
-        for (what, found, expected) in [
-            ("share of data on the path of the fake score", found.0, expected.0),
-            ("share of noise on the path of the fake score", found.1, expected.1),
-        ] {
-            let valid = (found - expected).abs() <= 1e-6 * expected.abs();
-            checked(what, "that of the teacher's path at each time", found, valid)?;
-        }
+        let (found, expected) = (coefficients_at(path, time)?, coefficients_at(teacher, time)?);
+        let requirement = "the same as on the teacher's path at each time";
+        same("share of data on the term's path", requirement, found.0, expected.0)?;
+        same("share of noise on the term's path", requirement, found.1, expected.1)?;
     }
+    let (found, expected) = (path.shift().get(), teacher.shift().get());
+    same("shift of the term's path", "the shift of the teacher's path", found, expected)?;
     Ok(())
 }
 
 macro_rules! forward_path {
     ($type:ty) => {
-        impl<P: Path + ?Sized> Path for $type {
+        impl<P: NoisePath + ?Sized> NoisePath for $type {
             fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
                 (**self).coefficients(time)
+            }
+            fn shift(&self) -> Shift {
+                (**self).shift()
             }
             fn is_straight(&self) -> bool {
                 (**self).is_straight()

@@ -2,9 +2,11 @@
 
 use tch::Tensor;
 
+use crate::error::Result;
+use crate::path::NoisePath;
 use crate::path::{Coefficients, coefficients_at};
+use crate::time::PostShift;
 use crate::value::checked;
-use crate::{Path, PostShift, Result};
 
 /// The least share of data or noise by which a conversion divides.
 const LEAST_DIVISOR: f64 = 1e-4;
@@ -51,7 +53,7 @@ impl Prediction {
         [Self::Sample, Self::Noise, Self::FlowVelocity, Self::Velocity, Self::Score];
 
     /// Refuses times at which the [`target`](Self::target) is singular.
-    pub(crate) fn check_target(self, path: &dyn Path, time: &PostShift) -> Result<()> {
+    pub(crate) fn check_target(self, path: &dyn NoisePath, time: &PostShift) -> Result<()> {
         if self == Self::Score {
             let (_, s) = coefficients_at(path, time.range().1)?;
             let requirement = "at least 1e-4 to train a score: keep times off the clean end";
@@ -61,7 +63,7 @@ impl Prediction {
     }
 
     /// Refuses times at which the [`sample`](Self::sample) is singular.
-    pub(crate) fn check_sample(self, path: &dyn Path, time: &PostShift) -> Result<()> {
+    pub(crate) fn check_sample(self, path: &dyn NoisePath, time: &PostShift) -> Result<()> {
         if matches!(self, Self::Noise | Self::Score) {
             let (a, _) = coefficients_at(path, time.range().0)?;
             let requirement =
@@ -135,7 +137,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::RectifiedFlow;
+    use crate::path::RectifiedFlow;
 
     #[test]
     fn the_target_of_every_prediction_leads_back_to_the_sample() -> Result<()> {

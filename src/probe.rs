@@ -1,14 +1,20 @@
-//! One look at the student's samples: re-noised once, the teacher's answers remembered.
+//! The samples re-noised once, and the teacher's predictions there, computed once for all terms.
 
 use std::cell::{OnceCell, RefCell};
 
 use tch::{Tensor, no_grad_guard};
 
-use crate::answer::Answer;
+use crate::batch::Batch;
+use crate::checks::{check_like, check_per_sample};
+use crate::denoiser::Denoiser;
 use crate::diagnostics::{Role, TermDiagnostics};
-use crate::normalizer::{Distance, Reference};
-use crate::numeric::{check_like, check_per_sample, masked, noise_like, once, per_sample, widen};
-use crate::{Batch, Denoiser, Normalizer, Path, PostShift, Renoising, Result, surrogate};
+use crate::error::Result;
+use crate::gradient::surrogate;
+use crate::normalizer::{Distance, Normalizer, Reference};
+use crate::numeric::{masked, noise_like, once};
+use crate::output::{Difference, ModelOutput};
+use crate::renoising::Renoising;
+use crate::time::PostShift;
 
 /// The samples re-noised to one tau with one noise, and the teacher's predictions there.
 ///
@@ -17,12 +23,13 @@ use crate::{Batch, Denoiser, Normalizer, Path, PostShift, Renoising, Result, sur
 pub struct Probe<'a> {
     teacher: &'a Denoiser<'a>,
     batch: &'a Batch<'a>,
+    x: &'a Tensor,
     tau: PostShift,
     noise: Tensor,
     noised: Tensor,
     normalizer: Normalizer,
-    cond: OnceCell<Answer>,
-    null: OnceCell<Answer>,
+    cond: OnceCell<ModelOutput>,
+    null: OnceCell<ModelOutput>,
     distance: OnceCell<Option<Distance>>,
     diagnostics: Option<RefCell<TermDiagnostics>>,
 }
@@ -42,10 +49,12 @@ impl<'a> Probe<'a> {
         check_per_sample("tau", tau.tensor(), batch.x())?;
         check_like("noise", &noise, batch.x())?;
         let _no_grad = no_grad_guard();
-        let noised = teacher.path().renoise(batch.wide()?, &tau, &noise)?;
+        let x = batch.wide()?;
+        let noised = teacher.path().renoise(x, &tau, &noise)?;
         Ok(Self {
             teacher,
             batch,
+            x,
             tau,
             noise,
             noised,
@@ -67,7 +76,7 @@ impl<'a> Probe<'a> {
         batch: &'a Batch<'a>,
         renoising: &Renoising<'_>,
     ) -> Result<Self> {
-        let tau = renoising.draw(batch.x(), batch.student_times())?;
+        let tau = renoising.draw(teacher.path(), batch.x(), batch.student_time())?;
         Self::at(teacher, batch, tau, noise_like(batch.x())?)
     }
 
@@ -85,9 +94,16 @@ impl<'a> Probe<'a> {
         self
     }
 
-    /// The samples, `[B, ..]`, carrying the student's gradient.
+    /// The samples `[B, ..]` in float32 or wider, carrying the student's gradient. Terms that share a
+    /// batch share this copy of a half-precision x: their gradients are added up in float32 and rounded
+    /// once.
     pub fn x(&self) -> &'a Tensor {
-        self.batch.x()
+        self.x
+    }
+
+    /// The teacher, for questions elsewhere than at [`noised`](Self::noised).
+    pub fn teacher(&self) -> &'a Denoiser<'a> {
+        self.teacher
     }
 
     /// The batch behind the samples.
@@ -114,98 +130,82 @@ impl<'a> Probe<'a> {
     /// normaliser with a guided reference, which needs both, the unconditional one is computed with it.
     ///
     /// # Errors
-    /// What the teacher's closure returns.
+    /// Whatever the teacher's closure returns.
     pub fn teacher_cond(&self) -> Result<&Tensor> {
         let _no_grad = no_grad_guard();
-        self.cond()?.sample()
+        self.teacher_output()?.sample()
     }
 
     /// The teacher's conditional and unconditional clean predictions, `[B, ..]` each; in one
     /// forward where the teacher offers it and neither is known yet.
     ///
     /// # Errors
-    /// [`Error::Missing`](crate::Error::Missing) if the batch has no null condition, or what the
+    /// [`Error::Missing`](crate::Error::Missing) if the batch has no null condition; whatever the
     /// teacher's closure returns.
     pub fn teacher_pair(&self) -> Result<(&Tensor, &Tensor)> {
         let _no_grad = no_grad_guard();
-        let (cond, null) = self.pair()?;
+        let (cond, null) = self.teacher_outputs()?;
         Ok((cond.sample()?, null.sample()?))
     }
 
-    /// The path on which the samples were re-noised.
-    pub(crate) fn teacher_path(&self) -> &dyn Path {
-        self.teacher.path()
-    }
-
-    /// The teacher's answer with the condition.
-    pub(crate) fn cond(&self) -> Result<&Answer> {
+    /// [`teacher_cond`](Self::teacher_cond) as the network's raw output, from which
+    /// [`ModelOutput::minus`] takes an exact difference.
+    ///
+    /// # Errors
+    /// As [`teacher_cond`](Self::teacher_cond).
+    pub fn teacher_output(&self) -> Result<&ModelOutput> {
         let is_guided = matches!(self.normalizer.reference(), Reference::Guided(_));
-        if is_guided && self.batch.null_condition().is_ok() {
+        if is_guided && self.batch.null().is_ok() {
             // The normaliser will ask for both: one forward may do.
-            return Ok(self.pair()?.0);
+            return Ok(self.teacher_outputs()?.0);
         }
         self.cond_alone()
     }
 
-    fn cond_alone(&self) -> Result<&Answer> {
-        once(&self.cond, || {
-            let _no_grad = no_grad_guard();
-            self.teacher.answer(&self.noised, &self.tau, self.batch.cond())
-        })
-    }
-
-    /// The teacher's answers with the condition and without.
-    pub(crate) fn pair(&self) -> Result<(&Answer, &Answer)> {
-        let null = self.batch.null_condition()?;
+    /// [`teacher_pair`](Self::teacher_pair) as the network's raw outputs.
+    ///
+    /// # Errors
+    /// As [`teacher_pair`](Self::teacher_pair).
+    pub fn teacher_outputs(&self) -> Result<(&ModelOutput, &ModelOutput)> {
+        let null = self.batch.null()?;
         let _no_grad = no_grad_guard();
         if self.cond.get().is_none() && self.null.get().is_none() {
             let pair =
-                self.teacher.answer_pair(&self.noised, &self.tau, self.batch.cond(), null)?;
+                self.teacher.predict_pair(&self.noised, &self.tau, self.batch.cond(), null)?;
             return Ok((self.cond.get_or_init(|| pair.0), self.null.get_or_init(|| pair.1)));
         }
-        let null = once(&self.null, || self.teacher.answer(&self.noised, &self.tau, null))?;
+        let null = once(&self.null, || self.teacher.predict(&self.noised, &self.tau, null))?;
         Ok((self.cond_alone()?, null))
     }
 
-    /// Scales a difference of clean predictions `[B, ..]` into a direction, per sample, in float32
-    /// or wider; zero where the batch's [`mask`](Batch::mask) leaves an element out. See
-    /// [`Normalizer`].
+    fn cond_alone(&self) -> Result<&ModelOutput> {
+        once(&self.cond, || {
+            let _no_grad = no_grad_guard();
+            self.teacher.predict(&self.noised, &self.tau, self.batch.cond())
+        })
+    }
+
+    /// Scales a difference of clean predictions `[B, ..]`, a tensor or [`ModelOutput::minus`], into a
+    /// direction, per sample, in float32 or wider; zero where the batch's
+    /// [`mask`](Batch::with_mask) leaves an element out. See [`Normalizer`].
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) and the like unless `difference` is like x; what the
+    /// [`Error::Shape`](crate::Error::Shape) and the like unless `difference` is like x; whatever the
     /// teacher's closure returns, if its prediction is needed and not known yet.
-    pub fn normalize(&self, difference: &Tensor) -> Result<Tensor> {
-        check_like("difference", difference, self.x())?;
-        let difference = widen(difference)?;
-        match self.divisor()? {
-            Some(n) => self.masked(&difference.f_div(&per_sample(n, &difference)?)?),
-            None => self.masked(&difference),
-        }
+    pub fn normalize(&self, difference: impl Into<Difference>) -> Result<Tensor> {
+        let difference = difference.into();
+        check_like("difference", difference.tensor(), self.x)?;
+        self.masked(&difference.over(self.divisor()?)?)
     }
 
-    /// [`normalize`](Self::normalize) of `weight (x0 of one - x0 of other)`, in two passes: all that is
-    /// one number a sample is multiplied first.
-    pub(crate) fn direction(&self, one: &Answer, other: &Answer, weight: f64) -> Result<Tensor> {
-        let (mut difference, slope) = one.minus(other)?;
-        let factor = match self.divisor()? {
-            Some(n) => per_sample(&n.f_reciprocal()?, &difference)?.f_mul_scalar(weight)?,
-            None => Tensor::f_full([1], weight, (difference.f_kind()?, difference.device()))?,
-        };
-        let factor = match slope {
-            Some(slope) => factor.f_mul(&slope)?,
-            None => factor,
-        };
-        self.masked(&difference.f_mul_(&factor)?)
-    }
-
-    /// `tensor`, shaped like x, with zeros where the batch's [`mask`](Batch::mask) leaves an element
+    /// `tensor`, shaped like x, with zeros where the batch's [`mask`](Batch::with_mask) leaves an element
     /// out; no gradient passes there. Without a mask, the tensor as it is.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) and the like unless `tensor` is like x.
     pub fn masked(&self, tensor: &Tensor) -> Result<Tensor> {
-        check_like("tensor to mask", tensor, self.x())?;
-        masked(tensor, self.batch.kept())
+        check_like("tensor to mask", tensor, self.x)?;
+        masked(tensor, self.batch.mask())
     }
 
     /// Records a number, a scalar or one for each sample, under `name` if anyone listens; `value`
@@ -232,25 +232,45 @@ impl<'a> Probe<'a> {
         })
     }
 
-    /// The surrogate loss of a direction, whose size is recorded.
-    pub(crate) fn descend(&self, direction: &Tensor) -> Result<Tensor> {
-        check_like("direction", direction, self.x())?;
+    /// The loss of a direction `[B, ..]`, a scalar whose gradient in x is `-direction / numel`: the
+    /// [`surrogate`](crate::surrogate) on the elements that the mask keeps. The size of the direction is
+    /// recorded if diagnostics are taken.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) and the like unless `direction` is like x.
+    pub fn loss_of(&self, direction: &Tensor) -> Result<Tensor> {
+        check_like("direction", direction, self.x)?;
         let direction = self.masked(direction)?;
         self.record(|term| term.set_direction(&direction))?;
-        surrogate(&self.masked(self.batch.wide()?)?, &direction)
+        surrogate(&self.masked(self.x)?, &direction)
     }
 
-    /// Records how the score of a fake prediction compares with the teacher's.
-    pub(crate) fn observe_scores(&self, real: &Answer, fake: &Answer) -> Result<()> {
-        self.record(|term| {
-            let at = self.teacher.path().coefficients(&self.tau)?.like(&self.noised)?;
-            let scale = at.data.f_add(&at.noise)?;
-            let flow = |x0: &Tensor| self.noised.f_sub(&x0.f_mul(&scale)?);
-            term.set_scores(&self.noised, &flow(real.sample()?)?, &flow(fake.sample()?)?)
-        })
+    /// Records how the score of a fake prediction compares with the teacher's, if diagnostics are taken;
+    /// `predictions` runs only then, without a graph, and returns the clean predictions of teacher and
+    /// fake at [`noised`](Self::noised), `[B, ..]` each. It appears in [`TermDiagnostics::scores`].
+    ///
+    /// # Errors
+    /// Whatever `predictions` returns; [`Error::Shape`](crate::Error::Shape) and the like unless its
+    /// tensors are like x.
+    pub fn observe_scores(
+        &self,
+        predictions: impl FnOnce() -> Result<(Tensor, Tensor)>,
+    ) -> Result<()> {
+        if self.diagnostics.is_none() {
+            return Ok(());
+        }
+        let _no_grad = no_grad_guard();
+        let (real, fake) = predictions()?;
+        check_like("teacher's prediction", &real, self.x)?;
+        check_like("fake prediction", &fake, self.x)?;
+        let at = self.teacher.path().coefficients(&self.tau)?.like(&self.noised)?;
+        let scale = at.data.f_add(&at.noise)?;
+        let flow = |x0: &Tensor| self.noised.f_sub(&x0.f_mul(&scale)?);
+        let (real, fake) = (flow(&real)?, flow(&fake)?);
+        self.record(|term| term.set_scores(&self.noised, &real, &fake))
     }
 
-    /// `set` must not record by itself.
+    /// The diagnostics are borrowed while `set` runs: it must not record by itself.
     fn record(&self, set: impl FnOnce(&mut TermDiagnostics) -> Result<()>) -> Result<()> {
         let Some(diagnostics) = &self.diagnostics else { return Ok(()) };
         let _no_grad = no_grad_guard();
@@ -265,7 +285,7 @@ impl<'a> Probe<'a> {
     }
 
     fn no_diagnostics(&self) -> TermDiagnostics {
-        TermDiagnostics::new(self.tau.tensor(), self.batch.kept())
+        TermDiagnostics::new(self.tau.tensor(), self.batch.mask())
     }
 
     /// n, `[B]`; `None` where there is no normaliser.
@@ -281,13 +301,13 @@ impl<'a> Probe<'a> {
         let reference = match self.normalizer.reference() {
             Reference::Off => return Ok(None),
             Reference::Guided(guidance) => {
-                let (cond, null) = self.pair()?;
+                let (cond, null) = self.teacher_outputs()?;
                 guided = cond.guided(null, guidance)?;
                 guided.sample()?
             }
             Reference::Conditional => self.teacher_cond()?,
         };
-        self.normalizer.distance(self.batch.wide()?, reference, self.batch.kept()).map(Some)
+        self.normalizer.distance(self.x, reference, self.batch.mask()).map(Some)
     }
 }
 

@@ -9,10 +9,11 @@ pub use adversarial::{Adversarial, CriticEvaluation, CriticHeads, CriticPenalty,
 pub use distribution_matching::DistributionMatching;
 pub use maximum_mean_discrepancy::{Bandwidth, Estimator, Kernel, MaximumMeanDiscrepancy};
 pub use mean_variance::{MeanVariance, Statistics};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use crate::numeric::{check_like, check_samples, row_squares, widen};
-use crate::{Batch, Probe, Result};
+use crate::batch::Batch;
+use crate::error::Result;
+use crate::probe::Probe;
 
 /// A scalar loss on the samples, differentiable in x.
 ///
@@ -35,33 +36,6 @@ pub trait Regularizer {
     fn own_loss(&self, _batch: &Batch<'_>) -> Result<Option<Tensor>> {
         Ok(None)
     }
-}
-
-/// A loss whose gradient in x is exactly `-direction / numel`, a scalar:
-///
-/// ```text
-/// value 0.5 mean (direction^2)  =  0.5 mean (x - sg(x + direction))^2
-/// ```
-/// the form of DMD2 and FastGen. Here x and its target are never subtracted from one another, so the
-/// gradient keeps its full precision in bfloat16 too, where that difference would lose most bits of
-/// a small direction. The value measures the gap and need not fall while training succeeds.
-///
-/// # Errors
-/// [`Error::Shape`](crate::Error::Shape), [`Error::Kind`](crate::Error::Kind) or
-/// [`Error::Device`](crate::Error::Device) if `x` is not floating point or has no elements or axes,
-/// or `direction` is not like it.
-pub fn surrogate(x: &Tensor, direction: &Tensor) -> Result<Tensor> {
-    check_samples("x", x, 1)?;
-    check_like("direction", direction, x)?;
-    let x = widen(x)?;
-    let direction = direction.f_detach()?.f_to_kind(x.f_kind()?)?;
-    let squares = row_squares(&direction)?.f_sum(None::<Kind>)?;
-    let value = squares.f_mul_scalar(0.5 / x.numel() as f64)?;
-    // Only the gradient of the slope is used. A dot product makes no temporary.
-    let slope = x.f_flatten(0, -1)?.f_dot(&direction.f_flatten(0, -1)?)?;
-    let slope = slope.f_div_scalar(x.numel() as f64)?;
-    // The bracket is exactly zero, so the value keeps all its bits.
-    Ok(value.f_add(&slope.f_detach()?.f_sub(&slope)?)?)
 }
 
 macro_rules! forward_regularizer {

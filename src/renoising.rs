@@ -2,18 +2,21 @@
 
 mod log_normal;
 mod logit_normal;
+mod times;
 mod uniform;
 
 pub use log_normal::LogNormal;
 pub use logit_normal::LogitNormal;
+pub use times::Times;
 pub use uniform::{AboveStudent, Uniform};
 
 use tch::Tensor;
 
-use crate::numeric::{
-    batch_size, check_per_sample, check_range, check_samples, check_vector, compute_kind,
-};
-use crate::{PostShift, PreShift, Result, Shift};
+use crate::checks::{check_per_sample, check_range, check_samples, check_vector};
+use crate::error::Result;
+use crate::numeric::{batch_size, compute_kind};
+use crate::path::NoisePath;
+use crate::time::{PostShift, PreShift, Shift};
 
 /// Standard normal numbers are kept within this distance of 0; a float32 draw reaches 5.4. So times
 /// have bounds that are known beforehand, and a draw of exactly 0 is no infinity.
@@ -23,27 +26,27 @@ pub(crate) const Z_MAX: f64 = 5.5;
 ///
 /// The draw is an argument, so that a caller can fix it; [`Renoising::draw`] supplies it.
 ///
-/// | sampler | tau | used for |
+/// | distribution | tau | used for |
 /// |---|---|---|
 /// | [`Uniform`] | U(low, high) | tau_DM and the fake score; clipped, any term |
 /// | [`AboveStudent`] | U(t + gap, high) | tau_CA |
 /// | [`LogitNormal`] | sigmoid of a normal number | the fake score, as SD3 trains |
 /// | [`LogNormal`] | normal in ln sigma | the fake score on EDM's path |
-pub trait TimeSampler {
+pub trait TimeDistribution {
     /// Pre-shift times `[B]` for draws `u` `[B]` in [0, 1), which [`Renoising`] has checked.
     ///
     /// `student` holds the pre-shift times `[B]` at which the student was evaluated, where the batch
     /// carries them.
     ///
     /// # Errors
-    /// [`Error::Missing`](crate::Error::Missing) if the sampler needs the student's times and there are
+    /// [`Error::Missing`](crate::Error::Missing) if the distribution needs the student's times and there are
     /// none.
     fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift>;
 }
 
-macro_rules! forward_time_sampler {
+macro_rules! forward_time_distribution {
     ($type:ty) => {
-        impl<S: TimeSampler + ?Sized> TimeSampler for $type {
+        impl<S: TimeDistribution + ?Sized> TimeDistribution for $type {
             fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift> {
                 (**self).times(u, student)
             }
@@ -51,63 +54,81 @@ macro_rules! forward_time_sampler {
     };
 }
 
-forward_time_sampler!(&S);
-forward_time_sampler!(Box<S>);
-forward_time_sampler!(std::rc::Rc<S>);
+forward_time_distribution!(&S);
+forward_time_distribution!(Box<S>);
+forward_time_distribution!(std::rc::Rc<S>);
 
 /// Standard normal numbers for unit-uniform draws, at most [`Z_MAX`] from 0.
 pub(crate) fn normal_quantile(u: &Tensor) -> Result<Tensor> {
     Ok(u.f_special_ndtri()?.f_clamp(-Z_MAX, Z_MAX)?)
 }
 
-/// A re-noising schedule: a [`TimeSampler`] and the [`Shift`] applied to what it draws.
+/// How tau is drawn: a [`TimeDistribution`], and the [`Shift`] applied to its draws. The shift is the
+/// model's, which the path knows, unless [`shifted`](Self::shifted) overrides it.
 pub struct Renoising<'a> {
-    sampler: Box<dyn TimeSampler + 'a>,
-    shift: Shift,
+    distribution: Box<dyn TimeDistribution + 'a>,
+    shift: Option<Shift>,
 }
 
 impl<'a> Renoising<'a> {
-    /// Times from `sampler`, not shifted.
-    pub fn new(sampler: impl TimeSampler + 'a) -> Self {
-        Self { sampler: Box::new(sampler), shift: Shift::NONE }
+    /// Times from `distribution`, shifted by the shift of the model.
+    pub fn new(distribution: impl TimeDistribution + 'a) -> Self {
+        Self { distribution: Box::new(distribution), shift: None }
     }
 
-    /// Shifts what the sampler draws: use the shift that the model is run with at inference.
+    /// Overrides the shift of the model; [`Shift::NONE`] shifts nothing.
     #[must_use]
     pub fn shifted(mut self, shift: Shift) -> Self {
-        self.shift = shift;
+        self.shift = Some(shift);
         self
     }
 
-    /// Post-shift times for given draws `u` `[B]` in [0, 1]. Two of them are read from their device.
+    /// Post-shift times on `path` for given draws `u` `[B]` in [0, 1]. Two of them are read from their
+    /// device.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `u` is `[B]`
     /// and floating point, [`Error::OutOfRange`](crate::Error::OutOfRange) if a draw is outside [0, 1] or
-    /// not a number; [`Error::Missing`](crate::Error::Missing) if the sampler needs the student's times
+    /// not a number; [`Error::Missing`](crate::Error::Missing) if the distribution needs the student's times
     /// and there are none, [`Error::Shape`](crate::Error::Shape) or
     /// [`Error::Device`](crate::Error::Device) if they are not as many as the draws or elsewhere.
-    pub fn at(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PostShift> {
+    pub fn at(
+        &self,
+        path: &dyn NoisePath,
+        u: &Tensor,
+        student: Option<&PreShift>,
+    ) -> Result<PostShift> {
         check_draws(u)?;
-        self.times(u, student)
+        self.times(path, u, student)
     }
 
-    /// Draws B post-shift times for samples `x` `[B, ..]` with libtorch's global generator.
+    /// Draws B post-shift times on `path` for samples `x` `[B, ..]` with libtorch's global generator.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `x` are
     /// floating-point samples; as [`at`](Self::at) for the student's times.
-    pub fn draw(&self, x: &Tensor, student: Option<&PreShift>) -> Result<PostShift> {
+    pub fn draw(
+        &self,
+        path: &dyn NoisePath,
+        x: &Tensor,
+        student: Option<&PreShift>,
+    ) -> Result<PostShift> {
         check_samples("x", x, 1)?;
-        self.times(&unit_uniform(x)?, student)
+        self.times(path, &unit_uniform(x)?, student)
     }
 
     /// [`at`](Self::at) for draws that are known to be good, of which none is read.
-    pub(crate) fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PostShift> {
+    pub(crate) fn times(
+        &self,
+        path: &dyn NoisePath,
+        u: &Tensor,
+        student: Option<&PreShift>,
+    ) -> Result<PostShift> {
         if let Some(student) = student {
             check_per_sample("student time", student.tensor(), u)?;
         }
-        self.shift.apply(&self.sampler.times(u, student)?)
+        let shift = self.shift.unwrap_or_else(|| path.shift());
+        shift.apply(&self.distribution.times(u, student)?)
     }
 }
 
@@ -129,7 +150,7 @@ impl std::fmt::Debug for Renoising<'_> {
     }
 }
 
-/// The samplers as a configuration spells them, before their constructors have checked the numbers.
+/// The distributions as a configuration spells them, before their constructors have checked the numbers.
 #[cfg(feature = "serde")]
 mod config {
     macro_rules! checked_fields {
@@ -155,13 +176,17 @@ mod config {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Error;
+    use crate::error::Error;
+    use crate::path::RectifiedFlow;
 
     #[test]
     fn ranges_follow_the_shift() -> Result<()> {
         let u = Tensor::from_slice(&[0.1f32]);
-        let time =
-            Renoising::new(Uniform::new(0.25, 0.5)?).shifted(Shift::new(3.0)?).at(&u, None)?;
+        let time = Renoising::new(Uniform::new(0.25, 0.5)?).shifted(Shift::new(3.0)?).at(
+            &RectifiedFlow,
+            &u,
+            None,
+        )?;
         approx::assert_abs_diff_eq!(time.range().0, 0.1, epsilon = 1e-15);
         approx::assert_abs_diff_eq!(time.range().1, 0.25, epsilon = 1e-15);
         Ok(())
@@ -172,7 +197,7 @@ mod tests {
         let u = Tensor::from_slice(&[0.0, 1.0]);
         let student = PreShift::new(Tensor::from_slice(&[0.25, 0.5]))?;
         let edm = crate::Edm::default();
-        let samplers: [(&dyn TimeSampler, f64); 6] = [
+        let distributions: [(&dyn TimeDistribution, f64); 6] = [
             (&Uniform::FULL, 0.0),
             (&Uniform::new(0.1, 0.7)?, 0.0),
             (&AboveStudent::new(0.05, 0.98)?, 0.0),
@@ -180,8 +205,8 @@ mod tests {
             (&LogNormal::default(), 1e-12),
             (&LogNormal::new(edm, 0.5, 0.3)?, 1e-12),
         ];
-        for (index, (sampler, epsilon)) in samplers.into_iter().enumerate() {
-            let times = sampler.times(&u, Some(&student))?;
+        for (index, (distribution, epsilon)) in distributions.into_iter().enumerate() {
+            let times = distribution.times(&u, Some(&student))?;
             let (low, high) = times.range();
             let found = Vec::<f64>::try_from(times.tensor()).unwrap();
             for (found, end) in found.iter().zip([low, high]) {
@@ -193,12 +218,12 @@ mod tests {
     }
 
     #[test]
-    fn a_sampler_may_be_lent_or_boxed() -> Result<()> {
-        let (u, sampler) = (Tensor::from_slice(&[0.5]), Uniform::new(0.25, 0.5)?);
-        let boxed: Box<dyn TimeSampler> = Box::new(sampler);
-        let lent: &dyn TimeSampler = &sampler;
+    fn a_distribution_may_be_lent_or_boxed() -> Result<()> {
+        let (u, uniform) = (Tensor::from_slice(&[0.5]), Uniform::new(0.25, 0.5)?);
+        let boxed: Box<dyn TimeDistribution> = Box::new(uniform);
+        let lent: &dyn TimeDistribution = &uniform;
         for renoising in [Renoising::new(lent), Renoising::new(boxed)] {
-            let time = renoising.at(&u, None)?.tensor().double_value(&[0]);
+            let time = renoising.at(&RectifiedFlow, &u, None)?.tensor().double_value(&[0]);
             assert!((time - 0.375).abs() < 1e-15, "{time}");
         }
         Ok(())
@@ -220,10 +245,10 @@ mod tests {
     #[cfg(feature = "serde")]
     #[test]
     fn a_config_cannot_bypass_the_check() -> Result<()> {
-        let sampler = AboveStudent::new(0.05, 0.98)?;
-        let text = serde_json::to_string(&sampler).unwrap();
+        let above = AboveStudent::new(0.05, 0.98)?;
+        let text = serde_json::to_string(&above).unwrap();
         assert_eq!(text, r#"{"gap":0.05,"high":0.98}"#);
-        assert_eq!(serde_json::from_str::<AboveStudent>(&text).unwrap(), sampler);
+        assert_eq!(serde_json::from_str::<AboveStudent>(&text).unwrap(), above);
         let uniform = serde_json::from_str::<Uniform>(r#"{"low":0.02,"high":0.98}"#).unwrap();
         assert_eq!(uniform, Uniform::new(0.02, 0.98)?);
         assert!(serde_json::from_str::<Uniform>(r#"{"low":0.9,"high":0.1}"#).is_err());

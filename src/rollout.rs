@@ -2,12 +2,18 @@
 
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
-use crate::numeric::{batch_size, check_like, check_samples, compute_kind, noise_like, per_sample};
+use crate::batch::Condition;
+use crate::checks::{check_like, check_samples};
+use crate::denoiser::Denoiser;
+use crate::error::{Error, Result};
+use crate::grid::FewStepGrid;
+use crate::guidance::Guidance;
+use crate::numeric::{batch_size, compute_kind, noise_like, per_sample};
+use crate::simulation::Simulation;
+use crate::time::{PostShift, PreShift, Shift};
+use crate::trajectory::Trajectory;
 use crate::trajectory::{check_steps, spread_steps};
 use crate::value::checked;
-use crate::{
-    Condition, Denoiser, Error, FewStepGrid, Guidance, PostShift, PreShift, Result, Trajectory,
-};
 
 /// How a sampler gets from a clean prediction to the next time. Train and sample with the same one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -18,12 +24,12 @@ pub enum Transition {
     Renoise,
     /// `a' x0-hat + s' eps-hat`, DDIM; on rectified flow the Euler step of diffusers' pipelines.
     #[default]
-    Euler,
+    Ddim,
 }
 
 /// A denoiser run over a grid: samples from a trained model, and the rollout of a student.
 ///
-/// The noise that it is given is of unit variance on every path; [`Path::start`](crate::Path::start)
+/// The noise that it is given is of unit variance on every path; [`NoisePath::start`](crate::NoisePath::start)
 /// makes of it what the path starts from, such as `sigma_max eps` on [`Edm`](crate::Edm).
 #[derive(Debug)]
 pub struct Sampler<'a> {
@@ -33,15 +39,6 @@ pub struct Sampler<'a> {
     guidance: Option<(Guidance, &'a Condition)>,
 }
 
-/// One evaluation of a student on the grid.
-#[derive(Debug)]
-pub struct Simulation {
-    /// The student's clean prediction `[B, ..]`, with its gradient: the x of a [`Batch`](crate::Batch).
-    pub x: Tensor,
-    /// Where on the grid it was made, for [`Batch::student_time`](crate::Batch::student_time).
-    pub student_time: PreShift,
-}
-
 impl<'a> Sampler<'a> {
     /// Runs `denoiser` over `grid`.
     #[must_use]
@@ -49,10 +46,11 @@ impl<'a> Sampler<'a> {
         Self { denoiser, grid, transition, guidance: None }
     }
 
-    /// Adds classifier-free guidance against the condition `null`; two evaluations a step.
+    /// Adds classifier-free guidance against the condition `null`, such as an encoded empty or negative
+    /// prompt; two evaluations for each step at which the guidance acts.
     #[must_use]
     pub fn guided(mut self, guidance: Guidance, null: &'a Condition) -> Self {
-        self.guidance = (!guidance.is_neutral()).then_some((guidance, null));
+        self.guidance = Some((guidance, null));
         self
     }
 
@@ -116,7 +114,18 @@ impl<'a> Sampler<'a> {
             let x0 = self.predict(&x, &self.time(current, noise)?, cond)?;
             x = self.advance(&x, &x0, current, |like| fresh(next, like))?;
         }
-        Ok(Simulation { x: self.predict(&x, &self.time(step, noise)?, cond)?, student_time })
+        self.evaluate(x, self.time(step, noise)?, student_time, cond)
+    }
+
+    /// The student's prediction at its input, with a graph.
+    fn evaluate(
+        &self,
+        input: Tensor,
+        time: PostShift,
+        student_time: PreShift,
+        cond: &Condition,
+    ) -> Result<Simulation> {
+        Ok(Simulation { x: self.predict(&input, &time, cond)?, input, time, student_time })
     }
 
     /// The whole rollout from unit noise `[B, ..]`, every step kept, without a graph.
@@ -174,32 +183,32 @@ impl<'a> Sampler<'a> {
         let same = trajectory.grid == self.grid;
         let requirement = "those of a rollout on the sampler's own grid";
         checked("steps of the trajectory", requirement, trajectory.steps() as f64, same)?;
-        let (noised, student_time) = trajectory.inputs_at(steps)?;
-        let time = self.grid.shift().apply(&student_time)?;
-        Ok(Simulation { x: self.predict(&noised, &time, cond)?, student_time })
+        let (input, student_time) = trajectory.inputs_at(steps)?;
+        let time = self.shift()?.apply(&student_time)?;
+        self.evaluate(input, time, student_time, cond)
     }
 
     /// The other way to give a student its input: real samples `[B, ..]`, each noised to a time of the
     /// grid drawn for it, then one evaluation with a graph. No rollout, so it costs one forward; but it
     /// needs data, and the student meets samples in training that are better than its own (FastGen's
     /// DMD2, DiffSynth-Studio). `real` is detached. At the first time the input is pure noise, as it
-    /// is when sampling (see [`Path::start`](crate::Path::start)).
+    /// is when sampling (see [`NoisePath::start`](crate::NoisePath::start)).
     ///
     /// # Errors
-    /// As [`from_real_at`](Self::from_real_at).
-    pub fn from_real(&self, real: &Tensor, cond: &Condition) -> Result<Simulation> {
+    /// As [`simulate_from_real_at`](Self::simulate_from_real_at).
+    pub fn simulate_from_real(&self, real: &Tensor, cond: &Condition) -> Result<Simulation> {
         check_samples("real samples", real, 2)?;
         let steps = spread_steps(self.steps(), batch_size(real), real.device())?;
         self.predict_from_real(real, cond, &steps, &noise_like(real)?)
     }
 
-    /// [`from_real`](Self::from_real) at given steps `[B]`, whole numbers from 0, and unit noise
+    /// [`simulate_from_real`](Self::simulate_from_real) at given steps `[B]`, whole numbers from 0, and unit noise
     /// `[B, ..]`.
     ///
     /// # Errors
     /// [`Error::OutOfRange`] if the grid has no such step; [`Error::Shape`], [`Error::Kind`] or
     /// [`Error::Device`] unless there is a step and noise for each sample; what the network returns.
-    pub fn from_real_at(
+    pub fn simulate_from_real_at(
         &self,
         real: &Tensor,
         cond: &Condition,
@@ -212,7 +221,7 @@ impl<'a> Sampler<'a> {
         self.predict_from_real(real, cond, steps, noise)
     }
 
-    /// [`from_real_at`](Self::from_real_at) for steps and noise that are known to be good.
+    /// [`simulate_from_real_at`](Self::simulate_from_real_at) for steps and noise that are known to be good.
     fn predict_from_real(
         &self,
         real: &Tensor,
@@ -222,7 +231,7 @@ impl<'a> Sampler<'a> {
     ) -> Result<Simulation> {
         let times = self.times_like(real)?.f_index_select(0, steps)?;
         let student_time = PreShift::within(times, self.grid.range());
-        let time = self.grid.shift().apply(&student_time)?;
+        let time = self.shift()?.apply(&student_time)?;
         let input = {
             let _no_grad = no_grad_guard();
             let path = self.denoiser.path();
@@ -230,7 +239,12 @@ impl<'a> Sampler<'a> {
             let first = per_sample(&steps.f_eq(0)?, real)?;
             path.start(noise)?.f_where_self(&first, &noised)?
         };
-        Ok(Simulation { x: self.predict(&input, &time, cond)?, student_time })
+        self.evaluate(input, time, student_time, cond)
+    }
+
+    /// The shift of the grid, or else that of the denoiser's path.
+    fn shift(&self) -> Result<Shift> {
+        self.grid.shift(self.denoiser.path().shift())
     }
 
     fn steps(&self) -> i64 {
@@ -255,15 +269,16 @@ impl<'a> Sampler<'a> {
     }
 
     fn time(&self, step: usize, like: &Tensor) -> Result<PostShift> {
-        let time = self.grid.shift().of(self.grid_time(step)?);
+        let time = self.shift()?.of(self.grid_time(step)?);
         PostShift::all(time, batch_size(like), options(like)?)
     }
 
     fn predict(&self, x: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
-        let Some((guidance, null)) = self.guidance else {
+        let guided = self.guidance.filter(|(guidance, _)| guidance.acts_within(time.range()));
+        let Some((guidance, null)) = guided else {
             return self.denoiser.denoise(x, time, cond);
         };
-        let (cond, null) = self.denoiser.answer_pair(x, time, cond, null)?;
+        let (cond, null) = self.denoiser.predict_pair(x, time, cond, null)?;
         cond.guided(&null, guidance)?.into_sample()
     }
 
@@ -282,7 +297,7 @@ impl<'a> Sampler<'a> {
                 check_like("fresh noise", &noise, x)?;
                 noise
             }
-            Transition::Euler => self.implied_noise(x, x0, &self.time(step, x)?)?,
+            Transition::Ddim => self.implied_noise(x, x0, &self.time(step, x)?)?,
         };
         self.denoiser.path().renoise(x0, &self.time(step.saturating_add(1), x)?, &noise)
     }

@@ -1,9 +1,13 @@
 //! The paper's four re-noising schedules, ready-made.
 
-use crate::{
-    AboveStudent, CfgAugmentation, Denoiser, Group, Guidance, Normalizer, Objective, Regularizer,
-    Renoising, Shift, Uniform,
-};
+use crate::denoiser::Denoiser;
+use crate::engine::CfgAugmentation;
+use crate::guidance::Guidance;
+use crate::normalizer::Normalizer;
+use crate::objective::{Group, Objective};
+use crate::regularizer::Regularizer;
+use crate::renoising::{AboveStudent, Renoising, Uniform};
+use crate::time::Shift;
 
 /// Where CFG Augmentation and the regularizer look at the samples (Section 4.3 and Table 1 of
 /// arXiv 2511.22677), with the network forwards of one update of the student:
@@ -43,33 +47,48 @@ impl Schedule {
     ];
 
     /// The objective of this schedule: CFG Augmentation under the name `ca` and `regularizer`,
-    /// usually `&dm`, under the name `dm`, both of weight 1.
-    ///
-    /// `shifts` is usually the one [`Shift`] that the model is run with at inference; [`Shifts`] gives
-    /// the regularizer another.
+    /// usually `&dm`, under the name `dm`, both of weight 1. Times are shifted by the shift of the
+    /// teacher's path.
     #[must_use]
     pub fn objective<'a>(
         self,
         teacher: Denoiser<'a>,
         guidance: Guidance,
         regularizer: impl Regularizer + 'a,
+    ) -> Objective<'a> {
+        self.objective_with_shifts(teacher, guidance, regularizer, Shifts::default())
+    }
+
+    /// [`objective`](Self::objective) with a shift of its own for the engine, for the regularizer, or
+    /// for both.
+    #[must_use]
+    pub fn objective_with_shifts<'a>(
+        self,
+        teacher: Denoiser<'a>,
+        guidance: Guidance,
+        regularizer: impl Regularizer + 'a,
         shifts: impl Into<Shifts>,
     ) -> Objective<'a> {
-        let Shifts { engine, regularizer: shield } = shifts.into();
-        let full = |shift| Group::new(Renoising::new(Uniform::FULL).shifted(shift));
-        let above = |shift| Group::new(Renoising::new(AboveStudent::FULL).shifted(shift));
+        let shifts = shifts.into();
+        let group = |renoising: Renoising<'a>, shift: Option<Shift>| {
+            Group::new(match shift {
+                Some(shift) => renoising.shifted(shift),
+                None => renoising,
+            })
+        };
+        let full = |shift| group(Renoising::new(Uniform::FULL), shift);
+        let above = |shift| group(Renoising::new(AboveStudent::FULL), shift);
         let (ca, dm) = match self {
             Self::CoupledShared => {
-                let normalizer = Normalizer::guided(guidance);
-                let group = full(engine)
-                    .normalizer(normalizer)
+                let group = full(shifts.engine)
+                    .normalizer(Normalizer::guided(guidance))
                     .engine("ca", 1.0, CfgAugmentation::new(guidance))
                     .regularizer("dm", 1.0, regularizer);
                 return Objective::new(teacher).with(group);
             }
-            Self::DecoupledFull => (full(engine), full(shield)),
-            Self::DecoupledConstrained => (above(engine), above(shield)),
-            Self::DecoupledHybrid => (above(engine), full(shield)),
+            Self::DecoupledFull => (full(shifts.engine), full(shifts.regularizer)),
+            Self::DecoupledConstrained => (above(shifts.engine), above(shifts.regularizer)),
+            Self::DecoupledHybrid => (above(shifts.engine), full(shifts.regularizer)),
         };
         Objective::new(teacher)
             .with(ca.engine("ca", 1.0, CfgAugmentation::new(guidance)))
@@ -77,23 +96,27 @@ impl Schedule {
     }
 }
 
-/// The shifts applied to what engine and regularizer draw, before they look at the samples there.
+/// Shifts that override the shift of the model where engine and regularizer look at the samples;
+/// `None` is the shift of the model.
 ///
 /// A smaller shift of the regularizer lets it look at less noise, where it corrects detail rather than
 /// contrast. A schedule with a shared tau has the engine's.
 ///
-/// What looks above the student's time is cleaner than what the student was given only if its shift is
-/// at most that of the student's grid: a larger one takes tau below t.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// With [`AboveStudent`], keep a shift at or below the grid's. A larger shift can map tau below the
+/// student's time, so that the term sees *noisier* samples than the student did.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct Shifts {
     /// Of tau_CA.
-    pub engine: Shift,
+    pub engine: Option<Shift>,
     /// Of tau_DM.
-    pub regularizer: Shift,
+    pub regularizer: Option<Shift>,
 }
 
 impl From<Shift> for Shifts {
+    /// One shift for both, in place of the shift of the model.
     fn from(shift: Shift) -> Self {
-        Self { engine: shift, regularizer: shift }
+        Self { engine: Some(shift), regularizer: Some(shift) }
     }
 }

@@ -11,7 +11,7 @@
 //! # let teacher = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
 //! # let x = Tensor::linspace(-1.0, 1.0, 24, (Kind::Float, Device::Cpu)).view([2, 3, 4]);
 //! # let (cond, null) = (Condition::from(Tensor::from(0.5f32)), Condition::from(Tensor::from(0.4f32)));
-//! let batch = Batch::new(&x, &cond)?.null(&null);
+//! let batch = Batch::new(&x, &cond)?.with_null(&null);
 //! check_engine(&CfgAugmentation::new(Guidance::new(4.0)?), &teacher, &batch)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -36,7 +36,12 @@ mod trial;
 
 use tch::{Kind, Tensor, no_grad_guard};
 
-use crate::{Batch, Denoiser, Engine, Error, Probe, Regularizer};
+use crate::batch::Batch;
+use crate::denoiser::Denoiser;
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::probe::Probe;
+use crate::regularizer::Regularizer;
 use trial::Trial;
 
 /// The types that are computed in.

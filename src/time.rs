@@ -10,9 +10,10 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::numeric::{check_floating, check_range, check_vector, widen, widen_like};
+use crate::checks::{check_floating, check_range, check_vector};
+use crate::error::{Error, Result};
+use crate::numeric::{widen, widen_like};
 use crate::value::{checked, is_positive};
-use crate::{Error, Result};
 
 /// Times before the shift, one per sample, `[B]` in [0, 1]. Few-step grids are even in this clock,
 /// and tau is drawn in it.

@@ -2,9 +2,12 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::numeric::{batch_size, check_device, numbers, per_sample};
+use crate::checks::check_device;
+use crate::error::{Error, Result};
+use crate::grid::FewStepGrid;
+use crate::numeric::{batch_size, numbers, per_sample};
+use crate::time::PreShift;
 use crate::value::checked;
-use crate::{Error, FewStepGrid, PreShift, Result};
 
 /// One rollout of a student over its grid, without a graph; made by
 /// [`Sampler::trajectory`](crate::Sampler::trajectory).
@@ -56,8 +59,12 @@ impl Trajectory {
         gather(&self.samples, steps)
     }
 
-    /// The student's inputs `[B, ..]` and times at each sample's step.
-    pub(crate) fn inputs_at(&self, steps: &Tensor) -> Result<(Tensor, PreShift)> {
+    /// The student's inputs x_t `[B, ..]` and their pre-shift times, each sample's at its step of
+    /// `steps` `[B]`.
+    ///
+    /// # Errors
+    /// As [`samples_at`](Self::samples_at).
+    pub fn inputs_at(&self, steps: &Tensor) -> Result<(Tensor, PreShift)> {
         check_steps(steps, self.steps(), self.batch_size(), &self.samples)?;
         let times = PreShift::within(self.times.f_index_select(0, steps)?, self.grid.range());
         Ok((gather(&self.noised, steps)?, times))

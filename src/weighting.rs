@@ -2,9 +2,10 @@
 
 use tch::Tensor;
 
+use crate::error::Result;
 use crate::path::Coefficients;
+use crate::prediction::Prediction;
 use crate::value::Positive;
-use crate::{Prediction, Result};
 
 /// The weight of time in a denoising loss, whatever the network predicts:
 ///
@@ -77,8 +78,11 @@ impl Weighting {
         Positive::new("standard deviation of the data", data_std).map(|std| Self(Weight::Edm(std)))
     }
 
-    /// What multiplies the square in `own` type, shaped like the coefficients; `None` for 1.
-    pub(crate) fn factor(self, own: Prediction, at: &Coefficients) -> Result<Option<Tensor>> {
+    /// The factor of the square in the prediction type `own`, shaped like the coefficients; `None` for 1.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn factor(self, own: Prediction, at: &Coefficients) -> Result<Option<Tensor>> {
         let factor = match self.0 {
             Weight::Uniform => return Ok(None),
             Weight::MeasuredAs(other) if other == own => return Ok(None),

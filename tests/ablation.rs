@@ -152,9 +152,10 @@ fn arms_of_the_schedules_are_the_presets() -> Result<()> {
         let cond = Condition::from(vec![captions[0].shallow_clone(), step]);
         let x = wave(&[3, 3, 16, 16], 0.4, Kind::Float).set_requires_grad(true);
         let time = PreShift::new(Tensor::from_slice(&[0.0f32, 0.25, 0.75]))?;
-        let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
+        let batch = Batch::new(&x, &cond)?.with_null(&null).with_student_time(&time)?;
         let guidance = Guidance::new(arm.guidance)?;
-        let preset = schedule.objective(denoiser(&teacher), guidance, &dm, material.shift);
+        let preset =
+            schedule.objective_with_shifts(denoiser(&teacher), guidance, &dm, material.shift);
         let groups = preset.draw(&batch)?.len();
         let draws = || -> Vec<Draw> {
             (0..groups)

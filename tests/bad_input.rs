@@ -4,10 +4,10 @@ mod common;
 
 use common::{gaussian_teacher, seeded, wave};
 use decoupled_dmd::{
-    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Edm, Error, Floor, Group,
-    Guidance, LogNormal, MeanVariance, Normalizer, Objective, PostShift, PreShift, Prediction,
-    Probe, RectifiedFlow, Regularizer, Renoising, Result, Shift, Statistics, Uniform, UpdateRatio,
-    VariancePreserving, align_fake, engine_fn, regularizer_fn, surrogate,
+    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Edm, Error, Group, Guidance,
+    LogNormal, MeanVariance, Normalizer, Objective, PostShift, PreShift, Prediction, Probe,
+    RectifiedFlow, Regularizer, Renoising, Result, Shift, Statistics, Uniform, UpdateRatio,
+    VariancePreserving, engine_fn, move_toward, regularizer_fn, surrogate,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -36,16 +36,19 @@ fn a_batch_checks_what_it_is_given() -> Result<()> {
     assert!(is_kind(Batch::new(&integers, &cond), "x"));
 
     let batch = || Batch::new(&x, &cond);
-    assert!(batch()?.real(&wave(&[5, 3, 4], 0.0, Kind::Float)).is_ok());
-    assert!(is_shape(batch()?.real(&wave(&[5, 3, 5], 0.0, Kind::Float)), "real samples"));
-    assert!(is_kind(batch()?.real(&integers.unsqueeze(2)), "real samples"));
+    assert!(batch()?.with_real(&wave(&[5, 3, 4], 0.0, Kind::Float)).is_ok());
+    assert!(is_shape(batch()?.with_real(&wave(&[5, 3, 5], 0.0, Kind::Float)), "real samples"));
+    assert!(is_kind(batch()?.with_real(&integers.unsqueeze(2)), "real samples"));
     let time = PreShift::all(0.5, 3, FLOAT)?;
-    assert!(is_shape(batch()?.student_time(&time), "student time"));
+    assert!(is_shape(batch()?.with_student_time(&time), "student time"));
 
-    let missing = batch()?.null_condition().unwrap_err();
-    assert_eq!(missing.to_string(), "the batch has no null condition: add it with Batch::null");
-    let missing = batch()?.real_samples().unwrap_err();
-    assert!(matches!(missing, Error::Missing { what: "real samples", setter: "real" }));
+    let missing = batch()?.null().unwrap_err();
+    assert_eq!(
+        missing.to_string(),
+        "the batch has no null condition: add it with Batch::with_null"
+    );
+    let missing = batch()?.real().unwrap_err();
+    assert!(matches!(missing, Error::Missing { what: "real samples", setter: "with_real" }));
     Ok(())
 }
 
@@ -72,7 +75,7 @@ fn a_mask_is_boolean_and_fits_the_samples() -> Result<()> {
     let (x, cond) = (samples(), Condition::none());
     let mask = |size: &[i64], kind| {
         let mask = Tensor::ones(size, (kind, Device::Cpu));
-        Batch::new(&x, &cond)?.mask(&mask).map(|_| ())
+        Batch::new(&x, &cond)?.with_mask(&mask).map(|_| ())
     };
     for size in [&[2i64][..], &[2, 1, 1], &[1, 3, 4], &[2, 3, 4]] {
         assert!(mask(size, Kind::Bool).is_ok(), "{size:?}");
@@ -83,7 +86,7 @@ fn a_mask_is_boolean_and_fits_the_samples() -> Result<()> {
     for kind in [Kind::Float, Kind::Int64] {
         assert!(is_kind(mask(&[2], kind), "mask"));
     }
-    assert!(is_shape(Batch::new(&x, &cond)?.mask(&Tensor::new()), "mask"));
+    assert!(is_shape(Batch::new(&x, &cond)?.with_mask(&Tensor::new()), "mask"));
     Ok(())
 }
 
@@ -92,7 +95,7 @@ fn settings_out_of_range_are_named() -> Result<()> {
     let named = |error: Error, argument: &str| matches!(error, Error::OutOfRange { what, .. } if what == argument);
     // 1e-50 and 1e50 are 0 and infinity in float32.
     for bad in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-50, 1e50] {
-        assert!(named(Floor::new(bad).unwrap_err(), "normaliser floor"));
+        assert!(named(Normalizer::conditional().floor(bad).unwrap_err(), "normaliser floor"));
         assert!(named(Shift::new(bad).unwrap_err(), "shift"));
         let error = Normalizer::conditional().epsilon(bad).unwrap_err();
         assert!(named(error, "normaliser epsilon"));
@@ -100,30 +103,27 @@ fn settings_out_of_range_are_named() -> Result<()> {
     assert!(named(UpdateRatio::new(0).unwrap_err(), "fake updates per student update"));
     assert!(named(UpdateRatio::alternating(1).unwrap_err(), "iterations per student update"));
     let phi = Tensor::zeros([2], FLOAT);
-    assert!(named(align_fake([(&phi, &phi)], 1.5).unwrap_err(), "share of the fake to keep"));
+    assert!(named(move_toward([(&phi, &phi)], 1.5).unwrap_err(), "share to move"));
     let theta = Tensor::zeros([3], FLOAT);
-    assert!(is_shape(align_fake([(&phi, &theta)], 0.5), "parameter of the student"));
+    assert!(is_shape(move_toward([(&phi, &theta)], 0.5), "target of a parameter"));
     let labels = Tensor::zeros([2], (Kind::Int64, Device::Cpu));
-    assert!(is_kind(align_fake([(&phi, &labels)], 0.5), "parameter of the student"));
+    assert!(is_kind(move_toward([(&phi, &labels)], 0.5), "target of a parameter"));
     Ok(())
 }
 
 #[test]
-fn parameters_that_cannot_be_pulled_along_are_refused() {
+fn parameters_that_cannot_be_moved_are_refused() {
     let (phi, undefined) = (Tensor::zeros([2], FLOAT), Tensor::new());
-    assert!(is_shape(align_fake([(&undefined, &phi)], 0.5), "parameter of the fake"));
-    assert!(is_shape(align_fake([(&phi, &undefined)], 0.5), "parameter of the student"));
-    assert!(is_shape(align_fake([(&undefined, &undefined)], 0.5), "parameter of the fake"));
+    assert!(is_shape(move_toward([(&undefined, &phi)], 0.5), "parameter to move"));
+    assert!(is_shape(move_toward([(&phi, &undefined)], 0.5), "target of a parameter"));
+    assert!(is_shape(move_toward([(&undefined, &undefined)], 0.5), "parameter to move"));
     let theta = Tensor::ones([2], FLOAT);
     for kind in [Kind::BFloat16, Kind::Half, Kind::Int64] {
-        // 1 - 0.999 is below half a rounding step of bfloat16: nothing would move.
-        assert!(is_kind(
-            align_fake([(&phi.to_kind(kind), &theta)], 0.999),
-            "parameter of the fake"
-        ));
+        // 0.001 is below half a rounding step of bfloat16: nothing would move.
+        assert!(is_kind(move_toward([(&phi.to_kind(kind), &theta)], 0.001), "parameter to move"));
     }
     let narrow = theta.to_kind(Kind::BFloat16);
-    assert!(align_fake([(&phi, &narrow)], 0.999).is_ok() && phi.double_value(&[0]) > 0.0009);
+    assert!(move_toward([(&phi, &narrow)], 0.001).is_ok() && phi.double_value(&[0]) > 0.0009);
 }
 
 #[test]
@@ -301,10 +301,7 @@ fn a_constant_sample_on_the_teachers_prediction_stays_finite() -> Result<()> {
     let cond = Condition::none();
     let fixed = x.detach();
     let same = |_: &Tensor, _: &Tensor, _: &Condition| fixed.shallow_clone();
-    let dm = DistributionMatching::new(
-        Denoiser::new(RectifiedFlow, Prediction::Sample, same),
-        Shift::NONE,
-    );
+    let dm = DistributionMatching::new(Denoiser::new(RectifiedFlow, Prediction::Sample, same));
     let normalizer = Normalizer::guided(Guidance::new(4.0)?);
     let objective = Objective::new(Denoiser::new(RectifiedFlow, Prediction::Sample, same)).with(
         Group::new(Renoising::new(Uniform::FULL))
@@ -313,7 +310,7 @@ fn a_constant_sample_on_the_teachers_prediction_stays_finite() -> Result<()> {
             .regularizer("dm", 1.0, &dm)
             .regularizer("statistics", 1.0, MeanVariance::per_sample(0.0, 1.0)?),
     );
-    let evaluation = objective.evaluate(&Batch::new(&x, &cond)?.null(&cond))?;
+    let evaluation = objective.evaluate(&Batch::new(&x, &cond)?.with_null(&cond))?;
     evaluation.loss.backward();
     assert!(evaluation.loss.double_value(&[]).is_finite());
     assert!(x.grad().isfinite().all().int64_value(&[]) == 1);
@@ -331,15 +328,11 @@ fn a_bad_sample_does_not_touch_the_others() -> Result<()> {
             let _ = x.get(0).fill_(f64::NAN);
         }
         let x = x.set_requires_grad(true);
-        let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
+        let dm = DistributionMatching::new(gaussian_teacher(0.8));
         let guidance = Guidance::new(4.0)?;
-        let objective = decoupled_dmd::Schedule::CoupledShared.objective(
-            gaussian_teacher(0.5),
-            guidance,
-            &dm,
-            Shift::NONE,
-        );
-        objective.evaluate(&Batch::new(&x, &cond)?.null(&null))?.loss.backward();
+        let objective =
+            decoupled_dmd::Schedule::CoupledShared.objective(gaussian_teacher(0.5), guidance, &dm);
+        objective.evaluate(&Batch::new(&x, &cond)?.with_null(&null))?.loss.backward();
         Ok(x.grad().get(1))
     };
     assert!(gradient(true)?.equal(&gradient(false)?));

@@ -9,8 +9,8 @@ use common::{gaussian_teacher, seeded, wave};
 use decoupled_dmd::{
     AboveStudent, Adversarial, Batch, CfgAugmentation, Coefficients, Condition, CriticHeads,
     Denoiser, DistributionMatching, Draw, Edm, Error, FewStepGrid, Group, Guidance, Kernel,
-    MaximumMeanDiscrepancy, MeanVariance, Objective, Path, PostShift, PreShift, Prediction, Probe,
-    RectifiedFlow, Regularizer, Renoising, Result, Sampler, Shift, Statistics, Transition,
+    MaximumMeanDiscrepancy, MeanVariance, NoisePath, Objective, PostShift, PreShift, Prediction,
+    Probe, RectifiedFlow, Regularizer, Renoising, Result, Sampler, Statistics, Transition,
     TrigFlow, Uniform, VariancePreserving,
 };
 use tch::{Device, Kind, Tensor, nn};
@@ -70,7 +70,7 @@ fn no_draws() -> [(Tensor, &'static str); 8] {
     ]
 }
 
-fn paths() -> Result<Vec<Box<dyn Path>>> {
+fn paths() -> Result<Vec<Box<dyn NoisePath>>> {
     Ok(vec![
         Box::new(RectifiedFlow),
         Box::new(VariancePreserving::linear(0.1, 20.0)?),
@@ -85,22 +85,34 @@ fn draws_of_a_schedule() -> Result<()> {
     let (student, one) = (PreShift::all(0.5, 2, FLOAT)?, PreShift::all(0.5, 1, FLOAT)?);
     let renoising = Renoising::new(AboveStudent::FULL);
     assert_eq!(
-        renoising.at(&Tensor::from_slice(&[0.0f32, 1.0]), Some(&student))?.tensor().size(),
+        renoising
+            .at(&RectifiedFlow, &Tensor::from_slice(&[0.0f32, 1.0]), Some(&student))?
+            .tensor()
+            .size(),
         [2]
     );
     for (u, why) in no_draws() {
         // One draw for two times of the student is the latter's fault.
         let what = if u.size() == [1] { "student time" } else { "draw" };
-        assert_eq!(refusal(renoising.at(&u, Some(&student))), (what, why), "{u:?}");
+        assert_eq!(refusal(renoising.at(&RectifiedFlow, &u, Some(&student))), (what, why), "{u:?}");
     }
     let draws = Tensor::from_slice(&[0.2f32, 0.4]);
-    assert_eq!(refusal(renoising.at(&draws, Some(&one))), ("student time", "shape"));
-    assert_eq!(refusal(renoising.at(&draws, None)), ("student time", "missing"));
-    assert_eq!(refusal(renoising.draw(&samples(), Some(&one))), ("student time", "shape"));
+    assert_eq!(
+        refusal(renoising.at(&RectifiedFlow, &draws, Some(&one))),
+        ("student time", "shape")
+    );
+    assert_eq!(refusal(renoising.at(&RectifiedFlow, &draws, None)), ("student time", "missing"));
+    assert_eq!(
+        refusal(renoising.draw(&RectifiedFlow, &samples(), Some(&one))),
+        ("student time", "shape")
+    );
     for (x, why) in
         [(Tensor::from(1.0f32), "shape"), (Tensor::new(), "shape"), (integers(&[2]), "kind")]
     {
-        assert_eq!(refusal(Renoising::new(Uniform::FULL).draw(&x, None)), ("x", why));
+        assert_eq!(
+            refusal(Renoising::new(Uniform::FULL).draw(&RectifiedFlow, &x, None)),
+            ("x", why)
+        );
     }
     Ok(())
 }
@@ -239,7 +251,7 @@ fn differences_of_a_probe() -> Result<()> {
 /// Rectified flow with twice the noise.
 struct Loud;
 
-impl Path for Loud {
+impl NoisePath for Loud {
     fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
         let Coefficients { data, noise } = RectifiedFlow.coefficients(time)?;
         Ok(Coefficients { data, noise: noise * 2.0 })
@@ -252,25 +264,25 @@ fn a_fake_score_on_another_path() -> Result<()> {
     let (batch, teacher) = (Batch::new(&x, &cond)?, gaussian_teacher(0.5));
     let probe = Probe::at(&teacher, &batch, half(), x.detach())?;
     let calls = Cell::new(0);
-    let on = |path: Box<dyn Path>| {
+    let on = |path: Box<dyn NoisePath>| {
         let network = |x: &Tensor, _: &Tensor, _: &Condition| {
             calls.set(calls.get() + 1);
             x.shallow_clone()
         };
         let fake = Denoiser::new(path, Prediction::Sample, network);
-        DistributionMatching::new(fake, Shift::NONE).loss(&probe).map(|_| ())
+        DistributionMatching::new(fake).loss(&probe).map(|_| ())
     };
     for (which, path) in paths()?.into_iter().enumerate() {
         let found = refusal(on(path));
         if which == 0 {
             assert_eq!(found, ("nothing", "refused"));
         } else {
-            assert_eq!(found, ("share of data on the path of the fake score", "range"), "{which}");
+            assert_eq!(found, ("share of data on the term's path", "range"), "{which}");
         }
     }
     assert_eq!(
         refusal(on(Box::new(Loud))),
-        ("share of noise on the path of the fake score", "range")
+        ("share of noise on the term's path", "range")
     );
     assert_eq!(calls.get(), 1, "a fake on another path is not run");
     Ok(())
@@ -282,18 +294,21 @@ fn noise_steps_and_rollouts_of_a_sampler() -> Result<()> {
     let (noise, cond) = (samples(), Condition::from(wave(&SHAPE, 1.0, Kind::Float)));
     let denoiser = gaussian_teacher(0.5);
     let on = |steps| -> Result<Sampler<'_>> {
-        Ok(Sampler::new(&denoiser, FewStepGrid::even(steps, Shift::NONE)?, Transition::Euler))
+        Ok(Sampler::new(&denoiser, FewStepGrid::even(steps)?, Transition::Ddim))
     };
     let sampler = on(4)?;
     for (bad, why) in &unlike()[..3] {
         assert_eq!(refusal(sampler.sample(bad, &cond)), ("noise", *why));
         assert_eq!(refusal(sampler.simulate(bad, &cond, 0)), ("noise", *why));
         assert_eq!(refusal(sampler.trajectory(bad, &cond)), ("noise", *why));
-        assert_eq!(refusal(sampler.from_real(bad, &cond)), ("real samples", *why));
+        assert_eq!(refusal(sampler.simulate_from_real(bad, &cond)), ("real samples", *why));
     }
     let (steps, kept) = (Tensor::from_slice(&[0i64, 3]), sampler.trajectory(&noise, &cond)?);
     for (bad, why) in unlike() {
-        assert_eq!(refusal(sampler.from_real_at(&noise, &cond, &steps, &bad)), ("noise", why));
+        assert_eq!(
+            refusal(sampler.simulate_from_real_at(&noise, &cond, &steps, &bad)),
+            ("noise", why)
+        );
     }
     for (bad, refused) in [
         (Tensor::from_slice(&[0i64]), ("steps", "shape")),
@@ -305,14 +320,14 @@ fn noise_steps_and_rollouts_of_a_sampler() -> Result<()> {
     ] {
         assert_eq!(refusal(sampler.simulate_on(&kept, &cond, &bad)), refused);
         assert_eq!(refusal(kept.samples_at(&bad)), refused);
-        assert_eq!(refusal(sampler.from_real_at(&noise, &cond, &bad, &noise)), refused);
+        assert_eq!(refusal(sampler.simulate_from_real_at(&noise, &cond, &bad, &noise)), refused);
     }
     // The rollout of another grid has other times, and was perhaps shifted otherwise.
     let foreign = on(3)?.trajectory(&noise, &cond)?;
     let refused = refusal(sampler.simulate_on(&foreign, &cond, &Tensor::from_slice(&[0i64, 1])));
     assert_eq!(refused, ("steps of the trajectory", "range"));
     let fresh = |_: usize, _: &Tensor| Ok(wave(&[1, 3, 4], 0.0, Kind::Float));
-    let grid = FewStepGrid::even(2, Shift::NONE)?;
+    let grid = FewStepGrid::even(2)?;
     let renoising = Sampler::new(&denoiser, grid, Transition::Renoise);
     let refused = refusal(renoising.trajectory_with(&noise, &cond, fresh));
     assert_eq!(refused, ("fresh noise", "shape"));
@@ -328,32 +343,32 @@ fn samples_of_regularizers() -> Result<()> {
     for (bad, why) in &unlike()[..3] {
         assert_eq!(refusal(term.between(bad, &real)), ("x", *why));
         assert_eq!(refusal(term.between(&x, bad)), ("real samples", *why));
-        assert_eq!(refusal(Batch::new(&x, &cond)?.real(bad)), ("real samples", *why));
+        assert_eq!(refusal(Batch::new(&x, &cond)?.with_real(bad)), ("real samples", *why));
         let measured = MeanVariance::measured(bad, Statistics::PerSample);
         assert_eq!(refusal(measured), ("real samples", *why));
         let running = MeanVariance::per_sample(0.0, 1.0)?.running(0.9, 0)?;
         assert_eq!(refusal(running.update(bad)), ("real samples", *why));
     }
     let none = Tensor::zeros([0, 3, 4], FLOAT);
-    assert_eq!(refusal(Batch::new(&x, &cond)?.real(&none)), ("real samples", "shape"));
+    assert_eq!(refusal(Batch::new(&x, &cond)?.with_real(&none)), ("real samples", "shape"));
     Ok(())
 }
 
 #[test]
 fn noise_of_losses_that_train_networks() -> Result<()> {
     let (x, cond) = (samples(), Condition::none());
-    let batch = Batch::new(&x, &cond)?.real(&x)?;
+    let batch = Batch::new(&x, &cond)?.with_real(&x)?;
     let fake = || {
         Denoiser::new(RectifiedFlow, Prediction::Sample, |x: &Tensor, _: &Tensor, _: &Condition| {
             x.shallow_clone()
         })
     };
-    let dm = DistributionMatching::new(fake(), Shift::NONE);
+    let dm = DistributionMatching::new(fake());
     let critic = |x: &Tensor, _: &Tensor, _: &Condition| x.flatten(1, -1);
-    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+    let gan = Adversarial::new(RectifiedFlow, critic);
     for (bad, why) in unlike() {
         assert_eq!(refusal(dm.denoising_loss_at(&batch, &half(), &bad)), ("noise", why));
-        assert_eq!(refusal(dm.denoising_losses_at(&batch, &half(), &bad)), ("noise", why));
+        assert_eq!(refusal(dm.denoising_loss_per_sample_at(&batch, &half(), &bad)), ("noise", why));
         assert_eq!(refusal(gan.critic_loss_at(&batch, &half(), &bad, &x)), ("noise", why));
         let perturbed = gan.critic_evaluation_at(&batch, &half(), &x, &bad);
         assert_eq!(refusal(perturbed), ("perturbation", why));
@@ -362,8 +377,8 @@ fn noise_of_losses_that_train_networks() -> Result<()> {
     assert_eq!(refusal(dm.denoising_loss_at(&batch, &three, &x)), ("time", "shape"));
     assert_eq!(refusal(gan.critic_loss_at(&batch, &three, &x, &x)), ("time", "shape"));
     let above = || Renoising::new(AboveStudent::FULL);
-    let dm = DistributionMatching::new(fake(), Shift::NONE).renoising(above());
-    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic).renoising(above());
+    let dm = DistributionMatching::new(fake()).renoising(above());
+    let gan = Adversarial::new(RectifiedFlow, critic).renoising(above());
     assert_eq!(refusal(dm.denoising_loss(&batch)), ("student time", "missing"));
     assert_eq!(refusal(gan.critic_loss(&batch)), ("student time", "missing"));
     Ok(())

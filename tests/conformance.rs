@@ -12,7 +12,7 @@ use decoupled_dmd::testing::{
 use decoupled_dmd::{
     Adversarial, Batch, CfgAugmentation, Condition, CriticPenalty, Denoiser, DistributionMatching,
     Estimator, GanLoss, Guidance, Kernel, MaximumMeanDiscrepancy, MeanVariance, PreShift,
-    Prediction, Probe, RectifiedFlow, Regularizer, Renoising, Result, Shift, Statistics, Uniform,
+    Prediction, Probe, RectifiedFlow, Regularizer, Renoising, Result, Statistics, Uniform,
     engine_fn, regularizer_fn,
 };
 use tch::{Kind, Tensor};
@@ -38,11 +38,11 @@ fn setting(kind: Kind) -> Setting {
 
 impl Setting {
     fn batch(&self) -> Batch<'_> {
-        Batch::new(&self.x, &self.cond).unwrap().null(&self.null)
+        Batch::new(&self.x, &self.cond).unwrap().with_null(&self.null)
     }
 
     fn batch_with_data(&self) -> Batch<'_> {
-        self.batch().real(&self.real).unwrap().real_cond(&self.real_cond)
+        self.batch().with_real(&self.real).unwrap().with_real_cond(&self.real_cond)
     }
 }
 
@@ -54,7 +54,7 @@ fn cfg_augmentation() -> Result<(), Failure> {
         let (s, teacher) = (setting(kind), gaussian_teacher(0.5));
         check_engine(&CfgAugmentation::new(Guidance::new(4.0)?), &teacher, &s.batch())?;
         let mask = Tensor::from_slice(&[true, false, true]);
-        let masked = s.batch().mask(&mask)?;
+        let masked = s.batch().with_mask(&mask)?;
         check_engine(&CfgAugmentation::new(Guidance::new(4.0)?), &teacher, &masked)?;
     }
     Ok(())
@@ -64,7 +64,7 @@ fn cfg_augmentation() -> Result<(), Failure> {
 fn distribution_matching() -> Result<(), Failure> {
     for kind in KINDS {
         let (s, teacher) = (setting(kind), gaussian_teacher(0.5));
-        let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
+        let dm = DistributionMatching::new(gaussian_teacher(0.8));
         check_regularizer(&dm, &teacher, &s.batch())?;
         check_independence(&dm, &teacher, &s.batch())?;
     }
@@ -103,7 +103,7 @@ fn maximum_mean_discrepancy() -> Result<(), Failure> {
         // Few of its samples, so that their number is not that of the batch.
         let (few, pooled) =
             (s.real.narrow(0, 0, 2), |x: &Tensor| x.f_mean_dim(&[2, 3][..], false, None));
-        let with_few = s.batch().real(&few)?;
+        let with_few = s.batch().with_real(&few)?;
         for kernel in [Kernel::gaussian(), Kernel::inverse_multiquadric(), Kernel::Energy] {
             for estimator in [Estimator::Unbiased, Estimator::Biased] {
                 let term = MaximumMeanDiscrepancy::new(kernel.clone())?.estimator(estimator);
@@ -137,7 +137,7 @@ fn adversarial() -> Result<(), Failure> {
             seen.linear(&weight, None::<&Tensor>) + t.unsqueeze(1)
         };
         for gan_loss in [GanLoss::NonSaturating, GanLoss::Hinge, GanLoss::Relativistic] {
-            let term = Adversarial::new(RectifiedFlow, Shift::NONE, critic).gan_loss(gan_loss);
+            let term = Adversarial::new(RectifiedFlow, critic).gan_loss(gan_loss);
             check_regularizer(&term, &teacher, &s.batch_with_data())?;
             check_independence(&term, &teacher, &s.batch_with_data())?;
             if kind == Kind::Double {
@@ -156,7 +156,7 @@ fn own_losses() -> Result<(), Failure> {
         let fake = |x: &Tensor, _: &Tensor, c: &Condition| x * weight.get(0).mean(None) + &c[0];
         for prediction in Prediction::ALL {
             let fake = Denoiser::new(RectifiedFlow, prediction, fake);
-            let dm = DistributionMatching::new(fake, Shift::NONE);
+            let dm = DistributionMatching::new(fake);
             let renoising = Renoising::new(Uniform::new(0.02, 0.98)?);
             check_own_loss(&dm.renoising(renoising), &s.batch())?;
         }
@@ -171,8 +171,7 @@ fn own_losses() -> Result<(), Failure> {
         ];
         for gan_loss in [GanLoss::NonSaturating, GanLoss::Hinge, GanLoss::Relativistic] {
             for penalty in penalties {
-                let mut term =
-                    Adversarial::new(RectifiedFlow, Shift::NONE, critic).gan_loss(gan_loss);
+                let mut term = Adversarial::new(RectifiedFlow, critic).gan_loss(gan_loss);
                 if let Some(penalty) = penalty {
                     term = term.penalty(penalty)?;
                 }
@@ -190,12 +189,12 @@ fn what_belongs_to_the_samples_one_by_one_turns_with_them() -> Result<(), Failur
     let (s, teacher) = (setting(Kind::Double), gaussian_teacher(0.5));
     let times = PreShift::new(Tensor::from_slice(&[0.1, 0.4, 0.8]))?;
     let mask = Tensor::from_slice(&[true, true, false]);
-    let batch = s.batch_with_data().student_time(&times)?.mask(&mask)?;
+    let batch = s.batch_with_data().with_student_time(&times)?.with_mask(&mask)?;
     let all = engine_fn(|probe| {
         let batch = probe.batch();
-        let times = batch.student_times().expect("given").tensor().view([3, 1, 1, 1]);
-        let null = &batch.null_condition()?[0];
-        let sum: Tensor = batch.real_samples()? * 2.0 + &batch.real_condition()[0] * 3.0 + null;
+        let times = batch.student_time().expect("given").tensor().view([3, 1, 1, 1]);
+        let null = &batch.null()?[0];
+        let sum: Tensor = batch.real()? * 2.0 + &batch.real_cond()[0] * 3.0 + null;
         probe.masked(&(sum * times + probe.noised() + &batch.cond()[0]))
     });
     check_engine(&all, &teacher, &batch)?;
@@ -315,7 +314,7 @@ fn regularizers_that_break_the_contract_are_found() {
     assert!(check_regularizer(&pooled, &teacher, &s.batch()).is_ok());
     let result = check_independence(&pooled, &teacher, &s.batch());
     assert_eq!(broken(result), Some(Check::BadSample));
-    let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
+    let dm = DistributionMatching::new(gaussian_teacher(0.8));
     assert_eq!(broken(check_gradient(&dm, &teacher, &s.batch())), Some(Check::Gradient));
     let narrow = setting(Kind::Float);
     assert_eq!(broken(check_gradient(&dm, &teacher, &narrow.batch())), Some(Check::SetUp));
@@ -370,6 +369,6 @@ fn own_losses_that_break_the_contract_are_found() {
     assert_eq!(broken(result), Some(Check::ReachesNetwork));
     // Without its real samples a critic fails, which breaks nothing.
     let critic = |x: &Tensor, _: &Tensor, _: &Condition| outputs(x);
-    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+    let gan = Adversarial::new(RectifiedFlow, critic);
     assert!(matches!(check_own_loss(&gan, &s.batch()), Err(Failure::Term(_))));
 }

@@ -6,7 +6,7 @@ use common::{gaussian_teacher, seeded, value, wave};
 use decoupled_dmd::{
     Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Error, Group, Guidance,
     MeanVariance, Objective, PreShift, Prediction, RectifiedFlow, Renoising, Result, Schedule,
-    Shift, Statistics, Uniform,
+    Statistics, Uniform,
 };
 use tch::nn::{self, Module, OptimizerConfig};
 use tch::{Device, Kind, Tensor};
@@ -64,7 +64,7 @@ fn distribution_matching_alone_reaches_the_mean_and_spread_of_the_data() -> Resu
     let vs = nn::VarStore::new(Device::Cpu);
     let network = fake_network(&vs.root());
     let fake = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
-    let dm = DistributionMatching::new(fake, Shift::NONE);
+    let dm = DistributionMatching::new(fake);
     let objective = Objective::new(gaussian_teacher(VARIANCE))
         .with(Group::new(Renoising::new(Uniform::new(0.02, 0.98)?)).regularizer("dm", 1.0, &dm));
     let mut fake_optimizer = nn::Adam::default().build(&vs, 2e-3).map_err(Error::from)?;
@@ -110,12 +110,12 @@ fn train(
             &mean + gain * (x - a * &mean)
         },
     );
-    let dm = DistributionMatching::new(fake, Shift::NONE);
+    let dm = DistributionMatching::new(fake);
     let objective = build(gaussian_teacher(VARIANCE), &dm)?;
     let mut history = Vec::new();
     for step in 0..1500 {
         let x = student.borrow().generate();
-        let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
+        let batch = Batch::new(&x, &cond)?.with_null(&null).with_student_time(&time)?;
         let evaluation = objective.evaluate(&batch)?;
         student.borrow_mut().descend(&evaluation.loss, 0.05);
         if step % 100 == 99 {
@@ -140,8 +140,7 @@ fn cfg_augmentation_has_no_fixed_point_and_distribution_matching_gives_it_one() 
     assert!(offsets.windows(2).skip(3).all(|pair| pair[1] > pair[0] + 0.01), "{offsets:?}");
 
     for schedule in Schedule::ALL {
-        let shielded =
-            train(|teacher, dm| Ok(schedule.objective(teacher, guidance, dm, Shift::NONE)))?;
+        let shielded = train(|teacher, dm| Ok(schedule.objective(teacher, guidance, dm)))?;
         let (offset, spread) = shielded[shielded.len() - 1];
         let (earlier, _) = shielded[shielded.len() - 5];
         assert!((offset - earlier).abs() < 0.05, "{schedule:?} {shielded:?}");
@@ -178,7 +177,7 @@ fn mean_variance_keeps_the_statistics_that_the_engine_would_change() -> Result<(
         let mut history = Vec::new();
         for step in 0..700 {
             let x = student.generate();
-            let evaluation = objective.evaluate(&Batch::new(&x, &cond)?.null(&null))?;
+            let evaluation = objective.evaluate(&Batch::new(&x, &cond)?.with_null(&null))?;
             if step % 100 == 99 {
                 let all = evaluation.diagnostics.as_ref().expect("observed");
                 history.push(all.variance_drift(variance)?.expect("finite samples"));

@@ -5,9 +5,8 @@ mod common;
 use common::{gaussian_teacher, seeded, value, wave};
 use decoupled_dmd::{
     Adversarial, Batch, CfgAugmentation, Condition, Denoiser, Diagnostics, DistributionMatching,
-    Draw, Error, Floor, Group, Guidance, MeanVariance, Normalizer, Objective, PerSample,
-    Prediction, RectifiedFlow, Renoising, Result, Shift, Uniform, default_device, engine_fn,
-    regularizer_fn,
+    Draw, Error, Group, Guidance, MeanVariance, Normalizer, Objective, PerSample, Prediction,
+    RectifiedFlow, Renoising, Result, Uniform, default_device, engine_fn, regularizer_fn,
 };
 use tch::{Kind, Tensor};
 
@@ -42,10 +41,10 @@ impl Setting {
             Condition::from(wave(&SHAPE, 1.1, Kind::Double)),
             Condition::from(wave(&SHAPE, 2.9, Kind::Double)),
         );
-        let dm = DistributionMatching::new(gaussian_teacher(self.fake_variance), Shift::NONE);
-        let mut batch = Batch::new(&self.x, &cond)?.null(&null);
+        let dm = DistributionMatching::new(gaussian_teacher(self.fake_variance));
+        let mut batch = Batch::new(&self.x, &cond)?.with_null(&null);
         if let Some(mask) = &self.mask {
-            batch = batch.mask(mask)?;
+            batch = batch.with_mask(mask)?;
         }
         let objective = Objective::new(gaussian_teacher(0.5)).observed().with(
             Group::new(Renoising::new(Uniform::FULL))
@@ -168,7 +167,7 @@ fn a_mask_takes_elements_and_samples_out() -> Result<()> {
 #[test]
 fn the_share_on_the_floor_is_seen() -> Result<()> {
     for (floor, share) in [(1e-6, 0.0), (1e6, 1.0)] {
-        let normalizer = Normalizer::conditional().floor(Floor::new(floor)?);
+        let normalizer = Normalizer::conditional().floor(floor)?;
         let all = Setting { normalizer, ..Setting::default() }.diagnostics()?;
         for term in ["ca", "dm"] {
             let on_guard = all.term(term).unwrap().on_guard.as_ref().unwrap();
@@ -258,7 +257,7 @@ fn nothing_that_is_kept_has_a_graph() -> Result<()> {
     let critic = |x: &Tensor, _: &Tensor, _: &Condition| (x * &weights[2]).flatten(1, -1);
     let half = Tensor::from_slice(&[true, false, true]);
     for mask in [None, Some(half)] {
-        let dm = DistributionMatching::new(learned(&weights[1]), Shift::NONE);
+        let dm = DistributionMatching::new(learned(&weights[1]));
         let own = regularizer_fn(|probe| {
             let loss = probe.x().f_square()?.f_mean(None)?;
             // Made before, with its graph.
@@ -272,12 +271,12 @@ fn nothing_that_is_kept_has_a_graph() -> Result<()> {
                 .engine("drawn", 1.0, engine_fn(|probe| Ok(probe.x().f_neg()?)))
                 .regularizer("dm", 1.0, &dm)
                 .regularizer("mv", 1.0, MeanVariance::per_sample(0.0, 1.0)?)
-                .regularizer("gan", 1.0, Adversarial::new(RectifiedFlow, Shift::NONE, critic))
+                .regularizer("gan", 1.0, Adversarial::new(RectifiedFlow, critic))
                 .regularizer("own", 1.0, own),
         );
-        let mut batch = Batch::new(&x, &cond)?.null(&null);
+        let mut batch = Batch::new(&x, &cond)?.with_null(&null);
         if let Some(mask) = &mask {
-            batch = batch.mask(mask)?;
+            batch = batch.with_mask(mask)?;
         }
         let draw = Draw {
             u: Tensor::from_slice(&[0.2, 0.5, 0.7]),
@@ -349,7 +348,7 @@ fn what_is_below_a_hundred_rounding_steps_has_no_angle() -> Result<()> {
                 Denoiser::new(RectifiedFlow, Prediction::Sample, network)
             };
             let of_size = |size: f64| engine_fn(move |p| Ok(p.noised().f_full_like(size)?));
-            let dm = DistributionMatching::new(near(8.0), Shift::NONE);
+            let dm = DistributionMatching::new(near(8.0));
             let objective = Objective::new(near(1.0)).observed().with(
                 Group::new(Renoising::new(Uniform::FULL))
                     .engine("small", 1.0, of_size(size))

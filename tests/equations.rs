@@ -7,9 +7,9 @@ use common::{
     gaussian_denoiser, gaussian_teacher, gradient, max_difference, seeded, value, values, wave,
 };
 use decoupled_dmd::{
-    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Engine, Floor, Group,
-    Guidance, MeanVariance, Normalizer, Objective, PostShift, Prediction, Probe, RectifiedFlow,
-    Regularizer, Renoising, Result, Schedule, Shift, Statistics, Uniform,
+    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Engine, Group, Guidance,
+    MeanVariance, Normalizer, Objective, PostShift, Prediction, Probe, RectifiedFlow, Regularizer,
+    Renoising, Result, Schedule, Statistics, Uniform,
 };
 use tch::{Kind, Tensor};
 
@@ -24,7 +24,7 @@ fn dmd2(x: &Tensor, guided: &Tensor, fake: &Tensor) -> Tensor {
 fn equation_2_dm_follows_teacher_minus_fake() -> Result<()> {
     let s = setting(Kind::Double);
     let teacher = gaussian_teacher(TEACHER_VARIANCE);
-    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE));
     let batch = s.batch();
     let tau = PostShift::new(s.u.shallow_clone())?;
     let probe = Probe::at(&teacher, &batch, tau, s.noise.shallow_clone())?;
@@ -59,7 +59,7 @@ fn equations_1_and_2_the_mean_direction_is_the_slope_of_the_divergence() -> Resu
                 },
             )
         };
-        let dm = DistributionMatching::new(of(1, v), Shift::NONE);
+        let dm = DistributionMatching::new(of(1, v));
         let (teacher, batch) = (of(0, r), Batch::new(&x, &cond)?);
         let tau = PostShift::new(Tensor::from_slice(&[tau, tau]))?;
         let probe = Probe::at(&teacher, &batch, tau, noise)?.normalizer(Normalizer::OFF);
@@ -97,7 +97,7 @@ fn equation_5_the_update_of_dmd_splits_into_dm_and_ca() -> Result<()> {
     let tau = PostShift::new(s.u.shallow_clone())?;
     let probe = Probe::at(&teacher, &batch, tau, s.noise.shallow_clone())?;
     let probe = probe.normalizer(Normalizer::OFF);
-    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE));
     let ca = CfgAugmentation::new(Guidance::new(ALPHA)?);
     let [_, cond, null, fake] = s.predictions();
     let whole = (&null + ALPHA * (cond - &null)) - fake;
@@ -114,8 +114,8 @@ fn equation_6_ca_is_the_guidance_direction_times_alpha_minus_one() -> Result<()>
     let [_, cond, null, _] = s.predictions();
     for (normalizer, scale) in [
         (Normalizer::OFF, Tensor::from(1.0)),
-        (Normalizer::conditional().floor(Floor::new(1e-8)?), mean_abs(&(&s.x - &cond))),
-        (Normalizer::conditional().floor(Floor::new(1e3)?), Tensor::from(1e3)),
+        (Normalizer::conditional().floor(1e-8)?, mean_abs(&(&s.x - &cond))),
+        (Normalizer::conditional().floor(1e3)?, Tensor::from(1e3)),
     ] {
         let tau = PostShift::new(s.u.shallow_clone())?;
         let probe = Probe::at(&teacher, &batch, tau, s.noise.shallow_clone())?;
@@ -137,9 +137,9 @@ fn equations_4_to_6_coupled_ca_and_dm_with_the_common_normaliser_are_dmd2() -> R
     for (kind, tolerance) in [(Kind::Double, 1e-16), (Kind::Float, 2e-8)] {
         let s = setting(kind);
         let guidance = Guidance::new(ALPHA)?;
-        let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
+        let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE));
         let teacher = gaussian_teacher(TEACHER_VARIANCE);
-        let objective = Schedule::CoupledShared.objective(teacher, guidance, &dm, Shift::NONE);
+        let objective = Schedule::CoupledShared.objective(teacher, guidance, &dm);
         let evaluation = objective.evaluate_at(&s.batch(), vec![s.draw()])?;
         let [_, cond, null, fake] = s.predictions();
         let guided = &null + ALPHA * (&cond - &null);
@@ -154,7 +154,7 @@ fn equations_4_to_6_coupled_ca_and_dm_with_the_common_normaliser_are_dmd2() -> R
 #[test]
 fn with_separate_normalisers_the_coupled_sum_is_not_dmd2() -> Result<()> {
     let s = setting(Kind::Double);
-    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE), Shift::NONE);
+    let dm = DistributionMatching::new(gaussian_teacher(FAKE_VARIANCE));
     let objective = Objective::new(gaussian_teacher(TEACHER_VARIANCE)).with(
         Group::new(Renoising::new(Uniform::FULL))
             .engine("ca", 1.0, CfgAugmentation::new(Guidance::new(ALPHA)?))

@@ -7,8 +7,8 @@ use std::cell::RefCell;
 use common::{gaussian_teacher, seeded, value, values, wave};
 use decoupled_dmd::{
     Adversarial, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Error, Group,
-    Guidance, Objective, Prediction, Probe, RectifiedFlow, Regularizer, Renoising, Result, Shift,
-    Uniform, regularizer_fn,
+    Guidance, NoisePath, Objective, Prediction, Probe, RectifiedFlow, Regularizer, Renoising,
+    Result, Shift, Uniform, regularizer_fn,
 };
 use tch::{Kind, Tensor};
 
@@ -33,7 +33,7 @@ impl Networks {
 
     fn adversarial(&self) -> Adversarial<'_> {
         let network = |x: &Tensor, _: &Tensor, _: &Condition| x.matmul(&self.critic);
-        Adversarial::new(RectifiedFlow, Shift::NONE, network)
+        Adversarial::new(RectifiedFlow, network)
     }
 }
 
@@ -43,8 +43,8 @@ fn own_losses_are_those_of_the_regularizers_under_their_names() -> Result<()> {
     let (x, cond) = (wave(&SHAPE, 0.3, Kind::Double), Condition::none());
     let x = x.set_requires_grad(true);
     let real = wave(&SHAPE, 1.7, Kind::Double);
-    let batch = Batch::new(&x, &cond)?.real(&real)?;
-    let dm = DistributionMatching::new(nets.fake_score(), Shift::NONE);
+    let batch = Batch::new(&x, &cond)?.with_real(&real)?;
+    let dm = DistributionMatching::new(nets.fake_score());
     let gan = nets.adversarial();
     let boxed: Box<dyn Regularizer> = Box::new(nets.adversarial());
     let objective = Objective::new(gaussian_teacher(0.5))
@@ -86,7 +86,7 @@ fn a_network_that_cannot_be_trained_is_named() -> Result<()> {
     let error = objective.own_losses(&Batch::new(&x, &cond)?).unwrap_err();
     let Error::Term { name, source } = error else { panic!("{error}") };
     assert_eq!(name, "gan");
-    assert!(matches!(*source, Error::Missing { what: "real samples", setter: "real" }));
+    assert!(matches!(*source, Error::Missing { what: "real samples", setter: "with_real" }));
     Ok(())
 }
 
@@ -130,18 +130,20 @@ fn networks_are_trained_at_the_times_asked_for() -> Result<()> {
         x.shallow_clone()
     };
     let (x, cond) = (wave(&[200, 1], 0.3, Kind::Double), Condition::none());
-    let batch = Batch::new(&x, &cond)?.real(&x)?;
+    let batch = Batch::new(&x, &cond)?.with_real(&x)?;
     let shift = Shift::new(3.0)?;
-    let narrow = || Uniform::new(0.4, 0.6).map(Renoising::new);
+    let narrow =
+        || -> Result<_> { Ok(Renoising::new(Uniform::new(0.4, 0.6)?).shifted(Shift::NONE)) };
 
-    let fake = || Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
+    let path = RectifiedFlow.shifted(shift);
+    let fake = || Denoiser::new(path, Prediction::FlowVelocity, network);
     let fake_loss = |dm: DistributionMatching<'_>| dm.denoising_loss(&batch);
-    let critic = || Adversarial::new(RectifiedFlow, shift, network);
+    let critic = || Adversarial::new(path, network);
     let critic_loss = |gan: Adversarial<'_>| gan.critic_loss(&batch);
     type Train<'a> = &'a dyn Fn(Option<Renoising<'static>>) -> Result<Tensor>;
     let trained: [Train<'_>; 2] = [
         &|times| {
-            let dm = DistributionMatching::new(fake(), shift);
+            let dm = DistributionMatching::new(fake());
             fake_loss(match times {
                 Some(times) => dm.renoising(times),
                 None => dm,

@@ -5,21 +5,22 @@ mod common;
 use common::{DOUBLE, gradient, max_difference, paths, sdxl, seeded, value, values, wave};
 use decoupled_dmd::{
     Batch, Condition, Denoiser, DistributionMatching, Draw, Edm, Error, FewStepGrid, Group,
-    Guidance, Objective, Path, PostShift, PreShift, Prediction, RectifiedFlow, Renoising, Result,
-    Schedule, Shift, TimeSampler, TrigFlow, Uniform, VariancePreserving, Weighting, engine_fn,
+    Guidance, NoisePath, Objective, PostShift, PreShift, Prediction, RectifiedFlow, Renoising,
+    Result, Schedule, Shift, TimeDistribution, TrigFlow, Uniform, VariancePreserving, Weighting,
+    engine_fn,
 };
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 const SHAPE: [i64; 3] = [3, 2, 4];
 
-fn at(path: &dyn Path, t: f64) -> (f64, f64) {
+fn at(path: &dyn NoisePath, t: f64) -> (f64, f64) {
     let c = path.coefficients(&PostShift::all(t, 1, DOUBLE).unwrap()).unwrap();
     (value(&c.data), value(&c.noise))
 }
 
 /// E[x0 | x_t] of data N(condition, variance I) on any path.
-fn gaussian(path: &dyn Path, x: &Tensor, t: &Tensor, mean: &Tensor, variance: f64) -> Tensor {
+fn gaussian(path: &dyn NoisePath, x: &Tensor, t: &Tensor, mean: &Tensor, variance: f64) -> Tensor {
     let c = path.coefficients(&PostShift::new(t.shallow_clone()).unwrap()).unwrap();
     let column = |t: &Tensor| t.to_kind(x.kind()).view([-1, 1, 1]);
     let (a, s) = (column(&c.data), column(&c.noise));
@@ -27,7 +28,11 @@ fn gaussian(path: &dyn Path, x: &Tensor, t: &Tensor, mean: &Tensor, variance: f6
 }
 
 /// The same as a network that predicts the clean sample, with its times passed to `seen`.
-fn denoiser<'a>(path: &'a dyn Path, variance: f64, seen: impl Fn(&Tensor) + 'a) -> Denoiser<'a> {
+fn denoiser<'a>(
+    path: &'a dyn NoisePath,
+    variance: f64,
+    seen: impl Fn(&Tensor) + 'a,
+) -> Denoiser<'a> {
     Denoiser::new(path, Prediction::Sample, move |x: &Tensor, t: &Tensor, c: &Condition| {
         seen(t);
         gaussian(path, x, t, &c[0], variance)
@@ -64,7 +69,7 @@ fn times_snap_to_the_timesteps_of_the_table_in_every_precision() -> Result<()> {
             values(&path.timestep(&Tensor::from_slice(times).to_kind(kind)).unwrap())
         };
         // DMD2's grid, and diffusers' trailing spacing for 1, 2 and 8 steps.
-        let grid = |steps| FewStepGrid::even(steps, Shift::NONE).unwrap().times().to_vec();
+        let grid = |steps| FewStepGrid::even(steps).unwrap().times().to_vec();
         assert_eq!(timesteps(&grid(1)), [999.0]);
         assert_eq!(timesteps(&grid(2)), [999.0, 499.0]);
         assert_eq!(timesteps(&grid(4)), [999.0, 749.0, 499.0, 249.0]);
@@ -152,15 +157,14 @@ fn coupled_ca_and_dm_are_dmd2_on_every_path() -> Result<()> {
     let (u, noise) = (Tensor::from_slice(&[0.2, 0.5, 0.7]), wave(&SHAPE, 5.0, Kind::Double));
     for path in &paths() {
         let x = wave(&SHAPE, 0.3, Kind::Double).set_requires_grad(true);
-        let dm = DistributionMatching::new(denoiser(path, 0.8, |_| ()), Shift::NONE);
+        let dm = DistributionMatching::new(denoiser(path, 0.8, |_| ()));
         let objective = Schedule::CoupledShared.objective(
             denoiser(path, 0.5, |_| ()),
             Guidance::new(alpha)?,
             &dm,
-            Shift::NONE,
         );
         let draw = Draw { u: u.shallow_clone(), noise: noise.shallow_clone() };
-        let batch = Batch::new(&x, &cond)?.null(&null);
+        let batch = Batch::new(&x, &cond)?.with_null(&null);
         let slope = gradient(&objective.evaluate_at(&batch, vec![draw])?.loss, &x);
 
         let noised = path.renoise(&x.detach(), &PostShift::new(u.shallow_clone())?, &noise)?;
@@ -182,7 +186,7 @@ fn samples_in_float32_stay_so_whatever_the_network_and_the_path_answer_in() -> R
     let cond = Condition::none();
     let time = PostShift::new(Tensor::from_slice(&[0.2f32, 0.5, 0.7]))?;
     let noise = wave(&SHAPE, 5.0, Kind::Float);
-    let batch = Batch::new(&x, &cond)?.null(&cond);
+    let batch = Batch::new(&x, &cond)?.with_null(&cond);
     let weightings = [
         Weighting::UNIFORM,
         Weighting::measured_as(Prediction::Sample),
@@ -198,11 +202,11 @@ fn samples_in_float32_stay_so_whatever_the_network_and_the_path_answer_in() -> R
             let loss = denoiser().denoising_loss(&x, &time, &noise, &cond)?;
             assert_eq!(loss.kind(), Kind::Float);
             for weighting in weightings {
-                let dm = DistributionMatching::new(denoiser(), Shift::NONE).weighting(weighting);
+                let dm = DistributionMatching::new(denoiser()).weighting(weighting);
                 let loss = dm.denoising_loss_at(&batch, &time, &noise)?;
                 assert_eq!(loss.kind(), Kind::Float, "{prediction:?}, {weighting:?}");
             }
-            let dm = DistributionMatching::new(denoiser(), Shift::NONE);
+            let dm = DistributionMatching::new(denoiser());
             let group = Group::new(Renoising::new(Uniform::new(0.1, 0.9)?));
             let objective = Objective::new(denoiser()).with(group.regularizer("dm", 1.0, &dm));
             let draw = Draw { u: time.tensor().shallow_clone(), noise: noise.shallow_clone() };
@@ -229,9 +233,10 @@ fn the_four_schedules_look_at_the_cleaner_side_on_every_path() -> Result<()> {
         for (schedule, above) in Schedule::ALL.into_iter().zip(above) {
             let times = std::cell::RefCell::new(Vec::new());
             let teacher = denoiser(path, 0.5, |t| times.borrow_mut().push(values(t)));
-            let dm = DistributionMatching::new(denoiser(path, 0.8, |_| ()), Shift::NONE);
-            let objective = schedule.objective(teacher, Guidance::new(4.0)?, &dm, shift);
-            let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
+            let dm = DistributionMatching::new(denoiser(path, 0.8, |_| ()));
+            let objective =
+                schedule.objective_with_shifts(teacher, Guidance::new(4.0)?, &dm, shift);
+            let batch = Batch::new(&x, &cond)?.with_null(&null).with_student_time(&time)?;
             for _ in 0..60 {
                 let _ = objective.evaluate(&batch)?;
             }
@@ -300,7 +305,7 @@ fn the_range_of_a_schedule_decides_not_the_draw() -> Result<()> {
     let x = wave(&SHAPE, 0.3, Kind::Float).set_requires_grad(true);
     let cond = Condition::none();
     let batch = Batch::new(&x, &cond)?;
-    let evaluate = |path: Box<dyn Path>, times: Uniform, shift: Shift| {
+    let evaluate = |path: Box<dyn NoisePath>, times: Uniform, shift: Shift| {
         let network = |x: &Tensor, _: &Tensor, _: &Condition| x * 0.5;
         let engine = engine_fn(|probe| Ok(probe.teacher_cond()?.f_sub(probe.x())?));
         let group = Group::new(Renoising::new(times).shifted(shift)).engine("e", 1.0, engine);

@@ -10,7 +10,7 @@ use common::{
 };
 use decoupled_dmd::{
     AboveStudent, Batch, CfgAugmentation, Coefficients, Condition, Denoiser, DistributionMatching,
-    Draw, Engine, Error, FewStepGrid, Group, Guidance, Normalizer, Objective, Path, PostShift,
+    Draw, Engine, Error, FewStepGrid, Group, Guidance, NoisePath, Normalizer, Objective, PostShift,
     PreShift, Prediction, Probe, RectifiedFlow, Regularizer, Renoising, Result, Shift, Uniform,
     Weighting,
 };
@@ -30,7 +30,7 @@ fn setting(kind: Kind) -> Setting {
 
 impl Setting {
     fn batch(&self) -> Batch<'_> {
-        Batch::new(&self.x, &self.cond).unwrap().null(&self.null)
+        Batch::new(&self.x, &self.cond).unwrap().with_null(&self.null)
     }
 }
 
@@ -58,7 +58,7 @@ fn pitfall_1_tau_of_ca_is_on_the_clean_side_and_an_empty_range_stays_in_bounds()
     let renoising = Renoising::new(AboveStudent::new(0.0, 0.98)?).shifted(shift);
     let at_student = shift.apply(&student)?;
     for u in [0.0, 0.3, 0.999] {
-        let tau = renoising.at(&Tensor::full([4], u, DOUBLE), Some(&student))?;
+        let tau = renoising.at(&RectifiedFlow, &Tensor::full([4], u, DOUBLE), Some(&student))?;
         // Nothing is left above the last student: the bound, not beyond it and not NaN.
         approx::assert_relative_eq!(values(tau.tensor())[3], shift.of(0.98), epsilon = 1e-15);
         // Above in the paper's clock is below in that of every path: less noise to the data.
@@ -107,7 +107,7 @@ fn pitfall_3_shared_tau_is_dmd2_only_with_a_common_normaliser() -> Result<()> {
     let noise = wave(&[3, 2, 4], 5.0, Kind::Double);
     let u = Tensor::from_slice(&[0.2, 0.5, 0.7]);
     let slope = |common: bool| -> Result<Tensor> {
-        let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
+        let dm = DistributionMatching::new(gaussian_teacher(0.8));
         let engine = CfgAugmentation::new(guidance);
         let group = |normalizer| Group::new(Renoising::new(Uniform::FULL)).normalizer(normalizer);
         let objective = Objective::new(gaussian_teacher(0.5));
@@ -150,7 +150,7 @@ fn pitfall_4_the_gradient_is_minus_update_over_numel_and_for_the_student_alone()
         )
     };
     let (teacher, batch) = (learned(&weights[0]), s.batch());
-    let dm = DistributionMatching::new(learned(&weights[1]), Shift::NONE);
+    let dm = DistributionMatching::new(learned(&weights[1]));
     let probe = probe(&teacher, &batch)?;
     assert!(!probe.noised().requires_grad(), "x_tau must be detached");
     let direction = dm.direction(&probe)?;
@@ -168,7 +168,7 @@ fn pitfall_4_the_gradient_is_minus_update_over_numel_and_for_the_student_alone()
 /// Two numbers as a path, to stand at one time of a discrete schedule.
 struct At(f64, f64);
 
-impl Path for At {
+impl NoisePath for At {
     fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
         let all = |value: f64| time.tensor().full_like(value);
         Ok(Coefficients { data: all(self.0), noise: all(self.1) })
@@ -240,7 +240,7 @@ fn pitfall_6_the_sign_of_a_flow_model_is_undone_in_its_closure() -> Result<()> {
         assert!(max_difference(&found, x0) < 1e-14);
     }
     // With x itself for the fake prediction, a small step leads to the teacher's, not away from it.
-    let dm = DistributionMatching::new(constant(&s.x), Shift::NONE);
+    let dm = DistributionMatching::new(constant(&s.x));
     let moved = &s.x - gradient(&dm.loss(&probe)?, &s.x);
     let distance = |x: &Tensor| value(&(x - x0).square().sum(Kind::Double));
     assert!(distance(&moved) < distance(&s.x));
@@ -252,7 +252,7 @@ fn pitfall_7_the_normaliser_is_bounded_per_sample_and_wide() -> Result<()> {
     // On the reference: 0 / floor is 0; 0 / 0 without a guard is NaN, and is not hidden.
     let s = setting(Kind::Double);
     let (on_it, batch) = (constant(&s.x), s.batch());
-    let dm = DistributionMatching::new(constant(&s.x), Shift::NONE);
+    let dm = DistributionMatching::new(constant(&s.x));
     let floored = dm.direction(&probe(&on_it, &batch)?)?;
     assert_eq!(value(&floored.abs().max()), 0.0);
     let unguarded = probe(&on_it, &batch)?.normalizer(Normalizer::conditional().unguarded());
@@ -261,7 +261,7 @@ fn pitfall_7_the_normaliser_is_bounded_per_sample_and_wide() -> Result<()> {
     // Samples in bfloat16 are normalised in float32.
     let narrow = setting(Kind::BFloat16);
     let (teacher, batch) = (gaussian_teacher(0.5), narrow.batch());
-    let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
+    let dm = DistributionMatching::new(gaussian_teacher(0.8));
     let probe_narrow = probe(&teacher, &batch)?;
     let direction = dm.direction(&probe_narrow)?;
     assert_eq!(direction.kind(), Kind::Float);
@@ -277,7 +277,7 @@ fn pitfall_7_the_normaliser_is_bounded_per_sample_and_wide() -> Result<()> {
     let bad = s.x.detach().copy();
     let _ = bad.get(1).get(0).get(0).fill_(f64::NAN);
     let direction_of = |x: &Tensor, normalizer| -> Result<Tensor> {
-        let batch = Batch::new(x, &s.cond)?.null(&s.null);
+        let batch = Batch::new(x, &s.cond)?.with_null(&s.null);
         dm.direction(&probe(&teacher, &batch)?.normalizer(normalizer))
     };
     let guidance = Guidance::new(4.0)?;
@@ -301,14 +301,14 @@ fn pitfall_8_times_are_drawn_before_the_shift_and_shifted_once() -> Result<()> {
     let student = PreShift::all(0.75, 2, DOUBLE)?;
     let renoising = Renoising::new(AboveStudent::FULL).shifted(shift);
     let u = Tensor::from_slice(&[0.0, 0.5]);
-    let tau = renoising.at(&u, Some(&student))?;
+    let tau = renoising.at(&RectifiedFlow, &u, Some(&student))?;
     // U(0.75, 1) and then the shift; shifting twice would begin at 0.25.
     let expected = [0.5, shift.of(0.875)];
     for (tau, expected) in values(tau.tensor()).into_iter().zip(expected) {
         approx::assert_relative_eq!(tau, expected, max_relative = 1e-14);
     }
     // The grid of the student hands out its times before the shift.
-    let grid = FewStepGrid::even(4, shift)?;
+    let grid = FewStepGrid::even(4)?.shifted(shift);
     assert_eq!(grid.times(), [0.0, 0.25, 0.5, 0.75]);
     let back = shift.invert(&tau)?;
     approx::assert_relative_eq!(values(back.tensor())[1], 0.875, max_relative = 1e-14);
@@ -338,7 +338,7 @@ fn pitfall_12_losses_of_the_fake_agree_up_to_the_weights_of_their_type() -> Resu
                 }
             };
             let fake = Denoiser::new(RectifiedFlow, prediction, told);
-            let dm = DistributionMatching::new(fake, Shift::NONE).weighting(weighting);
+            let dm = DistributionMatching::new(fake).weighting(weighting);
             Ok(value(&dm.denoising_loss_at(&batch, &time, &noise)?))
         };
         let sample = loss(Prediction::Sample, Weighting::UNIFORM)?;

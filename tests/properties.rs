@@ -5,9 +5,9 @@ mod common;
 use common::{gaussian_teacher, gradient, max_difference, seeded, wave};
 use decoupled_dmd::{
     AboveStudent, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Draw, Engine,
-    Group, Guidance, LogitNormal, Normalizer, Objective, Path, PostShift, PreShift, Prediction,
-    Probe, RectifiedFlow, Renoising, Result, Schedule, Shift, TimeSampler, Uniform,
-    VariancePreserving, engine_fn, surrogate,
+    Group, Guidance, LogitNormal, NoisePath, Normalizer, Objective, PostShift, PreShift,
+    Prediction, Probe, RectifiedFlow, Renoising, Result, Schedule, Shift, TimeDistribution,
+    Uniform, VariancePreserving, engine_fn, surrogate,
 };
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
@@ -24,12 +24,16 @@ fn slope(schedule: Schedule, alpha: f64, order: &[i64], u: &[f64]) -> Result<Ten
     let (cond, null) = (wave(&shape, 1.0, Kind::Double), wave(&shape, 2.0, Kind::Double));
     let (cond, null): (Condition, Condition) = (pick(&cond).into(), pick(&null).into());
     let time = PreShift::new(pick(&times(&[0.0, 0.25, 0.5])))?;
-    let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
-    let objective =
-        schedule.objective(gaussian_teacher(0.5), Guidance::new(alpha)?, &dm, Shift::new(3.0)?);
+    let dm = DistributionMatching::new(gaussian_teacher(0.8));
+    let objective = schedule.objective_with_shifts(
+        gaussian_teacher(0.5),
+        Guidance::new(alpha)?,
+        &dm,
+        Shift::new(3.0)?,
+    );
     let groups = if schedule == Schedule::CoupledShared { 1 } else { 2 };
     let draw = |_| Draw { u: pick(&times(u)), noise: pick(&wave(&shape, 3.0, Kind::Double)) };
-    let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
+    let batch = Batch::new(&x, &cond)?.with_null(&null).with_student_time(&time)?;
     let evaluation = objective.evaluate_at(&batch, (0..groups).map(draw).collect())?;
     Ok(gradient(&evaluation.loss, &x))
 }
@@ -59,7 +63,7 @@ proptest! {
             Condition::from(wave(&[2, 6], 2.0, Kind::Double)),
         );
         let teacher = gaussian_teacher(0.5);
-        let batch = Batch::new(&x, &cond).unwrap().null(&null);
+        let batch = Batch::new(&x, &cond).unwrap().with_null(&null);
         let direction = |alpha: f64| {
             let tau = PostShift::all(tau, 2, (Kind::Double, Device::Cpu)).unwrap();
             let probe = Probe::at(&teacher, &batch, tau, wave(&[2, 6], 4.0, Kind::Double)).unwrap();
@@ -81,7 +85,7 @@ proptest! {
             let data = |phase| wave(&[2, 6], phase, Kind::Double) * scale;
             let (cond, null) = (Condition::from(data(1.0)), Condition::from(data(2.0)));
             let x = data(0.1);
-            let batch = Batch::new(&x, &cond).unwrap().null(&null);
+            let batch = Batch::new(&x, &cond).unwrap().with_null(&null);
             let tau = PostShift::all(0.5, 2, (Kind::Double, Device::Cpu)).unwrap();
             let probe = Probe::at(&teacher, &batch, tau, x.shallow_clone()).unwrap();
             CfgAugmentation::new(Guidance::new(alpha).unwrap()).direction(&probe.normalizer(normalizer)).unwrap()
@@ -116,7 +120,7 @@ proptest! {
             );
             let guidance = Guidance::new(alpha).unwrap();
             let normalizer = Normalizer::guided(guidance);
-            let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
+            let dm = DistributionMatching::new(gaussian_teacher(0.8));
             let objective = Objective::new(gaussian_teacher(0.5)).with(
                 Group::new(Renoising::new(Uniform::FULL))
                     .normalizer(normalizer)
@@ -124,7 +128,7 @@ proptest! {
                     .regularizer("dm", 1.0, &dm),
             );
             let mask = Tensor::from_slice(mask);
-            let batch = Batch::new(&x, &cond).unwrap().null(&null).mask(&mask).unwrap();
+            let batch = Batch::new(&x, &cond).unwrap().with_null(&null).with_mask(&mask).unwrap();
             let draw = Draw { u: times(&u), noise: wave(&[3, 2, 4], 3.0, Kind::Double) };
             let evaluation = objective.evaluate_at(&batch, vec![draw]).unwrap();
             (gradient(&evaluation.loss, &x), common::value(&evaluation.loss))

@@ -7,9 +7,7 @@ use common::DOUBLE;
 use common::reference::{
     FAKE_GAIN, PATHS, PREDICTIONS, Reference, denoiser, reaches_noise, relative,
 };
-use decoupled_dmd::{
-    Batch, DistributionMatching, Error, PostShift, Prediction, Result, Shift, Weighting,
-};
+use decoupled_dmd::{Batch, DistributionMatching, Error, PostShift, Prediction, Result, Weighting};
 use tch::{Kind, Tensor};
 
 /// In the order of the reference's rows.
@@ -57,10 +55,10 @@ impl Case<'_> {
         // One for each channel and column.
         let gain = Tensor::full([1, 2, 1, 3], FAKE_GAIN, DOUBLE).set_requires_grad(true);
         let fake = denoiser(self.path, self.prediction, gain.shallow_clone())?;
-        let dm = DistributionMatching::new(fake, Shift::NONE).weighting(self.weighting);
+        let dm = DistributionMatching::new(fake).weighting(self.weighting);
         let mut batch = Batch::new(&x, &cond)?;
         if let Some(mask) = self.mask {
-            batch = batch.mask(reference.get(&format!("mask_{mask}")))?;
+            batch = batch.with_mask(reference.get(&format!("mask_{mask}")))?;
         }
         let time = PostShift::new(input(&format!("times_{}", self.times), wide))?;
         let loss = dm.denoising_loss_at(&batch, &time, &input("noise", kind))?;

@@ -8,8 +8,8 @@ use common::reference::{
 };
 use common::{gradient, value};
 use decoupled_dmd::{
-    Batch, CfgAugmentation, DistributionMatching, Draw, Error, Evaluation, Floor, Group, Guidance,
-    Normalizer, Objective, PreShift, Prediction, Renoising, Result, Shift, TimeSampler,
+    Batch, CfgAugmentation, DistributionMatching, Draw, Error, Evaluation, Group, Guidance,
+    Normalizer, Objective, PreShift, Prediction, Renoising, Result, TimeDistribution,
 };
 use tch::{Kind, Tensor};
 
@@ -36,11 +36,11 @@ fn normalizer(name: &str) -> Result<Normalizer> {
         "dmd2" => Normalizer::dmd2(alpha),
         "fastgen" => Normalizer::fastgen(alpha),
         "fastvideo" => Normalizer::fastvideo(alpha),
-        "simple_tuner" => Normalizer::guided(alpha).floor(Floor::new(1e-6)?),
-        "rcm" => Normalizer::guided(alpha).floor(Floor::new(1e-5)?),
+        "simple_tuner" => Normalizer::guided(alpha).floor(1e-6)?,
+        "rcm" => Normalizer::guided(alpha).floor(1e-5)?,
         "guided" => Normalizer::guided(alpha),
         "cdm" => Normalizer::cdm(),
-        "conditional_floor_2" => Normalizer::conditional().floor(Floor::new(2.0)?),
+        "conditional_floor_2" => Normalizer::conditional().floor(2.0)?,
         "port" => Normalizer::decoupled_port(),
         "conditional_batch" => Normalizer::conditional().over_batch(),
         _ => panic!("{name}"),
@@ -50,7 +50,7 @@ fn normalizer(name: &str) -> Result<Normalizer> {
 /// The draws are the times.
 struct Given;
 
-impl TimeSampler for Given {
+impl TimeDistribution for Given {
     fn times(&self, u: &Tensor, _student: Option<&PreShift>) -> Result<PreShift> {
         PreShift::new(u.shallow_clone())
     }
@@ -86,7 +86,7 @@ impl Case<'_> {
         let x = input("x", kind).set_requires_grad(true);
         let (cond, null) = (input("cond", wide).into(), input("null", wide).into());
         let network = |prediction, gain: f64| denoiser(self.path, prediction, Tensor::from(gain));
-        let dm = DistributionMatching::new(network(self.fake, FAKE_GAIN)?, Shift::NONE);
+        let dm = DistributionMatching::new(network(self.fake, FAKE_GAIN)?);
         let engine = CfgAugmentation::new(Guidance::new(ALPHA)?);
         let normalizer = normalizer(self.normalizer)?;
         let group = || Group::new(Renoising::new(Given)).normalizer(normalizer);
@@ -110,9 +110,9 @@ impl Case<'_> {
         if self.terms == "decoupled" {
             draws.push(draw("dm", "noise_dm"));
         }
-        let mut batch = Batch::new(&x, &cond)?.null(&null);
+        let mut batch = Batch::new(&x, &cond)?.with_null(&null);
         if let Some(mask) = self.mask {
-            batch = batch.mask(reference.get(&format!("mask_{mask}")))?;
+            batch = batch.with_mask(reference.get(&format!("mask_{mask}")))?;
         }
         let evaluation = objective.evaluate_at(&batch, draws)?;
         Ok((evaluation, x))

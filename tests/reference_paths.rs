@@ -9,8 +9,8 @@ mod common;
 use common::reference::{PATHS, PREDICTIONS, Reference, path};
 use common::{gradient, max_difference, value, values};
 use decoupled_dmd::{
-    Condition, Denoiser, Edm, Error, LogNormal, LogitNormal, Path, PostShift, Prediction, Result,
-    TimeSampler, VariancePreserving,
+    Condition, Denoiser, Edm, Error, LogNormal, LogitNormal, NoisePath, PostShift, Prediction,
+    Result, TimeDistribution, VariancePreserving,
 };
 use tch::{Kind, Tensor};
 
@@ -107,7 +107,7 @@ fn compare(reference: &Reference, kind: &str, name: &str) -> Result<()> {
 
 /// The training target: the loss of a network that answers 0 has the gradient -2 target / numel.
 fn target(
-    path: &dyn Path,
+    path: &dyn NoisePath,
     prediction: Prediction,
     t: &Tensor,
     x0: &Tensor,
@@ -124,7 +124,7 @@ fn target(
 
 /// x0-hat for a given answer of the network.
 fn clean(
-    path: &dyn Path,
+    path: &dyn NoisePath,
     prediction: Prediction,
     t: &Tensor,
     noised: &Tensor,

@@ -10,7 +10,7 @@ use common::{gaussian_teacher, max_difference, value};
 use decoupled_dmd::{
     Adversarial, Bandwidth, Batch, Condition, CriticHeads, CriticPenalty, Estimator, GanLoss,
     Kernel, MaximumMeanDiscrepancy, MeanVariance, PostShift, Probe, RectifiedFlow, Regularizer,
-    Result, Shift, Statistics,
+    Result, Statistics,
 };
 use tch::{Device, Kind, Tensor, nn};
 
@@ -151,7 +151,7 @@ fn maximum_mean_discrepancy(reference: &Reference) -> Result<()> {
     for kind in KINDS {
         let (x, y) = (leaf(reference, "mmd/x", kind), input(reference, "mmd/y", kind));
         let projection = input(reference, "mmd/projection", wide(kind)).tr();
-        let batch = Batch::new(&x, &cond)?.real(&y)?;
+        let batch = Batch::new(&x, &cond)?.with_real(&y)?;
         for (name, kernel) in &kernels {
             for (shown, estimator) in
                 [("unbiased", Estimator::Unbiased), ("biased", Estimator::Biased)]
@@ -187,7 +187,7 @@ fn adversarial(reference: &Reference) -> Result<()> {
         let critic = |x: &Tensor, t: &Tensor, c: &Condition| {
             (x.matmul(&w1.tr()) + t.unsqueeze(1) * &u + &c[0]).tanh().matmul(&w2.tr())
         };
-        let batch = Batch::new(&x, &cond)?.real(&y)?.real_cond(&real_cond);
+        let batch = Batch::new(&x, &cond)?.with_real(&y)?.with_real_cond(&real_cond);
         let teacher = gaussian_teacher(1.0);
         let probe = Probe::at(&teacher, &batch, tau()?, sample("noise"))?;
         for (name, gan_loss) in [
@@ -195,7 +195,7 @@ fn adversarial(reference: &Reference) -> Result<()> {
             ("hinge", GanLoss::Hinge),
             ("relativistic", GanLoss::Relativistic),
         ] {
-            let term = || Adversarial::new(RectifiedFlow, Shift::NONE, critic).gan_loss(gan_loss);
+            let term = || Adversarial::new(RectifiedFlow, critic).gan_loss(gan_loss);
             let loss = term().loss(&probe)?;
             compare(reference, &format!("gan_{name}_generator"), kind, &loss, &[("x", &x)]);
             for (shown, penalty) in [

@@ -4,7 +4,7 @@ mod common;
 
 use common::{Calls, counting_teacher, gaussian_teacher, gradient, max_difference, value, wave};
 use decoupled_dmd::{
-    Condition, Denoiser, Edm, Error, FewStepGrid, Guidance, Path, PostShift, Prediction,
+    Condition, Denoiser, Edm, Error, FewStepGrid, Guidance, NoisePath, PostShift, Prediction,
     RectifiedFlow, Result, Sampler, Shift, Transition, TrigFlow, VariancePreserving,
 };
 use tch::{Kind, Tensor};
@@ -20,7 +20,7 @@ fn the_euler_transition_is_the_euler_step_of_rectified_flow() -> Result<()> {
     let cond = Condition::from(wave(&SHAPE, 2.0, Kind::Double));
     let denoiser = gaussian_teacher(0.5);
     let shift = Shift::new(3.0)?;
-    let sampler = Sampler::new(&denoiser, FewStepGrid::even(8, shift)?, Transition::Euler);
+    let sampler = Sampler::new(&denoiser, FewStepGrid::even(8)?.shifted(shift), Transition::Ddim);
     let sample = sampler.sample(&noise(), &cond)?;
 
     // x' = x + (sigma' - sigma) u with u = eps - x0, as diffusers' scheduler does it.
@@ -40,7 +40,7 @@ fn the_euler_transition_is_the_euler_step_of_rectified_flow() -> Result<()> {
 fn the_renoise_transition_mixes_the_prediction_with_fresh_noise() -> Result<()> {
     let cond = Condition::from(wave(&SHAPE, 2.0, Kind::Double));
     let denoiser = gaussian_teacher(0.5);
-    let grid = FewStepGrid::even(2, Shift::NONE)?;
+    let grid = FewStepGrid::even(2)?;
     let sampler = Sampler::new(&denoiser, grid, Transition::Renoise);
     let fresh = wave(&SHAPE, 7.0, Kind::Double);
     let simulation = sampler.simulate_with(&noise(), &cond, 1, |step, like| {
@@ -60,7 +60,7 @@ fn the_renoise_transition_mixes_the_prediction_with_fresh_noise() -> Result<()> 
 fn fresh_noise_that_is_not_like_the_sample_is_refused() -> Result<()> {
     let cond = Condition::from(wave(&SHAPE, 2.0, Kind::Double));
     let denoiser = gaussian_teacher(0.5);
-    let grid = FewStepGrid::even(2, Shift::NONE)?;
+    let grid = FewStepGrid::even(2)?;
     let sampler = Sampler::new(&denoiser, grid, Transition::Renoise);
     let with = |fresh: Tensor| {
         sampler.simulate_with(&noise(), &cond, 1, |_, _| Ok(fresh.shallow_clone())).unwrap_err()
@@ -78,8 +78,9 @@ fn the_times_of_drawn_steps_have_the_range_of_the_grid() -> Result<()> {
     // Known without reading the times: a grid from pure noise is refused whatever steps are drawn.
     let network = |x: &Tensor, _: &Tensor, _: &Condition| x * 0.5;
     let student = Denoiser::new(RectifiedFlow, Prediction::Noise, network);
-    let sampler = Sampler::new(&student, FewStepGrid::even(4, Shift::NONE)?, Transition::Euler);
-    let made = sampler.from_real_at(&noise(), &Condition::none(), &steps(&[1, 2]), &noise());
+    let sampler = Sampler::new(&student, FewStepGrid::even(4)?, Transition::Ddim);
+    let made =
+        sampler.simulate_from_real_at(&noise(), &Condition::none(), &steps(&[1, 2]), &noise());
     let what = "share of data at the noisiest time";
     assert!(matches!(made, Err(Error::OutOfRange { what: found, .. }) if found == what));
     Ok(())
@@ -90,8 +91,8 @@ fn simulation_has_the_gradient_of_its_last_step_alone() -> Result<()> {
     let gain = Tensor::from(0.5f64).set_requires_grad(true);
     let network = |x: &Tensor, _: &Tensor, _: &Condition| x * &gain;
     let student = Denoiser::new(RectifiedFlow, Prediction::Sample, network);
-    let grid = FewStepGrid::even(4, Shift::NONE)?;
-    let sampler = Sampler::new(&student, grid, Transition::Euler);
+    let grid = FewStepGrid::even(4)?;
+    let sampler = Sampler::new(&student, grid, Transition::Ddim);
     let simulation = sampler.simulate(&noise(), &Condition::none(), 2)?;
     let slope = gradient(&simulation.x.sum(None), &gain);
     // x0 = gain * x_2 with x_2 constant: the derivative is the sum of x_2 = x / gain.
@@ -107,8 +108,8 @@ fn sampling_counts_one_evaluation_a_step_and_two_with_guidance() -> Result<()> {
     let calls = Calls::default();
     let denoiser = counting_teacher(&calls, 0.5);
     let sampler = |guidance: f64| -> Result<Sampler<'_>> {
-        let grid = FewStepGrid::even(5, Shift::NONE)?;
-        let sampler = Sampler::new(&denoiser, grid, Transition::Euler);
+        let grid = FewStepGrid::even(5)?;
+        let sampler = Sampler::new(&denoiser, grid, Transition::Ddim);
         Ok(sampler.guided(Guidance::new(guidance)?, &null))
     };
     let plain = sampler(1.0)?.sample(&noise(), &cond)?;
@@ -128,7 +129,7 @@ fn sampling_counts_one_evaluation_a_step_and_two_with_guidance() -> Result<()> {
 fn steps_are_drawn_evenly_from_the_grid() -> Result<()> {
     let _guard = common::seeded(2);
     let denoiser = gaussian_teacher(0.5);
-    let sampler = Sampler::new(&denoiser, FewStepGrid::even(4, Shift::NONE)?, Transition::Euler);
+    let sampler = Sampler::new(&denoiser, FewStepGrid::even(4)?, Transition::Ddim);
     let mut counts = [0; 4];
     for _ in 0..4000 {
         counts[sampler.draw_step()?] += 1;
@@ -139,31 +140,26 @@ fn steps_are_drawn_evenly_from_the_grid() -> Result<()> {
 
 #[test]
 fn bad_grids_and_steps_are_refused() -> Result<()> {
-    let grid = |times: &[f64]| FewStepGrid::new(times.to_vec(), Shift::NONE);
+    let grid = |times: &[f64]| FewStepGrid::new(times.to_vec());
     assert!(grid(&[0.0, 0.3, 0.9]).is_ok());
-    for times in [
-        &[][..],
-        &[-0.1, 0.5],
-        &[1.0],
-        &[0.0, 0.5, 0.5],
-        &[0.0, 1.0],
-        &[0.0, 1.0 - 1e-12],
-        &[0.0, f64::NAN],
-    ] {
+    for times in [&[][..], &[-0.1, 0.5], &[1.0], &[0.0, 0.5, 0.5], &[0.0, 1.0], &[0.0, f64::NAN]] {
         assert!(matches!(grid(times), Err(Error::OutOfRange { .. })), "{times:?}");
     }
     for steps in [0, 1_000_001, usize::MAX] {
-        for made in
-            [FewStepGrid::even(steps, Shift::NONE), FewStepGrid::dynamic(steps, Shift::NONE)]
-        {
+        for made in [FewStepGrid::even(steps), FewStepGrid::dynamic(steps)] {
             assert!(matches!(made, Err(Error::OutOfRange { what: "number of steps", .. })));
         }
     }
     // Shifted onto the clean end, as float32 has it.
-    let at_the_end = FewStepGrid::even(4, Shift::new(1e-9)?);
-    assert!(matches!(at_the_end, Err(Error::OutOfRange { what: "last time of the grid", .. })));
     let denoiser = gaussian_teacher(0.5);
-    let sampler = Sampler::new(&denoiser, grid(&[0.0, 0.5])?, Transition::Euler);
+    let ends = [FewStepGrid::even(4)?.shifted(Shift::new(1e-9)?), grid(&[0.0, 1.0 - 1e-12])?];
+    for at_the_end in ends {
+        let sampler = Sampler::new(&denoiser, at_the_end, Transition::Ddim);
+        let error = sampler.sample(&noise(), &Condition::from(noise())).unwrap_err();
+        let what = "last time of the shifted grid";
+        assert!(matches!(error, Error::OutOfRange { what: found, .. } if found == what));
+    }
+    let sampler = Sampler::new(&denoiser, grid(&[0.0, 0.5])?, Transition::Ddim);
     let cond = Condition::from(noise());
     let error = sampler.simulate(&noise(), &cond, 2).unwrap_err();
     assert!(matches!(error, Error::OutOfRange { what: "step", value: 2.0, .. }));
@@ -199,8 +195,8 @@ fn a_grid_may_start_off_the_noise_end() -> Result<()> {
         x * 0.5
     };
     let student = Denoiser::new(&path, Prediction::Sample, network);
-    let grid = FewStepGrid::new(vec![path.time_of(399.0)?], Shift::NONE)?;
-    let sampler = Sampler::new(&student, grid, Transition::Euler);
+    let grid = FewStepGrid::new(vec![path.time_of(399.0)?])?;
+    let sampler = Sampler::new(&student, grid, Transition::Ddim);
     let sample = sampler.sample(&noise(), &Condition::none())?;
     assert_eq!(told.get(), 399);
     assert!(max_difference(&sample, &(noise() * 0.5)) < 1e-15);
@@ -210,17 +206,17 @@ fn a_grid_may_start_off_the_noise_end() -> Result<()> {
             x * 0.9
         });
     let sample = |first| {
-        let grid = FewStepGrid::new(vec![first, 0.5], Shift::NONE)?;
-        Sampler::new(&eps, grid, Transition::Euler).sample(&noise(), &Condition::none())
+        let grid = FewStepGrid::new(vec![first, 0.5])?;
+        Sampler::new(&eps, grid, Transition::Ddim).sample(&noise(), &Condition::none())
     };
     assert!(matches!(sample(0.0), Err(Error::OutOfRange { .. })));
     assert!(sample(0.001)?.isfinite().all().int64_value(&[]) == 1);
     // So can one at a step that the rollout or real samples lead to: the grid tells how noisy it may be.
     let trained = |first| -> Result<()> {
-        let grid = FewStepGrid::new(vec![first, 0.5], Shift::NONE)?;
-        let (sampler, none) = (Sampler::new(&eps, grid, Transition::Euler), Condition::none());
+        let grid = FewStepGrid::new(vec![first, 0.5])?;
+        let (sampler, none) = (Sampler::new(&eps, grid, Transition::Ddim), Condition::none());
         let (x, at) = (noise(), steps(&[0, 1]));
-        let _from_real = sampler.from_real_at(&x, &none, &at, &x)?;
+        let _from_real = sampler.simulate_from_real_at(&x, &none, &at, &x)?;
         let _kept = sampler.simulate_on(&sampler.trajectory(&x, &none)?, &none, &at)?;
         Ok(())
     };
@@ -234,7 +230,7 @@ fn posterior(x: &Tensor, a: f64, s: f64) -> Tensor {
     0.3 + a * 0.5 / (a * a * 0.5 + s * s) * (x - a * 0.3)
 }
 
-fn at(path: &dyn Path, t: f64) -> (f64, f64) {
+fn at(path: &dyn NoisePath, t: f64) -> (f64, f64) {
     let time = PostShift::all(t, 1, (Kind::Double, tch::Device::Cpu)).unwrap();
     let c = path.coefficients(&time).unwrap();
     (value(&c.data), value(&c.noise))
@@ -243,7 +239,7 @@ fn at(path: &dyn Path, t: f64) -> (f64, f64) {
 #[test]
 fn every_path_starts_from_its_noise_and_follows_its_own_ode_step() -> Result<()> {
     let sdxl = VariancePreserving::scaled_linear(0.00085, 0.012, 1000)?;
-    let paths: [(&dyn Path, f64); 5] = [
+    let paths: [(&dyn NoisePath, f64); 5] = [
         (&RectifiedFlow, 1.0),
         (&VariancePreserving::linear(0.1, 20.0)?, 1.0),
         (&sdxl, 1.0),
@@ -258,9 +254,9 @@ fn every_path_starts_from_its_noise_and_follows_its_own_ode_step() -> Result<()>
             posterior(x, a, s)
         };
         let denoiser = Denoiser::new(path, Prediction::Sample, network);
-        let grid = FewStepGrid::even(4, Shift::NONE)?;
-        let sample = Sampler::new(&denoiser, grid, Transition::Euler)
-            .sample(&noise(), &Condition::none())?;
+        let grid = FewStepGrid::even(4)?;
+        let sample =
+            Sampler::new(&denoiser, grid, Transition::Ddim).sample(&noise(), &Condition::none())?;
         let inputs = inputs.borrow();
         assert!(max_difference(&inputs[0], &(noise() * start)) < 1e-12, "path {which}");
         for step in 0..3usize {
@@ -300,8 +296,9 @@ fn real_samples_are_noised_to_the_times_of_their_steps() -> Result<()> {
     let gain = Tensor::from(0.5f64).set_requires_grad(true);
     let network = |x: &Tensor, _: &Tensor, _: &Condition| x * &gain;
     let student = Denoiser::new(edm, Prediction::Sample, network);
-    let sampler = Sampler::new(&student, FewStepGrid::even(4, shift)?, Transition::Renoise);
-    let simulation = sampler.from_real_at(&real, &Condition::none(), &steps(&[0, 3, 1]), &noise)?;
+    let sampler = Sampler::new(&student, FewStepGrid::even(4)?.shifted(shift), Transition::Renoise);
+    let simulation =
+        sampler.simulate_from_real_at(&real, &Condition::none(), &steps(&[0, 3, 1]), &noise)?;
     assert_eq!(common::values(simulation.student_time.tensor()), [0.0, 0.75, 0.25]);
     for (row, t) in [(0, None), (1, Some(0.75)), (2, Some(0.25))] {
         let (x0, eps) = (real.detach().get(row), noise.get(row));
@@ -314,12 +311,14 @@ fn real_samples_are_noised_to_the_times_of_their_steps() -> Result<()> {
     assert!(value(&gradients[1]).abs() > 1e-3);
 
     let bad = |steps: &[i64], noise: &Tensor| {
-        sampler.from_real_at(&real, &Condition::none(), &self::steps(steps), noise).unwrap_err()
+        sampler
+            .simulate_from_real_at(&real, &Condition::none(), &self::steps(steps), noise)
+            .unwrap_err()
     };
     assert!(matches!(bad(&[0, 1], &noise), Error::Shape { what: "steps", .. }));
     assert!(matches!(bad(&[0, 4, 1], &noise), Error::OutOfRange { what: "step", .. }));
     assert!(matches!(bad(&[0, 3, 1], &noise.get(0)), Error::Shape { what: "noise", .. }));
-    let scalar = sampler.from_real(&Tensor::from(1.0), &Condition::none()).unwrap_err();
+    let scalar = sampler.simulate_from_real(&Tensor::from(1.0), &Condition::none()).unwrap_err();
     assert!(matches!(scalar, Error::Shape { what: "real samples", .. }));
     Ok(())
 }
@@ -330,8 +329,8 @@ fn the_steps_of_real_samples_are_drawn_for_each() -> Result<()> {
     let real = wave(&[64, 2], 1.0, Kind::Float);
     let network = |x: &Tensor, _: &Tensor, _: &Condition| x * 0.5;
     let student = Denoiser::new(RectifiedFlow, Prediction::Sample, network);
-    let sampler = Sampler::new(&student, FewStepGrid::even(4, Shift::NONE)?, Transition::Euler);
-    let times = sampler.from_real(&real, &Condition::none())?.student_time;
+    let sampler = Sampler::new(&student, FewStepGrid::even(4)?, Transition::Ddim);
+    let times = sampler.simulate_from_real(&real, &Condition::none())?.student_time;
     let times = common::values(times.tensor());
     for time in [0.0, 0.25, 0.5, 0.75] {
         assert!(times.iter().filter(|&&t| (t - time).abs() < 1e-6).count() == 16, "{times:?}");
@@ -344,37 +343,40 @@ fn without_a_gradient_nothing_builds_a_graph() -> Result<()> {
     let gain = Tensor::from(0.5f64).set_requires_grad(true);
     let network = |x: &Tensor, _: &Tensor, _: &Condition| x * &gain;
     let student = Denoiser::new(RectifiedFlow, Prediction::Sample, network);
-    let sampler = Sampler::new(&student, FewStepGrid::even(3, Shift::NONE)?, Transition::Euler);
+    let sampler = Sampler::new(&student, FewStepGrid::even(3)?, Transition::Ddim);
     let none = Condition::none();
     assert!(!sampler.sample(&noise(), &none)?.requires_grad());
     assert!(sampler.simulate(&noise(), &none, 2)?.x.requires_grad());
     let _no_grad = tch::no_grad_guard();
     assert!(!sampler.simulate(&noise(), &none, 2)?.x.requires_grad());
-    assert!(!sampler.from_real_at(&noise(), &none, &steps(&[0, 2]), &noise())?.x.requires_grad());
+    assert!(
+        !sampler
+            .simulate_from_real_at(&noise(), &none, &steps(&[0, 2]), &noise())?
+            .x
+            .requires_grad()
+    );
     Ok(())
 }
 
 #[test]
 fn dynamic_grids_are_those_of_cdm() -> Result<()> {
     let _guard = common::seeded(5);
-    let shift = Shift::new(3.0)?;
-    let grid = FewStepGrid::dynamic_at(&[1.0, 0.0, 0.5], shift)?;
+    let grid = FewStepGrid::dynamic_at(&[1.0, 0.0, 0.5])?;
     for (time, noise) in grid.times().iter().zip([1.0, 0.95, 0.6, 0.25]) {
         approx::assert_abs_diff_eq!(1.0 - time, noise, epsilon = 1e-15);
     }
-    assert_eq!(grid.shift(), shift);
-    assert_eq!(FewStepGrid::dynamic_at(&[], shift)?, FewStepGrid::even(1, shift)?);
+    assert_eq!(FewStepGrid::dynamic_at(&[])?, FewStepGrid::even(1)?);
     let mut counts = [0; 5];
     for _ in 0..1000 {
-        let grid = FewStepGrid::dynamic(4, shift)?;
+        let grid = FewStepGrid::dynamic(4)?;
         counts[grid.steps()] += 1;
         assert!(grid.times().iter().skip(1).all(|t| (0.05..=0.75).contains(t)));
     }
     assert!(counts[0] == 0 && counts[1..].iter().all(|n| (200..300).contains(n)), "{counts:?}");
     for draws in [&[0.5, 0.5][..], &[-0.1], &[f64::NAN]] {
-        assert!(matches!(FewStepGrid::dynamic_at(draws, shift), Err(Error::OutOfRange { .. })));
+        assert!(matches!(FewStepGrid::dynamic_at(draws), Err(Error::OutOfRange { .. })));
     }
-    assert!(matches!(FewStepGrid::dynamic(0, shift), Err(Error::OutOfRange { .. })));
+    assert!(matches!(FewStepGrid::dynamic(0), Err(Error::OutOfRange { .. })));
     Ok(())
 }
 
@@ -382,15 +384,15 @@ fn dynamic_grids_are_those_of_cdm() -> Result<()> {
 fn a_kept_rollout_holds_what_every_simulation_sees() -> Result<()> {
     let cond = Condition::none();
     let (edm, sdxl) = (Edm::default(), VariancePreserving::scaled_linear(0.00085, 0.012, 1000)?);
-    for path in [&edm as &dyn Path, &sdxl, &RectifiedFlow] {
+    for path in [&edm as &dyn NoisePath, &sdxl, &RectifiedFlow] {
         let network = |x: &Tensor, t: &Tensor, _: &Condition| {
             let c = path.coefficients(&PostShift::new(t.shallow_clone()).unwrap()).unwrap();
             let (a, s) = (c.data.view([-1, 1, 1, 1]), c.noise.view([-1, 1, 1, 1]));
             0.3 + &a * 0.5 / (a.square() * 0.5 + s.square()) * (x - a * 0.3)
         };
         let denoiser = Denoiser::new(path, Prediction::Sample, network);
-        let grid = FewStepGrid::even(3, Shift::new(3.0)?)?;
-        let sampler = Sampler::new(&denoiser, grid, Transition::Euler);
+        let grid = FewStepGrid::even(3)?.shifted(Shift::new(3.0)?);
+        let sampler = Sampler::new(&denoiser, grid, Transition::Ddim);
         let trajectory = sampler.trajectory(&noise(), &cond)?;
         let each = steps(&[2, 0]);
         let kept = sampler.simulate_on(&trajectory, &cond, &each)?;

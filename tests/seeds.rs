@@ -6,8 +6,8 @@ use common::{gaussian_teacher, seeded, values, wave};
 use decoupled_dmd::{
     AboveStudent, Adversarial, Batch, Condition, CriticPenalty, Denoiser, DistributionMatching,
     Draw, Edm, FewStepGrid, Group, Guidance, LogNormal, LogitNormal, Objective, PreShift,
-    Prediction, Probe, RectifiedFlow, Renoising, Result, Sampler, Schedule, Shift, Simulation,
-    TimeSampler, Transition, Uniform,
+    Prediction, Probe, RectifiedFlow, Renoising, Result, Sampler, Schedule, Shift,
+    TimeDistribution, Transition, Uniform,
 };
 use tch::{Kind, Tensor};
 
@@ -52,7 +52,10 @@ fn setting() -> Setting {
 
 impl Setting {
     fn batch(&self) -> Result<Batch<'_>> {
-        Batch::new(&self.x, &self.cond)?.null(&self.null).real(&self.real)?.student_time(&self.time)
+        Batch::new(&self.x, &self.cond)?
+            .with_null(&self.null)
+            .with_real(&self.real)?
+            .with_student_time(&self.time)
     }
 }
 
@@ -60,9 +63,9 @@ impl Setting {
 fn losses_of_the_student() -> Result<()> {
     let s = setting();
     for schedule in Schedule::ALL {
-        let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
+        let dm = DistributionMatching::new(gaussian_teacher(0.8));
         let guidance = Guidance::new(4.0)?;
-        let objective = schedule.objective(gaussian_teacher(0.5), guidance, &dm, Shift::NONE);
+        let objective = schedule.objective(gaussian_teacher(0.5), guidance, &dm);
         draws(&format!("{schedule:?}"), || Ok(vec![objective.evaluate(&s.batch()?)?.loss]));
         // All that is random is drawn beforehand.
         draws("draws", || {
@@ -87,10 +90,10 @@ fn losses_of_the_student() -> Result<()> {
 #[test]
 fn losses_of_networks() -> Result<()> {
     let s = setting();
-    let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::new(3.0)?);
+    let dm = DistributionMatching::new(gaussian_teacher(0.8));
     draws("the denoising loss", || Ok(vec![dm.denoising_loss(&s.batch()?)?]));
     let critic = |x: &Tensor, t: &Tensor, _: &Condition| (x + t.unsqueeze(1)).sin();
-    let gan = || Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+    let gan = || Adversarial::new(RectifiedFlow, critic);
     draws("the loss of the critic", || Ok(vec![gan().critic_loss(&s.batch()?)?]));
     for penalty in [
         CriticPenalty::R1 { gamma: 0.1 },
@@ -115,7 +118,7 @@ fn losses_of_networks() -> Result<()> {
 #[test]
 fn times() -> Result<()> {
     let s = setting();
-    let samplers: [(&str, &dyn TimeSampler); 6] = [
+    let samplers: [(&str, &dyn TimeDistribution); 6] = [
         ("uniform", &Uniform::FULL),
         ("clipped", &Uniform::new(0.02, 0.98)?),
         ("above the student", &AboveStudent::FULL),
@@ -126,7 +129,9 @@ fn times() -> Result<()> {
     for (what, sampler) in samplers {
         for shift in [Shift::NONE, Shift::new(3.0)?] {
             let renoising = Renoising::new(sampler).shifted(shift);
-            draws(what, || Ok(vec![renoising.draw(&s.x, Some(&s.time))?.tensor().copy()]));
+            draws(what, || {
+                Ok(vec![renoising.draw(&RectifiedFlow, &s.x, Some(&s.time))?.tensor().copy()])
+            });
         }
         let u = Tensor::from_slice(&[0.1f32, 0.3, 0.6, 0.9]);
         draws_nothing(what, || Ok(vec![sampler.times(&u, Some(&s.time))?.tensor().copy()]));
@@ -138,8 +143,8 @@ fn times() -> Result<()> {
 fn rollouts() -> Result<()> {
     let (s, noise) = (setting(), wave(&[4, 6], 5.0, Kind::Float));
     let student = gaussian_teacher(0.5);
-    for transition in [Transition::Renoise, Transition::Euler] {
-        let grid = FewStepGrid::even(4, Shift::new(3.0)?)?;
+    for transition in [Transition::Renoise, Transition::Ddim] {
+        let grid = FewStepGrid::even(4)?.shifted(Shift::new(3.0)?);
         let sampler = Sampler::new(&student, grid, transition);
         let sample = || Ok(vec![sampler.sample(&noise, &s.cond)?]);
         let simulate = || Ok(vec![sampler.simulate(&noise, &s.cond, 2)?.x]);
@@ -154,20 +159,20 @@ fn rollouts() -> Result<()> {
         for (what, rollout) in rollouts {
             match transition {
                 Transition::Renoise => draws(what, rollout),
-                Transition::Euler => draws_nothing(what, rollout),
+                Transition::Ddim => draws_nothing(what, rollout),
             }
         }
         // The first step has no transition behind it.
         draws_nothing("the first step", || Ok(vec![sampler.simulate(&noise, &s.cond, 0)?.x]));
         draws("a step from real samples", || {
-            let Simulation { x, student_time } = sampler.from_real(&s.real, &s.cond)?;
-            Ok(vec![x, student_time.tensor().shallow_clone()])
+            let made = sampler.simulate_from_real(&s.real, &s.cond)?;
+            Ok(vec![made.x, made.student_time.tensor().shallow_clone()])
         });
         // On a grid of one step, noise is all that is drawn.
         let network = |x: &Tensor, _: &Tensor, _: &Condition| x * 0.5;
         let blind = Denoiser::new(RectifiedFlow, Prediction::Sample, network);
-        let single = Sampler::new(&blind, FewStepGrid::even(1, Shift::NONE)?, transition);
-        draws("noise on real samples", || Ok(vec![single.from_real(&s.real, &s.cond)?.x]));
+        let single = Sampler::new(&blind, FewStepGrid::even(1)?, transition);
+        draws("noise on real samples", || Ok(vec![single.simulate_from_real(&s.real, &s.cond)?.x]));
         draws("steps of the grid", || {
             let step = |_| Ok(sampler.draw_step()? as i64);
             Ok(vec![Tensor::from_slice(&(0..20).map(step).collect::<Result<Vec<_>>>()?)])
@@ -184,14 +189,12 @@ fn rollouts() -> Result<()> {
 #[test]
 fn grids() {
     draws("a dynamic grid", || {
-        let grid = |_| FewStepGrid::dynamic(28, Shift::NONE);
+        let grid = |_| FewStepGrid::dynamic(28);
         let grids: Vec<_> = (0..5).map(grid).collect::<Result<_>>()?;
         // How many times there are, and which.
         let steps: Vec<_> = grids.iter().map(|grid| grid.steps() as i64).collect();
         let inner = grids.iter().find_map(|grid| grid.times().get(1).copied());
         Ok(vec![Tensor::from_slice(&steps), Tensor::from(inner.expect("five grids of one step"))])
     });
-    draws_nothing("an even grid", || {
-        Ok(vec![Tensor::from_slice(FewStepGrid::even(8, Shift::NONE)?.times())])
-    });
+    draws_nothing("an even grid", || Ok(vec![Tensor::from_slice(FewStepGrid::even(8)?.times())]));
 }

@@ -4,11 +4,11 @@ mod common;
 
 use common::{gaussian_teacher, values, wave};
 use decoupled_dmd::{
-    Adversarial, Bandwidth, Batch, CfgAugmentation, Condition, CriticPenalty, Denoiser, Error,
-    Estimator, FewStepGrid, Floor, GanLoss, Group, Guidance, Kernel, MaximumMeanDiscrepancy,
-    Normalizer, Objective, PostShift, PreShift, Prediction, Probe, RectifiedFlow, Renoising,
-    Result, Sampler, Schedule, Shift, Statistics, Transition, Uniform, UpdateRatio, Weighting,
-    engine_fn, regularizer_fn,
+    Adversarial, Bandwidth, Batch, CfgAugmentation, Condition, CriticPenalty, Denoiser, Edm, Error,
+    Estimator, FewStepGrid, GanLoss, Group, Guidance, Kernel, LogNormal, LogitNormal,
+    MaximumMeanDiscrepancy, NoisePath, Normalizer, Objective, PostShift, PreShift, Prediction,
+    Probe, RectifiedFlow, Renoising, Result, Sampler, Schedule, Shift, Shifts, Statistics, Times,
+    Transition, Uniform, UpdateRatio, VariancePreserving, Weighting, engine_fn, regularizer_fn,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tch::{Kind, Tensor};
@@ -23,8 +23,29 @@ fn spelled<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(settin
 fn every_setting_has_its_spelling() -> Result<()> {
     let guidance = Guidance::new(4.0)?;
     spelled(&guidance, "4.0");
-    spelled(&Floor::new(0.25)?, "0.25");
+    spelled(&guidance.rescaled(), r#"{"scale":4.0,"rescaled":true}"#);
     spelled(&Shift::new(3.0)?, "3.0");
+    spelled(&Shifts::default(), r#"{"engine":null,"regularizer":null}"#);
+    spelled(&FewStepGrid::even(2)?, r#"{"times":[0.0,0.5]}"#);
+    let shifted = FewStepGrid::even(2)?.shifted(Shift::new(3.0)?);
+    spelled(&shifted, r#"{"times":[0.0,0.5],"shift":3.0}"#);
+    assert_eq!(
+        serde_json::from_str::<FewStepGrid>(r#"{"steps":2}"#).unwrap(),
+        FewStepGrid::even(2)?
+    );
+    spelled(&RectifiedFlow.shifted(Shift::new(3.0)?), r#"{"path":null,"shift":3.0}"#);
+    spelled(&Edm::default(), r#"{"sigma_min":0.002,"sigma_max":80.0,"rho":7.0}"#);
+    let vp = VariancePreserving::linear(0.1, 20.0)?;
+    spelled(&vp, r#"{"linear":{"beta_min":0.1,"beta_max":20.0}}"#);
+    let table = r#"{"scaled_linear":{"beta_start":0.00085,"beta_end":0.012,"steps":1000}}"#;
+    assert_eq!(serde_json::from_str::<VariancePreserving>(table).unwrap(), common::sdxl());
+    spelled(&Times::from(Uniform::FULL), r#"{"uniform":{"low":0.0,"high":1.0}}"#);
+    spelled(
+        &Times::from(LogitNormal::new(0.4, 1.0)?),
+        r#"{"logit_normal":{"mean":0.4,"std":1.0}}"#,
+    );
+    let log_normal = serde_json::from_str::<Times>(r#"{"log_normal":{"std":1.4}}"#).unwrap();
+    assert_eq!(log_normal, LogNormal::new(Edm::default(), -1.2, 1.4)?.into());
     spelled(&UpdateRatio::new(7)?, "7");
     spelled(&CfgAugmentation::new(guidance), r#"{"guidance":4.0}"#);
     spelled(
@@ -49,7 +70,7 @@ fn every_setting_has_its_spelling() -> Result<()> {
     );
     spelled(&GanLoss::NonSaturating, r#""non_saturating""#);
     spelled(&CriticPenalty::R1 { gamma: 0.5 }, r#"{"r1":{"gamma":0.5}}"#);
-    spelled(&Transition::Euler, r#""euler""#);
+    spelled(&Transition::Ddim, r#""ddim""#);
     spelled(&Statistics::PerChannel, r#""per_channel""#);
     spelled(&Estimator::Biased, r#""biased""#);
     let kernel = Kernel::Gaussian { bandwidth: Bandwidth::Fixed(2.0), scales: vec![1.0] };
@@ -62,7 +83,11 @@ fn settings_out_of_range_are_refused_where_they_are_read() {
     fn refused<T: DeserializeOwned>(text: &str) -> bool {
         serde_json::from_str::<T>(text).is_err()
     }
-    assert!(refused::<Guidance>("0.9") && refused::<Floor>("-0.1") && refused::<Shift>("0.0"));
+    assert!(
+        refused::<Guidance>("0.9")
+            && refused::<Normalizer>(r#"{"guard":{"floor":-0.1}}"#)
+            && refused::<Shift>("0.0")
+    );
     assert!(refused::<UpdateRatio>("0") && refused::<UpdateRatio>("-1"));
     assert!(refused::<CfgAugmentation>(r#"{"guidance":0.0}"#));
     assert!(refused::<Weighting>(r#"{"min_snr":0.0}"#) && refused::<Weighting>(r#""min_snr""#));
@@ -83,7 +108,7 @@ fn objects_show_their_settings_and_hide_their_closures() -> Result<()> {
     let _prediction = probe.teacher_cond()?;
     let cases = [
         (format!("{engine:?} {plain:?}"), "EngineFn RegularizerFn"),
-        (format!("{:?}", renoising()), "Renoising { shift: Shift(1.0), .. }"),
+        (format!("{:?}", renoising()), "Renoising { shift: Some(Shift(1.0)), .. }"),
         (format!("{denoiser:?}"), "Denoiser { prediction: Noise, paired: false, .. }"),
         (before, "knows_cond: false, knows_null: false"),
         (format!("{probe:?}"), "knows_cond: true, knows_null: false"),
@@ -92,7 +117,7 @@ fn objects_show_their_settings_and_hide_their_closures() -> Result<()> {
             "MaximumMeanDiscrepancy { kernel: Energy, estimator: Unbiased, features: false }",
         ),
         (
-            format!("{:?}", Adversarial::new(RectifiedFlow, Shift::NONE, network)),
+            format!("{:?}", Adversarial::new(RectifiedFlow, network)),
             "Adversarial { gan_loss: NonSaturating, penalty: None, renoising: Renoising",
         ),
         (
@@ -100,11 +125,11 @@ fn objects_show_their_settings_and_hide_their_closures() -> Result<()> {
                 "{:?}",
                 Objective::new(gaussian_teacher(1.0)).with(
                     Group::new(renoising())
-                        .engine("spear", 1.0, engine)
-                        .regularizer("shield", 1.0, plain)
+                        .engine("mine", 1.0, engine)
+                        .regularizer("plain", 1.0, plain)
                 )
             ),
-            r#"groups: [Group { terms: ["spear", "shield"], normalizer: Normalizer"#,
+            r#"groups: [Group { terms: ["mine", "plain"], normalizer: Normalizer"#,
         ),
     ];
     for (found, expected) in cases {
@@ -117,12 +142,11 @@ fn objects_show_their_settings_and_hide_their_closures() -> Result<()> {
 fn getters_give_what_was_set() -> Result<()> {
     let guidance = Guidance::new(4.0)?;
     assert_eq!(CfgAugmentation::new(guidance).guidance(), guidance);
-    assert_eq!(f64::from(guidance), 4.0);
+    assert_eq!(guidance.get(), 4.0);
     let denoiser = gaussian_teacher(1.0);
-    let grid = FewStepGrid::even(4, Shift::new(3.0)?)?;
-    let sampler = Sampler::new(&denoiser, grid.clone(), Transition::Euler);
+    let grid = FewStepGrid::even(4)?.shifted(Shift::new(3.0)?);
+    let sampler = Sampler::new(&denoiser, grid.clone(), Transition::Ddim);
     assert_eq!(sampler.grid(), &grid);
-    assert_eq!(sampler.grid().shift().get(), 3.0);
     let time = PreShift::new(Tensor::from_slice(&[0.25, 0.5]))?;
     assert_eq!(values(time.shallow_clone().tensor()), [0.25, 0.5]);
     assert_eq!(time.shallow_clone().tensor().data_ptr(), time.tensor().data_ptr());

@@ -49,7 +49,7 @@ impl Setting {
     }
 
     fn batch(&self) -> Result<Batch<'_>> {
-        Batch::new(&self.x, &self.cond)?.null(&self.null).real(&self.real)
+        Batch::new(&self.x, &self.cond)?.with_null(&self.null).with_real(&self.real)
     }
 
     /// The loss of a group of one term.
@@ -96,7 +96,7 @@ fn engines_and_directions(s: &Setting) {
     let guidance = Guidance::new(4.0).unwrap();
     check("ca", s, |s| s.loss_of(|g| g.engine("ca", 1.0, CfgAugmentation::new(guidance))));
     check("dm", s, |s| {
-        let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
+        let dm = DistributionMatching::new(gaussian_teacher(0.8));
         s.loss_of(|g| g.regularizer("dm", 1.0, dm))
     });
 }
@@ -145,7 +145,7 @@ fn critics(s: &Setting) {
         seen.mean_dim(&[1i64][..], true, None) + t.unsqueeze(1)
     };
     for gan_loss in [GanLoss::NonSaturating, GanLoss::Hinge, GanLoss::Relativistic] {
-        let gan = || Adversarial::new(RectifiedFlow, Shift::NONE, critic).gan_loss(gan_loss);
+        let gan = || Adversarial::new(RectifiedFlow, critic).gan_loss(gan_loss);
         check(&format!("{gan_loss:?}"), s, |s| s.loss_of(|g| g.regularizer("gan", 1.0, gan())));
         for penalty in [
             CriticPenalty::R1 { gamma: 0.1 },
@@ -165,7 +165,7 @@ fn fakes(s: &Setting) {
     for prediction in Prediction::ALL {
         let network = |x: &Tensor, _: &Tensor, c: &Condition| x * &weight + &c[0];
         let fake = Denoiser::new(RectifiedFlow, prediction, network);
-        let dm = DistributionMatching::new(fake, Shift::NONE);
+        let dm = DistributionMatching::new(fake);
         own_loss(&format!("{prediction:?}"), s, &weight, |s| {
             let time = PostShift::new(s.u.shallow_clone())?;
             dm.denoising_loss_at(&s.batch()?, &time, &s.noise)
@@ -195,10 +195,10 @@ fn own_loss(name: &str, s: &Setting, weight: &Tensor, loss: impl Fn(&Setting) ->
 fn the_gradient_of_several_terms_is_rounded_once() {
     let narrow = Setting::new(&[3, 4, 5], Kind::BFloat16);
     let slope = |s: &Setting| {
-        let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
+        let dm = DistributionMatching::new(gaussian_teacher(0.8));
         let ca = CfgAugmentation::new(Guidance::new(4.0).unwrap());
         let critic = |x: &Tensor, _: &Tensor, _: &Condition| x.sin().flatten(1, -1);
-        let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+        let gan = Adversarial::new(RectifiedFlow, critic);
         let mmd = MaximumMeanDiscrepancy::new(Kernel::gaussian()).unwrap();
         let mean_variance = MeanVariance::per_sample(0.1, 0.7).unwrap();
         let loss = s.loss_of(|group| {
@@ -224,22 +224,23 @@ fn networks_never_get_a_time_wider_than_the_sample() -> Result<()> {
         // As written in Rust: float64.
         let student = PreShift::new(Tensor::from_slice(&[0.25, 0.5]))?;
         let time = PostShift::new(Tensor::from_slice(&[0.3, 0.6]))?;
-        let batch = s.batch()?.student_time(&student)?;
+        let batch = s.batch()?.with_student_time(&student)?;
         let network = |x: &Tensor, t: &Tensor, _: &Condition| {
             assert_eq!((x.kind(), t.kind()), (expected, expected));
             x * 0.5
         };
         let model = || Denoiser::new(RectifiedFlow, Prediction::Sample, network);
-        let dm = DistributionMatching::new(model(), Shift::NONE);
+        let dm = DistributionMatching::new(model());
         let shift = Shift::new(3.0)?;
         let guidance = Guidance::new(4.0)?;
         for schedule in Schedule::ALL {
-            let _ = schedule.objective(model(), guidance, &dm, shift).evaluate(&batch)?;
+            let _ =
+                schedule.objective_with_shifts(model(), guidance, &dm, shift).evaluate(&batch)?;
         }
         let _loss = dm.denoising_loss_at(&batch, &time, &s.noise)?;
         let wide = s.x.detach().to_kind(expected);
         let _pair = model().denoise_pair(&wide, &time, &s.cond, &s.null)?;
-        let gan = Adversarial::new(RectifiedFlow, Shift::NONE, network);
+        let gan = Adversarial::new(RectifiedFlow, network);
         let _loss = gan.critic_loss_at(&batch, &time, &s.noise, &s.noise)?;
     }
     // Asked directly, it gets them as they are.

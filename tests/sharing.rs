@@ -23,11 +23,12 @@ fn forwards(schedule: Schedule, alpha: f64) -> Result<(usize, usize)> {
     let _guard = seeded(3);
     let (x, cond, null) = inputs();
     let time = PreShift::all(0.25, 2, (Kind::Float, Device::Cpu))?;
-    let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
+    let batch = Batch::new(&x, &cond)?.with_null(&null).with_student_time(&time)?;
     let (teacher, fake) = (Calls::default(), Calls::default());
-    let dm = DistributionMatching::new(counting_teacher(&fake, 0.8), Shift::NONE);
+    let dm = DistributionMatching::new(counting_teacher(&fake, 0.8));
     let teacher_net = counting_teacher(&teacher, 0.5);
-    let objective = schedule.objective(teacher_net, Guidance::new(alpha)?, &dm, Shift::new(3.0)?);
+    let objective =
+        schedule.objective_with_shifts(teacher_net, Guidance::new(alpha)?, &dm, Shift::new(3.0)?);
     let evaluation = objective.evaluate(&batch)?;
     assert!(value(&evaluation.loss).is_finite());
     Ok((teacher.count(), fake.count()))
@@ -74,10 +75,10 @@ fn a_paired_teacher_answers_both_conditions_in_one_forward() -> Result<()> {
     let calls = Calls::default();
     let evaluate = |teacher| -> Result<f64> {
         let _guard = seeded(5);
-        let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
+        let dm = DistributionMatching::new(gaussian_teacher(0.8));
         let guidance = Guidance::new(4.0)?;
-        let objective = Schedule::CoupledShared.objective(teacher, guidance, &dm, Shift::NONE);
-        let evaluation = objective.evaluate(&Batch::new(&x, &cond)?.null(&null))?;
+        let objective = Schedule::CoupledShared.objective(teacher, guidance, &dm);
+        let evaluation = objective.evaluate(&Batch::new(&x, &cond)?.with_null(&null))?;
         Ok(value(&evaluation.loss))
     };
     let single = |x: &Tensor, t: &Tensor, c: &Condition| {
@@ -101,7 +102,7 @@ fn a_paired_teacher_answers_both_conditions_in_one_forward() -> Result<()> {
 fn a_trainer_may_own_its_terms_and_an_objective_of_them() -> Result<()> {
     let _guard = seeded(6);
     let (x, cond, null) = inputs();
-    let dm = Rc::new(DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE));
+    let dm = Rc::new(DistributionMatching::new(gaussian_teacher(0.8)));
     let ca = Rc::new(CfgAugmentation::new(Guidance::new(4.0)?));
     let path = Rc::new(RectifiedFlow);
     let teacher =
@@ -113,7 +114,7 @@ fn a_trainer_may_own_its_terms_and_an_objective_of_them() -> Result<()> {
     // Nothing is borrowed, so that one struct can hold all of it.
     let owned: (Rc<DistributionMatching<'static>>, Objective<'static>) =
         (dm, Objective::new(teacher).with(group));
-    let batch = Batch::new(&x, &cond)?.null(&null);
+    let batch = Batch::new(&x, &cond)?.with_null(&null);
     let evaluation = owned.1.evaluate(&batch)?;
     assert!(value(&evaluation.loss).is_finite());
     assert_eq!(owned.1.own_losses(&batch)?.len(), 1);
@@ -135,10 +136,10 @@ fn a_guided_normaliser_asks_for_both_conditions_at_once() -> Result<()> {
             });
         }
         // Distribution matching comes first, and needs one condition alone.
-        let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
+        let dm = DistributionMatching::new(gaussian_teacher(0.8));
         let group = Group::new(Renoising::new(Uniform::FULL)).normalizer(normalizer);
         let objective = Objective::new(teacher).with(group.regularizer("dm", 1.0, dm));
-        Ok(value(&objective.evaluate(&Batch::new(&x, &cond)?.null(&null))?.loss))
+        Ok(value(&objective.evaluate(&Batch::new(&x, &cond)?.with_null(&null))?.loss))
     };
     let guided = Normalizer::dmd2(Guidance::new(4.0)?);
     let plain = evaluate(false, guided)?;
@@ -161,7 +162,7 @@ fn a_known_prediction_is_not_asked_for_again() -> Result<()> {
             (x.shallow_clone(), x.shallow_clone())
         },
     );
-    let batch = Batch::new(&x, &cond)?.null(&null);
+    let batch = Batch::new(&x, &cond)?.with_null(&null);
     let half = PostShift::all(0.5, batch.batch_size(), (x.kind(), x.device()))?;
     let probe = Probe::at(&teacher, &batch, half, x.zeros_like())?;
     let known = probe.teacher_cond()?.shallow_clone();
@@ -181,25 +182,22 @@ fn observing_costs_no_forward_and_changes_no_loss() -> Result<()> {
     let evaluate = |schedule: Schedule, observed: bool| -> Result<_> {
         let _guard = seeded(6);
         let [teacher, fake, critic] = [(); 3].map(|()| Calls::default());
-        let dm = DistributionMatching::new(counting_teacher(&fake, 0.8), Shift::NONE);
-        let gan = Adversarial::new(
-            RectifiedFlow,
-            Shift::NONE,
-            |x: &Tensor, t: &Tensor, _: &Condition| {
-                critic.record(t);
-                x.flatten(1, -1).sum_dim_intlist(&[1i64][..], true, None)
-            },
-        );
+        let dm = DistributionMatching::new(counting_teacher(&fake, 0.8));
+        let gan = Adversarial::new(RectifiedFlow, |x: &Tensor, t: &Tensor, _: &Condition| {
+            critic.record(t);
+            x.flatten(1, -1).sum_dim_intlist(&[1i64][..], true, None)
+        });
         let gan = gan.gan_loss(GanLoss::Relativistic);
         let guidance = Guidance::new(4.0)?;
         let mut objective = schedule
-            .objective(counting_teacher(&teacher, 0.5), guidance, &dm, Shift::NONE)
+            .objective(counting_teacher(&teacher, 0.5), guidance, &dm)
             .with(Group::new(Renoising::new(Uniform::FULL)).regularizer("gan", 0.1, &gan));
         if observed {
             objective = objective.observed();
         }
         let time = PreShift::all(0.25, 2, (Kind::Float, Device::Cpu))?;
-        let batch = Batch::new(&x, &cond)?.null(&null).real(&real)?.student_time(&time)?;
+        let batch =
+            Batch::new(&x, &cond)?.with_null(&null).with_real(&real)?.with_student_time(&time)?;
         let evaluation = objective.evaluate(&batch)?;
         let report = evaluation.diagnostics.map(|all| all.report()).transpose()?;
         let calls = [&teacher, &fake, &critic].map(Calls::count);
@@ -224,19 +222,15 @@ fn observing_costs_no_forward_and_changes_no_loss() -> Result<()> {
 fn a_failing_term_is_named() -> Result<()> {
     let _guard = seeded(7);
     let (x, cond, _) = inputs();
-    let dm = DistributionMatching::new(gaussian_teacher(0.8), Shift::NONE);
-    let objective = Schedule::DecoupledHybrid.objective(
-        gaussian_teacher(0.5),
-        Guidance::new(4.0)?,
-        &dm,
-        Shift::NONE,
-    );
+    let dm = DistributionMatching::new(gaussian_teacher(0.8));
+    let objective =
+        Schedule::DecoupledHybrid.objective(gaussian_teacher(0.5), Guidance::new(4.0)?, &dm);
     let missing_time = objective.evaluate(&Batch::new(&x, &cond)?).unwrap_err();
     assert!(matches!(missing_time, Error::Missing { what: "student time", .. }));
     let time = PreShift::all(0.0, 2, (Kind::Float, Device::Cpu))?;
-    let error = objective.evaluate(&Batch::new(&x, &cond)?.student_time(&time)?).unwrap_err();
+    let error = objective.evaluate(&Batch::new(&x, &cond)?.with_student_time(&time)?).unwrap_err();
     let Error::Term { name, source } = error else { panic!("{error}") };
     assert_eq!(name, "ca");
-    assert!(matches!(*source, Error::Missing { what: "null condition", setter: "null" }));
+    assert!(matches!(*source, Error::Missing { what: "null condition", setter: "with_null" }));
     Ok(())
 }

@@ -13,7 +13,7 @@ const SHAPE: [i64; 4] = [2, 1, 2, 2];
 const STEPS: usize = 4;
 
 fn grid() -> Result<FewStepGrid> {
-    FewStepGrid::even(STEPS, Shift::new(3.0)?)
+    Ok(FewStepGrid::even(STEPS)?.shifted(Shift::new(3.0)?))
 }
 
 fn rows(x: &Tensor, row: i64) -> Tensor {
@@ -25,7 +25,7 @@ fn every_sample_has_the_prediction_of_its_own_step() -> Result<()> {
     let cond = Condition::from(wave(&SHAPE, 2.0, Kind::Double));
     let noise = wave(&SHAPE, 0.4, Kind::Double);
     let denoiser = gaussian_teacher(0.5);
-    let sampler = Sampler::new(&denoiser, grid()?, Transition::Euler);
+    let sampler = Sampler::new(&denoiser, grid()?, Transition::Ddim);
     let trajectory = sampler.trajectory(&noise, &cond)?;
     assert_eq!((trajectory.steps(), trajectory.batch_size()), (4, 2));
     for (first, second) in [(0, 3), (2, 1), (3, 3)] {
@@ -63,7 +63,7 @@ fn the_gradient_passes_one_forward_at_the_step_asked_for() -> Result<()> {
     let scale = Tensor::from_slice(&[0.7]).set_requires_grad(true);
     let network = |x: &Tensor, _: &Tensor, _: &Condition| x * &scale;
     let denoiser = Denoiser::new(RectifiedFlow, Prediction::Sample, network);
-    let sampler = Sampler::new(&denoiser, grid()?, Transition::Euler);
+    let sampler = Sampler::new(&denoiser, grid()?, Transition::Ddim);
     let cond = Condition::from(wave(&SHAPE, 2.0, Kind::Double));
     let trajectory = sampler.trajectory(&wave(&SHAPE, 0.4, Kind::Double), &cond)?;
     let steps = Tensor::from_slice(&[1i64, 2]);
@@ -81,7 +81,7 @@ fn drawn_steps_cover_the_grid_evenly() -> Result<()> {
     let _guard = seeded(0);
     let shape = [12, 1, 2, 2];
     let denoiser = gaussian_teacher(0.5);
-    let sampler = Sampler::new(&denoiser, grid()?, Transition::Euler);
+    let sampler = Sampler::new(&denoiser, grid()?, Transition::Ddim);
     let cond = Condition::from(wave(&shape, 2.0, Kind::Double));
     let trajectory = sampler.trajectory(&wave(&shape, 0.4, Kind::Double), &cond)?;
     let (one, two) = (trajectory.draw_steps()?, trajectory.draw_steps()?);
@@ -101,8 +101,8 @@ fn drawn_steps_are_spread_whatever_the_numbers_of_samples_and_steps() -> Result<
     for (batch, steps) in [(2, 4), (3, 8), (5, 7), (1, 3), (4, 4), (12, 4), (7, 3), (10, 4), (3, 1)]
     {
         let case = format!("{batch} samples, {steps} steps");
-        let grid = FewStepGrid::even(steps, Shift::NONE)?;
-        let sampler = Sampler::new(&denoiser, grid, Transition::Euler);
+        let grid = FewStepGrid::even(steps)?;
+        let sampler = Sampler::new(&denoiser, grid, Transition::Ddim);
         let noise = wave(&[batch, 1, 1, 1], 0.4, Kind::Double);
         let trajectory = sampler.trajectory(&noise, &Condition::from(noise.shallow_clone()))?;
         let mut of_the_first = vec![0; steps];
@@ -137,7 +137,7 @@ fn drawn_steps_are_spread_whatever_the_numbers_of_samples_and_steps() -> Result<
 #[test]
 fn steps_that_do_not_fit_are_refused() -> Result<()> {
     let denoiser = gaussian_teacher(0.5);
-    let sampler = Sampler::new(&denoiser, grid()?, Transition::Euler);
+    let sampler = Sampler::new(&denoiser, grid()?, Transition::Ddim);
     let cond = Condition::from(wave(&SHAPE, 2.0, Kind::Double));
     let trajectory = sampler.trajectory(&wave(&SHAPE, 0.4, Kind::Double), &cond)?;
     let at = |steps: &Tensor| trajectory.samples_at(steps);

@@ -63,7 +63,7 @@ fn images_equal_those_of_diffusers() -> Result<()> {
     let decoder = Decoder::load(&model, kind, device)?;
     // The pipeline counts pos + g (pos - neg).
     for (name, guidance) in [("unguided", Guidance::NEUTRAL), ("guided", Guidance::from_w(3.0)?)] {
-        let run = Run { steps: STEPS, guidance, transition: Transition::Euler };
+        let run = Run { steps: STEPS, guidance, transition: Transition::Ddim };
         let single = pixels(&studio.draw(&base.transformer, run)?);
         assert_equal(&single, &expected[name], &format!("{name}, one by one"));
 
@@ -75,8 +75,8 @@ fn images_equal_those_of_diffusers() -> Result<()> {
         for batch in batches {
             let index = Tensor::from_slice(&batch);
             let (cond, null) = prompts.conditions(&batch)?;
-            let grid = FewStepGrid::even(STEPS, base.shift)?;
-            let sampler = Sampler::new(&denoiser, grid, Transition::Euler).guided(guidance, &null);
+            let grid = FewStepGrid::even(STEPS)?.shifted(base.shift);
+            let sampler = Sampler::new(&denoiser, grid, Transition::Ddim).guided(guidance, &null);
             let images =
                 decoder.decode(&sampler.sample(&latents.index_select(0, &index), &cond)?)?;
             let what = format!("{name}, {batch:?} together");

@@ -73,12 +73,12 @@ pub fn objective(
         .map(|_| Ok(Draw { u: Tensor::f_rand([batch], float)?, noise: latents(batch, options)? }))
         .collect::<Result<Vec<_>>>()?;
     Ok(Box::new(move || {
-        let dm = DistributionMatching::new(ready_as(&fake), Shift::NONE);
-        let mut objective = schedule.objective(ready(), guidance, &dm, Shift::NONE);
+        let dm = DistributionMatching::new(ready_as(&fake));
+        let mut objective = schedule.objective(ready(), guidance, &dm);
         if draws == Draws::Observed {
             objective = objective.observed();
         }
-        let batch = Batch::new(&x, &cond)?.null(&null).student_time(&time)?;
+        let batch = Batch::new(&x, &cond)?.with_null(&null).with_student_time(&time)?;
         let loss = if draws == Draws::Given {
             let draw =
                 |draw: &Draw| Draw { u: draw.u.shallow_clone(), noise: draw.noise.shallow_clone() };
@@ -147,13 +147,13 @@ pub fn gan(part: &str, batch: i64, device: Device) -> Result<Work> {
         let hidden = x.f_conv2d(&first, none, [4, 4], [0, 0], [1, 1], 1)?.f_silu()?;
         Ok(hidden.f_conv2d(&second, none, [1, 1], [0, 0], [1, 1], 1)?)
     };
-    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+    let gan = Adversarial::new(RectifiedFlow, critic);
     if part == "critic" {
         let cond = Condition::none();
         let time = Tensor::f_full([batch], 0.5, options)?;
         return Ok(Box::new(move || {
             let time = PostShift::new(time.shallow_clone())?;
-            let batch = Batch::new(&x, &cond)?.real(&real)?;
+            let batch = Batch::new(&x, &cond)?.with_real(&real)?;
             let loss = gan.critic_loss_at(&batch, &time, &noise, &noise)?;
             let mut found = Tensor::f_run_backward(&[&loss], &weights, false, false)?;
             found.insert(0, loss);
@@ -172,7 +172,7 @@ pub fn fake(batch: i64, options: (Kind, Device)) -> Result<Work> {
     let time = Tensor::f_full([batch], 0.5, (Kind::Float, options.1))?;
     let cond = Condition::none();
     Ok(Box::new(move || {
-        let dm = DistributionMatching::new(ready_as(&answer), Shift::NONE);
+        let dm = DistributionMatching::new(ready_as(&answer));
         let time = PostShift::new(time.shallow_clone())?;
         let loss = dm.denoising_loss_at(&Batch::new(&x, &cond)?, &time, &noise)?;
         let gradient = gradient(&loss, &answer)?;

@@ -113,7 +113,7 @@ impl<'a> Bench<'a> {
         steps: usize,
         guidance: Guidance,
     ) -> Result<Tensor> {
-        self.evaluator.generate(teacher, Run { steps, guidance, transition: Transition::Euler })
+        self.evaluator.generate(teacher, Run { steps, guidance, transition: Transition::Ddim })
     }
 
     /// Scores of samples.
@@ -177,7 +177,7 @@ impl<'a> Bench<'a> {
         let mut pictures = None;
         for (index, time) in OBSERVER_TIMES.into_iter().enumerate() {
             let at = PostShift::all(time, count as i64, (Kind::Float, device))?;
-            let noised = decoupled_dmd::Path::renoise(&RectifiedFlow, &x, &at, &noise)?;
+            let noised = decoupled_dmd::NoisePath::renoise(&RectifiedFlow, &x, &at, &noise)?;
             let of_teacher = teacher.denoise(&noised, &at, &cond)?;
             let of_fake = fake.denoise(&noised, &at, &fake_cond)?;
             observations.push(Observation {

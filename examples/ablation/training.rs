@@ -20,7 +20,7 @@ use crate::zimage::recipe::embedded_optimizer;
 use crate::zimage::trained::{Network, Trained};
 
 /// How students walk their grid, in training and in sampling.
-pub const TRANSITION: Transition = Transition::Euler;
+pub const TRANSITION: Transition = Transition::Ddim;
 /// Side of the pictures that the maximum mean discrepancy compares.
 const SMALL_SIDE: i64 = 8;
 
@@ -158,8 +158,10 @@ impl<'a> Trainer<'a> {
             self.sampler(&student)?.simulate_on(&rollout.trajectory, &rollout.cond, &steps)?
         };
         let cond = rollout.cond_at(&steps);
-        let batch =
-            Batch::new(&x, &cond)?.null(&rollout.null).student_time(&student_time)?.real(real)?;
+        let batch = Batch::new(&x, &cond)?
+            .with_null(&rollout.null)
+            .with_student_time(&student_time)?
+            .with_real(real)?;
         let evaluation = self.objective(dm.as_ref(), gan.as_ref())?.evaluate(&batch)?;
         let mut record = Vec::new();
         for (name, value) in &evaluation.terms {
@@ -247,7 +249,7 @@ impl<'a> Trainer<'a> {
         let steps = rollout.trajectory.draw_steps()?;
         let x = rollout.trajectory.samples_at(&steps)?;
         let Some(gan) = self.adversarial() else { return Ok(0.0) };
-        let loss = gan.critic_loss(&Batch::new(&x, &rollout.cond)?.real(real)?)?;
+        let loss = gan.critic_loss(&Batch::new(&x, &rollout.cond)?.with_real(real)?)?;
         drop(gan);
         let Some(critic) = &mut self.critic else { return Ok(0.0) };
         let _norm = critic.learner.descend(&loss, None)?;
@@ -269,7 +271,7 @@ impl<'a> Trainer<'a> {
     }
 
     fn sampler<'d>(&self, student: &'d Denoiser<'d>) -> Result<Sampler<'d>> {
-        let grid = FewStepGrid::even(self.arm.steps, self.material.shift)?;
+        let grid = FewStepGrid::even(self.arm.steps)?.shifted(self.material.shift);
         Ok(Sampler::new(student, grid, TRANSITION))
     }
 }

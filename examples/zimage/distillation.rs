@@ -190,7 +190,7 @@ impl<'a> Distillation<'a> {
         let dm = DistributionMatching::new(self.fake.denoiser(self.teacher), self.recipe.shift);
         let Recipe { schedule, guidance, shift, dm_shift, .. } = self.recipe;
         let shifts = Shifts { engine: shift, regularizer: dm_shift };
-        let mut objective = schedule.objective(teacher, guidance, &dm, shifts);
+        let mut objective = schedule.objective_with_shifts(teacher, guidance, &dm, shifts);
         if observe {
             objective = objective.observed();
         }
@@ -202,7 +202,8 @@ impl<'a> Distillation<'a> {
             self.sampler(&student)?.simulate_on(trajectory, cond, &steps)?
         };
         let cond = rollout.cond_at(&steps);
-        let batch = Batch::new(&x, &cond)?.null(&rollout.null).student_time(&student_time)?;
+        let batch =
+            Batch::new(&x, &cond)?.with_null(&rollout.null).with_student_time(&student_time)?;
         let evaluation = objective.evaluate(&batch)?;
         let mut record = vec![("loss".to_owned(), f64::try_from(&evaluation.loss)?)];
         for (name, value) in &evaluation.terms {
@@ -247,7 +248,7 @@ impl<'a> Distillation<'a> {
     }
 
     fn sampler<'d>(&self, student: &'d Denoiser<'d>) -> Result<Sampler<'d>> {
-        let grid = FewStepGrid::even(self.recipe.steps, self.recipe.shift)?;
+        let grid = FewStepGrid::even(self.recipe.steps)?.shifted(self.recipe.shift);
         Ok(Sampler::new(student, grid, self.recipe.transition))
     }
 }

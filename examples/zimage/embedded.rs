@@ -62,7 +62,7 @@ pub fn sample(options: &Options, device: Device, caption: &str) -> Result<()> {
     let noise = Tensor::f_randn([options.count, channels, height, width], (Kind::Float, device))?;
     let denoiser = denoiser(&student.transformer);
     let Made { recipe, .. } = Made::load(&folder, options, Preset::Embedded, student.shift)?;
-    let grid = FewStepGrid::even(recipe.steps, student.shift)?;
+    let grid = FewStepGrid::even(recipe.steps)?.shifted(student.shift);
     let images = Sampler::new(&denoiser, grid, recipe.transition).sample(&noise, &cond)?;
     let path = options.out.join("sample.png");
     create_folder(&options.out)?;
@@ -102,7 +102,7 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     let start = Instant::now();
     let run = |steps, guidance, transition| Run { steps, guidance, transition };
     let teacher_guidance = options.teacher_guidance.unwrap_or(Guidance::new(TEACHER_GUIDANCE)?);
-    let guided = run(TEACHER_STEPS, teacher_guidance, Transition::Euler);
+    let guided = run(TEACHER_STEPS, teacher_guidance, Transition::Ddim);
     let reference = evaluator.generate(&teacher.transformer, guided)?;
     let mut evaluation_seconds = start.elapsed().as_secs_f64();
 
@@ -152,8 +152,8 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
         Ok((row, samples))
     };
     let base = Network::from(&teacher.transformer);
-    let teacher_few = run(recipe.steps, Guidance::NEUTRAL, Transition::Euler);
-    let _ = add("teacher", base, run(recipe.steps, teacher_guidance, Transition::Euler))?;
+    let teacher_few = run(recipe.steps, Guidance::NEUTRAL, Transition::Ddim);
+    let _ = add("teacher", base, run(recipe.steps, teacher_guidance, Transition::Ddim))?;
     let (unguided, unguided_samples) = add("teacher", base, teacher_few)?;
     let (student, student_samples) = add("student", distillation.student(), few)?;
     for steps in [4, 2, 1] {

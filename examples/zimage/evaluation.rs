@@ -82,7 +82,7 @@ impl<'a> Evaluator<'a> {
         let network = network.into();
         let device = network.model.device();
         let denoiser = denoiser(network);
-        let grid = FewStepGrid::even(run.steps, self.shift)?;
+        let grid = FewStepGrid::even(run.steps)?.shifted(self.shift);
         // Of the noise between steps, where there is some: that of a resumed run is the same.
         tch::manual_seed(NOISE_SEED + 1);
         let (mut samples, mut order) = (Vec::new(), Vec::new());

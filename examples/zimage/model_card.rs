@@ -42,7 +42,7 @@ The scheduler is that of the base model, shift {shift}: the grid that the studen
         more = steps + 1,
         shift = recipe.shift.get(),
         transition = match recipe.transition {
-            Transition::Euler => "",
+            Transition::Ddim => "",
             Transition::Renoise =>
                 "It was trained with fresh noise between steps, which this pipeline does not add: pictures\n\
                  will differ from those of the training.\n",

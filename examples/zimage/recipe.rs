@@ -168,7 +168,7 @@ fn embedded(shift: Shift) -> Result<Recipe> {
         schedule: Schedule::DecoupledHybrid,
         guidance: Guidance::new(6.0)?,
         steps: 8,
-        transition: Transition::Euler,
+        transition: Transition::Ddim,
         shift,
         // With that of the grid, samples become as faint as those of the unguided teacher.
         dm_shift: Shift::new(0.5)?,
@@ -203,7 +203,7 @@ fn released(shift: Shift, steps: usize) -> Result<Recipe> {
         schedule: Schedule::DecoupledHybrid, // the paper's choice
         guidance: Guidance::new(4.0)?,       // V; the model card says 4 to 6 in this form
         steps,
-        transition: Transition::Euler, // what the stock pipeline does at inference
+        transition: Transition::Ddim, // what the stock pipeline does at inference
         shift,
         dm_shift: shift,
         updates: if steps < 8 { 6000 } else { 3000 }, // G

@@ -199,7 +199,7 @@ pub fn distil(options: &Options, device: Device, threads: i32) -> Result<ExitCod
     let many_steps = Run {
         steps: TEACHER_STEPS,
         guidance: options.teacher_guidance.unwrap_or(Guidance::new(TEACHER_GUIDANCE)?),
-        transition: Transition::Euler,
+        transition: Transition::Ddim,
     };
     let columns =
         [studio.draw(base, many_steps)?, studio.draw(distillation.student(), few_steps(&recipe))?];

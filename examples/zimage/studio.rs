@@ -60,7 +60,7 @@ impl<'a> Studio<'a> {
         let _guard = tch::no_grad_guard();
         let Run { steps, guidance, transition } = run;
         let denoiser = denoiser(network);
-        let grid = FewStepGrid::even(steps, self.shift)?;
+        let grid = FewStepGrid::even(steps)?.shifted(self.shift);
         // One after the other: captions differ in length.
         let latents = (0..self.noise.size()[0])
             .map(|item| {

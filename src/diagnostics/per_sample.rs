@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// One number for each sample of the batch, on the device, with the samples at which it is undefined
 /// marked: a cosine with a vanishing vector, a sample that is not finite or wholly masked.

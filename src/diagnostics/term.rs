@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use super::{PerSample, any_kept};
-use crate::Result;
+use crate::error::Result;
 use crate::normalizer::Distance;
 use crate::numeric::{compute_kind, masked_mean};
 

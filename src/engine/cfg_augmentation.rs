@@ -1,8 +1,13 @@
 //! CFG Augmentation (CA): the part of the DMD gradient that comes from guidance.
 
+use std::cell::Cell;
+
 use tch::Tensor;
 
-use crate::{Engine, Guidance, Probe, Result};
+use crate::engine::Engine;
+use crate::error::Result;
+use crate::guidance::Guidance;
+use crate::probe::Probe;
 
 /// CFG Augmentation: bakes the teacher's guidance into the student.
 ///
@@ -16,6 +21,9 @@ use crate::{Engine, Guidance, Probe, Result};
 /// | parameter | meaning | range |
 /// |---|---|---|
 /// | `guidance` | alpha | at least 1; DMD2 uses 8 for SDXL and 1.75 for SD 1.5 |
+///
+/// A guidance that is rescaled or acts within an interval gives the direction
+/// `(x0_guided - x0_cond) / n`, of which the formula is the plain case.
 ///
 /// # Shapes
 /// x `[B, ..]` to a direction `[B, ..]` in float32 or wider.
@@ -33,31 +41,40 @@ use crate::{Engine, Guidance, Probe, Result};
 /// let engine = CfgAugmentation::new(Guidance::new(4.0)?);
 /// # Ok::<(), decoupled_dmd::Error>(())
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct CfgAugmentation {
-    guidance: Guidance,
+    guidance: Cell<Guidance>,
 }
 
 impl CfgAugmentation {
     /// With the guidance scale to bake in.
     #[must_use]
     pub fn new(guidance: Guidance) -> Self {
-        Self { guidance }
+        Self { guidance: Cell::new(guidance) }
     }
 
     /// The guidance scale.
     pub fn guidance(&self) -> Guidance {
-        self.guidance
+        self.guidance.get()
+    }
+
+    /// Changes the guidance scale from the training loop: lend the term to its group (`&ca`).
+    pub fn set_guidance(&self, guidance: Guidance) {
+        self.guidance.set(guidance);
     }
 }
 
 impl Engine for CfgAugmentation {
     fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        if self.guidance.is_neutral() {
+        let guidance = self.guidance();
+        if guidance.is_neutral() {
             return Ok(probe.noised().f_zeros_like()?);
         }
-        let (cond, null) = probe.pair()?;
-        probe.direction(cond, null, self.guidance.w())
+        let (cond, null) = probe.teacher_outputs()?;
+        if guidance.is_plain() {
+            return probe.normalize(cond.minus(null)?.times(guidance.w()));
+        }
+        probe.normalize(cond.guided(null, guidance)?.minus(cond)?)
     }
 }

@@ -2,11 +2,13 @@
 
 use tch::Tensor;
 
-use crate::denoiser::NetworkOutput;
-use crate::numeric::{check_like, check_per_sample, check_samples, check_vector, widen};
-use crate::path::{Coefficients, Path, factor, wide_time};
+use crate::checks::{check_like, check_per_sample, check_samples, check_vector};
+use crate::error::Result;
+use crate::network::IntoOutput;
+use crate::numeric::widen;
+use crate::path::{Coefficients, NoisePath, factor, wide_time};
+use crate::time::PostShift;
 use crate::value::{checked, is_positive};
-use crate::{PostShift, Result};
 
 /// EDM: a = 1, s = sigma, with
 ///
@@ -16,7 +18,7 @@ use crate::{PostShift, Result};
 /// Karras et al., arXiv 2206.00364, Eq. 5: even times are the sampling grid of EDM. sigma is
 /// sigma_max at t = 0 and sigma_min at t = 1, and defaults are 0.002, 80 and 7. Used by EDM's
 /// models of CIFAR-10 and ImageNet, and with them by DMD2. Both ends are above zero, so no prediction
-/// is singular; generation [starts](Path::start) from `sigma_max eps`.
+/// is singular; generation [starts](NoisePath::start) from `sigma_max eps`.
 ///
 /// EDM's networks are wrapped, so that the result predicts the clean sample:
 ///
@@ -31,6 +33,8 @@ use crate::{PostShift, Result};
 /// });
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "config::Edm"))]
 pub struct Edm {
     sigma_min: f64,
     sigma_max: f64,
@@ -122,10 +126,38 @@ impl Edm {
     }
 }
 
-impl Path for Edm {
+impl NoisePath for Edm {
     fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
         let noise = self.sigma(time.tensor())?;
         Ok(Coefficients { data: noise.f_ones_like()?, noise })
+    }
+}
+
+/// The path as a configuration spells it; numbers left out are those of the paper.
+#[cfg(feature = "serde")]
+mod config {
+    use crate::error::{Error, Result};
+
+    #[derive(serde::Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    pub(super) struct Edm {
+        sigma_min: f64,
+        sigma_max: f64,
+        rho: f64,
+    }
+
+    impl Default for Edm {
+        fn default() -> Self {
+            let super::Edm { sigma_min, sigma_max, rho } = super::Edm::default();
+            Self { sigma_min, sigma_max, rho }
+        }
+    }
+
+    impl TryFrom<Edm> for super::Edm {
+        type Error = Error;
+        fn try_from(Edm { sigma_min, sigma_max, rho }: Edm) -> Result<Self> {
+            Self::new(sigma_min, sigma_max, rho)
+        }
     }
 }
 
@@ -153,7 +185,7 @@ impl Preconditioning {
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) and the like unless `x` has one sample for each time, and the
     /// network's output is like it; what the network returns.
-    pub fn apply<O: NetworkOutput<Tensor>>(
+    pub fn apply<O: IntoOutput<Tensor>>(
         &self,
         x: &Tensor,
         network: impl FnOnce(&Tensor, &Tensor) -> O,

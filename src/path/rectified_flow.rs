@@ -1,8 +1,9 @@
 //! Rectified flow, the straight path.
 
+use crate::error::Result;
 use crate::numeric::widen;
-use crate::path::{Coefficients, Path};
-use crate::{PostShift, Result};
+use crate::path::{Coefficients, NoisePath};
+use crate::time::PostShift;
 
 /// Rectified flow: a = t, s = 1 - t.
 ///
@@ -11,9 +12,10 @@ use crate::{PostShift, Result};
 /// SD3, FLUX, Wan, Qwen-Image and Z-Image, which predict
 /// [`FlowVelocity`](crate::Prediction::FlowVelocity): it has no singular end here.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct RectifiedFlow;
 
-impl Path for RectifiedFlow {
+impl NoisePath for RectifiedFlow {
     fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
         // A single rounding in the type of the time: float64 would not improve on it.
         let data = widen(time.tensor())?;

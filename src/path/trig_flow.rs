@@ -4,9 +4,10 @@ use std::f64::consts::FRAC_PI_2;
 
 use tch::Tensor;
 
-use crate::numeric::check_vector;
-use crate::path::{Coefficients, Path, wide_time};
-use crate::{PostShift, Result};
+use crate::checks::check_vector;
+use crate::error::Result;
+use crate::path::{Coefficients, NoisePath, wide_time};
+use crate::time::PostShift;
 
 /// TrigFlow: a = cos(angle), s = sin(angle), with the angle `pi/2 (1 - t)` in [0, pi/2].
 ///
@@ -15,6 +16,7 @@ use crate::{PostShift, Result};
 /// `x0 = cos(angle) x_t - sin(angle) F`: that is [`Velocity`](crate::Prediction::Velocity), which is
 /// singular nowhere. Networks are fed the [`angle`](Self::angle).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct TrigFlow;
 
 impl TrigFlow {
@@ -30,7 +32,7 @@ impl TrigFlow {
     }
 }
 
-impl Path for TrigFlow {
+impl NoisePath for TrigFlow {
     fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
         // cos(pi/2 (1 - t)) as a sine: exactly zero at the noise end, and precise near it.
         let data = wide_time(time.tensor())?.f_mul_scalar(FRAC_PI_2)?.f_sin()?;

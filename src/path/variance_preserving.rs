@@ -2,10 +2,12 @@
 
 use tch::{Kind, Tensor};
 
-use crate::numeric::{check_samples, check_vector, widen};
-use crate::path::{Coefficients, Path, wide_time};
+use crate::checks::{check_samples, check_vector};
+use crate::error::{Error, Result};
+use crate::numeric::widen;
+use crate::path::{Coefficients, NoisePath, wide_time};
+use crate::time::PostShift;
 use crate::value::{MOST_STEPS, checked};
-use crate::{Error, PostShift, Result};
 
 /// Variance preserving: a = sqrt(abar), s = sqrt(1 - abar).
 ///
@@ -35,13 +37,15 @@ use crate::{Error, PostShift, Result};
 /// **Start.** Neither form reaches pure noise: a(0) is 0.0066 with the defaults of score_sde and
 /// 0.0683 for SDXL. Few-step students are nevertheless sampled from pure noise, so that is what they
 /// must be trained on (DMD2 replaces the noised sample by noise at n = 999). Hence
-/// [`start`](Path::start) returns unit noise, the marginal of data of unit variance, unscaled.
+/// [`start`](NoisePath::start) returns unit noise, the marginal of data of unit variance, unscaled.
 ///
 /// **Ends.** With a(0) above zero, [`Noise`](crate::Prediction::Noise) has no singular end, but it
 /// magnifies the network's error by s/a: 14.6 times at SDXL's n = 999.
 ///
 /// DDPM, arXiv 2006.11239, Eq. 4; Song et al., arXiv 2011.13456, Appendix C.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "config::Form", into = "config::Form"))]
 pub struct VariancePreserving(Form);
 
 #[derive(Debug, Clone, PartialEq)]
@@ -136,7 +140,43 @@ impl VariancePreserving {
     }
 }
 
-impl Path for VariancePreserving {
+/// The path as a configuration spells it.
+#[cfg(feature = "serde")]
+mod config {
+    use crate::error::{Error, Result};
+
+    #[derive(serde::Serialize, serde::Deserialize)]
+    #[serde(rename_all = "snake_case", deny_unknown_fields)]
+    pub(super) enum Form {
+        Linear { beta_min: f64, beta_max: f64 },
+        ScaledLinear { beta_start: f64, beta_end: f64, steps: usize },
+        AlphasCumprod(Vec<f64>),
+    }
+
+    impl TryFrom<Form> for super::VariancePreserving {
+        type Error = Error;
+        fn try_from(form: Form) -> Result<Self> {
+            match form {
+                Form::Linear { beta_min, beta_max } => Self::linear(beta_min, beta_max),
+                Form::ScaledLinear { beta_start, beta_end, steps } => {
+                    Self::scaled_linear(beta_start, beta_end, steps)
+                }
+                Form::AlphasCumprod(table) => Self::from_alphas_cumprod(table),
+            }
+        }
+    }
+
+    impl From<super::VariancePreserving> for Form {
+        fn from(path: super::VariancePreserving) -> Self {
+            match path.0 {
+                super::Form::Linear { beta_min, beta_max } => Self::Linear { beta_min, beta_max },
+                super::Form::Table(table) => Self::AlphasCumprod(table),
+            }
+        }
+    }
+}
+
+impl NoisePath for VariancePreserving {
     fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
         let timestep = self.timestep(time.tensor())?;
         match &self.0 {

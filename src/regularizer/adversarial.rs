@@ -7,16 +7,21 @@ mod gan_loss;
 pub use critic_evaluation::CriticEvaluation;
 pub use critic_heads::CriticHeads;
 pub use gan_loss::{CriticPenalty, GanLoss};
+use std::cell::OnceCell;
+
 use tch::{Kind, Tensor, no_grad_guard};
 
-use crate::numeric::{
-    batch_size, check_floating, check_like, check_per_sample, check_size, noise_like, only_in,
-    widen,
-};
-use crate::{
-    Batch, Condition, Error, NetworkOutput, Path, PostShift, Probe, Regularizer, Renoising, Result,
-    Shift, Uniform,
-};
+use crate::batch::{Batch, Condition};
+use crate::checks::{check_floating, check_like, check_per_sample, check_size};
+use crate::error::{Error, Result};
+use crate::gradient::gradient_only_in;
+use crate::network::IntoOutput;
+use crate::numeric::{batch_size, noise_like, once, widen};
+use crate::path::{NoisePath, check_same_path};
+use crate::probe::Probe;
+use crate::regularizer::Regularizer;
+use crate::renoising::{Renoising, Uniform};
+use crate::time::PostShift;
 
 type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 
@@ -37,8 +42,7 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 ///
 /// | parameter | meaning | default and its source |
 /// |---|---|---|
-/// | `path` | the noise path, that of the teacher | |
-/// | `shift` | the shift of the model, [`Shift::NONE`] where it has none | |
+/// | `path` | the teacher's noise path, shift included | |
 /// | `critic` | D | |
 /// | [`gan_loss`](Self::gan_loss) | form of the losses | non-saturating; DMD2 |
 /// | [`penalty`](Self::penalty) | R1 or its finite difference | none; DMD2 |
@@ -62,7 +66,7 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 /// of the critic.
 ///
 /// # Errors
-/// [`Error::Missing`] without [`Batch::real`], which the critic needs, and the generator in the
+/// [`Error::Missing`] without [`Batch::with_real`], which the critic needs, and the generator in the
 /// relativistic form; [`Error::Shape`] if there are not as many real samples as samples, or the
 /// logits do not start with B; [`Error::NoGradient`] if the generator's logits have no graph to x, as
 /// when the closure detaches or checkpoints by hand; [`Error::Missing`] if
@@ -71,19 +75,21 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 ///
 /// # Example
 /// ```
-/// use decoupled_dmd::{Adversarial, Batch, Condition, CriticPenalty, GanLoss, RectifiedFlow, Shift};
+/// use decoupled_dmd::{
+///     Adversarial, Batch, Condition, CriticPenalty, GanLoss, NoisePath, RectifiedFlow, Shift,
+/// };
 /// # use tch::{Device, Kind, Tensor};
 /// # let options = (Kind::Float, Device::Cpu);
 /// # let weight = Tensor::ones([1, 6], options).set_requires_grad(true);
 /// let critic = |x: &Tensor, _t: &Tensor, _cond: &Condition| x.f_linear(&weight, None::<&Tensor>);
-/// let gan = Adversarial::new(RectifiedFlow, Shift::new(3.0)?, critic)
+/// let gan = Adversarial::new(RectifiedFlow.shifted(Shift::new(3.0)?), critic)
 ///     .gan_loss(GanLoss::Hinge)
 ///     .penalty(CriticPenalty::ApproximateR1 { weight: 100.0, sigma: 0.01 })?;
 ///
 /// // Group::regularizer("gan", 5e-3, &gan) for the student; and, on every step, for the critic:
 /// # let (x, images) = (Tensor::randn([4, 6], options), Tensor::randn([4, 6], options));
 /// # let cond = Condition::none();
-/// let batch = Batch::new(&x, &cond)?.real(&images)?;
+/// let batch = Batch::new(&x, &cond)?.with_real(&images)?;
 /// gan.critic_loss(&batch)?.backward();
 /// # assert!(weight.grad().defined());
 /// # Ok::<(), decoupled_dmd::Error>(())
@@ -91,26 +97,28 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 ///
 /// [`critic_loss`]: Self::critic_loss
 pub struct Adversarial<'a> {
-    path: Box<dyn Path + 'a>,
+    path: Box<dyn NoisePath + 'a>,
     renoising: Renoising<'a>,
     critic: Box<Critic<'a>>,
     gan_loss: GanLoss,
     penalty: Option<CriticPenalty>,
+    /// Set once the critic was found to live on the teacher's path.
+    shares_path: OnceCell<()>,
 }
 
 impl<'a> Adversarial<'a> {
-    /// With a critic on `path`, trained at times that are shifted by `shift`.
-    pub fn new<O: NetworkOutput<Tensor>>(
-        path: impl Path + 'a,
-        shift: Shift,
+    /// With a critic on `path`, trained at times with the shift of the path.
+    pub fn new<O: IntoOutput<Tensor>>(
+        path: impl NoisePath + 'a,
         critic: impl Fn(&Tensor, &Tensor, &Condition) -> O + 'a,
     ) -> Self {
         Self {
             path: Box::new(path),
-            renoising: Renoising::new(Uniform::FULL).shifted(shift),
+            renoising: Renoising::new(Uniform::FULL),
             critic: Box::new(move |x, t, cond| critic(x, t, cond).into_result()),
             gan_loss: GanLoss::default(),
             penalty: None,
+            shares_path: OnceCell::new(),
         }
     }
 
@@ -130,7 +138,7 @@ impl<'a> Adversarial<'a> {
         Ok(self)
     }
 
-    /// Replaces the times at which the critic is trained, their shift included.
+    /// Replaces the times at which the critic is trained.
     #[must_use]
     pub fn renoising(mut self, renoising: Renoising<'a>) -> Self {
         self.renoising = renoising;
@@ -167,7 +175,7 @@ impl<'a> Adversarial<'a> {
     /// As those of the term.
     pub fn critic_evaluation(&self, batch: &Batch<'_>) -> Result<CriticEvaluation> {
         let x = batch.x();
-        let time = self.renoising.draw(x, batch.student_times())?;
+        let time = self.renoising.draw(&*self.path, x, batch.student_time())?;
         self.critic_evaluation_at(batch, &time, &noise_like(x)?, &noise_like(x)?)
     }
 
@@ -186,7 +194,7 @@ impl<'a> Adversarial<'a> {
         check_per_sample("time", time.tensor(), batch.x())?;
         check_like("noise", noise, batch.x())?;
         check_like("perturbation", perturbation, batch.x())?;
-        let real_cond = batch.real_condition();
+        let real_cond = batch.real_cond();
         let fake = self.renoise(batch.x(), time, noise)?;
         let real = self.renoise(&paired_real(batch)?, time, noise)?;
         let fake_logits = self.logits(&fake, time, batch.cond())?;
@@ -236,7 +244,7 @@ impl<'a> Adversarial<'a> {
 
 /// The real samples in the type of x, as many as of x.
 fn paired_real(batch: &Batch<'_>) -> Result<Tensor> {
-    let real = batch.real_samples()?;
+    let real = batch.real()?;
     check_size("real samples", real, &batch.x().size())?;
     Ok(real.f_to_kind(batch.x().f_kind()?)?)
 }
@@ -264,14 +272,15 @@ fn slope(logits: &Tensor, at: &Tensor) -> Result<Tensor> {
 impl Regularizer for Adversarial<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
         let (batch, tau) = (probe.batch(), probe.tau());
-        only_in("critic logits", batch.wide()?, |x| {
+        once(&self.shares_path, || check_same_path(&*self.path, probe.teacher().path()))?;
+        gradient_only_in("critic logits", probe.x(), |x| {
             let noised = self.path.renoise(x, tau, probe.noise())?;
             let fake = self.logits(&noised, tau, batch.cond())?;
             probe.observe("logit", || Ok(fake.f_mean(None::<Kind>)?))?;
             self.gan_loss.generator(&fake, || {
                 let _no_grad = no_grad_guard();
                 let real = self.renoise(&paired_real(batch)?, tau, probe.noise())?;
-                let real = self.logits(&real, tau, batch.real_condition())?;
+                let real = self.logits(&real, tau, batch.real_cond())?;
                 check_size("critic logits", &real, &fake.size())?;
                 Ok(real)
             })

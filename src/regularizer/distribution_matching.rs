@@ -4,11 +4,16 @@ use std::cell::OnceCell;
 
 use tch::{Tensor, no_grad_guard};
 
+use crate::batch::Batch;
+use crate::denoiser::Denoiser;
+use crate::error::Result;
 use crate::numeric::{masked, mean, noise_like, once, per_sample, sample_mean, widen_like};
 use crate::path::check_same_path;
-use crate::{
-    Batch, Denoiser, PostShift, Probe, Regularizer, Renoising, Result, Shift, Uniform, Weighting,
-};
+use crate::probe::Probe;
+use crate::regularizer::Regularizer;
+use crate::renoising::{Renoising, Uniform};
+use crate::time::PostShift;
+use crate::weighting::Weighting;
 
 /// Distribution Matching: moves the samples to where the teacher finds them likelier than they are.
 ///
@@ -23,7 +28,6 @@ use crate::{
 /// | parameter | meaning | default |
 /// |---|---|---|
 /// | `fake` | the fake score, a copy of the teacher at first, without guidance | |
-/// | `shift` | the shift of the model, [`Shift::NONE`] where it has none | |
 /// | [`renoising`](Self::renoising) | the times at which the fake score is trained | U(0, 1), then the shift; Algorithm 1 |
 /// | [`weighting`](Self::weighting) | how much each time counts in its training | uniform in its own prediction type; DMD2, Self-Forcing, CDM |
 ///
@@ -43,10 +47,11 @@ use crate::{
 ///
 /// # Example
 /// ```
-/// use decoupled_dmd::{Denoiser, DistributionMatching, Prediction, RectifiedFlow, Shift};
+/// use decoupled_dmd::{Denoiser, DistributionMatching, NoisePath, Prediction, RectifiedFlow, Shift};
 /// # let network = |x: &tch::Tensor, _: &tch::Tensor, _: &decoupled_dmd::Condition| x * 0.5;
-/// let fake = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
-/// let dm = DistributionMatching::new(fake, Shift::new(3.0)?);
+/// let path = RectifiedFlow.shifted(Shift::new(3.0)?);
+/// let fake = Denoiser::new(path, Prediction::FlowVelocity, network);
+/// let dm = DistributionMatching::new(fake);
 /// # Ok::<(), decoupled_dmd::Error>(())
 /// ```
 #[derive(Debug)]
@@ -59,16 +64,15 @@ pub struct DistributionMatching<'a> {
 }
 
 impl<'a> DistributionMatching<'a> {
-    /// With the fake score, which must live on the teacher's path (it is handed the same noised
-    /// samples), and the shift of the model, which applies to the times at which the fake score is
-    /// trained.
+    /// With the fake score. It must live on the teacher's path, shift included: it is handed the same
+    /// noised samples, and it is trained at times with that shift.
     #[must_use]
-    pub fn new(fake: Denoiser<'a>, shift: Shift) -> Self {
-        let renoising = Renoising::new(Uniform::FULL).shifted(shift);
+    pub fn new(fake: Denoiser<'a>) -> Self {
+        let renoising = Renoising::new(Uniform::FULL);
         Self { fake, renoising, weighting: Weighting::UNIFORM, shares_path: OnceCell::new() }
     }
 
-    /// Replaces the times at which the fake score is trained, their shift included.
+    /// Replaces the times at which the fake score is trained.
     #[must_use]
     pub fn renoising(mut self, renoising: Renoising<'a>) -> Self {
         self.renoising = renoising;
@@ -88,11 +92,13 @@ impl<'a> DistributionMatching<'a> {
     /// As those of the term.
     pub fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
         let _no_grad = no_grad_guard();
-        once(&self.shares_path, || check_same_path(self.fake.path(), probe.teacher_path()))?;
-        let real = probe.cond()?;
-        let fake = self.fake.answer(probe.noised(), probe.tau(), probe.batch().cond())?;
-        probe.observe_scores(real, &fake)?;
-        probe.direction(real, &fake, 1.0)
+        once(&self.shares_path, || check_same_path(self.fake.path(), probe.teacher().path()))?;
+        let real = probe.teacher_output()?;
+        let fake = self.fake.predict(probe.noised(), probe.tau(), probe.batch().cond())?;
+        probe.observe_scores(|| {
+            Ok((real.sample()?.shallow_clone(), fake.sample()?.shallow_clone()))
+        })?;
+        probe.normalize(real.minus(&fake)?)
     }
 
     /// The loss that trains the fake score on the samples of the batch, a scalar; x is detached.
@@ -106,7 +112,7 @@ impl<'a> DistributionMatching<'a> {
     /// [`Error::Missing`](crate::Error::Missing) if [`renoising`](Self::renoising) needs the student's
     /// times and there are none; as [`Denoiser::denoising_loss`].
     pub fn denoising_loss(&self, batch: &Batch<'_>) -> Result<Tensor> {
-        let time = self.renoising.draw(batch.x(), batch.student_times())?;
+        let time = self.renoising.draw(self.fake.path(), batch.x(), batch.student_time())?;
         self.denoising_loss_at(batch, &time, &noise_like(batch.x())?)
     }
 
@@ -115,7 +121,7 @@ impl<'a> DistributionMatching<'a> {
     ///
     /// # Errors
     /// As [`denoising_loss_at`](Self::denoising_loss_at).
-    pub fn denoising_losses_at(
+    pub fn denoising_loss_per_sample_at(
         &self,
         batch: &Batch<'_>,
         time: &PostShift,
@@ -140,14 +146,14 @@ impl<'a> DistributionMatching<'a> {
 
     /// The weighted squares `[B, ..]`, zero where the batch's mask leaves an element out.
     fn error_at(&self, batch: &Batch<'_>, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
-        let kept = batch.kept();
-        let mut error = self.fake.denoising_error(batch.x(), time, noise, batch.cond(), kept)?;
+        let mask = batch.mask();
+        let mut error = self.fake.denoising_error(batch.x(), time, noise, batch.cond(), mask)?;
         let at = self.fake.path().coefficients(time)?;
         if let Some(factor) = self.weighting.factor(self.fake.prediction(), &at)? {
             // Paths answer in float64; the error keeps its type.
             error = error.f_mul(&per_sample(&widen_like(&factor, &error)?, &error)?)?;
             // It may be infinite at the time of a sample that is left out.
-            error = masked(&error, kept)?;
+            error = masked(&error, mask)?;
         }
         Ok(error)
     }
@@ -155,7 +161,7 @@ impl<'a> DistributionMatching<'a> {
 
 impl Regularizer for DistributionMatching<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        probe.descend(&self.direction(probe)?)
+        probe.loss_of(&self.direction(probe)?)
     }
 
     fn own_loss(&self, batch: &Batch<'_>) -> Result<Option<Tensor>> {

@@ -5,11 +5,14 @@ mod kernel;
 pub use kernel::{Bandwidth, Kernel};
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
-use crate::numeric::{
-    batch_size, check_device, check_samples, check_size, only_in, widen, widen_like, with_gradient,
-};
+use crate::checks::{check_device, check_samples, check_size};
+use crate::error::{Error, Result};
+use crate::gradient::{gradient_only_in, with_gradient};
+use crate::network::IntoOutput;
+use crate::numeric::{batch_size, widen, widen_like};
+use crate::probe::Probe;
+use crate::regularizer::Regularizer;
 use crate::value::checked;
-use crate::{Error, NetworkOutput, Probe, Regularizer, Result};
 
 /// Pairs in a block, unless one row has more: on a CPU what its cache holds, so that memory is read and
 /// written once for all passes; elsewhere enough to fill the device.
@@ -69,7 +72,7 @@ pub enum Estimator {
 /// gradient of the value, computed when the loss is.
 ///
 /// # Errors
-/// [`Error::Missing`] without [`Batch::real`](crate::Batch::real); [`Error::OutOfRange`] for a
+/// [`Error::Missing`] without [`Batch::with_real`](crate::Batch::with_real); [`Error::OutOfRange`] for a
 /// single sample with the unbiased estimator; [`Error::NoGradient`] if `f` detaches;
 /// [`Error::Shape`], [`Error::Kind`] or [`Error::Device`] if the features of x and of the real samples
 /// do not fit each other; what `f` returns.
@@ -112,10 +115,7 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
     /// Compares features of the samples, `[B, ..]` to `[B, ..]`; the closure must be differentiable
     /// and treat each sample alone.
     #[must_use]
-    pub fn features<O: NetworkOutput<Tensor>>(
-        mut self,
-        features: impl Fn(&Tensor) -> O + 'a,
-    ) -> Self {
+    pub fn features<O: IntoOutput<Tensor>>(mut self, features: impl Fn(&Tensor) -> O + 'a) -> Self {
         self.features = Some(Box::new(move |x| features(x).into_result()));
         self
     }
@@ -141,7 +141,7 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
             let _no_grad = no_grad_guard();
             self.vectors(&widen_like(real, x)?)?
         };
-        only_in("features", x, |x| {
+        gradient_only_in("features", x, |x| {
             let vectors = self.vectors(&widen(x)?)?;
             let width: Vec<i64> = target
                 .size()
@@ -288,7 +288,7 @@ fn rows_in_block(device: Device, count: i64, numbers: usize) -> i64 {
 
 impl Regularizer for MaximumMeanDiscrepancy<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        self.between(probe.batch().wide()?, probe.batch().real_samples()?)
+        self.between(probe.x(), probe.batch().real()?)
     }
 }
 

@@ -4,9 +4,12 @@ use std::cell::{Cell, RefCell};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::numeric::{check_like, check_samples, check_size, numbers, widen};
+use crate::checks::{check_like, check_samples, check_size};
+use crate::error::{Error, Result};
+use crate::numeric::{numbers, widen};
+use crate::probe::Probe;
+use crate::regularizer::Regularizer;
 use crate::value::{checked, is_positive};
-use crate::{Error, Probe, Regularizer, Result};
 
 /// Over what the mean and the variance of a sample are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -247,7 +250,7 @@ fn moments(what: &'static str, x: &Tensor, statistics: Statistics) -> Result<(Te
 
 impl Regularizer for MeanVariance {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        let (mean, variance) = moments("x", probe.batch().wide()?, self.statistics)?;
+        let (mean, variance) = moments("x", probe.x(), self.statistics)?;
         let (target_mean, target_variance) = self.target();
         let channels = target_mean.size();
         if mean.size().get(1..) != Some(&channels) {

@@ -2,16 +2,20 @@
 
 use tch::{Kind, Tensor};
 
+use crate::error::Result;
 use crate::numeric::compute_kind;
-use crate::renoising::{TimeSampler, Z_MAX, normal_quantile};
+use crate::path::Edm;
+use crate::renoising::{TimeDistribution, Z_MAX, normal_quantile};
+use crate::time::PreShift;
 use crate::value::checked;
-use crate::{Edm, PreShift, Result};
 
 /// The times at which EDM trains: ln sigma ~ N(mean, std^2), brought into the range of the path.
 ///
 /// Karras et al., arXiv 2206.00364, Table 1, with mean -1.2 and std 1.2, the default here. The times
 /// are those of an [`Edm`] path and want no shift.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "config::LogNormal"))]
 pub struct LogNormal {
     path: Edm,
     mean: f64,
@@ -38,10 +42,39 @@ impl LogNormal {
     }
 }
 
-impl TimeSampler for LogNormal {
+/// The distribution as a configuration spells it; what is left out is EDM's.
+#[cfg(feature = "serde")]
+mod config {
+    use crate::error::{Error, Result};
+    use crate::path::Edm;
+
+    #[derive(serde::Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    pub(super) struct LogNormal {
+        path: Edm,
+        mean: f64,
+        std: f64,
+    }
+
+    impl Default for LogNormal {
+        fn default() -> Self {
+            let super::LogNormal { path, mean, std } = super::LogNormal::default();
+            Self { path, mean, std }
+        }
+    }
+
+    impl TryFrom<LogNormal> for super::LogNormal {
+        type Error = Error;
+        fn try_from(LogNormal { path, mean, std }: LogNormal) -> Result<Self> {
+            Self::new(path, mean, std)
+        }
+    }
+}
+
+impl TimeDistribution for LogNormal {
     fn times(&self, u: &Tensor, _student: Option<&PreShift>) -> Result<PreShift> {
         let Self { path, mean, std } = self;
-        // A larger draw is a cleaner time, as in the other samplers.
+        // A larger draw is a cleaner time, as in the other distributions.
         let z = normal_quantile(&u.f_to_kind(Kind::Double)?)?.f_neg()?;
         let sigma = z.f_mul_scalar(*std)?.f_add_scalar(*mean)?.f_exp()?;
         let times = path.times_near(&sigma)?;

@@ -2,10 +2,11 @@
 
 use tch::{Kind, Tensor};
 
+use crate::error::Result;
 use crate::numeric::compute_kind;
-use crate::renoising::{TimeSampler, Z_MAX, normal_quantile};
+use crate::renoising::{TimeDistribution, Z_MAX, normal_quantile};
+use crate::time::PreShift;
 use crate::value::checked;
-use crate::{PreShift, Result};
 
 /// Logit-normal times stay this far from both ends, whatever the parameters: float32 still tells
 /// them from 0 and 1.
@@ -37,7 +38,7 @@ impl LogitNormal {
     }
 }
 
-impl TimeSampler for LogitNormal {
+impl TimeDistribution for LogitNormal {
     fn times(&self, u: &Tensor, _student: Option<&PreShift>) -> Result<PreShift> {
         let z = normal_quantile(&u.f_to_kind(Kind::Double)?)?;
         let logit = z.f_mul_scalar(self.std)?.f_add_scalar(self.mean)?;
@@ -61,8 +62,9 @@ mod tests {
 
     #[test]
     fn logit_normal_has_the_stated_median_and_quartile() -> Result<()> {
-        let sampler = LogitNormal::new(1.0, 2.0)?;
-        let times = sampler.times(&Tensor::from_slice(&[0.5, 0.841_344_746_068_542_9]), None)?;
+        let distribution = LogitNormal::new(1.0, 2.0)?;
+        let times =
+            distribution.times(&Tensor::from_slice(&[0.5, 0.841_344_746_068_542_9]), None)?;
         let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
         for (value, logit) in values(times.tensor()).into_iter().zip([1.0, 3.0]) {
             approx::assert_abs_diff_eq!(value, sigmoid(logit), epsilon = 1e-9);

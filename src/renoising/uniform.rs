@@ -2,10 +2,11 @@
 
 use tch::Tensor;
 
+use crate::error::{Error, Result};
 use crate::numeric::widen;
-use crate::renoising::TimeSampler;
+use crate::renoising::TimeDistribution;
+use crate::time::PreShift;
 use crate::value::checked;
-use crate::{Error, PreShift, Result};
 
 /// Evenly between two pre-shift times: tau_DM over the full range by default (Algorithm 1).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -31,7 +32,7 @@ impl Uniform {
     }
 }
 
-impl TimeSampler for Uniform {
+impl TimeDistribution for Uniform {
     fn times(&self, u: &Tensor, _student: Option<&PreShift>) -> Result<PreShift> {
         let times = widen(u)?.f_mul_scalar(self.high - self.low)?.f_add_scalar(self.low)?;
         Ok(PreShift::within(times, (self.low, self.high)))
@@ -65,9 +66,9 @@ impl AboveStudent {
     }
 }
 
-impl TimeSampler for AboveStudent {
+impl TimeDistribution for AboveStudent {
     fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift> {
-        let missing = Error::Missing { what: "student time", setter: "student_time" };
+        let missing = Error::Missing { what: "student time", setter: "with_student_time" };
         let student = student.ok_or(missing)?;
         let low = widen(student.tensor())?.f_add_scalar(self.gap)?.f_clamp_max(self.high)?;
         let width = low.f_neg()?.f_add_scalar(self.high)?;
@@ -95,17 +96,17 @@ mod tests {
     #[test]
     fn above_the_student_is_cleaner_than_the_student() -> Result<()> {
         let student = PreShift::new(Tensor::from_slice(&[0.0, 0.5, 0.875, 0.99]))?;
-        let sampler = AboveStudent::new(0.05, 0.98)?;
+        let distribution = AboveStudent::new(0.05, 0.98)?;
         let lowest =
-            sampler.times(&Tensor::zeros([4], (Kind::Double, Device::Cpu)), Some(&student))?;
+            distribution.times(&Tensor::zeros([4], (Kind::Double, Device::Cpu)), Some(&student))?;
         assert_eq!(values(lowest.tensor()), [0.05, 0.55, 0.925, 0.98]);
         let highest =
-            sampler.times(&Tensor::ones([4], (Kind::Double, Device::Cpu)), Some(&student))?;
+            distribution.times(&Tensor::ones([4], (Kind::Double, Device::Cpu)), Some(&student))?;
         for value in values(highest.tensor()) {
             approx::assert_abs_diff_eq!(value, 0.98, epsilon = 1e-12);
         }
         assert!(matches!(
-            sampler.times(student.tensor(), None),
+            distribution.times(student.tensor(), None),
             Err(Error::Missing { what: "student time", .. })
         ));
         Ok(())

@@ -1,9 +1,12 @@
-//! A batch of one's own copy, with a noise level and a noise, that can be turned and spoilt.
+//! A private copy of a batch with fixed times and noise, which the checks reverse or corrupt.
 
 use tch::{Kind, Tensor, no_grad_guard};
 
 use super::{Check, Result, require};
-use crate::{Batch, Condition, Denoiser, PostShift, PreShift, Probe};
+use crate::batch::{Batch, Condition};
+use crate::denoiser::Denoiser;
+use crate::probe::Probe;
+use crate::time::{PostShift, PreShift};
 
 pub(super) struct Trial {
     x: Tensor,
@@ -12,6 +15,7 @@ pub(super) struct Trial {
     real: Option<Tensor>,
     real_cond: Condition,
     student_time: Option<PreShift>,
+    student_input: Option<(Tensor, PostShift)>,
     mask: Option<Tensor>,
     tau: Tensor,
     noise: Tensor,
@@ -29,13 +33,15 @@ impl Trial {
         // Without a period, and of unit variance.
         let noise =
             phase.f_sin()?.f_mul_scalar(std::f64::consts::SQRT_2)?.f_view(x.size().as_slice())?;
+        let input = batch.student_input().ok();
         Ok(Self {
             cond: shared(batch.cond()),
-            null: batch.null_condition().ok().map(shared),
-            real: batch.real_samples().ok().map(Tensor::shallow_clone),
-            real_cond: shared(batch.real_condition()),
-            student_time: batch.student_times().map(PreShift::shallow_clone),
-            mask: batch.kept().map(Tensor::shallow_clone),
+            null: batch.null().ok().map(shared),
+            real: batch.real().ok().map(Tensor::shallow_clone),
+            real_cond: shared(batch.real_cond()),
+            student_time: batch.student_time().map(PreShift::shallow_clone),
+            student_input: input.map(|(input, time)| (input.shallow_clone(), time.shallow_clone())),
+            mask: batch.mask().map(Tensor::shallow_clone),
             tau: Tensor::f_linspace(0.1, 0.9, count, (tau_kind, x.device()))?,
             noise: noise.f_to_kind(kind)?,
             x: leaf(&x)?,
@@ -62,77 +68,82 @@ impl Trial {
     pub(super) fn with_batch<T>(&self, look: impl FnOnce(&Batch<'_>) -> Result<T>) -> Result<T> {
         let mut batch = Batch::new(&self.x, &self.cond)?;
         if let Some(null) = &self.null {
-            batch = batch.null(null);
+            batch = batch.with_null(null);
         }
         if let Some(real) = &self.real {
-            batch = batch.real(real)?.real_cond(&self.real_cond);
+            batch = batch.with_real(real)?.with_real_cond(&self.real_cond);
         }
         if let Some(time) = &self.student_time {
-            batch = batch.student_time(time)?;
+            batch = batch.with_student_time(time)?;
+        }
+        if let Some((input, time)) = &self.student_input {
+            batch = batch.with_student_input(input, time)?;
         }
         if let Some(mask) = &self.mask {
-            batch = batch.mask(mask)?;
+            batch = batch.with_mask(mask)?;
         }
         look(&batch)
     }
 
     /// The samples, and all that belongs to them one by one, from last to first.
     pub(super) fn reversed(&self) -> Result<Self> {
-        let flip = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.f_flip([0])?) };
-        let of_samples = |tensor: &Tensor| {
-            let belongs = tensor.size().first() == self.x.size().first();
-            if belongs { flip(tensor) } else { Ok(tensor.shallow_clone()) }
-        };
-        let condition = |condition: &Condition| -> Result<Condition> {
-            Ok(condition.iter().map(of_samples).collect::<Result<Vec<_>>>()?.into())
-        };
-        let time = self.student_time.as_ref().map(|time| flip(time.tensor())).transpose()?;
-        Ok(Self {
-            cond: condition(&self.cond)?,
-            null: self.null.as_ref().map(condition).transpose()?,
-            // A term may pair samples with real ones, as the relativistic loss does.
-            real: self.real.as_ref().map(of_samples).transpose()?,
-            real_cond: condition(&self.real_cond)?,
-            student_time: time.map(PreShift::new).transpose()?,
-            mask: self.mask.as_ref().map(flip).transpose()?,
-            tau: flip(&self.tau)?,
-            noise: flip(&self.noise)?,
-            x: leaf(&flip(&self.x)?)?,
+        let belongs = |tensor: &Tensor| tensor.size().first() == self.x.size().first();
+        self.map(|tensor| {
+            Ok(if belongs(tensor) { tensor.f_flip([0])? } else { tensor.shallow_clone() })
         })
     }
 
-    /// The first sample all NaN.
+    /// The first sample all NaN, and the student's input of which it was made.
     pub(super) fn with_bad_first(&self) -> Result<Self> {
-        self.altered(|x| {
-            let _ = x.f_narrow(0, 0, 1)?.f_fill_(f64::NAN)?;
+        let spoil = |tensor: &Tensor| -> Result<()> {
+            let _no_grad = no_grad_guard();
+            let _ = tensor.f_narrow(0, 0, 1)?.f_fill_(f64::NAN)?;
             Ok(())
-        })
+        };
+        let mut spoilt = self.same()?;
+        spoil(&spoilt.x)?;
+        if let Some((input, _)) = &mut spoilt.student_input {
+            *input = input.f_detach_copy()?;
+            spoil(input)?;
+        }
+        Ok(spoilt)
     }
 
     /// One element, counted over the whole batch, moved by `offset`.
     pub(super) fn moved(&self, element: i64, offset: f64) -> Result<Self> {
-        self.altered(|x| {
-            let _ = x.f_view([-1])?.f_narrow(0, element, 1)?.f_add_scalar_(offset)?;
-            Ok(())
-        })
+        let moved = self.same()?;
+        let _no_grad = no_grad_guard();
+        let _ = moved.x.f_view([-1])?.f_narrow(0, element, 1)?.f_add_scalar_(offset)?;
+        Ok(moved)
     }
 
-    fn altered(&self, alter: impl FnOnce(&Tensor) -> Result<()>) -> Result<Self> {
-        let x = leaf(&self.x)?;
-        {
-            let _no_grad = no_grad_guard();
-            alter(&x)?;
-        }
+    /// The same trial with samples of its own.
+    fn same(&self) -> Result<Self> {
+        self.map(|tensor| Ok(tensor.shallow_clone()))
+    }
+
+    /// Every tensor changed by `change`; the samples are copied.
+    fn map(&self, change: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let condition = |condition: &Condition| -> Result<Condition> {
+            Ok(condition.iter().map(&change).collect::<Result<Vec<_>>>()?.into())
+        };
+        let student_time = self.student_time.as_ref().map(|time| change(time.tensor()));
+        let student_input = match &self.student_input {
+            Some((input, time)) => Some((change(input)?, PostShift::new(change(time.tensor())?)?)),
+            None => None,
+        };
         Ok(Self {
-            x,
-            cond: shared(&self.cond),
-            null: self.null.as_ref().map(shared),
-            real: self.real.as_ref().map(Tensor::shallow_clone),
-            real_cond: shared(&self.real_cond),
-            student_time: self.student_time.as_ref().map(PreShift::shallow_clone),
-            mask: self.mask.as_ref().map(Tensor::shallow_clone),
-            tau: self.tau.shallow_clone(),
-            noise: self.noise.shallow_clone(),
+            cond: condition(&self.cond)?,
+            null: self.null.as_ref().map(condition).transpose()?,
+            // A term may pair samples with real ones, as the relativistic loss does.
+            real: self.real.as_ref().map(&change).transpose()?,
+            real_cond: condition(&self.real_cond)?,
+            student_time: student_time.transpose()?.map(PreShift::new).transpose()?,
+            student_input,
+            mask: self.mask.as_ref().map(&change).transpose()?,
+            tau: change(&self.tau)?,
+            noise: change(&self.noise)?,
+            x: leaf(&change(&self.x)?)?,
         })
     }
 }

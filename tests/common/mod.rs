@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use decoupled_dmd::{
-    Batch, Condition, Denoiser, Edm, Path, PostShift, Prediction, Probe, RectifiedFlow,
+    Batch, Condition, Denoiser, Edm, NoisePath, PostShift, Prediction, Probe, RectifiedFlow,
     Regularizer, Result, TrigFlow, VariancePreserving,
 };
 use tch::{Device, Kind, Tensor};
@@ -49,7 +49,7 @@ pub fn sdxl() -> VariancePreserving {
 }
 
 /// Every path.
-pub fn paths() -> [Box<dyn Path>; 5] {
+pub fn paths() -> [Box<dyn NoisePath>; 5] {
     [
         Box::new(RectifiedFlow),
         Box::new(VariancePreserving::linear(0.1, 20.0).unwrap()),

@@ -31,7 +31,7 @@ pub fn setting(kind: Kind) -> Setting {
 
 impl Setting {
     pub fn batch(&self) -> Batch<'_> {
-        Batch::new(&self.x, &self.cond).unwrap().null(&self.null)
+        Batch::new(&self.x, &self.cond).unwrap().with_null(&self.null)
     }
     pub fn draw(&self) -> Draw {
         Draw { u: self.u.shallow_clone(), noise: self.noise.shallow_clone() }

@@ -4,7 +4,8 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
 use decoupled_dmd::{
-    Condition, Denoiser, Edm, Path, Prediction, RectifiedFlow, Result, TrigFlow, VariancePreserving,
+    Condition, Denoiser, Edm, NoisePath, Prediction, RectifiedFlow, Result, TrigFlow,
+    VariancePreserving,
 };
 use tch::{Kind, Tensor};
 
@@ -85,7 +86,7 @@ pub fn relative(name: &str, found: &Tensor, expected: &Tensor) -> f64 {
 
 pub const PATHS: [&str; 5] = ["rectified_flow", "vp_linear", "vp_sdxl", "edm", "trig_flow"];
 
-pub fn path(name: &str) -> Result<Box<dyn Path>> {
+pub fn path(name: &str) -> Result<Box<dyn NoisePath>> {
     Ok(match name {
         "rectified_flow" => Box::new(RectifiedFlow),
         "vp_linear" => Box::new(VariancePreserving::linear(0.1, 20.0)?),

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use decoupled_dmd::{
     Adversarial, Bandwidth, Batch, Condition, CriticPenalty, Error, Estimator, GanLoss, Kernel,
-    MaximumMeanDiscrepancy, MeanVariance, PostShift, RectifiedFlow, Result, Shift, Statistics,
+    MaximumMeanDiscrepancy, MeanVariance, PostShift, RectifiedFlow, Result, Statistics,
 };
 use tch::{Kind, Tensor};
 
@@ -129,9 +129,9 @@ fn pitfall_11_each_step_leaves_the_other_player_alone() -> Result<()> {
         // A trunk that is not even frozen by the user, and a head.
         let (trunk, head) = (leaf(&[4, 5], 2.0), leaf(&[5, 2], 3.0));
         let critic = |x: &Tensor, _: &Tensor, _: &Condition| x.matmul(&trunk).tanh().matmul(&head);
-        let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic).gan_loss(gan_loss);
+        let gan = Adversarial::new(RectifiedFlow, critic).gan_loss(gan_loss);
         let gan = gan.penalty(CriticPenalty::R1 { gamma: 0.1 })?;
-        let batch = Batch::new(&x, &cond)?.real(&real)?;
+        let batch = Batch::new(&x, &cond)?.with_real(&real)?;
 
         loss_of(&gan, &batch)?.backward();
         assert!(value(&x.grad().abs().max()) > 1e-3, "{gan_loss:?}");
@@ -168,14 +168,14 @@ fn pitfall_11_approximate_r1_moves_the_noised_sample_and_tends_to_r1() -> Result
     let perturbation =
         Tensor::from_slice(&[root, 0.0, -root, 0.0, 0.0, root, 0.0, -root]).view([4, 2]);
     let cond = Condition::none();
-    let batch = Batch::new(&x, &cond)?.real(&real)?;
+    let batch = Batch::new(&x, &cond)?.with_real(&real)?;
     let seen = RefCell::new(Vec::new());
     let critic = |x: &Tensor, _: &Tensor, _: &Condition| {
         seen.borrow_mut().push(x.detach());
         (x * Tensor::from_slice(&[1.0, -2.0])).sin().sum_dim_intlist(&[1i64][..], true, None)
     };
     let loss = |penalty: CriticPenalty| -> Result<f64> {
-        let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic).penalty(penalty)?;
+        let gan = Adversarial::new(RectifiedFlow, critic).penalty(penalty)?;
         Ok(value(&gan.critic_loss_at(&batch, &half(4), &noise, &perturbation)?))
     };
     let none = loss(CriticPenalty::R1 { gamma: 0.0 })?;

@@ -2,7 +2,7 @@ use std::cell::RefCell;
 
 use decoupled_dmd::{
     Adversarial, Batch, Condition, CriticHeads, CriticPenalty, Error, GanLoss, PostShift, Probe,
-    RectifiedFlow, Regularizer, Result, Shift,
+    RectifiedFlow, Regularizer, Renoising, Result, Shift, Uniform,
 };
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor, nn};
@@ -26,7 +26,7 @@ fn without_a_graph_there_is_a_value() -> Result<()> {
     let (x, cond) = (leaf(&SHAPE, 0.3), Condition::none());
     let weight = leaf(&[4, 1], 2.0);
     let critic = |x: &Tensor, _: &Tensor, _: &Condition| x.matmul(&weight);
-    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+    let gan = Adversarial::new(RectifiedFlow, critic);
     let loss = loss_of(&gan, &Batch::new(&x, &cond)?)?;
     let detached = x.detach();
     let batch = Batch::new(&detached, &cond)?;
@@ -36,13 +36,13 @@ fn without_a_graph_there_is_a_value() -> Result<()> {
     }
     // A critic that looks away, without parameters and with them.
     let blind = |x: &Tensor, _: &Tensor, _: &Condition| x.zeros_like();
-    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, blind);
+    let gan = Adversarial::new(RectifiedFlow, blind);
     let cut = |result| matches!(result, Err(Error::NoGradient { what: "critic logits" }));
     assert!(cut(loss_of(&gan, &Batch::new(&x, &cond)?)));
     let constant = |x: &Tensor, _: &Tensor, _: &Condition| {
         weight.narrow(0, 0, 3).expand([3, 1], false) + x.zeros_like().narrow(1, 0, 1)
     };
-    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, constant);
+    let gan = Adversarial::new(RectifiedFlow, constant);
     assert!(cut(loss_of(&gan, &Batch::new(&x, &cond)?)));
     let loss = loss_of(&gan, &batch)?;
     assert!(!loss.requires_grad());
@@ -50,7 +50,7 @@ fn without_a_graph_there_is_a_value() -> Result<()> {
     approx::assert_abs_diff_eq!(value(&loss), value(&expected), epsilon = 1e-14);
     // It has no slope to penalise.
     let real = wave(&SHAPE, 1.3, Kind::Double);
-    let batch = Batch::new(&x, &cond)?.real(&real)?;
+    let batch = Batch::new(&x, &cond)?.with_real(&real)?;
     let plain = gan.critic_loss_at(&batch, &half(3), &real, &real)?;
     let gan = gan.penalty(CriticPenalty::R1 { gamma: 3.0 })?;
     let penalised = gan.critic_loss_at(&batch, &half(3), &real, &real)?;
@@ -62,7 +62,7 @@ fn without_a_graph_there_is_a_value() -> Result<()> {
 fn r1_has_the_closed_form_of_linear_and_quadratic_critics() -> Result<()> {
     let (x, real) = (leaf(&SHAPE, 0.3), wave(&SHAPE, 1.3, Kind::Double));
     let (cond, noise) = (Condition::none(), wave(&SHAPE, 5.0, Kind::Double));
-    let batch = Batch::new(&x, &cond)?.real(&real)?;
+    let batch = Batch::new(&x, &cond)?.with_real(&real)?;
     let weight = leaf(&[4, 2], 2.0);
     let curvature = Tensor::from(0.7).set_requires_grad(true);
     let noised: Tensor = 0.5 * &real + 0.5 * &noise;
@@ -82,7 +82,7 @@ fn r1_has_the_closed_form_of_linear_and_quadratic_critics() -> Result<()> {
         [(&linear, &weight, &linear_penalty), (&quadratic, &curvature, &quadratic_penalty)];
     for (critic, parameter, expected) in cases {
         let loss = |gamma: f64| -> Result<Tensor> {
-            Adversarial::new(RectifiedFlow, Shift::NONE, critic)
+            Adversarial::new(RectifiedFlow, critic)
                 .penalty(CriticPenalty::R1 { gamma })?
                 .critic_loss_at(&batch, &half(3), &noise, &noise)
         };
@@ -104,10 +104,11 @@ fn real_and_generated_samples_share_tau_and_noise_and_have_their_conditions() ->
         seen.borrow_mut().push((x.detach(), t.copy(), value(&c[0])));
         x.sum_dim_intlist(&[1i64][..], true, None)
     };
-    let gan = Adversarial::new(RectifiedFlow, Shift::new(3.0)?, critic);
-    let plain = Batch::new(&x, &cond)?.real(&real)?;
+    let gan = Adversarial::new(RectifiedFlow, critic)
+        .renoising(Renoising::new(Uniform::FULL).shifted(Shift::new(3.0)?));
+    let plain = Batch::new(&x, &cond)?.with_real(&real)?;
     let _loss = gan.own_loss(&plain)?.expect("a critic has a loss");
-    let own = Batch::new(&x, &cond)?.real(&real)?.real_cond(&real_cond);
+    let own = Batch::new(&x, &cond)?.with_real(&real)?.with_real_cond(&real_cond);
     let _loss = gan.critic_loss(&own)?;
     let _loss = loss_of(&gan, &own)?;
     let relativistic = gan.gan_loss(GanLoss::Relativistic);
@@ -129,10 +130,10 @@ fn real_and_generated_samples_share_tau_and_noise_and_have_their_conditions() ->
 fn logits_far_from_zero_lose_nothing() -> Result<()> {
     let (x, cond) = (leaf(&[1, 1], 0.3), Condition::none());
     let real = wave(&[1, 1], 0.3, Kind::Double);
-    let batch = Batch::new(&x, &cond)?.real(&real)?;
+    let batch = Batch::new(&x, &cond)?.with_real(&real)?;
     for logit in [-200.0, -30.0, 25.0, 200.0f64] {
         let critic = |x: &Tensor, _: &Tensor, _: &Condition| x * 0.0 + logit;
-        let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+        let gan = Adversarial::new(RectifiedFlow, critic);
         let softplus = |x: f64| if x > 0.0 { x + (-x).exp().ln_1p() } else { x.exp().ln_1p() };
         let loss = loss_of(&gan, &batch)?;
         approx::assert_relative_eq!(value(&loss), softplus(-logit), max_relative = 1e-14);
@@ -161,10 +162,10 @@ proptest! {
             let (real, noise) = (wave(&SHAPE, 1.3, Kind::Double), wave(&SHAPE, 5.0, Kind::Double));
             let (real, noise) = (pick(real), pick(noise));
             let cond = Condition::from(pick(wave(&[3, 2], 4.0, Kind::Double)));
-            let batch = Batch::new(&x, &cond)?.real(&real)?;
+            let batch = Batch::new(&x, &cond)?.with_real(&real)?;
             let time = || PostShift::new(pick(Tensor::from_slice(&tau)));
             let teacher = gaussian_teacher(1.0);
-            let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic)
+            let gan = Adversarial::new(RectifiedFlow, critic)
                 .gan_loss(gan_loss)
                 .penalty(CriticPenalty::ApproximateR1 { weight: 1.0, sigma: 0.1 })?;
             let own = gan.critic_loss_at(&batch, &time()?, &noise, &noise)?;
@@ -190,15 +191,17 @@ fn axes_of_samples_and_logits_do_not_matter() -> Result<()> {
     };
     let image = |t: &Tensor| t.view([3, 2, 3, 2]);
     let (x_image, real_image) = (image(&flat), image(&real));
-    let batches =
-        [Batch::new(&flat, &cond)?.real(&real)?, Batch::new(&x_image, &cond)?.real(&real_image)?];
+    let batches = [
+        Batch::new(&flat, &cond)?.with_real(&real)?,
+        Batch::new(&x_image, &cond)?.with_real(&real_image)?,
+    ];
     for gan_loss in LOSSES {
         for penalty in [
             CriticPenalty::R1 { gamma: 0.5 },
             CriticPenalty::ApproximateR1 { weight: 3.0, sigma: 0.1 },
         ] {
-            let one = Adversarial::new(RectifiedFlow, Shift::NONE, plain);
-            let other = Adversarial::new(RectifiedFlow, Shift::NONE, shaped);
+            let one = Adversarial::new(RectifiedFlow, plain);
+            let other = Adversarial::new(RectifiedFlow, shaped);
             let (one, other) = (one.gan_loss(gan_loss), other.gan_loss(gan_loss));
             let (one, other) = (one.penalty(penalty)?, other.penalty(penalty)?);
             let losses = [
@@ -221,10 +224,10 @@ fn axes_of_samples_and_logits_do_not_matter() -> Result<()> {
 fn bad_input_is_named() -> Result<()> {
     let (x, cond) = (leaf(&SHAPE, 0.3), Condition::none());
     let plain = |x: &Tensor, _: &Tensor, _: &Condition| x.shallow_clone();
-    let gan = || Adversarial::new(RectifiedFlow, Shift::NONE, plain);
+    let gan = || Adversarial::new(RectifiedFlow, plain);
     let noise = wave(&SHAPE, 5.0, Kind::Double);
     let missing = |result: Result<Tensor>| {
-        matches!(result, Err(Error::Missing { what: "real samples", setter: "real" }))
+        matches!(result, Err(Error::Missing { what: "real samples", setter: "with_real" }))
     };
     let alone = Batch::new(&x, &cond)?;
     assert!(loss_of(&gan(), &alone).is_ok());
@@ -233,26 +236,20 @@ fn bad_input_is_named() -> Result<()> {
 
     let shape = |result: Result<Tensor>, argument: &str| matches!(result, Err(Error::Shape { what, .. }) if what == argument);
     let two = wave(&[2, 4], 1.3, Kind::Double);
-    let fewer = Batch::new(&x, &cond)?.real(&two)?;
+    let fewer = Batch::new(&x, &cond)?.with_real(&two)?;
     assert!(shape(gan().critic_loss_at(&fewer, &half(3), &noise, &noise), "real samples"));
     let real = wave(&SHAPE, 1.3, Kind::Double);
-    let batch = Batch::new(&x, &cond)?.real(&real)?;
+    let batch = Batch::new(&x, &cond)?.with_real(&real)?;
     assert!(shape(gan().critic_loss_at(&batch, &half(2), &noise, &noise), "time"));
     assert!(shape(gan().critic_loss_at(&batch, &half(3), &two, &noise), "noise"));
     assert!(shape(gan().critic_loss_at(&batch, &half(3), &noise, &two), "perturbation"));
     let summing = |x: &Tensor, _: &Tensor, _: &Condition| x.sum(None);
-    assert!(shape(
-        loss_of(&Adversarial::new(RectifiedFlow, Shift::NONE, summing), &batch),
-        "critic logits"
-    ));
+    assert!(shape(loss_of(&Adversarial::new(RectifiedFlow, summing), &batch), "critic logits"));
     let without = |x: &Tensor, _: &Tensor, _: &Condition| x.narrow(1, 0, 0);
-    assert!(shape(
-        loss_of(&Adversarial::new(RectifiedFlow, Shift::NONE, without), &batch),
-        "critic logits"
-    ));
+    assert!(shape(loss_of(&Adversarial::new(RectifiedFlow, without), &batch), "critic logits"));
     let failing = |x: &Tensor, _: &Tensor, _: &Condition| x.f_view([-7]);
     assert!(matches!(
-        loss_of(&Adversarial::new(RectifiedFlow, Shift::NONE, failing), &batch),
+        loss_of(&Adversarial::new(RectifiedFlow, failing), &batch),
         Err(Error::Network(_))
     ));
 

@@ -2,8 +2,7 @@
 
 use decoupled_dmd::{
     Adversarial, Batch, Condition, CriticPenalty, Error, GanLoss, Group, Kernel,
-    MaximumMeanDiscrepancy, Objective, RectifiedFlow, Regularizer, Renoising, Result, Shift,
-    Uniform,
+    MaximumMeanDiscrepancy, Objective, RectifiedFlow, Regularizer, Renoising, Result, Uniform,
 };
 use tch::nn::{self, Module, OptimizerConfig};
 use tch::{Device, Kind, Tensor};
@@ -35,7 +34,7 @@ fn train(
     for step in 0..steps {
         let x = &mean + &spread * Tensor::randn([BATCH, 2], CPU);
         let real = &center + Tensor::randn([BATCH, 2], CPU) * SPREAD;
-        let batch = Batch::new(&x, &cond)?.real(&real)?;
+        let batch = Batch::new(&x, &cond)?.with_real(&real)?;
         each(&batch)?;
         optimizer.backward_step(&objective.evaluate(&batch)?.loss);
         if step >= steps - tail {
@@ -78,9 +77,7 @@ fn a_critic_leads_the_samples_to_the_data() -> Result<()> {
         let critic = |x: &Tensor, t: &Tensor, _: &Condition| {
             net.forward(&Tensor::cat(&[x, &t.unsqueeze(1)], 1))
         };
-        let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic)
-            .gan_loss(gan_loss)
-            .penalty(penalty)?;
+        let gan = Adversarial::new(RectifiedFlow, critic).gan_loss(gan_loss).penalty(penalty)?;
         let mut optimizer = nn::Adam::default().build(&store, 2e-3).map_err(Error::from)?;
         let (offset, spread) = train(&gan, (1200, 5e-3), |batch| {
             optimizer.backward_step(&gan.critic_loss(batch)?);

@@ -1,7 +1,7 @@
 //! The critic's loss with its logits, and R1 where there is no graph to follow.
 
 use decoupled_dmd::{
-    Adversarial, Batch, Condition, CriticPenalty, PostShift, RectifiedFlow, Result, Shift,
+    Adversarial, Batch, Condition, CriticPenalty, PostShift, RectifiedFlow, Result,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -24,9 +24,9 @@ fn the_logits_are_those_of_both_sides_and_have_no_graph() -> Result<()> {
     let (x, real, noise) = tensors();
     let weight = wave(&[4, 2], 3.0, Kind::Double).set_requires_grad(true);
     let critic = |x: &Tensor, _: &Tensor, _: &Condition| x.matmul(&weight);
-    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic).penalty(R1)?;
+    let gan = Adversarial::new(RectifiedFlow, critic).penalty(R1)?;
     let cond = Condition::none();
-    let batch = Batch::new(&x, &cond)?.real(&real)?;
+    let batch = Batch::new(&x, &cond)?.with_real(&real)?;
     let found = gan.critic_evaluation_at(&batch, &half(), &noise, &noise)?;
     let logits = |side: &Tensor| (side * 0.5 + &noise * 0.5).matmul(&weight);
     assert!(max_difference(&found.fake_logits, &logits(&x)) < 1e-15);
@@ -43,9 +43,9 @@ fn the_report_counts_what_is_judged_right() -> Result<()> {
     let x = Tensor::from_slice(&[-1.0, -3.0, 2.0, -2.0]).view([4, 1]);
     let real = Tensor::from_slice(&[4.0, 2.0, -2.0, -1.0]).view([4, 1]);
     let critic = |x: &Tensor, _: &Tensor, _: &Condition| x * 2.0;
-    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+    let gan = Adversarial::new(RectifiedFlow, critic);
     let cond = Condition::none();
-    let batch = Batch::new(&x, &cond)?.real(&real)?;
+    let batch = Batch::new(&x, &cond)?.with_real(&real)?;
     let time = PostShift::all(0.5, 4, (Kind::Double, Device::Cpu))?;
     let none = x.zeros_like();
     let report = gan.critic_evaluation_at(&batch, &time, &none, &none)?.report()?;
@@ -65,9 +65,9 @@ fn r1_has_its_value_where_the_caller_wants_no_graph() -> Result<()> {
     let (x, real, noise) = tensors();
     let weight = wave(&[4, 1], 3.0, Kind::Double).set_requires_grad(true);
     let critic = |x: &Tensor, _: &Tensor, _: &Condition| x.matmul(&weight).tanh();
-    let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic).penalty(R1)?;
+    let gan = Adversarial::new(RectifiedFlow, critic).penalty(R1)?;
     let cond = Condition::none();
-    let batch = Batch::new(&x, &cond)?.real(&real)?;
+    let batch = Batch::new(&x, &cond)?.with_real(&real)?;
     let with = gan.critic_loss_at(&batch, &half(), &noise, &noise)?;
     let without = {
         let _no_grad = tch::no_grad_guard();
@@ -85,15 +85,15 @@ fn r1_has_its_value_where_the_caller_wants_no_graph() -> Result<()> {
 fn r1_of_a_critic_that_cannot_be_followed_is_zero() -> Result<()> {
     let (x, real, noise) = tensors();
     let cond = Condition::none();
-    let batch = Batch::new(&x, &cond)?.real(&real)?;
+    let batch = Batch::new(&x, &cond)?.with_real(&real)?;
     let weight = wave(&[4, 1], 3.0, Kind::Double);
     type Logits<'a> = &'a dyn Fn(&Tensor) -> Tensor;
     let cut = |x: &Tensor| tch::no_grad(|| x.matmul(&weight));
     let blind = |x: &Tensor| x.detach().narrow(1, 0, 1).zeros_like();
     for logits in [&cut as Logits<'_>, &blind] {
         let critic = |x: &Tensor, _: &Tensor, _: &Condition| logits(x);
-        let plain = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
-        let penalised = Adversarial::new(RectifiedFlow, Shift::NONE, critic).penalty(R1)?;
+        let plain = Adversarial::new(RectifiedFlow, critic);
+        let penalised = Adversarial::new(RectifiedFlow, critic).penalty(R1)?;
         let loss = |gan: &Adversarial<'_>| gan.critic_loss_at(&batch, &half(), &noise, &noise);
         assert_eq!(value(&loss(&plain)?), value(&loss(&penalised)?));
     }

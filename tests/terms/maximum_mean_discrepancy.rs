@@ -144,7 +144,7 @@ fn features_pass_the_gradient_on_and_keep_none() -> Result<()> {
         x.flatten(1, -1).matmul(&weight).tanh()
     });
     let cond = Condition::none();
-    let loss = loss_of(&term, &Batch::new(&x, &cond)?.real(&y)?)?;
+    let loss = loss_of(&term, &Batch::new(&x, &cond)?.with_real(&y)?)?;
     assert_eq!(calls.get(), 2);
     loss.backward();
     assert!(!weight.grad().defined(), "the features are frozen");
@@ -256,7 +256,7 @@ fn bad_input_is_named() -> Result<()> {
     let plain = term(&Kernel::gaussian(), Estimator::Unbiased);
     assert!(matches!(
         loss_of(&plain, &Batch::new(&x, &cond)?),
-        Err(Error::Missing { what: "real samples", setter: "real" })
+        Err(Error::Missing { what: "real samples", setter: "with_real" })
     ));
     let one = x.narrow(0, 0, 1);
     for (x, y, argument) in [(&one, &x, "number of samples"), (&x, &one, "number of real samples")]

@@ -2,7 +2,7 @@
 
 use decoupled_dmd::{
     Adversarial, Batch, Condition, CriticPenalty, Denoiser, DistributionMatching, GanLoss,
-    PostShift, Prediction, RectifiedFlow, Result, Shift, Weighting,
+    PostShift, Prediction, RectifiedFlow, Result, Weighting,
 };
 use tch::{Kind, Tensor};
 
@@ -44,10 +44,10 @@ fn the_denoising_loss_of_every_prediction_and_weighting() -> Result<()> {
                         (x * scale + t.view([-1, 1, 1]) * of_time + &c[0] * of_cond).sin()
                     };
                     let fake = Denoiser::new(path, prediction, network);
-                    let dm = DistributionMatching::new(fake, Shift::NONE).weighting(weighting);
+                    let dm = DistributionMatching::new(fake).weighting(weighting);
                     let mut batch = Batch::new(&x, &cond)?;
                     if index % 2 == 0 {
-                        batch = batch.mask(&mask)?;
+                        batch = batch.with_mask(&mask)?;
                     }
                     dm.denoising_loss_at(&batch, &time, &noise)
                 };
@@ -66,8 +66,8 @@ fn what_a_mask_leaves_out_may_be_anything() -> Result<()> {
     let slope = |x: &Tensor, mask: &Tensor| -> Result<Tensor> {
         let network = |x: &Tensor, _: &Tensor, _: &Condition| (x * &weight).sin();
         let fake = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
-        let dm = DistributionMatching::new(fake, Shift::NONE);
-        let loss = dm.denoising_loss_at(&Batch::new(x, &cond)?.mask(mask)?, &time, &noise)?;
+        let dm = DistributionMatching::new(fake);
+        let loss = dm.denoising_loss_at(&Batch::new(x, &cond)?.with_mask(mask)?, &time, &noise)?;
         assert!(value(&loss).is_finite());
         Ok(gradient(&loss, &weight))
     };
@@ -90,7 +90,7 @@ fn the_loss_of_the_critic_in_every_form_with_every_penalty() -> Result<()> {
     let (x, real) = (double(&SHAPE, 0.3), double(&SHAPE, 1.3));
     let (noise, perturbation) = (double(&SHAPE, 5.0), double(&SHAPE, 7.0));
     let (cond, real_cond) = (double(&[3, 2], 1.1).into(), double(&[3, 2], 3.7).into());
-    let batch = Batch::new(&x, &cond)?.real(&real)?.real_cond(&real_cond);
+    let batch = Batch::new(&x, &cond)?.with_real(&real)?.with_real_cond(&real_cond);
     let time = PostShift::new(Tensor::from_slice(&[0.2, 0.5, 0.8]))?;
     // A trunk of 4 to 3 and a head of 3 to 2 logits.
     let parameters = double(&[18], 0.9);
@@ -107,8 +107,7 @@ fn the_loss_of_the_critic_in_every_form_with_every_penalty() -> Result<()> {
                     let hidden = x.flatten(1, -1).matmul(&trunk.view([4, 3])) + t.unsqueeze(1);
                     hidden.tanh().matmul(&head.view([3, 2])) + &c[0] * 0.3
                 };
-                let mut gan =
-                    Adversarial::new(RectifiedFlow, Shift::NONE, critic).gan_loss(gan_loss);
+                let mut gan = Adversarial::new(RectifiedFlow, critic).gan_loss(gan_loss);
                 if let Some(penalty) = penalty {
                     gan = gan.penalty(penalty)?;
                 }

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor, no_grad_guard};
 
-use crate::Result;
+use crate::error::Result;
 use crate::numeric::numbers;
 
 /// The critic's loss with the logits that it was made of; from

@@ -2,8 +2,8 @@
 
 use tch::{Kind, Tensor, nn};
 
-use crate::Result;
-use crate::numeric::{check_samples, check_size};
+use crate::checks::{check_samples, check_size};
+use crate::error::Result;
 use crate::value::checked;
 
 /// One head for each level of features: a ready-made top for the critic of
@@ -31,7 +31,7 @@ use crate::value::checked;
 /// let critic = |x: &Tensor, t: &Tensor, cond: &Condition| -> Result<Tensor> {
 ///     heads.logits(&teacher.features(x, t, cond))
 /// };
-/// let gan = Adversarial::new(RectifiedFlow, Shift::NONE, critic);
+/// let gan = Adversarial::new(RectifiedFlow, critic);
 /// # let x = Tensor::randn([2, 1], (tch::Kind::Float, Device::Cpu));
 /// # assert_eq!(heads.logits(&teacher.features(&x, &x, &Condition::none()))?.size(), [2, 2]);
 /// # Ok::<(), decoupled_dmd::Error>(())

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::Result;
+use crate::error::Result;
 use crate::value::{checked, is_positive};
 
 /// How logits become losses, each a mean over samples and heads. D is the critic, r a real sample, f

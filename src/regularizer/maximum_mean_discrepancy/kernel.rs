@@ -2,9 +2,9 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::error::{Error, Result};
 use crate::numeric::batch_size;
 use crate::value::{checked, is_positive};
-use crate::{Error, Result};
 
 /// Keeps kernels finite when all points coincide; far below any distance between data.
 const SMALLEST: f64 = 1e-20;

@@ -1,0 +1,32 @@
+//! What a network closure may return.
+
+use tch::Tensor;
+
+use crate::error::{Error, Result};
+
+/// What a network closure may return: a value, or a `Result` with any error.
+pub trait IntoOutput<T> {
+    /// The value, the error boxed as [`Error::Network`].
+    ///
+    /// # Errors
+    /// The closure's own error.
+    fn into_result(self) -> Result<T>;
+}
+
+impl IntoOutput<Tensor> for Tensor {
+    fn into_result(self) -> Result<Tensor> {
+        Ok(self)
+    }
+}
+
+impl IntoOutput<(Tensor, Tensor)> for (Tensor, Tensor) {
+    fn into_result(self) -> Result<(Tensor, Tensor)> {
+        Ok(self)
+    }
+}
+
+impl<T, E: Into<Box<dyn std::error::Error + Send + Sync>>> IntoOutput<T> for Result<T, E> {
+    fn into_result(self) -> Result<T> {
+        self.map_err(|error| Error::Network(error.into()))
+    }
+}

@@ -1,0 +1,176 @@
+//! The raw output of a network, and the difference of two.
+
+use std::cell::OnceCell;
+
+use tch::Tensor;
+
+use crate::error::Result;
+use crate::guidance::Guidance;
+use crate::numeric::{once, per_sample, widen};
+use crate::path::{Coefficients, NoisePath};
+use crate::prediction::Prediction;
+use crate::time::PostShift;
+
+/// The raw output of a network at one noised sample, converted to a clean-sample prediction on first
+/// use. Made by [`Denoiser::predict`](crate::Denoiser::predict).
+///
+/// Terms compare two outputs by [`minus`](Self::minus) rather than by their clean samples: where both
+/// networks predict the same quantity the noised sample cancels, and no digits are lost to it.
+pub struct ModelOutput {
+    prediction: Prediction,
+    at: Coefficients,
+    noised: Tensor,
+    output: Tensor,
+    time: PostShift,
+    sample: OnceCell<Tensor>,
+    is_straight: bool,
+}
+
+impl ModelOutput {
+    /// The checked `output` in the type that is computed in, with the coefficients at its time.
+    pub(crate) fn new(
+        prediction: Prediction,
+        path: &dyn NoisePath,
+        time: &PostShift,
+        noised: &Tensor,
+        output: Tensor,
+    ) -> Result<Self> {
+        Ok(Self {
+            prediction,
+            at: path.coefficients(time)?.like(noised)?,
+            noised: widen(noised)?,
+            output,
+            time: time.shallow_clone(),
+            sample: OnceCell::new(),
+            is_straight: path.is_straight(),
+        })
+    }
+
+    /// x0-hat, the clean sample that the output implies, `[B, ..]` in float32 or wider.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn sample(&self) -> Result<&Tensor> {
+        once(&self.sample, || {
+            self.prediction.sample(self.is_straight, &self.at, &self.noised, &self.output)
+        })
+    }
+
+    /// [`sample`](Self::sample), as a tensor of its own.
+    pub(crate) fn into_sample(self) -> Result<Tensor> {
+        Ok(self.sample()?.shallow_clone())
+    }
+
+    /// Classifier-free guidance of two outputs of one network at one noised sample, this one with the
+    /// condition: `null + alpha (this - null)`, rescaled and within an interval as the [`Guidance`] says.
+    /// The clean sample is affine in the output, so the outputs are combined.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn guided(&self, null: &Self, guidance: Guidance) -> Result<Self> {
+        let mut output = null.output.f_lerp(&self.output, guidance.get())?;
+        if guidance.is_rescaled() {
+            let norm = |tensor: &Tensor| tensor.f_norm_scalaropt_dim(2.0, &[1i64][..], true);
+            // Where the guided output vanishes it stays zero.
+            let least = f64::from(f32::MIN_POSITIVE);
+            let factor = norm(&self.output)?.f_div(&norm(&output)?.f_clamp_min(least)?)?;
+            output = output.f_mul(&factor)?;
+        }
+        if let Some((low, high)) = guidance.interval() {
+            let time = self.time.tensor();
+            let inside = time.f_ge(low)?.f_logical_and(&time.f_le(high)?)?;
+            output = output.f_where_self(&per_sample(&inside, &self.output)?, &self.output)?;
+        }
+        Ok(Self {
+            prediction: self.prediction,
+            at: self.at.shallow_clone(),
+            noised: self.noised.shallow_clone(),
+            output,
+            time: self.time.shallow_clone(),
+            sample: OnceCell::new(),
+            is_straight: self.is_straight,
+        })
+    }
+
+    /// x0-hat of this output less x0-hat of `other` at the same noised sample.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn minus(&self, other: &Self) -> Result<Difference> {
+        let (tensor, slope) = if self.prediction == other.prediction {
+            let slope = self.prediction.slope(self.is_straight, &self.at)?;
+            (self.output.f_sub(&other.output)?, slope)
+        } else {
+            (self.sample()?.f_sub(other.sample()?)?, None)
+        };
+        Ok(Difference { tensor, is_own: true, slope, weight: 1.0 })
+    }
+}
+
+impl std::fmt::Debug for ModelOutput {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ModelOutput")
+            .field("prediction", &self.prediction)
+            .field("size", &self.output.size())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A difference of clean samples `[B, ..]` with factors that are still to be multiplied in:
+/// [`Probe::normalize`](crate::Probe::normalize) does it in one pass. From two outputs by
+/// [`ModelOutput::minus`], or from a tensor.
+#[derive(Debug)]
+pub struct Difference {
+    tensor: Tensor,
+    /// Whether nobody else holds the tensor, so that it may be written to.
+    is_own: bool,
+    /// One factor for each sample, `[B, 1, ..]`; `None` for 1.
+    slope: Option<Tensor>,
+    weight: f64,
+}
+
+impl Difference {
+    /// The difference times `weight`.
+    #[must_use]
+    pub fn times(mut self, weight: f64) -> Self {
+        self.weight *= weight;
+        self
+    }
+
+    /// Its tensor, before the factors.
+    pub(crate) fn tensor(&self) -> &Tensor {
+        &self.tensor
+    }
+
+    /// The difference over `n` `[B]`, in float32 or wider: factors that are one number for each sample
+    /// are multiplied first, so the samples are passed over once.
+    pub(crate) fn over(self, n: Option<&Tensor>) -> Result<Tensor> {
+        let mut tensor = widen(&self.tensor)?;
+        let factor = match n {
+            Some(n) => Some(per_sample(&n.f_reciprocal()?, &tensor)?.f_mul_scalar(self.weight)?),
+            None if (self.weight - 1.0).abs() > 0.0 => {
+                Some(Tensor::f_full([1], self.weight, (tensor.f_kind()?, tensor.device()))?)
+            }
+            None => None,
+        };
+        let factor = match (factor, &self.slope) {
+            (Some(factor), Some(slope)) => factor.f_mul(slope)?,
+            (Some(factor), None) => factor,
+            (None, Some(slope)) => slope.shallow_clone(),
+            (None, None) => return Ok(tensor),
+        };
+        Ok(if self.is_own { tensor.f_mul_(&factor)? } else { tensor.f_mul(&factor)? })
+    }
+}
+
+impl From<&Tensor> for Difference {
+    fn from(tensor: &Tensor) -> Self {
+        Self { tensor: tensor.shallow_clone(), is_own: false, slope: None, weight: 1.0 }
+    }
+}
+
+impl From<Tensor> for Difference {
+    fn from(tensor: Tensor) -> Self {
+        Self { tensor, is_own: false, slope: None, weight: 1.0 }
+    }
+}
