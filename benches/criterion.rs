@@ -5,9 +5,6 @@
 //! ./with-libtorch cargo bench --bench criterion [-- FILTER]
 //! ```
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 mod works;
 
 use std::time::Duration;

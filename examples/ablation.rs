@@ -11,8 +11,6 @@
 
 #[path = "ablation/mod.rs"]
 mod ablation;
-mod zimage;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

@@ -8,8 +8,6 @@
 //! An interrupted run goes on where it was. The features are 5 KB a token in bfloat16, at most 2.6 MB a
 //! prompt.
 
-mod zimage;
-
 use std::path::PathBuf;
 
 use anyhow::Result;

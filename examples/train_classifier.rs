@@ -7,8 +7,6 @@
 //! compete. It sees pictures moved, scaled, turned, recoloured, noisy and partly covered, but never
 //! blurred, so that blurred drawings are not forgiven.
 
-mod zimage;
-
 use std::fs;
 use std::path::PathBuf;
 use std::time::Instant;

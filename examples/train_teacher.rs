@@ -6,8 +6,6 @@
 //! ```
 //! An interrupted run goes on from its last state in `--out`, with the same numbers.
 
-mod zimage;
-
 use std::fs;
 use std::process::ExitCode;
 use std::time::Instant;

@@ -7,8 +7,6 @@
 //! cargo run --release --example zimage_8step -- --sample "google cat" --steps 8
 //! ```
 
-mod zimage;
-
 use std::path::Path;
 use std::process::ExitCode;
 

@@ -8,8 +8,6 @@ mod common;
 mod made_up_results;
 #[path = "common/tiny.rs"]
 mod tiny;
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,8 +1,5 @@
 //! The autoencoder against diffusers' (`scripts/reference/autoencoder.py`), and hostile folders.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 mod common;
 
 use std::fs;

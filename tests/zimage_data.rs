@@ -1,8 +1,5 @@
 //! Reading the picture set: atlas order, captions, and what happens with unknown words.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 use tempfile::{TempDir, tempdir};

@@ -1,8 +1,5 @@
 //! The distillation of the example on a model of a few thousand parameters.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 mod common;
 
 #[path = "common/tiny.rs"]

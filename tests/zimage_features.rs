@@ -1,8 +1,5 @@
 //! Features of prompts on disk, and conditions made from features of any length.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 mod common;
 #[path = "common/narrow.rs"]
 mod narrow;

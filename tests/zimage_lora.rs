@@ -1,8 +1,5 @@
 //! Low-rank adapters: three roles over one frozen model.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 mod common;
 #[path = "common/small_model.rs"]
 mod small_model;

@@ -1,8 +1,5 @@
 //! Adapters as files: round trips, files of other programs, broken files.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 mod common;
 #[path = "common/small_model.rs"]
 mod small_model;

@@ -1,8 +1,5 @@
 //! The judge of generated pictures: closed forms, what blur does, and files that are not a classifier.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 

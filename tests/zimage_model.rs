@@ -1,8 +1,5 @@
 //! The Z-Image transformer against numbers from the reference implementation, and its files.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 #[path = "common/narrow.rs"]
 mod narrow;
 

@@ -1,8 +1,5 @@
 //! The examples' AdamW: exact when resumed, and equal to libtorch's own.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 use anyhow::Result;
 use tch::{Device, Kind, Tensor, nn, nn::OptimizerConfig};
 use tempfile::tempdir;

@@ -1,8 +1,5 @@
 //! From prompts to pixels against diffusers' ZImagePipeline (`scripts/reference/pipeline.py`).
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 mod common;
 
 #[path = "common/small_pipeline.rs"]

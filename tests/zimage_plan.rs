@@ -1,9 +1,6 @@
 //! The predicted memory against what the allocator has handed out.
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 mod common;
 #[path = "common/live_bytes.rs"]
 mod live_bytes;

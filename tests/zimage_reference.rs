@@ -1,8 +1,5 @@
 //! Batches of unequal items through the Z-Image transformer, against diffusers.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 mod common;
 
 use std::path::{Path, PathBuf};

@@ -1,8 +1,5 @@
 //! Training and sampling of a whole small pipeline folder, as from the command line.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 mod common;
 
 #[path = "common/small_pipeline.rs"]

@@ -1,8 +1,5 @@
 //! Processes that are killed or interrupted while they train, and what those make of it that go on.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 mod common;
 
 #[path = "common/tiny.rs"]

@@ -1,8 +1,5 @@
 //! Gradient checkpointing: the gradients of the plain backward pass, with less kept.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 mod common;
 #[path = "common/small_model.rs"]
 mod small_model;

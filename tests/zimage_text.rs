@@ -1,8 +1,5 @@
 //! Prompts to features, against transformers and diffusers (scripts/reference/text_encoder.py).
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -1,8 +1,5 @@
 //! States of a run on disk: what a crash leaves, what is refused, and the log beside them.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 mod common;
 
 use std::fs;

@@ -1,8 +1,5 @@
 //! Reading checkpoints: whole ones, sharded ones, and those that are broken or mean harm.
 
-#[path = "../examples/zimage/mod.rs"]
-mod zimage;
-
 mod common;
 
 use std::fs;

@@ -8,9 +8,6 @@
 //! ```
 //! CPU time and memory are measured from outside.
 
-#[path = "../../examples/zimage/mod.rs"]
-mod zimage;
-
 #[path = "../works/mod.rs"]
 mod works;
 

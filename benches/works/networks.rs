@@ -5,16 +5,16 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use decoupled_dmd::Shift;
 use tch::{Device, Kind, Tensor};
+use zimage::data::EmojiData;
+use zimage::distillation::Distillation;
+use zimage::lora::{Lora, LoraSettings, Role};
+use zimage::optimizer::{AdamW, AdamWSettings};
+use zimage::pipeline::Pipeline;
+use zimage::prompts::Prompts;
+use zimage::recipe::{Preset, Recipe};
+use zimage::{Config, ZImageTransformer};
 
 use super::Work;
-use crate::zimage::data::EmojiData;
-use crate::zimage::distillation::Distillation;
-use crate::zimage::lora::{Lora, LoraSettings, Role};
-use crate::zimage::optimizer::{AdamW, AdamWSettings};
-use crate::zimage::pipeline::Pipeline;
-use crate::zimage::prompts::Prompts;
-use crate::zimage::recipe::{Preset, Recipe};
-use crate::zimage::{Config, ZImageTransformer};
 
 /// A pass over square latents and random captions of a model in a folder: see [`pass`].
 pub fn transformer(

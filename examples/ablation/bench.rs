@@ -4,15 +4,15 @@ use anyhow::{Result, ensure};
 use decoupled_dmd::{Condition, Guidance, PostShift, RectifiedFlow, Transition};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
+use zimage::ZImageTransformer;
+use zimage::adapter::denoiser;
+use zimage::data::EmojiData;
+use zimage::evaluation::{Evaluator, Run};
+use zimage::learner::FakeScore;
+use zimage::metrics::{Judge, mean_variance};
+use zimage::trained::Network;
 
 use super::training::{Material, TRANSITION};
-use crate::zimage::ZImageTransformer;
-use crate::zimage::adapter::denoiser;
-use crate::zimage::data::EmojiData;
-use crate::zimage::evaluation::{Evaluator, Run};
-use crate::zimage::learner::FakeScore;
-use crate::zimage::metrics::{Judge, mean_variance};
-use crate::zimage::trained::Network;
 
 /// Captions whose samples are drawn in the strips.
 pub const PICTURED: usize = 5;

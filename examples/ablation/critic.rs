@@ -4,10 +4,10 @@ use anyhow::{Result, ensure};
 use decoupled_dmd::Condition;
 use tch::{Kind, Tensor};
 
-use crate::zimage::ZImageTransformer;
-use crate::zimage::learner::Learner;
-use crate::zimage::optimizer::AdamWSettings;
-use crate::zimage::trained::Network;
+use zimage::ZImageTransformer;
+use zimage::learner::Learner;
+use zimage::optimizer::AdamWSettings;
+use zimage::trained::Network;
 
 /// The network and its readout.
 #[derive(Debug)]

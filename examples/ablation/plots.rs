@@ -5,11 +5,11 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow};
 use plotters::coord::Shift;
 use plotters::prelude::*;
+use zimage::report::{FONT, register_font};
 
 use super::experiments::Experiment;
 use super::record::{Point, RunRecord};
 use super::results::Results;
-use crate::zimage::report::{FONT, register_font};
 
 /// Size of one entry of the legend.
 const LEGEND_WIDTH: u32 = 190;

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
+use zimage::weights::read_json;
 
 use super::arm::Arm;
 use super::bench::{Measurement, Observation};
-use crate::zimage::weights::read_json;
 
 /// A measurement on the way, and the means of the diagnostics since the one before.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use zimage::weights::read_json;
 
 use super::experiments::Experiment;
 use super::record::{Reference, RunRecord, reference_path, run_path};
 use super::statistics::Interval;
-use crate::zimage::weights::read_json;
 
 /// Seeds that are looked for.
 pub const MOST_SEEDS: u64 = 20;

@@ -8,14 +8,14 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use decoupled_dmd::Guidance;
 use tch::Tensor;
+use zimage::picture::write_grid;
+use zimage::pipeline::write_json;
+use zimage::weights::read_json;
 
 use super::arm::Arm;
 use super::bench::{Bench, Measurement, radial_spectrum};
 use super::record::{Point, Reference, RunRecord, reference_path, rounded, run_path};
 use super::training::{Material, Trainer};
-use crate::zimage::picture::write_grid;
-use crate::zimage::pipeline::write_json;
-use crate::zimage::weights::read_json;
 
 /// Steps and guidance of the teacher that students are compared with.
 const TEACHER_STEPS: usize = 50;

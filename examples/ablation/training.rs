@@ -1,4 +1,4 @@
-//! The training of one arm: the loop of `zimage/distillation.rs` for any engine and any shields.
+//! The training of one arm: the loop of `zimage::distillation` for any engine and any shields.
 
 use anyhow::{Result, ensure};
 use decoupled_dmd::{
@@ -7,17 +7,17 @@ use decoupled_dmd::{
     Sampler, Shift, Simulation, Statistics, Transition,
 };
 use tch::{Kind, Tensor};
+use zimage::ZImageTransformer;
+use zimage::adapter::denoiser;
+use zimage::ema::update_average;
+use zimage::flow_matching::step_seed;
+use zimage::learner::{FakeScore, Learner, Rollout};
+use zimage::prompts::{Buckets, Prompts};
+use zimage::recipe::embedded_optimizer;
+use zimage::trained::{Network, Trained};
 
 use super::arm::{Arm, Shield, Tau};
 use super::critic::Critic;
-use crate::zimage::ZImageTransformer;
-use crate::zimage::adapter::denoiser;
-use crate::zimage::ema::update_average;
-use crate::zimage::flow_matching::step_seed;
-use crate::zimage::learner::{FakeScore, Learner, Rollout};
-use crate::zimage::prompts::{Buckets, Prompts};
-use crate::zimage::recipe::embedded_optimizer;
-use crate::zimage::trained::{Network, Trained};
 
 /// How students walk their grid, in training and in sampling.
 pub const TRANSITION: Transition = Transition::Ddim;

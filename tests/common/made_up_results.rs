@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use tempfile::{TempDir, tempdir};
+use zimage::pipeline::write_json;
 
 use crate::ablation::arm::{Arm, Tau};
 use crate::ablation::bench::{Measurement, Observation};
 use crate::ablation::experiments::Experiment;
 use crate::ablation::record::{Point, Reference, RunRecord, reference_path, run_path};
 use crate::ablation::results::Results;
-use crate::zimage::pipeline::write_json;
 
 fn measurement(alignment: f64, variance: f64) -> Measurement {
     Measurement {

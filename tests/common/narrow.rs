@@ -1,6 +1,6 @@
-//! The shape of the models that tests run: a module of those that include the example's as `zimage`.
+//! The shape of the models that tests run.
 
-use crate::zimage::Config;
+use zimage::Config;
 
 /// Width 24, one block of each kind, latents of 4 channels.
 pub fn narrow() -> Config {

@@ -1,6 +1,4 @@
 //! A small transformer with known parameters, for the tests of adapters and checkpointing.
-//!
-//! A module of the tests that include the example's modules as `zimage`.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 #[path = "narrow.rs"]
@@ -9,11 +7,11 @@ mod narrow;
 use anyhow::Result;
 use narrow::narrow;
 use tch::{Kind, Tensor};
+use zimage::blocks::Parameters;
+use zimage::lora::{Lora, LoraSettings};
+use zimage::{Config, Role, ZImageTransformer};
 
 use crate::common::wave;
-use crate::zimage::blocks::Parameters;
-use crate::zimage::lora::{Lora, LoraSettings};
-use crate::zimage::{Config, Role, ZImageTransformer};
 
 /// Four blocks.
 pub fn config() -> Config {

@@ -1,6 +1,4 @@
 //! A whole small Z-Image folder, put together from what the scripts in scripts/reference have made.
-//!
-//! A module of the tests that include the example's modules as `zimage`.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::fs;
@@ -10,7 +8,7 @@ use anyhow::Result;
 use clap::Parser as _;
 use tempfile::{TempDir, tempdir};
 
-use crate::zimage::options::Options;
+use zimage::options::Options;
 
 /// Parts of the folder, and where they come from.
 const PARTS: [(&str, &str); 5] = [

@@ -6,11 +6,11 @@ mod narrow;
 use anyhow::Result;
 use narrow::narrow;
 use tch::{Device, Kind};
+use zimage::data::Vocabulary;
+use zimage::prompts::Prompts;
+use zimage::{Config, ZImageTransformer};
 
 use crate::common::wave;
-use crate::zimage::data::Vocabulary;
-use crate::zimage::prompts::Prompts;
-use crate::zimage::{Config, ZImageTransformer};
 
 /// A teacher whose zero-initialised parts are filled, so that captions and time matter.
 pub fn teacher() -> Result<ZImageTransformer> {

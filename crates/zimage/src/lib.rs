@@ -1,6 +1,6 @@
 //! Z-Image (S3-DiT) over `tch`, with what it takes to train one.
 //!
-//! Each program that includes this folder uses a part of it, hence these lints.
+//! No part of the promises of decoupled-dmd: what is public here is what its examples, tests and benchmarks use.
 #![allow(dead_code, unreachable_pub, unused_imports)]
 
 pub mod adapter;
