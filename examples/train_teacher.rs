@@ -279,8 +279,8 @@ impl<'a> Trainer<'a> {
         let real = self.data.images.f_index_select(0, &Tensor::f_from_slice(&picks)?)?;
         tch::manual_seed(step_seed(self.arguments.seed, u64::MAX - 3));
         let noise = real.f_randn_like()?;
-        let denoiser = denoiser(&model);
-        let grid = FewStepGrid::even(30)?.shifted(Shift::new(SHIFT)?);
+        let denoiser = denoiser(&model, Shift::new(SHIFT)?);
+        let grid = FewStepGrid::even(30)?;
         let mut columns = vec![real];
         for guidance in [1.0, 3.0] {
             let sampler = Sampler::new(&denoiser, grid.clone(), Transition::Ddim)

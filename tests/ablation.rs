@@ -144,7 +144,7 @@ fn arms_of_the_schedules_are_the_presets() -> Result<()> {
         assert_eq!(arm.name, name);
         let trainer = Trainer::new(arm, 0, &material)?;
         let fake = trainer.fake.as_ref().expect("a fake score");
-        let dm = DistributionMatching::new(fake.denoiser(&teacher), material.shift);
+        let dm = DistributionMatching::new(fake.denoiser(&teacher, material.shift));
         let (captions, null) = prompts.conditions(&[0, 1, 2])?;
         let step = Tensor::from_slice(&[0i64, 1, 3]);
         let cond = Condition::from(vec![captions[0].shallow_clone(), step]);
@@ -152,8 +152,7 @@ fn arms_of_the_schedules_are_the_presets() -> Result<()> {
         let time = PreShift::new(Tensor::from_slice(&[0.0f32, 0.25, 0.75]))?;
         let batch = Batch::new(&x, &cond)?.with_null(&null).with_student_time(&time)?;
         let guidance = Guidance::new(arm.guidance)?;
-        let preset =
-            schedule.objective_with_shifts(denoiser(&teacher), guidance, &dm, material.shift);
+        let preset = schedule.objective(denoiser(&teacher, material.shift), guidance, &dm);
         let groups = preset.draw(&batch)?.len();
         let draws = || -> Vec<Draw> {
             (0..groups)

@@ -280,10 +280,7 @@ fn a_fake_score_on_another_path() -> Result<()> {
             assert_eq!(found, ("share of data on the term's path", "range"), "{which}");
         }
     }
-    assert_eq!(
-        refusal(on(Box::new(Loud))),
-        ("share of noise on the term's path", "range")
-    );
+    assert_eq!(refusal(on(Box::new(Loud))), ("share of noise on the term's path", "range"));
     assert_eq!(calls.get(), 1, "a fake on another path is not run");
     Ok(())
 }

@@ -155,7 +155,7 @@ fn the_adapter_turns_the_sign_and_pairs_conditions() -> Result<()> {
     // raw = x0 - eps, so x0 = x_t + (1 - t) raw.
     let level: Tensor = 1.0 - time.tensor().view([2, 1, 1, 1]);
     let expected = &noised + level * raw;
-    let denoiser = denoiser(&teacher);
+    let denoiser = denoiser(&teacher, Shift::NONE);
     assert!(max_difference(&denoiser.denoise(&noised, &time, &one)?, &expected) < 1e-6);
     let (cond, null) = denoiser.denoise_pair(&noised, &time, &one, &two)?;
     assert!(max_difference(&cond, &expected) < 1e-5);

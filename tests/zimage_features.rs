@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use anyhow::Result;
 use common::{max_difference, seeded, wave};
-use decoupled_dmd::PostShift;
+use decoupled_dmd::{PostShift, Shift};
 use narrow::narrow;
 use tch::{Device, Kind, Tensor};
 use tempfile::tempdir;
@@ -310,7 +310,7 @@ fn guidance_takes_a_null_caption_of_another_length() -> Result<()> {
     let model = transformer()?;
     let (cond, null) = mixed(&model)?.conditions(&[1, 5])?;
     assert_ne!(cond[0].size(), null[0].size());
-    let denoiser = denoiser(&model);
+    let denoiser = denoiser(&model, Shift::NONE);
     let x = wave(&[2, 4, 4, 4], 0.1, Kind::Float);
     let time = PostShift::new(Tensor::from_slice(&[0.3f32, 0.7]))?;
     let (one, two) = denoiser.denoise_pair(&x, &time, &cond, &null)?;

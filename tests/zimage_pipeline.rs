@@ -68,11 +68,11 @@ fn images_equal_those_of_diffusers() -> Result<()> {
         let batches = prompts.batches(&[0, 1, 2], PROMPTS)?;
         assert_eq!(batches, [vec![0, 1], vec![2]]);
         let _guard = tch::no_grad_guard();
-        let denoiser = denoiser(&base.transformer);
+        let denoiser = denoiser(&base.transformer, base.shift);
         for batch in batches {
             let index = Tensor::from_slice(&batch);
             let (cond, null) = prompts.conditions(&batch)?;
-            let grid = FewStepGrid::even(STEPS)?.shifted(base.shift);
+            let grid = FewStepGrid::even(STEPS)?;
             let sampler = Sampler::new(&denoiser, grid, Transition::Ddim).guided(guidance, &null);
             let images =
                 decoder.decode(&sampler.sample(&latents.index_select(0, &index), &cond)?)?;

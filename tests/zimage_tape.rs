@@ -6,7 +6,7 @@ mod small_model;
 
 use anyhow::Result;
 use common::{max_difference, seeded, value, wave, worse};
-use decoupled_dmd::{Condition, PostShift};
+use decoupled_dmd::{Condition, PostShift, Shift};
 use small_model::{Inputs, double, every_linear, fill, inputs, model, settings};
 use tch::{Device, Kind, Tensor};
 use zimage::adapter::denoiser;
@@ -223,8 +223,8 @@ fn two_calls_of_a_denoiser_share_a_loss() -> Result<()> {
     leaves.push(("x".into(), x.shallow_clone()));
     let run = |student: Role<'_>, fake: Role<'_>| -> Result<Tensor> {
         let (student, fake) = (
-            denoiser(Network { model: &model, role: student }),
-            denoiser(Network { model: &model, role: fake }),
+            denoiser(Network { model: &model, role: student }, Shift::NONE),
+            denoiser(Network { model: &model, role: fake }, Shift::NONE),
         );
         let sample = student.denoise(&x, &time, &condition)?;
         let seen = fake.denoise(&(&sample * 0.7), &more, &condition)?;

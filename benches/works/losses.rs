@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use decoupled_dmd::{
     Adversarial, Bandwidth, Batch, Condition, Denoiser, DistributionMatching, Draw, Estimator,
     Guidance, Kernel, MaximumMeanDiscrepancy, MeanVariance, PostShift, PreShift, Prediction, Probe,
-    RectifiedFlow, Regularizer, Schedule, Shift,
+    RectifiedFlow, Regularizer, Schedule,
 };
 use tch::{Device, Kind, Tensor};
 

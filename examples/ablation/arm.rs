@@ -17,15 +17,17 @@ pub enum Tau {
 }
 
 impl Tau {
-    /// The sampler of these times, for a model that is run with `shift`.
+    /// How these times are drawn.
     ///
     /// # Errors
     /// If the range is not one within [0, 1].
-    pub fn renoising(self, shift: Shift) -> Result<Renoising<'static>> {
+    pub fn renoising(self) -> Result<Renoising<'static>> {
         Ok(match self {
-            Self::Full => Renoising::new(Uniform::FULL).shifted(shift),
-            Self::AboveStudent => Renoising::new(AboveStudent::FULL).shifted(shift),
-            Self::Between(low, high) => Renoising::new(Uniform::new(low, high)?),
+            Self::Full => Renoising::new(Uniform::FULL),
+            Self::AboveStudent => Renoising::new(AboveStudent::FULL),
+            Self::Between(low, high) => {
+                Renoising::new(Uniform::new(low, high)?).shifted(Shift::NONE)
+            }
         })
     }
 }

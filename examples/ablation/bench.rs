@@ -172,7 +172,10 @@ impl<'a> Bench<'a> {
         let fake_cond = Condition::from(vec![cond[0].shallow_clone(), step]);
         tch::manual_seed(OBSERVER_SEED);
         let noise = x.f_randn_like()?;
-        let (teacher, fake) = (denoiser(material.teacher), fake.denoiser(material.teacher));
+        let (teacher, fake) = (
+            denoiser(material.teacher, material.shift),
+            fake.denoiser(material.teacher, material.shift),
+        );
         let mut observations = Vec::new();
         let mut pictures = None;
         for (index, time) in OBSERVER_TIMES.into_iter().enumerate() {

@@ -3,8 +3,8 @@
 use anyhow::{Result, ensure};
 use decoupled_dmd::{
     Adversarial, Batch, CfgAugmentation, Denoiser, DistributionMatching, FewStepGrid, Group,
-    Guidance, Kernel, MaximumMeanDiscrepancy, MeanVariance, Normalizer, Objective, RectifiedFlow,
-    Sampler, Shift, Simulation, Statistics, Transition,
+    Guidance, Kernel, MaximumMeanDiscrepancy, MeanVariance, NoisePath, Normalizer, Objective,
+    RectifiedFlow, Sampler, Shift, Statistics, Transition,
 };
 use tch::{Kind, Tensor};
 use zimage::ZImageTransformer;
@@ -150,18 +150,15 @@ impl<'a> Trainer<'a> {
     fn train_student(&mut self, rollout: &Rollout, real: &Tensor) -> Result<Vec<(String, f64)>> {
         let Material { teacher, shift, .. } = *self.material;
         let dm =
-            self.fake.as_ref().map(|fake| DistributionMatching::new(fake.denoiser(teacher), shift));
+            self.fake.as_ref().map(|fake| DistributionMatching::new(fake.denoiser(teacher, shift)));
         let gan = self.adversarial();
         let steps = rollout.trajectory.draw_steps()?;
-        let Simulation { x, student_time } = {
-            let student = denoiser(self.student.weights.network(teacher));
+        let made = {
+            let student = denoiser(self.student.weights.network(teacher), shift);
             self.sampler(&student)?.simulate_on(&rollout.trajectory, &rollout.cond, &steps)?
         };
         let cond = rollout.cond_at(&steps);
-        let batch = Batch::new(&x, &cond)?
-            .with_null(&rollout.null)
-            .with_student_time(&student_time)?
-            .with_real(real)?;
+        let batch = Batch::of(&made, &cond)?.with_null(&rollout.null).with_real(real)?;
         let evaluation = self.objective(dm.as_ref(), gan.as_ref())?.evaluate(&batch)?;
         let mut record = Vec::new();
         for (name, value) in &evaluation.terms {
@@ -184,11 +181,11 @@ impl<'a> Trainer<'a> {
         dm: Option<&'o DistributionMatching<'o>>,
         gan: Option<&'o Adversarial<'o>>,
     ) -> Result<Objective<'o>> {
-        let shift = self.material.shift;
-        let group = |tau: Tau| -> Result<Group<'o>> { Ok(Group::new(tau.renoising(shift)?)) };
+        let group = |tau: Tau| -> Result<Group<'o>> { Ok(Group::new(tau.renoising()?)) };
         let guidance = Guidance::new(self.arm.guidance)?;
         let engine = CfgAugmentation::new(guidance);
-        let mut objective = Objective::new(denoiser(self.material.teacher)).observed();
+        let mut objective =
+            Objective::new(denoiser(self.material.teacher, self.material.shift)).observed();
         // The group of the engine waits for distribution matching where the two are coupled.
         let mut coupled = None;
         if let Some(tau) = self.arm.engine {
@@ -232,8 +229,7 @@ impl<'a> Trainer<'a> {
     fn adversarial(&self) -> Option<Adversarial<'_>> {
         let (critic, teacher) = (self.critic.as_ref()?, self.material.teacher);
         Some(Adversarial::new(
-            RectifiedFlow,
-            self.material.shift,
+            RectifiedFlow.shifted(self.material.shift),
             |x: &Tensor, t: &Tensor, c: &_| critic.logits(teacher, x, t, c),
         ))
     }
@@ -259,19 +255,19 @@ impl<'a> Trainer<'a> {
     /// The student's way from fresh noise over its whole grid, for fresh captions, and the pictures
     /// of these.
     fn roll_out(&self) -> Result<(Rollout, Tensor)> {
-        let Material { teacher, prompts, images, .. } = self.material;
+        let Material { teacher, shift, prompts, images, .. } = self.material;
         let items = self.buckets.draw(self.arm.batch)?;
         let (cond, null) = prompts.conditions(&items)?;
         let (_, channels, height, width) = images.size4()?;
         let shape = [self.arm.batch as i64, channels, height, width];
         let noise = Tensor::f_randn(shape, (Kind::Float, teacher.device()))?;
-        let student = denoiser(self.student.weights.network(teacher));
+        let student = denoiser(self.student.weights.network(teacher), *shift);
         let trajectory = self.sampler(&student)?.trajectory(&noise, &cond)?;
         Ok((Rollout { trajectory, cond, null }, self.material.pictures(&items)?))
     }
 
     fn sampler<'d>(&self, student: &'d Denoiser<'d>) -> Result<Sampler<'d>> {
-        let grid = FewStepGrid::even(self.arm.steps)?.shifted(self.material.shift);
+        let grid = FewStepGrid::even(self.arm.steps)?;
         Ok(Sampler::new(student, grid, TRANSITION))
     }
 }

@@ -1,7 +1,7 @@
 //! Z-Image as the library sees it: the one place where its sign is turned.
 
 use anyhow::{Result, ensure};
-use decoupled_dmd::{Condition, Denoiser, Prediction, RectifiedFlow};
+use decoupled_dmd::{Condition, Denoiser, NoisePath, Prediction, RectifiedFlow, Shift};
 use tch::Tensor;
 
 use super::trained::Network;
@@ -9,14 +9,14 @@ use super::trained::Network;
 /// Makes the rows of a step table learn faster than the weights that they start beside.
 const STEP_SCALE: f64 = 10.0;
 
-/// `network` as a denoiser of `[B, C, H, W]` whose condition is one tensor of encoded captions
-/// `[B, L, D]`.
+/// `network` as a denoiser of `[B, C, H, W]` that is run with `shift`, and whose condition is one tensor
+/// of encoded captions `[B, L, D]`.
 ///
 /// Two conditions are answered in one forward of twice the batch, where they are of one length.
-pub fn denoiser<'a>(network: impl Into<Network<'a>>) -> Denoiser<'a> {
+pub fn denoiser<'a>(network: impl Into<Network<'a>>, shift: Shift) -> Denoiser<'a> {
     let network = network.into();
     Denoiser::new(
-        RectifiedFlow,
+        RectifiedFlow.shifted(shift),
         Prediction::FlowVelocity,
         move |x: &Tensor, t: &Tensor, c: &Condition| velocity(network, x, t, captions(c)?),
     )
@@ -39,10 +39,14 @@ pub fn denoiser<'a>(network: impl Into<Network<'a>>) -> Denoiser<'a> {
 /// The K outputs of a rollout are K distributions. A fake score that does not know which one it sees
 /// models their mixture, and then the samples of one step may be too faint where those of another
 /// are too bold.
-pub fn fake_denoiser<'a>(network: impl Into<Network<'a>>, steps: &'a Tensor) -> Denoiser<'a> {
+pub fn fake_denoiser<'a>(
+    network: impl Into<Network<'a>>,
+    steps: &'a Tensor,
+    shift: Shift,
+) -> Denoiser<'a> {
     let network = network.into();
     Denoiser::new(
-        RectifiedFlow,
+        RectifiedFlow.shifted(shift),
         Prediction::FlowVelocity,
         move |x: &Tensor, t: &Tensor, condition: &Condition| -> Result<Tensor> {
             ensure!(condition.len() == 2, "expected encoded captions and the student's steps");

@@ -186,10 +186,10 @@ impl<'a> Distillation<'a> {
 
     fn train_student(&mut self, rollout: &Rollout, observe: bool) -> Result<Record> {
         let Rollout { trajectory, cond, .. } = rollout;
-        let teacher = denoiser(self.teacher);
-        let dm = DistributionMatching::new(self.fake.denoiser(self.teacher), self.recipe.shift);
         let Recipe { schedule, guidance, shift, dm_shift, .. } = self.recipe;
-        let shifts = Shifts { engine: shift, regularizer: dm_shift };
+        let teacher = denoiser(self.teacher, shift);
+        let dm = DistributionMatching::new(self.fake.denoiser(self.teacher, shift));
+        let shifts = Shifts { regularizer: Some(dm_shift), ..Shifts::default() };
         let mut objective = schedule.objective_with_shifts(teacher, guidance, &dm, shifts);
         if observe {
             objective = objective.observed();
@@ -197,20 +197,16 @@ impl<'a> Distillation<'a> {
 
         let steps = trajectory.draw_steps()?;
         let tape = self.tape();
-        let Simulation { x, student_time } = {
-            let student = denoiser(self.student.weights.training(self.teacher, tape.as_ref()));
+        let made = {
+            let network = self.student.weights.training(self.teacher, tape.as_ref());
+            let student = denoiser(network, shift);
             self.sampler(&student)?.simulate_on(trajectory, cond, &steps)?
         };
         let cond = rollout.cond_at(&steps);
-        let batch =
-            Batch::new(&x, &cond)?.with_null(&rollout.null).with_student_time(&student_time)?;
+        let batch = Batch::of(&made, &cond)?.with_null(&rollout.null);
         let evaluation = objective.evaluate(&batch)?;
-        let mut record = vec![("loss".to_owned(), f64::try_from(&evaluation.loss)?)];
-        for (name, value) in &evaluation.terms {
-            record.push((name.clone(), f64::try_from(value)?));
-        }
+        let mut record = evaluation.report()?;
         if let Some(diagnostics) = &evaluation.diagnostics {
-            record.extend(diagnostics.report()?);
             if let Some(variance) = self.data_variance {
                 let drift = diagnostics.variance_drift(variance)?;
                 record.extend(drift.map(|drift| ("variance_drift".to_owned(), drift)));
@@ -237,7 +233,7 @@ impl<'a> Distillation<'a> {
         let [channels, height, width] = self.size;
         let shape = [self.recipe.batch as i64, channels, height, width];
         let noise = Tensor::f_randn(shape, (Kind::Float, self.teacher.device()))?;
-        let student = denoiser(self.student.weights.network(self.teacher));
+        let student = denoiser(self.student.weights.network(self.teacher), self.recipe.shift);
         let trajectory = self.sampler(&student)?.trajectory(&noise, &cond)?;
         Ok(Rollout { trajectory, cond, null })
     }
@@ -248,7 +244,7 @@ impl<'a> Distillation<'a> {
     }
 
     fn sampler<'d>(&self, student: &'d Denoiser<'d>) -> Result<Sampler<'d>> {
-        let grid = FewStepGrid::even(self.recipe.steps)?.shifted(self.recipe.shift);
+        let grid = FewStepGrid::even(self.recipe.steps)?;
         Ok(Sampler::new(student, grid, self.recipe.transition))
     }
 }

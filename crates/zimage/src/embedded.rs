@@ -60,9 +60,9 @@ pub fn sample(options: &Options, device: Device, caption: &str) -> Result<()> {
     let (_, channels, height, width) = data.images.size4()?;
     tch::manual_seed(options.seed as i64);
     let noise = Tensor::f_randn([options.count, channels, height, width], (Kind::Float, device))?;
-    let denoiser = denoiser(&student.transformer);
+    let denoiser = denoiser(&student.transformer, student.shift);
     let Made { recipe, .. } = Made::load(&folder, options, Preset::Embedded, student.shift)?;
-    let grid = FewStepGrid::even(recipe.steps)?.shifted(student.shift);
+    let grid = FewStepGrid::even(recipe.steps)?;
     let images = Sampler::new(&denoiser, grid, recipe.transition).sample(&noise, &cond)?;
     let path = options.out.join("sample.png");
     create_folder(&options.out)?;

@@ -81,8 +81,8 @@ impl<'a> Evaluator<'a> {
     pub fn generate<'n>(&self, network: impl Into<Network<'n>>, run: Run) -> Result<Tensor> {
         let network = network.into();
         let device = network.model.device();
-        let denoiser = denoiser(network);
-        let grid = FewStepGrid::even(run.steps)?.shifted(self.shift);
+        let denoiser = denoiser(network, self.shift);
+        let grid = FewStepGrid::even(run.steps)?;
         // Of the noise between steps, where there is some: that of a resumed run is the same.
         tch::manual_seed(NOISE_SEED + 1);
         let (mut samples, mut order) = (Vec::new(), Vec::new());

@@ -35,9 +35,9 @@ pub fn flow_matching_loss(
     let u = Tensor::f_arange(batch, options)?
         .f_add(&Tensor::f_rand([batch], options)?)?
         .f_div_scalar(batch)?;
-    let time =
-        Renoising::new(Uniform::FULL).shifted(Shift::new(SHIFT)?).at(&RectifiedFlow, &u, None)?;
+    let denoiser = denoiser(model, Shift::new(SHIFT)?);
+    let time = Renoising::new(Uniform::FULL).at(denoiser.path(), &u, None)?;
     let noise = images.f_randn_like()?;
     let condition = Condition::from(model.encode_captions(captions, Role::BASE)?);
-    Ok(denoiser(model).denoising_loss(images, &time, &noise, &condition)?)
+    Ok(denoiser.denoising_loss(images, &time, &noise, &condition)?)
 }

@@ -87,8 +87,8 @@ impl FakeScore {
     }
 
     /// What to ask.
-    pub fn denoiser<'a>(&'a self, base: &'a ZImageTransformer) -> Denoiser<'a> {
-        fake_denoiser(self.learner.weights.network(base), &self.steps)
+    pub fn denoiser<'a>(&'a self, base: &'a ZImageTransformer, shift: Shift) -> Denoiser<'a> {
+        fake_denoiser(self.learner.weights.network(base), &self.steps, shift)
     }
 
     /// One update on the samples of a rollout; returns loss and gradient norm as scalar tensors.
@@ -105,8 +105,8 @@ impl FakeScore {
         let steps = rollout.trajectory.draw_steps()?;
         let x = rollout.trajectory.samples_at(&steps)?;
         let loss = {
-            let fake = fake_denoiser(self.learner.weights.training(base, tape), &self.steps);
-            let dm = DistributionMatching::new(fake, shift);
+            let network = self.learner.weights.training(base, tape);
+            let dm = DistributionMatching::new(fake_denoiser(network, &self.steps, shift));
             dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps))?)?
         };
         let norm = self.learner.descend(&loss, tape)?;

@@ -59,8 +59,8 @@ impl<'a> Studio<'a> {
     pub fn draw<'n>(&self, network: impl Into<Network<'n>>, run: Run) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
         let Run { steps, guidance, transition } = run;
-        let denoiser = denoiser(network);
-        let grid = FewStepGrid::even(steps)?.shifted(self.shift);
+        let denoiser = denoiser(network, self.shift);
+        let grid = FewStepGrid::even(steps)?;
         // One after the other: captions differ in length.
         let latents = (0..self.noise.size()[0])
             .map(|item| {
