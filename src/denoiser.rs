@@ -6,7 +6,7 @@ use tch::{Reduction, Tensor};
 
 use crate::batch::Condition;
 use crate::checks::{check_like, check_per_sample, check_samples};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::network::IntoOutput;
 use crate::numeric::{finite_where_masked, masked, mean, widen, widen_like};
 use crate::output::ModelOutput;
@@ -15,6 +15,8 @@ use crate::prediction::Prediction;
 use crate::time::PostShift;
 
 type Network<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
+type TangentNetwork<'a> =
+    dyn Fn(&Tensor, &Tensor, &Condition, &Tensor, &Tensor) -> Result<(Tensor, Tensor)> + 'a;
 type PairedNetwork<'a> =
     dyn Fn(&Tensor, &Tensor, &Condition, &Condition) -> Result<(Tensor, Tensor)> + 'a;
 
@@ -49,6 +51,7 @@ pub struct Denoiser<'a> {
     prediction: Prediction,
     network: Rc<Network<'a>>,
     paired: Option<Rc<PairedNetwork<'a>>>,
+    tangent: Option<Rc<TangentNetwork<'a>>>,
 }
 
 impl<'a> Denoiser<'a> {
@@ -63,6 +66,7 @@ impl<'a> Denoiser<'a> {
             prediction,
             network: Rc::new(move |x, t, cond| network(x, t, cond).into_result()),
             paired: None,
+            tangent: None,
         }
     }
 
@@ -74,6 +78,23 @@ impl<'a> Denoiser<'a> {
         network: impl Fn(&Tensor, &Tensor, &Condition, &Condition) -> O + 'a,
     ) -> Self {
         self.paired = Some(Rc::new(move |x, t, one, two| network(x, t, one, two).into_result()));
+        self
+    }
+
+    /// Adds a closure for the derivative of the network along a line in (x, t), its Jacobian-vector product.
+    /// The closure gets the noised sample `[B, ..]`, the time `[B]`, the condition, and the directions of
+    /// both, shaped like them; it returns the output and its derivative, `[B, ..]` each. Both may come from
+    /// forward-mode differentiation, from the network's own product, or from two reversed ones; fused
+    /// attention kernels allow none of these, so the closure must take the plain one.
+    /// [`Consistency`](crate::Consistency) asks for it with [`Tangent::Exact`](crate::Tangent::Exact).
+    #[must_use]
+    pub fn tangent<O: IntoOutput<(Tensor, Tensor)>>(
+        mut self,
+        network: impl Fn(&Tensor, &Tensor, &Condition, &Tensor, &Tensor) -> O + 'a,
+    ) -> Self {
+        self.tangent = Some(Rc::new(move |x, t, cond, along_x, along_t| {
+            network(x, t, cond, along_x, along_t).into_result()
+        }));
         self
     }
 
@@ -147,6 +168,29 @@ impl<'a> Denoiser<'a> {
         self.check_input(noised, time)?;
         let (one, two) = paired(noised, &time.for_network(noised)?, one, two)?;
         Ok((self.checked(noised, time, &one)?, self.checked(noised, time, &two)?))
+    }
+
+    /// The network's output `[B, ..]` and its derivative while the noised sample moves by `velocity`
+    /// `[B, ..]` in a unit of time, by the closure of [`tangent`](Self::tangent).
+    ///
+    /// # Errors
+    /// [`Error::NoTangent`](crate::Error::NoTangent) without that closure; as [`denoise`](Self::denoise), for
+    /// `velocity` and the derivative too.
+    pub fn predict_along(
+        &self,
+        noised: &Tensor,
+        time: &PostShift,
+        cond: &Condition,
+        velocity: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let network = self.tangent.as_ref().ok_or(Error::NoTangent)?;
+        self.check_input(noised, time)?;
+        check_like("velocity", velocity, noised)?;
+        let times = time.for_network(noised)?;
+        let (output, tangent) = network(noised, &times, cond, velocity, &times.f_ones_like()?)?;
+        check_like("network output", &output, noised)?;
+        check_like("derivative of the network output", &tangent, noised)?;
+        Ok((output, tangent))
     }
 
     /// The denoising loss that trains this network on samples `x`, a scalar:

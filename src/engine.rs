@@ -1,8 +1,10 @@
 //! The spear: what turns a many-step model into a few-step one.
 
 mod cfg_augmentation;
+mod consistency;
 
 pub use cfg_augmentation::CfgAugmentation;
+pub use consistency::{Consistency, Tangent};
 use tch::Tensor;
 
 use crate::error::Result;

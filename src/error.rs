@@ -62,6 +62,14 @@ pub enum Error {
         /// What came out of the closure.
         what: &'static str,
     },
+    /// An exact derivative was asked of a network without a closure for it.
+    #[error("the network has no tangent: add it with Denoiser::tangent, or take a difference")]
+    NoTangent,
+    /// A derivative in time was asked of a path that has none.
+    #[error(
+        "the path is a table of levels, which has no derivative in time: take a difference over more than one level"
+    )]
+    NotDifferentiable,
     /// Two terms of an objective have one name.
     #[error("two terms of the objective are named \"{name}\"")]
     SameName {

@@ -80,7 +80,7 @@ pub use batch::{Batch, Condition};
 pub use cuda::{default_device, load_cuda};
 pub use denoiser::Denoiser;
 pub use diagnostics::{Diagnostics, PerSample, ScoreDiagnostics, TermDiagnostics};
-pub use engine::{CfgAugmentation, Engine, EngineFn, engine_fn};
+pub use engine::{CfgAugmentation, Consistency, Engine, EngineFn, Tangent, engine_fn};
 pub use error::{Error, Result};
 pub use gradient::{gradient_only_in, surrogate};
 pub use grid::FewStepGrid;

@@ -1,10 +1,12 @@
 //! How data and noise are mixed: `x_t = a(t) x0 + s(t) eps`.
 
+mod angle;
 mod edm;
 mod rectified_flow;
 mod trig_flow;
 mod variance_preserving;
 
+pub(crate) use angle::{Angle, Derivatives};
 pub use edm::{Edm, Preconditioning};
 pub use rectified_flow::RectifiedFlow;
 pub use trig_flow::TrigFlow;
@@ -80,6 +82,25 @@ pub trait NoisePath {
         check_per_sample("time", time.tensor(), x0)?;
         let Coefficients { data, noise: level } = self.coefficients(time)?.like(x0)?;
         Ok(widen(x0)?.f_mul(&data)?.f_addcmul_(&widen(noise)?, &level)?)
+    }
+
+    /// The noise that a clean prediction implies in a noised sample, `(noised - a x0) / s`, `[B, ..]` in
+    /// float32, or in float64 where `noised` is.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape), [`Error::Kind`](crate::Error::Kind) or
+    /// [`Error::Device`](crate::Error::Device) unless `x0` and `time` fit the samples `noised`;
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if a time may be one at which s is 0.
+    fn implied_noise(&self, noised: &Tensor, x0: &Tensor, time: &PostShift) -> Result<Tensor> {
+        check_samples("noised", noised, 1)?;
+        check_like("x0", x0, noised)?;
+        check_per_sample("time", time.tensor(), noised)?;
+        let end = PostShift::all(time.range().1, 1, (Kind::Double, Device::Cpu))?;
+        let level = self.coefficients(&end)?.noise.f_double_value(&[0])?;
+        let requirement = "positive: a clean sample has no noise to imply";
+        checked("share of noise at the cleanest time", requirement, level, level > 0.0)?;
+        let Coefficients { data, noise: level } = self.coefficients(time)?.like(noised)?;
+        Ok(widen(noised)?.f_sub(&widen_like(x0, noised)?.f_mul(&data)?)?.f_div(&level)?)
     }
 
     /// What generation starts from at t = 0: `s(0) eps`, for unit noise `[B, ..]`, in float32 or

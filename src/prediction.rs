@@ -112,8 +112,26 @@ impl Prediction {
         })
     }
 
-    /// What a change of the output is multiplied by in the [`sample`](Self::sample), which is linear
-    /// in it; `None` stands for 1.
+    /// The factors A and B of the clean sample `A x_t + B output`, shaped like the coefficients.
+    pub(crate) fn conversion(self, at: &Coefficients) -> Result<(Tensor, Tensor)> {
+        let Coefficients { data: a, noise: s } = at;
+        Ok(match self {
+            Self::Sample => (a.f_zeros_like()?, a.f_ones_like()?),
+            Self::Noise => (a.f_reciprocal()?, s.f_neg()?.f_div(a)?),
+            Self::FlowVelocity => {
+                let sum = a.f_add(s)?;
+                (sum.f_reciprocal()?, s.f_neg()?.f_div(&sum)?)
+            }
+            Self::Velocity => {
+                let norm = square_norm(at)?;
+                (a.f_div(&norm)?, s.f_neg()?.f_div(&norm)?)
+            }
+            Self::Score => (a.f_reciprocal()?, s.f_square()?.f_div(a)?),
+        })
+    }
+
+    /// The factor of a change of the output in the [`sample`](Self::sample), which is affine in the output;
+    /// `None` for 1.
     pub(crate) fn slope(self, is_straight: bool, at: &Coefficients) -> Result<Option<Tensor>> {
         let Coefficients { data: a, noise: s } = at;
         Ok(match self {

@@ -297,15 +297,9 @@ impl<'a> Sampler<'a> {
                 check_like("fresh noise", &noise, x)?;
                 noise
             }
-            Transition::Ddim => self.implied_noise(x, x0, &self.time(step, x)?)?,
+            Transition::Ddim => self.denoiser.path().implied_noise(x, x0, &self.time(step, x)?)?,
         };
         self.denoiser.path().renoise(x0, &self.time(step.saturating_add(1), x)?, &noise)
-    }
-
-    /// `(x - a x0-hat) / s`; s is positive since the grid stays below 1.
-    fn implied_noise(&self, x: &Tensor, x0: &Tensor, time: &PostShift) -> Result<Tensor> {
-        let coefficients = self.denoiser.path().coefficients(time)?.like(x)?;
-        Ok(x.f_sub(&x0.f_mul(&coefficients.data)?)?.f_div(&coefficients.noise)?)
     }
 }
 

@@ -70,6 +70,17 @@ macro_rules! time_methods {
                 self.range
             }
 
+            /// The times moved by `by`, toward the data where it is positive, and kept in [0, 1].
+            ///
+            /// # Errors
+            /// [`Error::OutOfRange`] unless `by` is in [-1, 1].
+            pub fn moved(&self, by: f64) -> Result<Self> {
+                checked("distance in time", "in [-1, 1]", by, (-1.0..=1.0).contains(&by))?;
+                let times = widen(&self.times)?.f_add_scalar(by)?.f_clamp(0.0, 1.0)?;
+                let moved = |end: f64| (end + by).clamp(0.0, 1.0);
+                Ok(Self::within(times, (moved(self.range.0), moved(self.range.1))))
+            }
+
             /// The times, `[B]`.
             pub fn tensor(&self) -> &Tensor {
                 &self.times
@@ -87,6 +98,11 @@ time_methods!(PreShift, "pre-shift time");
 time_methods!(PostShift, "post-shift time");
 
 impl PostShift {
+    /// Other times in the same range.
+    pub(crate) fn with_times(&self, times: Tensor) -> Self {
+        Self::within(times, self.range)
+    }
+
     /// The times as a network is handed them beside `noised`: float64 would spread through it from them
     /// to samples that are not.
     pub(crate) fn for_network(&self, noised: &Tensor) -> Result<Tensor> {

@@ -32,6 +32,7 @@ pub(crate) fn is_positive(value: f64) -> bool {
 pub(crate) struct Positive(f64);
 
 impl Positive {
+    pub(crate) const ONE: Self = Self(1.0);
     pub(crate) const CDM: Self = Self(0.1);
     pub(crate) const FASTGEN: Self = Self(1e-6);
     pub(crate) const PORT: Self = Self(1e-8);

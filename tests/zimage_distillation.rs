@@ -205,7 +205,7 @@ fn bad_options_are_refused_by_name() -> Result<()> {
     };
     for (arguments, complaint) in [
         (&["--schedule", "coupled"][..], "expected one of"),
-        (&["--transition", "ddim"], "expected"),
+        (&["--transition", "euler"], "expected"),
         (&["--guidance", "0.5"], "guidance scale alpha"),
         (&["--device", "gpu"], "expected auto, cpu, cuda or cuda:N"),
         (&["--updates", "many"], "invalid digit"),

@@ -4,6 +4,7 @@
 mod common;
 
 mod adversarial;
+mod consistency;
 mod convergence;
 mod critic_evaluation;
 mod maximum_mean_discrepancy;

@@ -1,0 +1,602 @@
+//! Consistency against closed forms of Gaussian data, in float64.
+
+use std::cell::Cell;
+
+use decoupled_dmd::{
+    Batch, Condition, Consistency, Denoiser, Edm, Engine, Error, Group, Guidance, NoisePath,
+    Objective, PostShift, Prediction, Probe, RectifiedFlow, Renoising, Result, Shift, Tangent,
+    TrigFlow, Uniform, VariancePreserving, testing,
+};
+use tch::{Device, Kind, Tensor, nn, nn::OptimizerConfig};
+
+use super::common::{max_difference, sdxl, seeded, value, values, wave};
+
+const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
+const MEAN: f64 = 0.7;
+const STD: f64 = 0.5;
+
+/// a and s of a path at times `[B]`, as `[B, 1]`.
+fn coefficients(path: &dyn NoisePath, t: &Tensor) -> (Tensor, Tensor) {
+    let at = path.coefficients(&PostShift::new(t.detach()).unwrap()).unwrap();
+    (at.data.view([-1, 1]).to_kind(t.kind()), at.noise.view([-1, 1]).to_kind(t.kind()))
+}
+
+/// The variance of x_t for data of variance STD^2.
+fn variance(a: &Tensor, s: &Tensor) -> Tensor {
+    a.square() * (STD * STD) + s.square()
+}
+
+/// The denoiser of N(condition, STD^2), which predicts the clean sample.
+fn teacher<'a>(path: &'a dyn NoisePath) -> Denoiser<'a> {
+    Denoiser::new(path, Prediction::Sample, move |x: &Tensor, t: &Tensor, c: &Condition| {
+        let (a, s) = coefficients(path, t);
+        &c[0] + &a * (STD * STD) / variance(&a, &s) * (x - &a * &c[0])
+    })
+}
+
+/// The consistency function of that teacher: where its ODE from (x, t) ends.
+fn exact_student<'a>(path: &'a dyn NoisePath) -> Denoiser<'a> {
+    Denoiser::new(path, Prediction::Sample, move |x: &Tensor, t: &Tensor, c: &Condition| {
+        let (a, s) = coefficients(path, t);
+        &c[0] + variance(&a, &s).sqrt().reciprocal() * STD * (x - &a * &c[0])
+    })
+}
+
+/// A rectified-flow denoiser of which the time may be differentiated, with its exact derivative by two
+/// reversed passes.
+fn differentiable<'a>(
+    path: impl NoisePath + 'a,
+    prediction: Prediction,
+    network: impl Fn(&Tensor, &Tensor, &Tensor) -> Tensor + Copy + 'a,
+) -> Denoiser<'a> {
+    let with_slope = move |x: &Tensor, t: &Tensor, c: &Condition, dx: &Tensor, dt: &Tensor| {
+        tch::with_grad(|| {
+            let x = x.detach().set_requires_grad(true);
+            let t = t.detach().set_requires_grad(true);
+            let output = network(&x, &t, &c[0]);
+            let seed = output.zeros_like().set_requires_grad(true);
+            let dot = (&output * &seed).sum(None);
+            let slopes = Tensor::run_backward(&[&dot], &[&x, &t], true, true);
+            let along = [(&slopes[0], dx), (&slopes[1], dt)]
+                .into_iter()
+                .filter(|(slope, _)| slope.defined())
+                .map(|(slope, along)| (slope * along).sum(None))
+                .reduce(|one, other| one + other)
+                .expect("the network depends on its input");
+            let tangent = Tensor::run_backward(&[&along], &[&seed], false, false).remove(0);
+            (output.detach(), tangent)
+        })
+    };
+    Denoiser::new(path, prediction, move |x: &Tensor, t: &Tensor, c: &Condition| {
+        network(x, t, &c[0])
+    })
+    .tangent(with_slope)
+}
+
+/// The clean prediction of N(mean, STD^2) on rectified flow.
+fn flow_teacher(x: &Tensor, t: &Tensor, mean: &Tensor) -> Tensor {
+    let a = t.view([-1, 1]);
+    let s: Tensor = 1.0 - &a;
+    mean + &a * (STD * STD) / variance(&a, &s) * (x - &a * mean)
+}
+
+fn flow_exact(x: &Tensor, t: &Tensor, mean: &Tensor) -> Tensor {
+    let a = t.view([-1, 1]);
+    let s: Tensor = 1.0 - &a;
+    mean + variance(&a, &s).sqrt().reciprocal() * STD * (x - &a * mean)
+}
+
+/// The direction of an engine for a student at given inputs.
+fn direction(
+    engine: &Consistency<'_>,
+    student: &Denoiser<'_>,
+    teacher: &Denoiser<'_>,
+    input: &Tensor,
+    time: &PostShift,
+    conditions: (&Condition, Option<&Condition>),
+) -> Result<Tensor> {
+    let x = student.denoise(input, time, conditions.0)?;
+    let mut batch = Batch::new(&x, conditions.0)?.with_student_input(input, time)?;
+    if let Some(null) = conditions.1 {
+        batch = batch.with_null(null);
+    }
+    let tau = PostShift::all(0.5, x.size()[0], (x.kind(), Device::Cpu))?;
+    engine.direction(&Probe::at(teacher, &batch, tau, x.zeros_like())?)
+}
+
+fn mean_condition() -> Condition {
+    Condition::from(Tensor::from(MEAN))
+}
+
+fn times() -> Result<PostShift> {
+    PostShift::new(Tensor::from_slice(&[0.05, 0.3, 0.6, 0.9]))
+}
+
+/// Inputs at those times, with the spread that the path gives them.
+fn inputs(path: &dyn NoisePath, time: &PostShift) -> Tensor {
+    let (a, s) = coefficients(path, time.tensor());
+    &a * MEAN + variance(&a, &s).sqrt() * wave(&[4, 3], 0.4, Kind::Double)
+}
+
+fn largest(tensor: &Tensor) -> f64 {
+    value(&tensor.abs().max())
+}
+
+fn ending_paths() -> Vec<Box<dyn NoisePath>> {
+    vec![
+        Box::new(RectifiedFlow),
+        Box::new(TrigFlow),
+        Box::new(VariancePreserving::linear(0.1, 20.0).unwrap()),
+        Box::new(RectifiedFlow.shifted(Shift::new(3.0).unwrap())),
+    ]
+}
+
+#[test]
+fn the_consistency_function_stays_where_it_is() -> Result<()> {
+    let cond = mean_condition();
+    for path in ending_paths() {
+        let path = &*path;
+        let (student, teacher, time) = (exact_student(path), teacher(path), times()?);
+        let input = inputs(path, &time);
+        let size = |tangent| -> Result<f64> {
+            let engine = Consistency::continuous(student.clone(), tangent)?;
+            Ok(largest(&direction(&engine, &student, &teacher, &input, &time, (&cond, None))?))
+        };
+        // Central differences are of the second order, one-sided ones of the first.
+        let central = [2e-3, 1e-3].map(|step| size(Tangent::Central { step }).unwrap());
+        let ahead = [2e-4, 1e-4].map(|step| size(Tangent::Ahead { step }).unwrap());
+        assert!((3.6..4.4).contains(&(central[0] / central[1])), "{central:?}");
+        assert!((1.8..2.2).contains(&(ahead[0] / ahead[1])), "{ahead:?}");
+        assert!(central[1] < 0.05 && size(Tangent::Central { step: 1e-4 })? < 5e-4);
+        // The discrete direction is the error of one step of the teacher.
+        let discrete = |step: f64| -> Result<f64> {
+            let engine = Consistency::discrete(student.clone(), step)?;
+            Ok(largest(&direction(&engine, &student, &teacher, &input, &time, (&cond, None))?))
+        };
+        let (long, short) = (discrete(2e-3)?, discrete(1e-3)?);
+        assert!((3.5..4.5).contains(&(long / short)), "{long} {short}");
+    }
+    let student = differentiable(RectifiedFlow, Prediction::Sample, flow_exact);
+    let (teacher, time) = (teacher(&RectifiedFlow), times()?);
+    let input = inputs(&RectifiedFlow, &time);
+    let engine = Consistency::continuous(student.clone(), Tangent::Exact)?;
+    let exact = direction(&engine, &student, &teacher, &input, &time, (&cond, None))?;
+    assert!(largest(&exact) < 1e-12, "{}", largest(&exact));
+    Ok(())
+}
+
+#[test]
+fn a_linear_student_has_the_tangent_worked_out_by_hand() -> Result<()> {
+    // Student and teacher are the denoiser of N(0.7, 0.5^2) on rectified flow, at t = 0.37:
+    // T = t n sd^2 (1 - t) / v^2 (x - t mu), D = T / (rms T + 0.1) n / (1 - t).
+    let (t, x) = (0.37, [1.3, -0.2, 0.6]);
+    let n = (t * t + (1.0 - t) * (1.0_f64 - t)).sqrt();
+    let v = t * t * STD * STD + (1.0 - t) * (1.0 - t);
+    let tangent = x.map(|x| t * n * STD * STD * (1.0 - t) / (v * v) * (x - t * MEAN));
+    let rms = (tangent.iter().map(|t| t * t).sum::<f64>() / 3.0).sqrt();
+    let by_hand = tangent.map(|tangent| tangent / (rms + 0.1) * n / (1.0 - t));
+    for (found, expected) in by_hand.iter().zip([1.075_72, -0.474_31, 0.352_37]) {
+        approx::assert_abs_diff_eq!(*found, expected, epsilon = 1e-5);
+    }
+    let student = differentiable(RectifiedFlow, Prediction::Sample, flow_teacher);
+    let input = Tensor::from_slice(&x).view([1, 3]);
+    let time = PostShift::all(t, 1, DOUBLE)?;
+    let cond = mean_condition();
+    let of = |engine: Consistency<'_>| {
+        direction(&engine, &student, &teacher(&RectifiedFlow), &input, &time, (&cond, None))
+    };
+    let exact = of(Consistency::continuous(student.clone(), Tangent::Exact)?)?;
+    let plain = of(Consistency::continuous(student.clone(), Tangent::Exact)?.unnormalized())?;
+    for (i, (found, plain)) in values(&exact).iter().zip(values(&plain)).enumerate() {
+        approx::assert_abs_diff_eq!(*found, by_hand[i], epsilon = 1e-12);
+        approx::assert_abs_diff_eq!(plain, tangent[i] * n / (1.0 - t), epsilon = 1e-12);
+    }
+    let central = of(Consistency::continuous(student.clone(), Tangent::Central { step: 1e-4 })?)?;
+    assert!(max_difference(&central, &exact) < 1e-6);
+    Ok(())
+}
+
+#[test]
+fn the_exact_tangent_is_that_of_differences_for_every_prediction_and_path() -> Result<()> {
+    let cond = mean_condition();
+    let network = |x: &Tensor, t: &Tensor, c: &Tensor| {
+        (x * 0.8 + t.view([-1, 1]) * c).sin() + x * t.view([-1, 1]) * 0.3
+    };
+    let paths: [&dyn NoisePath; 4] = [
+        &RectifiedFlow,
+        &TrigFlow,
+        &Edm::new(0.05, 4.0, 3.0)?,
+        &VariancePreserving::linear(0.1, 8.0)?,
+    ];
+    for path in paths {
+        let (teacher, time) = (teacher(path), times()?);
+        let input = inputs(path, &time);
+        for prediction in Prediction::ALL {
+            let student = differentiable(path, prediction, network);
+            let of = |tangent, std: f64| -> Result<Tensor> {
+                let engine = Consistency::continuous(student.clone(), tangent)?;
+                let engine = engine.unnormalized().data_std(std)?;
+                direction(&engine, &student, &teacher, &input, &time, (&cond, None))
+            };
+            for std in [1.0, 0.5] {
+                let (exact, central) =
+                    (of(Tangent::Exact, std)?, of(Tangent::Central { step: 1e-5 }, std)?);
+                let size = largest(&exact).max(1.0);
+                let error = max_difference(&exact, &central) / size;
+                assert!(error < 1e-6, "{prediction:?} {std}: {error}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_tangent_is_the_same_on_every_path() -> Result<()> {
+    // A rectified-flow network, as it is and wrapped as TrigFlow: sigma = q / (c + q), input x / (c + q).
+    let velocity = |x: &Tensor, t: &Tensor, c: &Tensor| (x * 0.8 + t.view([-1, 1]) * c).sin();
+    let angle =
+        |t: &Tensor| t.view([-1, 1]).neg().f_add_scalar(1.0).unwrap() * std::f64::consts::FRAC_PI_2;
+    let wrapped = move |x: &Tensor, t: &Tensor, c: &Tensor| {
+        let (cosine, sine) = (angle(t).cos(), angle(t).sin());
+        let sum = &cosine + &sine;
+        let sigma = &sine / &sum;
+        let input = x / &sum;
+        let time: Tensor = 1.0 - sigma.view([-1]);
+        let clean = &input - &sigma * velocity(&input, &time, c);
+        (&cosine * x - clean) / sine
+    };
+    let flow = differentiable(RectifiedFlow, Prediction::FlowVelocity, velocity);
+    let trig = differentiable(TrigFlow, Prediction::Velocity, wrapped);
+    let cond = mean_condition();
+    let time = times()?;
+    let (a, s) = coefficients(&RectifiedFlow, time.tensor());
+    let trig_time = PostShift::new((s.atan2(&a) * (-2.0 / std::f64::consts::PI) + 1.0).view([-1]))?;
+    let input = inputs(&RectifiedFlow, &time);
+    let norm = a.hypot(&s);
+    let of = |student: &Denoiser<'_>, path: &dyn NoisePath, input: &Tensor, time: &PostShift| {
+        let engine = Consistency::continuous(student.clone(), Tangent::Exact)?;
+        direction(&engine, student, &teacher(path), input, time, (&cond, None))
+    };
+    let on_flow = of(&flow, &RectifiedFlow, &input, &time)?;
+    let on_trig = of(&trig, &TrigFlow, &(&input / &norm), &trig_time)?;
+    assert!(largest(&on_flow) > 0.1);
+    let error = max_difference(&on_flow, &on_trig) / largest(&on_flow);
+    assert!(error < 1e-10, "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_discrete_model_has_its_fixed_point_at_products_of_the_steps() -> Result<()> {
+    // m(t, l) = a_l k + s_l / s (1 - a k), k = a sd^2 / v; f(x, t_i) = mu + (product from i) (x - a mu).
+    let step = |t: f64, l: f64| {
+        let (a, s) = (t, 1.0 - t);
+        let k = a * STD * STD / (a * a * STD * STD + s * s);
+        l * k + (1.0 - l) / s * (1.0 - a * k)
+    };
+    let cond = mean_condition();
+    for (count, printed) in [(4usize, 0.340_54), (10, 0.430_78), (48, 0.484_80)] {
+        let grid: Vec<f64> = (0..=count).map(|k| k as f64 / count as f64).collect();
+        let mut products = vec![1.0];
+        for pair in grid.windows(2).rev() {
+            products.push(products[products.len() - 1] * step(pair[0], pair[1]));
+        }
+        products.reverse();
+        approx::assert_abs_diff_eq!(products[0], printed, epsilon = 1e-5);
+        let table = Tensor::from_slice(&products);
+        let student = Denoiser::new(
+            RectifiedFlow,
+            Prediction::Sample,
+            |x: &Tensor, t: &Tensor, c: &Condition| {
+                let index = (t * count as f64).round().to_kind(Kind::Int64);
+                let factor = table.index_select(0, &index).view([-1, 1]);
+                &c[0] + factor * (x - t.view([-1, 1]) * &c[0])
+            },
+        );
+        let time = PostShift::new(Tensor::from_slice(&grid[..count]))?;
+        let input = wave(&[count as i64, 3], 0.2, Kind::Double);
+        let engine = Consistency::discrete(student.clone(), 1.0 / count as f64)?;
+        let found =
+            direction(&engine, &student, &teacher(&RectifiedFlow), &input, &time, (&cond, None))?;
+        assert!(largest(&found) < 1e-13, "{count}: {}", largest(&found));
+    }
+    Ok(())
+}
+
+#[test]
+fn warm_up_goes_from_the_teachers_sample_to_the_tangent() -> Result<()> {
+    let calls = Cell::new(0);
+    let network = |x: &Tensor, t: &Tensor, _: &Condition| {
+        calls.set(calls.get() + 1);
+        x * t.view([-1, 1]) * 0.9
+    };
+    let student = Denoiser::new(RectifiedFlow, Prediction::Sample, network);
+    let (cond, time) = (mean_condition(), times()?);
+    let (input, teacher) = (inputs(&RectifiedFlow, &time), teacher(&RectifiedFlow));
+    let engine =
+        Consistency::continuous(student.clone(), Tangent::Central { step: 1e-3 })?.unnormalized();
+    let at = |share: f64| -> Result<(Tensor, usize)> {
+        engine.set_warmup(share)?;
+        let before = calls.get();
+        let found = direction(&engine, &student, &teacher, &input, &time, (&cond, None))?;
+        // One call made x.
+        Ok((found, calls.get() - before - 1))
+    };
+    let (start, end, middle) = (at(0.0)?, at(1.0)?, at(0.25)?);
+    assert_eq!((start.1, end.1, middle.1), (0, 2, 2));
+    let (a, s) = coefficients(&RectifiedFlow, time.tensor());
+    let norm = a.hypot(&s);
+    let (c, q) = (&a / &norm, &s / &norm);
+    let x = student.denoise(&input, &time, &cond)?;
+    let pull = c.square() / q.square() * (teacher.denoise(&input, &time, &cond)? - x);
+    assert!(max_difference(&start.0, &pull) < 1e-12);
+    assert!(max_difference(&middle.0, &(&start.0 * 0.75 + &end.0 * 0.25)) < 1e-12);
+    for share in [-0.1, 1.1, f64::NAN] {
+        assert!(matches!(engine.set_warmup(share), Err(Error::OutOfRange { .. })));
+    }
+    Ok(())
+}
+
+#[test]
+fn guidance_bakes_in_the_guided_teacher() -> Result<()> {
+    // cond N(0.7, sd^2), null N(0.2, sd^2): the guided teacher is the denoiser of N(0.2 + 3 0.5, sd^2).
+    let (cond, null) = (mean_condition(), Condition::from(Tensor::from(0.2)));
+    let nulls = Cell::new(0);
+    let counting = Denoiser::new(
+        RectifiedFlow,
+        Prediction::Sample,
+        |x: &Tensor, t: &Tensor, c: &Condition| {
+            if value(&c[0]) < 0.5 {
+                nulls.set(nulls.get() + 1);
+            }
+            flow_teacher(x, t, &c[0])
+        },
+    );
+    let guided_mean = Tensor::from(0.2 + 3.0 * 0.5);
+    let exact = |x: &Tensor, t: &Tensor, _: &Tensor| flow_exact(x, t, &Tensor::from(1.7));
+    assert!((value(&guided_mean) - 1.7).abs() < 1e-12);
+    let student = differentiable(RectifiedFlow, Prediction::Sample, exact);
+    let time = times()?;
+    let input = inputs(&RectifiedFlow, &time);
+    let of = |guidance: f64| {
+        let engine = Consistency::continuous(student.clone(), Tangent::Exact)?
+            .guided(Guidance::new(guidance)?);
+        direction(&engine, &student, &counting, &input, &time, (&cond, Some(&null)))
+    };
+    assert!(largest(&of(3.0)?) < 1e-11);
+    assert_eq!(nulls.get(), 1);
+    assert!(largest(&of(1.0)?) > 0.1);
+    assert_eq!(nulls.get(), 1, "neutral guidance needs no null branch");
+    Ok(())
+}
+
+#[test]
+fn the_gradient_is_that_of_scm_in_the_networks_parameters() -> Result<()> {
+    // sCM: 0.5 mean (F - sg F - g / (rms g + kappa))^2 with g = cos(phi) df/dphi.
+    let weight = Tensor::from_slice(&[0.3, -0.8]).set_requires_grad(true);
+    let network = |x: &Tensor, t: &Tensor, c: &Condition| {
+        (x * weight.get(0) + t.view([-1, 1]) * weight.get(1) * &c[0]).sin()
+    };
+    let student = Denoiser::new(TrigFlow, Prediction::Velocity, network);
+    let (cond, time) = (mean_condition(), times()?);
+    let (input, teacher) = (inputs(&TrigFlow, &time), teacher(&TrigFlow));
+    let x = student.denoise(&input, &time, &cond)?;
+    let batch = Batch::new(&x, &cond)?.with_student_input(&input, &time)?;
+    let tangent = Tangent::Central { step: 1e-4 };
+    let group = Group::new(Renoising::new(Uniform::FULL)).engine(
+        "consistency",
+        1.0,
+        Consistency::continuous(student.clone(), tangent)?,
+    );
+    let _guard = seeded(1);
+    let loss = Objective::new(teacher.clone()).with(group).evaluate(&batch)?.loss;
+    let found = Tensor::run_backward(&[&loss], &[&weight], true, false).remove(0);
+
+    // The same by hand: df/dphi by differences along the teacher's rotation.
+    let (c, q) = coefficients(&TrigFlow, time.tensor());
+    let clean = teacher.denoise(&input, &time, &cond)?;
+    let noise = (&input - &c * &clean) / &q;
+    let h = 1e-4;
+    let f_at = |by: f64| -> Result<Tensor> {
+        let moved = PostShift::new(time.tensor() + by)?;
+        let (c, q) = coefficients(&TrigFlow, moved.tensor());
+        student.denoise(&(c * &clean + q * &noise), &moved, &cond)
+    };
+    // t + h is an angle smaller by h pi / 2.
+    let slope = (f_at(h)? - f_at(-h)?) / (-2.0 * h * std::f64::consts::FRAC_PI_2);
+    let g = (&c * slope).detach();
+    let rms = g.square().mean_dim([1i64].as_slice(), true, None).sqrt();
+    let g = &g / (rms + 0.1);
+    let output = network(&input, time.tensor(), &cond);
+    let scm = (&output - output.detach() - g).square().mean(None) * 0.5;
+    let expected = Tensor::run_backward(&[&scm], &[&weight], false, false).remove(0);
+    assert!(max_difference(&found, &expected) < 1e-9 * largest(&expected).max(1.0));
+    Ok(())
+}
+
+#[test]
+fn the_engine_keeps_the_contract() -> Result<()> {
+    for kind in [Kind::Float, Kind::Double, Kind::BFloat16] {
+        let network = |x: &Tensor, t: &Tensor, _: &Condition| x * t.view([-1, 1]).to_kind(x.kind());
+        let student = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
+        let teacher = Denoiser::new(
+            RectifiedFlow,
+            Prediction::FlowVelocity,
+            |x: &Tensor, t: &Tensor, c: &Condition| {
+                (x * 0.5 + t.view([-1, 1]).to_kind(x.kind())).sin() * c[0].to_kind(x.kind())
+            },
+        );
+        let (x, input) = (wave(&[4, 3], 0.1, kind), wave(&[4, 3], 0.9, Kind::Float));
+        let input = input.to_kind(if kind == Kind::Double { kind } else { Kind::Float });
+        let time = PostShift::new(Tensor::from_slice(&[0.1, 0.3, 0.5, 0.8]).to_kind(input.kind()))?;
+        let (cond, null) = (mean_condition(), Condition::from(Tensor::from(0.2)));
+        let batch = Batch::new(&x, &cond)?.with_null(&null).with_student_input(&input, &time)?;
+        let mask = Tensor::from_slice(&[true, true, false, true]);
+        let masked = Batch::new(&x, &cond)?
+            .with_null(&null)
+            .with_student_input(&input, &time)?
+            .with_mask(&mask)?;
+        let engines = [
+            Consistency::discrete(student.clone(), 0.1)?,
+            Consistency::discrete(student.clone(), 0.1)?.normalized(0.01)?,
+            Consistency::continuous(student.clone(), Tangent::Central { step: 0.05 })?,
+            Consistency::continuous(student.clone(), Tangent::Ahead { step: 1.0 / 48.0 })?
+                .guided(Guidance::new(3.0)?),
+        ];
+        for engine in &engines {
+            testing::check_engine(engine, &teacher, &batch).expect("the contract");
+            let tau = PostShift::all(0.5, 4, (input.kind(), Device::Cpu))?;
+            let found = engine.direction(&Probe::at(&teacher, &masked, tau, x.zeros_like())?)?;
+            assert!(largest(&found.get(2)) <= 0.0 && largest(&found.get(1)) > 0.0);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn observations_tell_a_derivative_from_rounding_noise() -> Result<()> {
+    let (cond, time) = (mean_condition(), times()?);
+    let (path, teacher) = (&RectifiedFlow, teacher(&RectifiedFlow));
+    let input = inputs(path, &time);
+    let roughness = |noisy: bool, step: f64| -> Result<f64> {
+        let network = move |x: &Tensor, t: &Tensor, c: &Condition| {
+            let clean = flow_teacher(x, t, &c[0]);
+            // As a bfloat16 network answers.
+            if noisy { clean.to_kind(Kind::BFloat16).to_kind(Kind::Double) } else { clean }
+        };
+        let student = Denoiser::new(path, Prediction::Sample, network);
+        let x = student.denoise(&input, &time, &cond)?;
+        let batch = Batch::new(&x, &cond)?.with_student_input(&input, &time)?;
+        let engine = Consistency::continuous(student.clone(), Tangent::Central { step })?;
+        let group = Group::new(Renoising::new(Uniform::FULL)).engine("scm", 1.0, engine);
+        let _guard = seeded(2);
+        let evaluation = Objective::new(teacher.clone()).with(group).observed().evaluate(&batch)?;
+        let report = evaluation.report()?;
+        let of = |name: &str| report.iter().find(|(found, _)| found == name).map(|found| found.1);
+        assert!(of("scm_tangent_rms").expect("recorded") > 0.0);
+        Ok(of("scm_roughness").expect("recorded"))
+    };
+    let (smooth, rough) = (roughness(false, 1e-3)?, roughness(true, 1e-3)?);
+    assert!(smooth < 0.02 && rough > 0.3, "{smooth} {rough}");
+    Ok(())
+}
+
+#[test]
+fn bad_input_is_named() -> Result<()> {
+    let student = exact_student(&RectifiedFlow);
+    for step in [0.0, -0.1, 1.1, f64::NAN] {
+        let what = "step along the teacher's ODE";
+        let made = [
+            Consistency::discrete(student.clone(), step),
+            Consistency::continuous(student.clone(), Tangent::Central { step }),
+        ];
+        for made in made {
+            assert!(matches!(made, Err(Error::OutOfRange { what: found, .. }) if found == what));
+        }
+    }
+    let central = || Consistency::continuous(student.clone(), Tangent::Central { step: 1e-3 });
+    for bad in [0.0, f64::NAN, f64::INFINITY] {
+        assert!(central()?.normalized(bad).is_err() && central()?.data_std(bad).is_err());
+    }
+    let (cond, time) = (mean_condition(), times()?);
+    let input = inputs(&RectifiedFlow, &time);
+    let flow = teacher(&RectifiedFlow);
+    let x = student.denoise(&input, &time, &cond)?;
+    let tau = || PostShift::all(0.5, 4, DOUBLE);
+    let of = |engine: &Consistency<'_>, teacher: &Denoiser<'_>, batch: &Batch<'_>| {
+        engine.direction(&Probe::at(teacher, batch, tau()?, x.zeros_like())?)
+    };
+    let bare = Batch::new(&x, &cond)?;
+    let missing = of(&central()?, &flow, &bare).unwrap_err();
+    assert!(matches!(missing, Error::Missing { what: "student input", .. }));
+    let batch = || Batch::new(&x, &cond)?.with_student_input(&input, &time);
+    let guided = central()?.guided(Guidance::new(2.0)?);
+    let missing = of(&guided, &flow, &batch()?).unwrap_err();
+    assert!(matches!(missing, Error::Missing { what: "null condition", .. }));
+    let other = of(&central()?, &teacher(&TrigFlow), &batch()?).unwrap_err();
+    assert!(matches!(other, Error::OutOfRange { what: "share of data on the term's path", .. }));
+    let exact = Consistency::continuous(student.clone(), Tangent::Exact)?;
+    assert!(matches!(of(&exact, &flow, &batch()?).unwrap_err(), Error::NoTangent));
+    // At the clean end the angle has no sine.
+    let end = PostShift::all(1.0, 4, DOUBLE)?;
+    let clean = Batch::new(&x, &cond)?.with_student_input(&input, &end)?;
+    let refused = of(&central()?, &flow, &clean).unwrap_err();
+    assert!(matches!(refused, Error::OutOfRange { .. }), "{refused}");
+    // A step within one level of a table.
+    let table = sdxl();
+    let student = exact_student(&table);
+    let short = Consistency::continuous(student.clone(), Tangent::Central { step: 1e-4 })?;
+    let refused = of(&short, &teacher(&table), &batch()?).unwrap_err();
+    assert!(matches!(refused, Error::OutOfRange { what: "step along the teacher's ODE", .. }));
+    let long = Consistency::discrete(student.clone(), 0.02)?;
+    assert!(of(&long, &teacher(&table), &batch()?).is_ok());
+    for (wrong, what) in
+        [(wave(&[4, 2], 0.0, Kind::Double), "student input"), (Tensor::new(), "student input")]
+    {
+        let refused = Batch::new(&x, &cond)?.with_student_input(&wrong, &time).unwrap_err();
+        assert!(matches!(refused, Error::Shape { what: found, .. } if found == what));
+    }
+    Ok(())
+}
+
+/// A one-step student of 2-D Gaussian data, trained by central differences on noised data, follows the
+/// teacher's ODE from pure noise to its end: the map `mu + sd x` of each coordinate.
+#[test]
+fn training_learns_the_teachers_ode() -> Result<()> {
+    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+    let _guard = seeded(3);
+    let spread = Tensor::from_slice(&[0.5f32, 0.2]);
+    let teacher = Denoiser::new(
+        RectifiedFlow,
+        Prediction::Sample,
+        |x: &Tensor, t: &Tensor, _: &Condition| {
+            let a = t.view([-1, 1]);
+            let s: Tensor = 1.0 - &a;
+            &a * spread.square() / (a.square() * spread.square() + s.square()) * x
+        },
+    );
+    let store = nn::VarStore::new(Device::Cpu);
+    let root = store.root();
+    let layers = [(3, 64), (64, 64), (64, 2)]
+        .map(|(from, to)| nn::linear(&root, from, to, Default::default()));
+    let network = |x: &Tensor, t: &Tensor, _: &Condition| {
+        let input = Tensor::cat(&[x, &t.view([-1, 1])], 1);
+        let hidden = input.apply(&layers[0]).silu().apply(&layers[1]).silu();
+        hidden.apply(&layers[2])
+    };
+    let student = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
+    let cond = Condition::none();
+    let mut optimizer = nn::Adam::default().build(&store, 2e-3)?;
+    let draw = || -> Result<(Tensor, Tensor, PostShift)> {
+        let data = Tensor::f_randn([256, 2], FLOAT)?.f_mul(&spread)?;
+        let noise = Tensor::f_randn([256, 2], FLOAT)?;
+        let time = PostShift::new(Tensor::f_rand([256], FLOAT)?.f_mul_scalar(0.98)?)?;
+        Ok((data, noise, time))
+    };
+    for _ in 0..600 {
+        let (data, noise, time) = draw()?;
+        optimizer.backward_step(&student.denoising_loss(&data, &time, &noise, &cond)?);
+    }
+    let noise = Tensor::f_randn([2048, 2], FLOAT)?;
+    let error = || -> Result<f64> {
+        let _no_grad = tch::no_grad_guard();
+        let start = PostShift::all(0.0, 2048, FLOAT)?;
+        let found = student.denoise(&noise, &start, &cond)?;
+        Ok(value(&(found - &noise * &spread).square().mean(None).sqrt()))
+    };
+    let before = error()?;
+    let engine = Consistency::continuous(student.clone(), Tangent::Central { step: 1e-3 })?;
+    let group = Group::new(Renoising::new(Uniform::FULL)).engine("scm", 1.0, &engine);
+    let objective = Objective::new(teacher).with(group);
+    for step in 0..1500 {
+        engine.set_warmup(f64::from(step) / 1500.0)?;
+        optimizer.set_lr(2e-3 * (1.0 - f64::from(step) / 1500.0));
+        let (data, noise, time) = draw()?;
+        let input = RectifiedFlow.renoise(&data, &time, &noise)?;
+        let x = student.denoise(&input, &time, &cond)?;
+        let batch = Batch::new(&x, &cond)?.with_student_input(&input, &time)?;
+        optimizer.backward_step(&objective.evaluate(&batch)?.loss);
+    }
+    let after = error()?;
+    assert!(before > 0.3 && after < 0.05, "{before} {after}");
+    Ok(())
+}
