@@ -25,12 +25,9 @@ use ablation::training::Material;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use tch::Kind;
-use zimage::classifier::Classifier;
-use zimage::data::EmojiData;
+use zimage::emoji::{Classifier, EmojiData, Judge};
 use zimage::failure::described;
-use zimage::metrics::Judge;
-use zimage::pipeline::Pipeline;
-use zimage::prompts::Prompts;
+use zimage::model::Pipeline;
 
 /// The document with placeholders in place of numbers.
 const TEMPLATE: &str = include_str!("ablation/reproduction.md");
@@ -133,7 +130,7 @@ fn work(options: &Options) -> Result<()> {
     let teacher = Pipeline::load("assets/teacher".as_ref(), Kind::Float, device)?;
     let data = EmojiData::load("assets/emoji".as_ref())?;
     let captions = data.items.iter().map(|item| item.caption.as_str());
-    let prompts = Prompts::encode(&teacher.transformer, &data.vocabulary, captions)?;
+    let prompts = data.vocabulary.encode_prompts(&teacher.transformer, captions)?;
     let material = Material {
         teacher: &teacher.transformer,
         shift: teacher.shift,

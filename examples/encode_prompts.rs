@@ -13,8 +13,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Parser;
 use tch::Kind;
-use zimage::features::{FeatureCache, read_prompts};
 use zimage::options::{DeviceChoice, parse_device, set_threads};
+use zimage::text::{FeatureCache, read_prompts};
 
 /// Encodes prompts with the text encoder of a Z-Image model.
 #[derive(Parser)]

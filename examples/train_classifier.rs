@@ -14,12 +14,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use tch::{Device, Kind, Reduction, Tensor};
-use zimage::classifier::Classifier;
-use zimage::data::EmojiData;
-use zimage::flow_matching::step_seed;
-use zimage::metrics::Judge;
+use zimage::emoji::{Classifier, EmojiData, Judge};
 use zimage::optimizer::{AdamW, AdamWSettings};
 use zimage::options::set_threads;
+use zimage::seed::step_seed;
 
 /// Steps between two progress lines.
 const REPORT_EVERY: u64 = 100;

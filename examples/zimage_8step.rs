@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use anyhow::{Result, ensure};
 use zimage::failure::{described, is_out_of_memory};
 use zimage::options::{Options, TEACHER, set_threads};
-use zimage::{embedded, released};
+use zimage::{distil, emoji};
 
 fn main() -> ExitCode {
     match Options::from_command_line().and_then(|options| run(&options)) {
@@ -40,17 +40,17 @@ fn run(options: &Options) -> Result<ExitCode> {
         "--checkpoint {}: there is no such folder",
         options.checkpoint.display()
     );
-    let is_released = released::is_released(&options.checkpoint);
+    let is_released = distil::run::is_released(&options.checkpoint);
     if options.plan {
-        return released::plan(options).map(|()| ExitCode::SUCCESS);
+        return distil::run::plan(options).map(|()| ExitCode::SUCCESS);
     }
     let threads = set_threads(options.threads)?;
     let device = options.device.resolve()?;
     match &options.sample {
-        Some(prompt) if is_released => released::sample(options, device, prompt)?,
-        Some(caption) => embedded::sample(options, device, caption)?,
-        None if is_released => return released::distil(options, device, threads),
-        None => return embedded::distil(options, device, threads),
+        Some(prompt) if is_released => distil::run::sample(options, device, prompt)?,
+        Some(caption) => emoji::run::sample(options, device, caption)?,
+        None if is_released => return distil::run::train(options, device, threads),
+        None => return emoji::run::train(options, device, threads),
     }
     Ok(ExitCode::SUCCESS)
 }

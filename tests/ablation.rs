@@ -13,13 +13,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ablation::arm::{Arm, Shield, Tau};
 use ablation::bench::{Bench, radial_spectrum};
-use ablation::experiments;
 use ablation::record::{Reference, RunRecord, reference_path, run_path};
 use ablation::results::Field;
 use ablation::run::{run, write_reference};
 use ablation::statistics::{Interval, quantile};
 use ablation::training::{Material, Trainer};
-use ablation::{record, report};
+use ablation::{experiments, record, report};
 use anyhow::Result;
 use common::{gradient, max_difference, seeded, wave, worse};
 use decoupled_dmd::{
@@ -31,12 +30,9 @@ use tch::{Device, Kind, Tensor};
 use tempfile::tempdir;
 use tiny::{prompts, teacher};
 use zimage::ZImageTransformer;
-use zimage::adapter::denoiser;
-use zimage::classifier::Classifier;
-use zimage::data::EmojiData;
-use zimage::metrics::{Judge, mean_variance};
-use zimage::prompts::Prompts;
-use zimage::weights::read_json;
+use zimage::distil::{Prompts, denoiser};
+use zimage::emoji::{Classifier, EmojiData, Judge, mean_variance};
+use zimage::files::read_json;
 
 const DM: Shield = Shield::DistributionMatching(Tau::Full);
 
@@ -266,7 +262,7 @@ fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
     let teacher = teacher()?;
     let data = EmojiData::load("assets/emoji".as_ref())?;
     let captions = data.items.iter().map(|item| item.caption.as_str());
-    let prompts = Prompts::encode(&teacher, &data.vocabulary, captions)?;
+    let prompts = data.vocabulary.encode_prompts(&teacher, captions)?;
     let images = data.images.shallow_clone();
     let items = data.indices(false);
     let material =

@@ -9,10 +9,9 @@ use anyhow::Result;
 use common::{gradient, max_difference, wave};
 use tch::{Device, Kind, Tensor};
 use tempfile::{TempDir, tempdir};
-use zimage::autoencoder::config::{AutoencoderConfig, Half};
-use zimage::autoencoder::{Autoencoder, Decoder};
-use zimage::blocks::Parameters;
-use zimage::checkpoint::{read_tensors, write_tensors};
+use zimage::autoencoder::{Autoencoder, AutoencoderConfig, Decoder, Half};
+use zimage::parameters::Parameters;
+use zimage::weights::{read_tensors, write_tensors};
 
 const MODELS: [&str; 2] = ["two_levels", "four_levels"];
 const WEIGHTS: &str = "vae/diffusion_pytorch_model.safetensors";

@@ -3,8 +3,8 @@
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 use tempfile::{TempDir, tempdir};
-use zimage::checkpoint::write_tensors;
-use zimage::data::EmojiData;
+use zimage::emoji::EmojiData;
+use zimage::weights::write_tensors;
 
 /// A picture set of two tiles: the first red, the second blue but for one white corner pixel.
 fn write_set() -> Result<TempDir> {

@@ -12,17 +12,13 @@ use decoupled_dmd::{Condition, PostShift, Shift};
 use tch::{Device, Kind, Tensor};
 use tempfile::tempdir;
 use tiny::{prompts, teacher};
-use zimage::adapter::denoiser;
-use zimage::data::Vocabulary;
-use zimage::distillation::{Distillation, Record};
-use zimage::embedded;
+use zimage::distil::{Distillation, Preset, Recipe, Record, denoiser};
+use zimage::emoji::Vocabulary;
 use zimage::failure::{described, is_out_of_memory};
 use zimage::lora::LoraSettings;
+use zimage::model::{Pipeline, is_caption_side};
 use zimage::options::Options;
-use zimage::pipeline::Pipeline;
-use zimage::prompts::{Prompts, is_caption_side};
-use zimage::recipe::{Preset, Recipe};
-use zimage::{Role, ZImageTransformer};
+use zimage::{Role, ZImageTransformer, emoji};
 
 /// Of one sample.
 const SIZE: [i64; 3] = [3, 16, 16];
@@ -129,7 +125,7 @@ fn captions_of_several_lengths_are_trained_on() -> Result<()> {
     let vocabulary = Vocabulary::load("assets/emoji".as_ref())?;
     let long = "google cat face ".repeat(12);
     let captions = ["google cat face", long.as_str()];
-    let prompts = Prompts::encode(&teacher, &vocabulary, captions.into_iter())?;
+    let prompts = vocabulary.encode_prompts(&teacher, captions.into_iter())?;
     assert!(prompts.conditions(&[0, 1]).is_err(), "the captions are of one length");
     // The null caption is short: once as long as the caption, once not.
     for items in [[0, 0], [1, 1], [0, 1]] {
@@ -266,7 +262,8 @@ fn the_demonstration_looks_at_everything_before_it_begins() -> Result<()> {
         (&["--merge"], "--merge is for released checkpoints"),
         (&["--features", "x"], "--features is for released checkpoints"),
     ] {
-        let error = embedded::distil(&options(arguments)?, Device::Cpu, 1).unwrap_err().to_string();
+        let error =
+            emoji::run::train(&options(arguments)?, Device::Cpu, 1).unwrap_err().to_string();
         assert!(error.contains(complaint), "{arguments:?}: {error}");
         assert!(!out.exists(), "{arguments:?}");
     }
@@ -275,7 +272,7 @@ fn the_demonstration_looks_at_everything_before_it_begins() -> Result<()> {
         (incomplete, "it is not a model of pixels and word vectors"),
     ] {
         let options = options(&["--sample", "pizza", "--student", student])?;
-        let error = embedded::sample(&options, Device::Cpu, "pizza").unwrap_err().to_string();
+        let error = emoji::run::sample(&options, Device::Cpu, "pizza").unwrap_err().to_string();
         assert!(error.contains(complaint), "{student}: {error}");
     }
     Ok(())

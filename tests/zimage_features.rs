@@ -14,15 +14,19 @@ use decoupled_dmd::{PostShift, Shift};
 use narrow::narrow;
 use tch::{Device, Kind, Tensor};
 use tempfile::tempdir;
-use zimage::adapter::denoiser;
-use zimage::checkpoint::{read_tensors, write_tensors};
-use zimage::encoder_key::encoder_key;
-use zimage::features::{FeatureCache, read_prompts};
+use zimage::Config;
+use zimage::Role;
+use zimage::ZImageTransformer;
+use zimage::distil::Prompts;
+use zimage::distil::denoiser;
 use zimage::fingerprint::Hash;
-use zimage::prompts::Prompts;
-use zimage::rope::padded;
+use zimage::model::padded;
+use zimage::text::FeatureCache;
 use zimage::text::TextEncoder;
-use zimage::{Config, Role, ZImageTransformer};
+use zimage::text::encoder_key;
+use zimage::text::read_prompts;
+use zimage::weights::read_tensors;
+use zimage::weights::write_tensors;
 
 const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 

@@ -10,9 +10,9 @@ use anyhow::Result;
 use common::{max_difference, seeded};
 use small_model::{Inputs, config, every_linear, fill, inputs, merged_by_hand, model, settings};
 use tch::{Device, Kind, Tensor};
-use zimage::blocks::Parameters;
-use zimage::checkpoint::{read_tensors, write_tensors};
 use zimage::lora::Lora;
+use zimage::parameters::Parameters;
+use zimage::weights::{read_tensors, write_tensors};
 use zimage::{Config, Role, ZImageTransformer};
 
 /// An empty folder below the build's own.

@@ -8,11 +8,16 @@ use approx::assert_abs_diff_eq;
 use narrow::narrow;
 use tch::{Device, Kind, Tensor};
 use tempfile::tempdir;
-use zimage::blocks::time_features;
-use zimage::checkpoint::{read_tensors, write_tensors};
-use zimage::layout::{Grid, patchify, unpatchify};
-use zimage::rope::rotary_factors;
-use zimage::{Config, Role, ZImageTransformer};
+use zimage::Config;
+use zimage::Role;
+use zimage::ZImageTransformer;
+use zimage::model::Grid;
+use zimage::model::patchify;
+use zimage::model::rotary_factors;
+use zimage::model::time_features;
+use zimage::model::unpatchify;
+use zimage::weights::read_tensors;
+use zimage::weights::write_tensors;
 
 /// `f(i)` for i = 0, 1, .. in row-major order, rounded to float32.
 fn filled(shape: &[i64], f: impl Fn(f64) -> f64) -> Tensor {

@@ -1,10 +1,11 @@
 //! The examples' AdamW: exact when resumed, and equal to libtorch's own.
 
 use anyhow::Result;
-use tch::{Device, Kind, Tensor, nn, nn::OptimizerConfig};
+use tch::nn::OptimizerConfig;
+use tch::{Device, Kind, Tensor, nn};
 use tempfile::tempdir;
-use zimage::checkpoint::{read_tensors, write_tensors};
 use zimage::optimizer::{AdamW, AdamWSettings};
+use zimage::weights::{read_tensors, write_tensors};
 
 fn wave(shape: &[i64]) -> Tensor {
     let values: Vec<f32> =

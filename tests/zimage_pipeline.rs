@@ -12,14 +12,11 @@ use common::max_difference;
 use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
 use small_pipeline::Workplace;
 use tch::{Device, Kind, Tensor};
-use zimage::adapter::denoiser;
 use zimage::autoencoder::Decoder;
-use zimage::checkpoint::read_tensors;
-use zimage::evaluation::Run;
-use zimage::pipeline::Pipeline;
-use zimage::prompts::Prompts;
-use zimage::studio::Studio;
+use zimage::distil::{Prompts, Renderer, Sampling, denoiser};
+use zimage::model::Pipeline;
 use zimage::text::TextEncoder;
+use zimage::weights::read_tensors;
 
 const PROMPTS: usize = 3;
 const STEPS: usize = 8;
@@ -56,12 +53,12 @@ fn images_equal_those_of_diffusers() -> Result<()> {
     let prompts = Prompts::from_features(&base.transformer, features.into_iter().map(Ok), &empty)?;
     let latents = &expected["latents"];
     let model = place.model();
-    let studio = Studio::new(&model, &base, &prompts, 0, latents.shallow_clone());
+    let studio = Renderer::new(&model, &base, &prompts, 0, latents.shallow_clone());
     let decoder = Decoder::load(&model, kind, device)?;
     // The pipeline counts pos + g (pos - neg).
     for (name, guidance) in [("unguided", Guidance::NEUTRAL), ("guided", Guidance::from_w(3.0)?)] {
-        let run = Run { steps: STEPS, guidance, transition: Transition::Ddim };
-        let single = pixels(&studio.draw(&base.transformer, run)?);
+        let run = Sampling { steps: STEPS, guidance, transition: Transition::Ddim };
+        let single = pixels(&studio.render(&base.transformer, run)?);
         assert_equal(&single, &expected[name], &format!("{name}, one by one"));
 
         // What is of one padded length, as training batches it.
@@ -81,9 +78,10 @@ fn images_equal_those_of_diffusers() -> Result<()> {
         }
     }
     // A picture is the same whatever was drawn before.
-    let renoised = Run { steps: 2, guidance: Guidance::NEUTRAL, transition: Transition::Renoise };
-    let first = studio.draw(&base.transformer, renoised)?;
-    assert_eq!(studio.draw(&base.transformer, renoised)?, first);
+    let renoised =
+        Sampling { steps: 2, guidance: Guidance::NEUTRAL, transition: Transition::Renoise };
+    let first = studio.render(&base.transformer, renoised)?;
+    assert_eq!(studio.render(&base.transformer, renoised)?, first);
     // Nothing above would notice if both were the same.
     assert!(max_difference(&expected["guided"], &expected["unguided"]) > 0.1);
     Ok(())

@@ -9,9 +9,9 @@ use anyhow::Result;
 use common::seeded;
 use live_bytes::live_bytes;
 use tch::{Device, Kind, Tensor};
-use zimage::blocks::Parameters;
 use zimage::lora::{Lora, LoraSettings};
-use zimage::plan::{Plan, Setup};
+use zimage::model::{MemoryPlan, TrainingSetup};
+use zimage::parameters::Parameters;
 use zimage::tape::Tape;
 use zimage::{Config, Role, ZImageTransformer};
 
@@ -39,14 +39,14 @@ fn model(config: &Config, kind: Kind) -> Result<ZImageTransformer> {
     ZImageTransformer::from_parameters(config.clone(), parameters)
 }
 
-fn part(plan: &Plan, name: &str) -> f64 {
+fn part(plan: &MemoryPlan, name: &str) -> f64 {
     plan.parts.iter().find(|part| part.name == name).expect(name).bytes as f64
 }
 
 const ACTIVATIONS: &str = "activations of one gradient call";
 
 /// Bytes that live between the forward and the backward pass because of it.
-fn measured(model: &ZImageTransformer, setup: &Setup<'_>, role: Role<'_>) -> Result<f64> {
+fn measured(model: &ZImageTransformer, setup: &TrainingSetup<'_>, role: Role<'_>) -> Result<f64> {
     let (rows, columns) = setup.size;
     let channels = model.config().in_channels;
     let options = (model.kind(), Device::Cpu);
@@ -94,7 +94,7 @@ fn activations_are_predicted_within_a_tenth() -> Result<()> {
             let mut kept = Vec::new();
             for (checkpointing, encodes_captions) in [(false, false), (false, true), (true, false)]
             {
-                let setup = Setup {
+                let setup = TrainingSetup {
                     config: &config,
                     size: (52, 48),
                     caption: 40,
@@ -105,7 +105,7 @@ fn activations_are_predicted_within_a_tenth() -> Result<()> {
                     encodes_captions,
                     ema: false,
                 };
-                let predicted = part(&Plan::new(&setup)?, ACTIVATIONS);
+                let predicted = part(&MemoryPlan::new(&setup)?, ACTIVATIONS);
                 let found = match lora {
                     Some(settings) => {
                         let lora = Lora::new(&config, settings, Device::Cpu)?;
@@ -137,8 +137,8 @@ fn activations_are_predicted_within_a_tenth() -> Result<()> {
     Ok(())
 }
 
-fn released(lora: Option<&LoraSettings>, size: i64, checkpointing: bool) -> Result<Plan> {
-    Plan::new(&Setup {
+fn released(lora: Option<&LoraSettings>, size: i64, checkpointing: bool) -> Result<MemoryPlan> {
+    MemoryPlan::new(&TrainingSetup {
         config: &Config::default(),
         size: (size / 8, size / 8),
         caption: 160,
@@ -179,7 +179,7 @@ fn weights_and_moments_of_the_released_model_are_exact() -> Result<()> {
 #[test]
 fn the_released_model_fits_with_adapters_alone() -> Result<()> {
     let lora = LoraSettings::default();
-    let total = |plan: Plan| plan.total() as f64 / 1e9;
+    let total = |plan: MemoryPlan| plan.total() as f64 / 1e9;
     let (kept, recomputed) =
         (total(released(Some(&lora), 1024, false)?), total(released(Some(&lora), 1024, true)?));
     println!("{}", released(Some(&lora), 1024, true)?);
@@ -198,7 +198,7 @@ fn a_real_block_keeps_what_the_reference_keeps_but_for_its_norms() -> Result<()>
     let frozen = LoraSettings { targets: vec!["all_x_embedder.2-1".into()], ..lora.clone() };
     for (settings, reference) in [(&frozen, 231e3), (&lora, 268e3)] {
         let kept = |rows: i64| -> Result<f64> {
-            let setup = Setup {
+            let setup = TrainingSetup {
                 config: &config,
                 size: (rows, 64),
                 caption: 160,
@@ -209,7 +209,7 @@ fn a_real_block_keeps_what_the_reference_keeps_but_for_its_norms() -> Result<()>
                 encodes_captions: false,
                 ema: false,
             };
-            Ok(part(&Plan::new(&setup)?, ACTIVATIONS))
+            Ok(part(&MemoryPlan::new(&setup)?, ACTIVATIONS))
         };
         // 1024 tokens more, without what a block keeps once and without the final norm's stream.
         let per_token = (kept(128)? - kept(64)?) / 1024.0 - 3840.0 * 2.0;
@@ -231,7 +231,7 @@ fn a_real_block_is_predicted_within_a_tenth() -> Result<()> {
     let settings = LoraSettings::default();
     let lora = Lora::new(&config, &settings, Device::Cpu)?;
     for checkpointing in [false, true] {
-        let setup = Setup {
+        let setup = TrainingSetup {
             config: &config,
             size: (48, 48),
             caption: 32,
@@ -242,7 +242,7 @@ fn a_real_block_is_predicted_within_a_tenth() -> Result<()> {
             encodes_captions: false,
             ema: false,
         };
-        let predicted = part(&Plan::new(&setup)?, ACTIVATIONS);
+        let predicted = part(&MemoryPlan::new(&setup)?, ACTIVATIONS);
         let found = measured(&model, &setup, Role::adapted(&lora))?;
         println!("predicted {:.2} MB, found {:.2} MB", predicted / 1e6, found / 1e6);
         assert!((predicted / found - 1.0).abs() < 0.1);
@@ -253,7 +253,7 @@ fn a_real_block_is_predicted_within_a_tenth() -> Result<()> {
 #[test]
 fn setups_are_checked() -> Result<()> {
     let (config, lora) = (config(), LoraSettings::default());
-    let setup = || Setup {
+    let setup = || TrainingSetup {
         config: &config,
         size: (48, 48),
         caption: 40,
@@ -264,20 +264,20 @@ fn setups_are_checked() -> Result<()> {
         encodes_captions: false,
         ema: false,
     };
-    assert!(Plan::new(&setup()).is_ok());
+    assert!(MemoryPlan::new(&setup()).is_ok());
     let wrong = LoraSettings { rank: 0, ..lora.clone() };
     for (setup, part) in [
-        (Setup { size: (47, 48), ..setup() }, "patches of 2 x 2"),
-        (Setup { size: (0, 48), ..setup() }, "patches of 2 x 2"),
-        (Setup { size: (48, 480), ..setup() }, "axis 2 has 64 positions, but 240"),
-        (Setup { caption: 0, ..setup() }, "at least 1 token"),
-        (Setup { caption: 97, ..setup() }, "axis 0"),
-        (Setup { caption: 96, ..setup() }, "axis 0 has 96 positions, but 98"),
-        (Setup { caption: i64::MAX, ..setup() }, "axis 0"),
-        (Setup { batch: 0, ..setup() }, "batch"),
-        (Setup { lora: Some(&wrong), ..setup() }, "rank"),
+        (TrainingSetup { size: (47, 48), ..setup() }, "patches of 2 x 2"),
+        (TrainingSetup { size: (0, 48), ..setup() }, "patches of 2 x 2"),
+        (TrainingSetup { size: (48, 480), ..setup() }, "axis 2 has 64 positions, but 240"),
+        (TrainingSetup { caption: 0, ..setup() }, "at least 1 token"),
+        (TrainingSetup { caption: 97, ..setup() }, "axis 0"),
+        (TrainingSetup { caption: 96, ..setup() }, "axis 0 has 96 positions, but 98"),
+        (TrainingSetup { caption: i64::MAX, ..setup() }, "axis 0"),
+        (TrainingSetup { batch: 0, ..setup() }, "batch"),
+        (TrainingSetup { lora: Some(&wrong), ..setup() }, "rank"),
     ] {
-        let error = Plan::new(&setup).expect_err(part).to_string();
+        let error = MemoryPlan::new(&setup).expect_err(part).to_string();
         assert!(error.contains(part), "{error}");
     }
     Ok(())

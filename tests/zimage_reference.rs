@@ -7,11 +7,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use common::{max_difference, value, wave, worse};
 use tch::{Device, Kind, Tensor};
-use zimage::blocks::Parameters;
-use zimage::checkpoint::read_tensors;
-use zimage::lora::Role;
+use zimage::parameters::Parameters;
 use zimage::tape::Tape;
-use zimage::{Config, ZImageTransformer};
+use zimage::weights::read_tensors;
+use zimage::{Config, Role, ZImageTransformer};
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/zimage_transformer")

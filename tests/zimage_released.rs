@@ -16,16 +16,13 @@ use common::{max_difference, seeded};
 use small_pipeline::{SIDE, Workplace, copy};
 use tch::{Device, Kind, Tensor};
 use zimage::Config;
-use zimage::blocks::Parameters;
-use zimage::checkpoint::{read_tensors, write_tensors};
+use zimage::distil::{ADAPTER, Preset, RoleWeights, SavedRecipe, open_states, run, save_student};
 use zimage::lora::LoraSettings;
+use zimage::model::Pipeline;
 use zimage::options::Options;
-use zimage::pipeline::Pipeline;
-use zimage::recipe::Preset;
-use zimage::released::{distil, plan, sample};
-use zimage::student::{ADAPTER, Made, open_states, save_student};
-use zimage::trained::Trained;
+use zimage::parameters::Parameters;
 use zimage::training_state::Progress;
+use zimage::weights::{read_tensors, write_tensors};
 
 /// Arguments for [`process`], one a line.
 const ARGUMENTS: &str = "ZIMAGE_RELEASED_ARGUMENTS";
@@ -73,7 +70,7 @@ fn process() -> Result<()> {
     let arguments = std::env::var(ARGUMENTS).context("no arguments")?;
     let _guard = seeded(0);
     tch::set_num_threads(1);
-    let code = distil(&Options::try_parse_from(arguments.lines())?, Device::Cpu, 1)?;
+    let code = run::train(&Options::try_parse_from(arguments.lines())?, Device::Cpu, 1)?;
     ensure!(code == ExitCode::SUCCESS, "{code:?}");
     Ok(())
 }
@@ -104,7 +101,7 @@ fn images(place: &Workplace, more: &[&str]) -> Result<Tensor> {
         options.size = None;
     }
     let _guard = seeded(1);
-    sample(&options, Device::Cpu, "A red fox")?;
+    run::sample(&options, Device::Cpu, "A red fox")?;
     let mut stored = read_tensors(&place.out().join("sample.safetensors"))?;
     ensure!(Vec::<u8>::try_from(&stored["prompt"])? == b"A red fox");
     ensure!(stored["noise"].size() == [2, 4, SIDE / 2, SIDE / 2]);
@@ -210,10 +207,10 @@ fn a_student_leaves_nothing_of_an_earlier_one() -> Result<()> {
     let _guard = seeded(3);
     let teacher = Pipeline::load(&place.model(), Kind::Float, Device::Cpu)?;
     let recipe = place.options(&["--rank", "2"])?.recipe(Preset::ZImage8Step, teacher.shift)?;
-    let made = Made { recipe, size: Some(SIDE) };
+    let made = SavedRecipe { recipe, size: Some(SIDE) };
     let folder = place.out();
-    let adapter = Trained::new(&teacher.transformer, made.recipe.adapter.as_ref())?;
-    let copy = Trained::new(&teacher.transformer, None)?;
+    let adapter = RoleWeights::new(&teacher.transformer, made.recipe.adapter.as_ref())?;
+    let copy = RoleWeights::new(&teacher.transformer, None)?;
     let parts = ["transformer", "scheduler", "model_index.json", ADAPTER];
     let there = || parts.map(|part| folder.join(part).exists());
     for (weights, merged, expected) in [
@@ -296,7 +293,7 @@ fn what_is_wrong_is_named() -> Result<()> {
         (&[&file[..], &["--prompts", "5"]].concat(), "--prompts is for the embedded model"),
     ];
     for (arguments, expected) in training {
-        let result = distil(&place.options(arguments)?, Device::Cpu, 1);
+        let result = run::train(&place.options(arguments)?, Device::Cpu, 1);
         let message = message(result, expected);
         assert!(message.contains(expected), "{arguments:?}: {message}");
         // Found before any work.
@@ -308,7 +305,7 @@ fn what_is_wrong_is_named() -> Result<()> {
         let more = student.iter().flat_map(|student| ["--student", student]).collect::<Vec<_>>();
         let options = place.options(&[&["--sample", "A cat", "--float32"], &more[..]].concat())?;
         let _guard = seeded(2);
-        sample(&options, Device::Cpu, "A cat")
+        run::sample(&options, Device::Cpu, "A cat")
     };
     assert!(message(sampling(None), "no student").contains("there is no student in"));
     let student = place.0.path().join("another");
@@ -334,17 +331,19 @@ fn what_is_wrong_is_named() -> Result<()> {
     let config = place.model().join("transformer/config.json");
     let shape = fs::read_to_string(&config)?;
     fs::write(&config, shape.replace("\"n_layers\": 2", "\"n_layers\": 3"))?;
-    let fewer = message(distil(&place.options(&file)?, Device::Cpu, 1), "a layer too few");
+    let fewer = message(run::train(&place.options(&file)?, Device::Cpu, 1), "a layer too few");
     assert!(fewer.contains("layers.2.attention.to_q.weight is missing"), "{fewer}");
     assert!(!place.out().join("features").exists());
     fs::write(&config, shape)?;
 
     let decoder = place.model().join("vae/diffusion_pytorch_model.safetensors");
     fs::remove_file(&decoder)?;
-    let missing = message(distil(&place.options(&file)?, Device::Cpu, 1), "half an autoencoder");
+    let missing =
+        message(run::train(&place.options(&file)?, Device::Cpu, 1), "half an autoencoder");
     assert!(missing.contains(&decoder.display().to_string()), "{missing}");
     copy(Path::new("tests/reference/autoencoder/four_levels/vae"), &place.model().join("vae"))?;
-    let channels = message(distil(&place.options(&file)?, Device::Cpu, 1), "another autoencoder");
+    let channels =
+        message(run::train(&place.options(&file)?, Device::Cpu, 1), "another autoencoder");
     assert!(channels.contains("has 3 channels and the transformer 4"), "{channels}");
     Ok(())
 }
@@ -356,15 +355,17 @@ fn the_plan_needs_the_config_of_the_transformer_alone() -> Result<()> {
         fs::remove_dir_all(place.model().join(part))?;
     }
     let options = place.options(&["--plan", "--size", "64"])?;
-    let error = message(plan(&options), "the plan of a small model");
+    let error = message(run::plan(&options), "the plan of a small model");
     assert!(error.contains("released models") && error.contains("--checkpoint"), "{error}");
     let config = place.model().join("transformer/config.json");
     let shape = fs::read_to_string(&config)?;
     fs::write(&config, shape.replace("\"in_channels\": 4", "\"in_channels\": 16"))?;
-    plan(&options)?;
+    run::plan(&options)?;
     let other = place.options(&["--plan", "--size", "64", "--prompts", "5"])?;
-    assert!(message(plan(&other), "--prompts").contains("--prompts is for the embedded model"));
-    let error = message(plan(&place.options(&["--plan"])?), "a size for another autoencoder");
+    assert!(
+        message(run::plan(&other), "--prompts").contains("--prompts is for the embedded model")
+    );
+    let error = message(run::plan(&place.options(&["--plan"])?), "a size for another autoencoder");
     assert!(error.contains("multiple of 16, found 24"), "{error}");
     Ok(())
 }

@@ -18,13 +18,15 @@ use common::seeded;
 use decoupled_dmd::Shift;
 use serde_json::Value;
 use tempfile::{TempDir, tempdir};
-use zimage::checkpoint::{read_tensors, write_tensors};
-use zimage::distillation::Distillation;
+use zimage::distil::Distillation;
+use zimage::distil::Outcome;
+use zimage::distil::Preset;
+use zimage::distil::train_student;
 use zimage::interrupt::INTERRUPTED;
 use zimage::options::Options;
-use zimage::recipe::Preset;
-use zimage::training::{Outcome, train_student};
 use zimage::training_state::StateFolder;
+use zimage::weights::read_tensors;
+use zimage::weights::write_tensors;
 
 /// Tells [`process`] where to write.
 const OUT: &str = "ZIMAGE_RESUME_OUT";

@@ -9,10 +9,9 @@ use common::{max_difference, seeded, value, wave, worse};
 use decoupled_dmd::{Condition, PostShift, Shift};
 use small_model::{Inputs, double, every_linear, fill, inputs, model, settings};
 use tch::{Device, Kind, Tensor};
-use zimage::adapter::denoiser;
+use zimage::distil::{Network, denoiser};
 use zimage::lora::{Lora, LoraSettings};
 use zimage::tape::Tape;
-use zimage::trained::Network;
 use zimage::{Role, ZImageTransformer};
 
 /// A scalar that depends on every entry.

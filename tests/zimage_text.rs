@@ -8,10 +8,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 use tempfile::{TempDir, tempdir};
-use zimage::blocks::Parameters;
-use zimage::checkpoint::{read_tensors, write_tensors};
-use zimage::qwen3::Qwen3Encoder;
-use zimage::text::{MAX_TOKENS, PromptTokenizer, TextEncoder, frame};
+use zimage::parameters::Parameters;
+use zimage::text::{MAX_TOKENS, PromptTokenizer, Qwen3Encoder, TextEncoder, frame};
+use zimage::weights::{read_tensors, write_tensors};
 
 /// What the reference made of one prompt.
 #[derive(Deserialize)]

@@ -10,10 +10,10 @@ use common::{max_difference, wave};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 use tempfile::{TempDir, tempdir};
-use zimage::blocks::Parameters;
-use zimage::checkpoint::{restore, write_atomically};
+use zimage::files::write_atomically;
 use zimage::fingerprint::fingerprint;
 use zimage::log::Log;
+use zimage::parameters::{Parameters, restore};
 use zimage::training_state::{Progress, StateFolder};
 
 /// A folder of its own for each test.

@@ -11,10 +11,11 @@ use proptest::prelude::*;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 use tempfile::tempdir;
-use zimage::blocks::Parameters;
-use zimage::checkpoint::write_tensors;
+use zimage::Config;
+use zimage::ZImageTransformer;
+use zimage::parameters::Parameters;
 use zimage::weights::Weights;
-use zimage::{Config, ZImageTransformer};
+use zimage::weights::write_tensors;
 
 const STEM: &str = "diffusion_pytorch_model";
 

@@ -5,14 +5,12 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use decoupled_dmd::Shift;
 use tch::{Device, Kind, Tensor};
-use zimage::data::EmojiData;
-use zimage::distillation::Distillation;
-use zimage::lora::{Lora, LoraSettings, Role};
+use zimage::distil::{Distillation, Preset, Recipe};
+use zimage::emoji::EmojiData;
+use zimage::lora::{Lora, LoraSettings};
+use zimage::model::Pipeline;
 use zimage::optimizer::{AdamW, AdamWSettings};
-use zimage::pipeline::Pipeline;
-use zimage::prompts::Prompts;
-use zimage::recipe::{Preset, Recipe};
-use zimage::{Config, ZImageTransformer};
+use zimage::{Config, Role, ZImageTransformer};
 
 use super::Work;
 
@@ -163,7 +161,7 @@ pub fn training_step(batch: usize, steps: usize, device: Device) -> Result<Work>
     let captions = data.items.iter().map(|item| item.caption.as_str());
     // They live as long as the process.
     let teacher: &'static _ = Box::leak(Box::new(transformer));
-    let prompts = Prompts::encode(teacher, &data.vocabulary, captions)?;
+    let prompts = data.vocabulary.encode_prompts(teacher, captions)?;
     let prompts: &'static _ = Box::leak(Box::new(prompts));
     let (_, channels, height, width) = data.images.size4()?;
     let recipe = Recipe { batch, steps, ..Preset::Embedded.recipe(Shift::new(shift.get())?)? };

@@ -5,12 +5,8 @@ use decoupled_dmd::{Condition, Guidance, PostShift, RectifiedFlow, Transition};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 use zimage::ZImageTransformer;
-use zimage::adapter::denoiser;
-use zimage::data::EmojiData;
-use zimage::evaluation::{Evaluator, Run};
-use zimage::learner::FakeScore;
-use zimage::metrics::{Judge, mean_variance};
-use zimage::trained::Network;
+use zimage::distil::{FakeScore, Network, Sampling, denoiser};
+use zimage::emoji::{EmojiData, Evaluator, Judge, mean_variance};
 
 use super::training::{Material, TRANSITION};
 
@@ -99,7 +95,7 @@ impl<'a> Bench<'a> {
     /// # Errors
     /// If libtorch fails.
     pub fn samples<'n>(&self, student: impl Into<Network<'n>>, steps: usize) -> Result<Tensor> {
-        let run = Run { steps, guidance: Guidance::NEUTRAL, transition: TRANSITION };
+        let run = Sampling { steps, guidance: Guidance::NEUTRAL, transition: TRANSITION };
         self.evaluator.generate(student, run)
     }
 
@@ -113,7 +109,7 @@ impl<'a> Bench<'a> {
         steps: usize,
         guidance: Guidance,
     ) -> Result<Tensor> {
-        self.evaluator.generate(teacher, Run { steps, guidance, transition: Transition::Ddim })
+        self.evaluator.generate(teacher, Sampling { steps, guidance, transition: Transition::Ddim })
     }
 
     /// Scores of samples.
@@ -121,7 +117,7 @@ impl<'a> Bench<'a> {
     /// # Errors
     /// If a sample is not finite.
     pub fn measure(&self, samples: &Tensor) -> Result<Measurement> {
-        let run = Run { steps: 1, guidance: Guidance::NEUTRAL, transition: TRANSITION };
+        let run = Sampling { steps: 1, guidance: Guidance::NEUTRAL, transition: TRANSITION };
         let scores = self.evaluator.row("", run, samples, samples)?.scores;
         Ok(Measurement {
             alignment: scores.alignment,

@@ -5,14 +5,13 @@ use decoupled_dmd::Condition;
 use tch::{Kind, Tensor};
 
 use zimage::ZImageTransformer;
-use zimage::learner::Learner;
+use zimage::distil::{Network, RoleTrainer};
 use zimage::optimizer::AdamWSettings;
-use zimage::trained::Network;
 
 /// The network and its readout.
 #[derive(Debug)]
 pub struct Critic {
-    pub learner: Learner,
+    pub learner: RoleTrainer,
     /// `[1, C, p, p]`: what is looked for in the network's output at each patch.
     readout: Tensor,
 }
@@ -28,7 +27,7 @@ impl Critic {
         let options = (Kind::Float, teacher.device());
         let readout =
             Tensor::f_randn([1, channels, patch, patch], options)?.f_mul_scalar(deviation)?;
-        let learner = Learner::new(teacher, None, settings, Some(("readout", &readout)))?;
+        let learner = RoleTrainer::new(teacher, None, settings, Some(("readout", &readout)))?;
         Ok(Self { learner, readout })
     }
 

@@ -5,7 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow};
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use zimage::report::{FONT, register_font};
+use zimage::distil::FONT;
+use zimage::distil::register_font;
 
 use super::experiments::Experiment;
 use super::record::{Point, RunRecord};

@@ -8,9 +8,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use decoupled_dmd::Guidance;
 use tch::Tensor;
+use zimage::files::{read_json, write_json};
 use zimage::picture::write_grid;
-use zimage::pipeline::write_json;
-use zimage::weights::read_json;
 
 use super::arm::Arm;
 use super::bench::{Bench, Measurement, radial_spectrum};

@@ -1,4 +1,4 @@
-//! The training of one arm: the loop of `zimage::distillation` for any engine and any shields.
+//! The training of one arm: the loop of `zimage::distil` for any engine and any shields.
 
 use anyhow::{Result, ensure};
 use decoupled_dmd::{
@@ -8,13 +8,12 @@ use decoupled_dmd::{
 };
 use tch::{Kind, Tensor};
 use zimage::ZImageTransformer;
-use zimage::adapter::denoiser;
+use zimage::distil::{
+    Buckets, FakeScore, Network, Prompts, RoleTrainer, RoleWeights, Rollout, denoiser,
+    embedded_optimizer,
+};
 use zimage::ema::update_average;
-use zimage::flow_matching::step_seed;
-use zimage::learner::{FakeScore, Learner, Rollout};
-use zimage::prompts::{Buckets, Prompts};
-use zimage::recipe::embedded_optimizer;
-use zimage::trained::{Network, Trained};
+use zimage::seed::step_seed;
 
 use super::arm::{Arm, Shield, Tau};
 use super::critic::Critic;
@@ -52,10 +51,10 @@ pub struct Trainer<'a> {
     material: &'a Material<'a>,
     /// Captions to draw from.
     buckets: Buckets,
-    student: Learner,
+    student: RoleTrainer,
     pub fake: Option<FakeScore>,
     critic: Option<Critic>,
-    average: Trained,
+    average: RoleWeights,
     pub update: u64,
 }
 
@@ -73,7 +72,7 @@ impl<'a> Trainer<'a> {
         tch::manual_seed(step_seed(seed, 2_000_000_000));
         let teacher = material.teacher;
         let student =
-            Learner::new(teacher, None, embedded_optimizer(arm.student_learning_rate), None)?;
+            RoleTrainer::new(teacher, None, embedded_optimizer(arm.student_learning_rate), None)?;
         let other = embedded_optimizer(arm.fake_learning_rate);
         let fake = || FakeScore::new(teacher, None, other, arm.steps);
         Ok(Self {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use tempfile::{TempDir, tempdir};
-use zimage::pipeline::write_json;
+use zimage::files::write_json;
 
 use crate::ablation::arm::{Arm, Tau};
 use crate::ablation::bench::{Measurement, Observation};

@@ -7,9 +7,12 @@ mod narrow;
 use anyhow::Result;
 use narrow::narrow;
 use tch::{Kind, Tensor};
-use zimage::blocks::Parameters;
-use zimage::lora::{Lora, LoraSettings};
-use zimage::{Config, Role, ZImageTransformer};
+use zimage::Config;
+use zimage::Role;
+use zimage::ZImageTransformer;
+use zimage::lora::Lora;
+use zimage::lora::LoraSettings;
+use zimage::parameters::Parameters;
 
 use crate::common::wave;
 

@@ -6,9 +6,10 @@ mod narrow;
 use anyhow::Result;
 use narrow::narrow;
 use tch::{Device, Kind};
-use zimage::data::Vocabulary;
-use zimage::prompts::Prompts;
-use zimage::{Config, ZImageTransformer};
+use zimage::Config;
+use zimage::ZImageTransformer;
+use zimage::distil::Prompts;
+use zimage::emoji::Vocabulary;
 
 use crate::common::wave;
 
@@ -29,5 +30,5 @@ pub fn teacher() -> Result<ZImageTransformer> {
 pub fn prompts(teacher: &ZImageTransformer) -> Result<Prompts> {
     let vocabulary = Vocabulary::load("assets/emoji".as_ref())?;
     let captions = ["google cat face", "twitter pizza", "google red heart"];
-    Prompts::encode(teacher, &vocabulary, captions.into_iter())
+    vocabulary.encode_prompts(teacher, captions.into_iter())
 }

@@ -12,9 +12,6 @@ const WHOLE: u64 = 1 << 20;
 const BLOCKS: u64 = 256;
 const BLOCK: u64 = 4096;
 
-/// Folders of a checkpoint that a run reads.
-const PARTS: [&str; 5] = ["scheduler", "text_encoder", "tokenizer", "transformer", "vae"];
-
 /// FNV-1a with 128 bits (Fowler, Noll, Vo): tells texts and files apart by accident, not against
 /// intent. The hash of the standard library may change with its version, and this one is kept on disk.
 #[derive(Debug)]
@@ -39,22 +36,6 @@ impl Hash {
     pub fn hex(&self) -> String {
         format!("{:032x}", self.0)
     }
-}
-
-/// [`fingerprint`] of those parts of a diffusers folder that there are: what else lies in it, a run of ours
-/// for instance, is not the model.
-///
-/// # Errors
-/// If a file cannot be read.
-pub fn fingerprint_model(folder: &Path) -> Result<String> {
-    let mut hash = Hash::default();
-    for part in PARTS {
-        let path = folder.join(part);
-        if path.exists() {
-            hash.add(format!("{part} {}", fingerprint(&path)?).as_bytes());
-        }
-    }
-    Ok(hash.hex())
 }
 
 /// A key for the content of a file or of all files in a folder: of their names, their lengths, and all of

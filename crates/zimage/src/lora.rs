@@ -7,10 +7,9 @@ use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::blocks::Parameters;
-use super::config::Config;
-use super::flow_matching::step_seed;
-use super::tape::Tape;
+use crate::model::Config;
+use crate::parameters::Parameters;
+use crate::seed::step_seed;
 
 /// Module names in files start with this, as diffusers writes them.
 pub const PREFIX: &str = "transformer.";
@@ -96,7 +95,7 @@ pub struct Pair {
 
 impl Pair {
     /// `output + scale * x A^T B^T`, computed in the dtype of `x`.
-    fn add_to(
+    pub(crate) fn add_to(
         &self,
         mut output: Tensor,
         x: &Tensor,
@@ -127,7 +126,7 @@ impl Pair {
 #[derive(Clone, Debug)]
 pub struct Lora {
     pairs: Rc<BTreeMap<String, Pair>>,
-    dropout: f64,
+    pub(crate) dropout: f64,
 }
 
 impl Lora {
@@ -250,78 +249,5 @@ impl Lora {
             })
             .collect::<Result<_>>()?;
         Self::from_pairs(pairs, self.dropout)
-    }
-}
-
-/// What a model is in one forward pass: its weights alone, or its weights and an adapter.
-///
-/// Teacher, student and fake score are three roles of one model, which none of them changes.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Role<'a> {
-    lora: Option<&'a Lora>,
-    training: bool,
-    /// Seed of the dropout masks of one forward pass.
-    seed: Option<i64>,
-    tape: Option<&'a Tape>,
-}
-
-/// A role that a tape keeps.
-#[derive(Debug)]
-pub(super) struct OwnedRole {
-    lora: Option<Lora>,
-    seed: Option<i64>,
-}
-
-impl OwnedRole {
-    /// The role of the same forward pass, off the tape.
-    pub(super) fn role(&self) -> Role<'_> {
-        Role { lora: self.lora.as_ref(), seed: self.seed, ..Role::BASE }
-    }
-}
-
-impl<'a> Role<'a> {
-    /// The model's own weights.
-    pub const BASE: Role<'static> = Role { lora: None, training: false, seed: None, tape: None };
-
-    /// The model with an adapter, without dropout.
-    pub fn adapted(lora: &'a Lora) -> Self {
-        Self { lora: Some(lora), ..Self::BASE }
-    }
-
-    /// The model with an adapter and the adapter's dropout.
-    pub fn training(lora: &'a Lora) -> Self {
-        Self { training: true, ..Self::adapted(lora) }
-    }
-
-    /// The same role with gradient checkpointing: gradients come from [`Tape::backward`].
-    #[must_use]
-    pub fn checkpointed(self, tape: &'a Tape) -> Self {
-        Self { tape: Some(tape), ..self }
-    }
-
-    pub(super) fn tape(self) -> Option<&'a Tape> {
-        self.tape
-    }
-
-    /// What a tape keeps of the role.
-    pub(super) fn owned(self) -> OwnedRole {
-        OwnedRole { lora: self.lora.cloned(), seed: self.seed }
-    }
-
-    /// The role for one forward pass: with dropout, a seed is drawn, and each layer's mask follows from it.
-    pub(super) fn begin(self) -> Result<Self> {
-        if !self.training || self.lora.is_none_or(|lora| lora.dropout == 0.0) {
-            return Ok(self);
-        }
-        let seed = Tensor::f_randint(i64::MAX, [1], (Kind::Int64, Device::Cpu))?;
-        Ok(Self { seed: Some(seed.f_int64_value(&[0])?), ..self })
-    }
-
-    /// Adds the pair of the layer `module`, if there is one, to what the layer makes of `x`.
-    pub(super) fn add_to(self, output: Tensor, module: &str, x: &Tensor) -> Result<Tensor> {
-        let Some((lora, pair)) = self.lora.and_then(|lora| Some((lora, lora.pair(module)?))) else {
-            return Ok(output);
-        };
-        pair.add_to(output, x, self.seed.map(|seed| (lora.dropout, seed)))
     }
 }

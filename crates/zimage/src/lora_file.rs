@@ -9,11 +9,10 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use super::blocks::Parameters;
-use super::checkpoint::{read_tensors, write_tensors};
-use super::config::Config;
-use super::lora::{HALVES, Lora, PREFIX};
-use super::transformer::ZImageTransformer;
+use crate::lora::{HALVES, Lora, PREFIX};
+use crate::model::{Config, ZImageTransformer};
+use crate::parameters::Parameters;
+use crate::weights::{read_tensors, write_tensors};
 
 /// The prefix of module names in files of other programs.
 const OTHER_PREFIX: &str = "diffusion_model.";

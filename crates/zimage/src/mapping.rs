@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use memmap2::Mmap;
 use tch::{Device, Kind, Tensor};
 
-use super::safetensors::Entry;
+use crate::safetensors::Entry;
 
 /// The bytes of a file, which the system reads when they are looked at.
 #[derive(Debug)]

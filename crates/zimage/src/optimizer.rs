@@ -4,9 +4,8 @@ use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::blocks::Parameters;
-use super::checkpoint::restore;
-use super::dispatcher::{AdamWStep, fused_adamw, multiply_all};
+use crate::dispatcher::{AdamWStep, fused_adamw, multiply_all};
+use crate::parameters::{Parameters, restore};
 
 /// Settings of [`AdamW`]; they may change between steps.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

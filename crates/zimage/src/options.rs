@@ -8,8 +8,8 @@ use decoupled_dmd::{Guidance, Schedule, Shift, Transition};
 use serde::de::DeserializeOwned;
 use tch::Device;
 
-use super::lora::LoraSettings;
-use super::recipe::{Preset, Recipe};
+use crate::distil::{Preset, Recipe};
+use crate::lora::LoraSettings;
 
 /// The model of this repository.
 pub const TEACHER: &str = "assets/teacher";

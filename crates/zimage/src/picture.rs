@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor};
 
-use super::checkpoint::write_atomically;
+use crate::files::write_atomically;
 
 /// Writes `[N, 3, H, W]` images in [-1, 1] as one picture, row-major with `columns` images to a row,
 /// every pixel `zoom` times as large, one pixel of white between.

@@ -7,10 +7,8 @@ use std::rc::Rc;
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
-use super::blocks::Block;
-use super::dispatcher::backward;
-use super::layout::Sequence;
-use super::lora::{OwnedRole, Role};
+use crate::dispatcher::backward;
+use crate::model::{Block, OwnedRole, Role, Sequence};
 
 /// What the checkpointed forward passes of one loss have kept.
 ///
@@ -145,7 +143,7 @@ impl Stack {
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub(super) fn run_blocks(
+pub(crate) fn run_blocks(
     blocks: &Rc<[Block]>,
     x: Tensor,
     sequence: &Sequence,

@@ -69,7 +69,7 @@ pub struct TeacherOptions {
     #[arg(long)]
     #[serde(skip)]
     pub config: Option<PathBuf>,
-    /// Run this many steps, print their mean time, and save nothing
+    /// Sampling this many steps, print their mean time, and save nothing
     #[arg(long)]
     #[serde(skip)]
     pub measure: Option<u64>,

@@ -1,122 +1,13 @@
-//! From prompts to caption features, as Z-Image was trained on them.
+//! Prompts to caption features: Qwen3 with its tokenizer, and the features on disk.
 
-use std::fs;
-use std::path::Path;
+mod encoder;
+mod encoder_key;
+mod feature_cache;
+mod qwen3;
+mod tokenizer;
 
-use anyhow::{Context, Result, anyhow, ensure};
-use tch::{Device, Kind, Tensor};
-use tokenizers::Tokenizer;
-
-use super::qwen3::Qwen3Encoder;
-
-/// Most tokens of a prompt, its frame included; what is more is cut off at the end.
-pub const MAX_TOKENS: usize = 512;
-
-/// Marks that frame a message: each must be one token.
-const MARKS: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
-
-/// What the model is told: the prompt as a user's message, and the start of an answer. The empty
-/// prompt in this frame is the unconditional one.
-pub fn frame(prompt: &str) -> String {
-    let [start, end] = MARKS;
-    format!("{start}user\n{prompt}{end}\n{start}assistant\n")
-}
-
-/// Text to token ids.
-#[derive(Debug)]
-pub struct PromptTokenizer(Tokenizer);
-
-impl PromptTokenizer {
-    /// Reads a `tokenizer.json` of the `tokenizers` library.
-    ///
-    /// # Errors
-    /// If the file cannot be read or parsed, a mark of the frame is not one of its tokens, or a token
-    /// does not fit in a `vocabulary` of that many rows.
-    pub fn load(path: &Path, vocabulary: i64) -> Result<Self> {
-        let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
-        let mut tokenizer = Tokenizer::from_bytes(&bytes)
-            .map_err(|error| anyhow!("parsing {}: {error}", path.display()))?;
-        // Both are ours: files may carry settings of their own, from whoever saved them.
-        tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|error| anyhow!("{}: {error}", path.display()))?;
-        let ids = tokenizer.get_vocab(true);
-        if let Some((token, id)) = ids.iter().max_by_key(|(_, id)| **id) {
-            ensure!(
-                i64::from(*id) < vocabulary,
-                "{}: token {token:?} has id {id}, but the model's vocabulary ends at {}",
-                path.display(),
-                vocabulary - 1
-            );
-        }
-        let tokenizer = Self(tokenizer);
-        for mark in MARKS {
-            let found = tokenizer.split(mark)?;
-            ensure!(
-                found.len() == 1 && ids.get(mark).is_some_and(|id| i64::from(*id) == found[0]),
-                "{}: {mark} must be one token, found {found:?}",
-                path.display()
-            );
-        }
-        Ok(tokenizer)
-    }
-
-    /// Ids of the framed prompt, at most [`MAX_TOKENS`].
-    ///
-    /// # Errors
-    /// If the tokenizer fails.
-    pub fn encode(&self, prompt: &str) -> Result<Vec<i64>> {
-        let mut ids = self.split(&frame(prompt))?;
-        ids.truncate(MAX_TOKENS);
-        Ok(ids)
-    }
-
-    fn split(&self, text: &str) -> Result<Vec<i64>> {
-        let encoding =
-            self.0.encode_fast(text, true).map_err(|error| anyhow!("tokenizing: {error}"))?;
-        Ok(encoding.get_ids().iter().map(|id| i64::from(*id)).collect())
-    }
-}
-
-/// Tokenizer and language model of a diffusers folder.
-#[derive(Debug)]
-pub struct TextEncoder {
-    tokenizer: PromptTokenizer,
-    model: Qwen3Encoder,
-}
-
-impl TextEncoder {
-    /// Reads `text_encoder/` and `tokenizer/tokenizer.json` of a diffusers folder.
-    ///
-    /// # Errors
-    /// If a file is missing or broken, or asks for what is not supported, or the two do not fit.
-    pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
-        let model = Qwen3Encoder::load(&folder.join("text_encoder"), kind, device)?;
-        let path = folder.join("tokenizer").join("tokenizer.json");
-        let tokenizer = PromptTokenizer::load(&path, model.config().vocab_size)?;
-        Ok(Self { tokenizer, model })
-    }
-
-    /// The width F of the features.
-    pub fn width(&self) -> i64 {
-        self.model.config().hidden_size
-    }
-
-    /// Features `[L_i, F]` of each prompt, L_i its own number of tokens, in the dtype and on the
-    /// device of the weights. Prompts are run one by one, so that there is neither padding nor a mask;
-    /// those of a training are encoded once and kept.
-    ///
-    /// # Errors
-    /// If the tokenizer or libtorch fails, or features are not finite (as in float16, which is too
-    /// narrow for this model).
-    pub fn encode(&self, prompts: &[&str]) -> Result<Vec<Tensor>> {
-        prompts
-            .iter()
-            .map(|prompt| {
-                let features = self.model.forward(&self.tokenizer.encode(prompt)?)?;
-                let finite = features.f_isfinite()?.f_all()?;
-                ensure!(bool::try_from(&finite)?, "features of {prompt:?} are not finite");
-                Ok(features)
-            })
-            .collect()
-    }
-}
+pub use encoder::TextEncoder;
+pub use encoder_key::encoder_key;
+pub use feature_cache::{FeatureCache, read_prompts};
+pub use qwen3::Qwen3Encoder;
+pub use tokenizer::{MAX_TOKENS, PromptTokenizer, frame};

@@ -10,9 +10,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::blocks::Parameters;
-use super::checkpoint::{read_tensors, sync_folder, write_tensors};
-use super::pipeline::write_json;
+use crate::files::{sync_folder, write_json};
+use crate::parameters::Parameters;
+use crate::weights::{read_tensors, write_tensors};
 
 /// Layout of the folder; another number is refused.
 const VERSION: u32 = 2;
@@ -24,7 +24,7 @@ const PARTIAL: &str = "partial";
 /// What a run has come to, beside its tensors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
-    /// Time spent on training, in all sittings.
+    /// Time spent on training, in all sessions.
     pub seconds: f64,
     /// Length of the run's log when it was saved.
     pub log_bytes: u64,

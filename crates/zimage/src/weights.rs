@@ -1,16 +1,16 @@
 //! Named tensors on disk: one safetensors file, or several with an index.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
-use super::blocks::Parameters;
-use super::mapping::Mapping;
-use super::safetensors::{Entry, entries};
+use crate::files::{read_json, write_atomically};
+use crate::mapping::Mapping;
+use crate::parameters::{Parameters, check_shapes};
+use crate::safetensors::{Entry, entries};
 
 /// Tensors by name, read one at a time. Opening reads the headers alone, and a tensor that has been read
 /// leaves nothing behind but itself: the model is never in memory twice.
@@ -177,35 +177,22 @@ fn is_file_name(path: &str) -> bool {
     matches!((components.next(), components.next()), (Some(Component::Normal(name)), None) if name == path)
 }
 
-/// A JSON file as a value of a type.
+/// All tensors of a safetensors file by name, in the dtypes of the file.
 ///
 /// # Errors
-/// If the file cannot be read or parsed.
-pub fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
-    let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))
+/// If the file cannot be read or is not a safetensors file.
+pub fn read_tensors(path: &Path) -> Result<Parameters> {
+    Weights::open_file(path)?.all()
 }
 
-/// Compares names and shapes, each name once.
+/// Writes named tensors as a safetensors file; a crash leaves the old file or the new one.
 ///
 /// # Errors
-/// Names every tensor that is missing, unexpected or mis-shaped.
-pub fn check_shapes<'a, S: AsRef<[i64]>>(
-    expected: &[(String, Vec<i64>)],
-    found: impl Iterator<Item = (&'a str, S)>,
-) -> Result<()> {
-    let mut found: BTreeMap<&str, S> = found.collect();
-    let mut faults = Vec::new();
-    for (name, shape) in expected {
-        match found.remove(name.as_str()) {
-            None => faults.push(format!("{name} is missing")),
-            Some(size) if size.as_ref() != shape => {
-                faults.push(format!("{name} has shape {:?}, expected {shape:?}", size.as_ref()))
-            }
-            Some(_) => {}
-        }
-    }
-    faults.extend(found.keys().map(|name| format!("{name} is unexpected")));
-    ensure!(faults.is_empty(), "tensors do not fit the model: {}", faults.join("; "));
-    Ok(())
+/// If the file cannot be written.
+pub fn write_tensors(path: &Path, tensors: &Parameters) -> Result<()> {
+    let list = tensors
+        .iter()
+        .map(|(name, tensor)| Ok((name, tensor.f_detach()?.f_contiguous()?)))
+        .collect::<Result<Vec<_>>>()?;
+    write_atomically(path, |temporary| Ok(Tensor::write_safetensors(&list, temporary)?))
 }

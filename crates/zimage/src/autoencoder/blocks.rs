@@ -3,9 +3,9 @@
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
-use super::super::blocks::{Linear, Parameters, parameter};
-use super::super::lora::Role;
-use super::config::{AutoencoderConfig, Half, Stage};
+use crate::autoencoder::config::{AutoencoderConfig, Half, Stage};
+use crate::model::{Linear, Role};
+use crate::parameters::{Parameters, parameter};
 
 /// Epsilon of every group normalisation; no config states it.
 const NORM_EPS: f64 = 1e-6;

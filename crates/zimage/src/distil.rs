@@ -1,0 +1,34 @@
+//! Decoupled DMD on a Z-Image model: roles of one frozen teacher, their training, and the student that is left.
+
+mod adapter;
+mod curves;
+mod distillation;
+mod fake_score;
+mod flow_matching;
+mod model_card;
+mod prompts;
+mod recipe;
+mod renderer;
+mod role_trainer;
+mod rollout;
+pub mod run;
+mod sampling;
+mod saved_student;
+mod training_loop;
+mod weights;
+
+pub use adapter::{denoiser, fake_denoiser};
+pub use curves::{FONT, register_font, write_curves};
+pub use distillation::{Distillation, Record};
+pub use fake_score::FakeScore;
+pub use flow_matching::{SHIFT, flow_matching_loss};
+pub use model_card::write_model_card;
+pub use prompts::{Buckets, Prompts};
+pub use recipe::{Preset, Recipe, embedded_optimizer};
+pub use renderer::{Renderer, draw_noise, latent_size};
+pub use role_trainer::RoleTrainer;
+pub use rollout::Rollout;
+pub use sampling::Sampling;
+pub use saved_student::{ADAPTER, REPORT, SavedRecipe, open_states, save_student, student_folder};
+pub use training_loop::{History, Outcome, Preview, report_interruption, train_student};
+pub use weights::{Network, RoleWeights};

@@ -1,0 +1,67 @@
+//! The fake score: a denoiser of the student's samples, trained beside it.
+
+use anyhow::Result;
+use decoupled_dmd::{Batch, Denoiser, DistributionMatching, Shift};
+use tch::{Kind, Tensor};
+
+use crate::distil::adapter::fake_denoiser;
+use crate::distil::role_trainer::RoleTrainer;
+use crate::distil::rollout::Rollout;
+use crate::lora::LoraSettings;
+use crate::model::ZImageTransformer;
+use crate::optimizer::AdamWSettings;
+use crate::tape::Tape;
+
+/// A fake score that is told the student's step: its condition is that of [`Rollout::cond_at`].
+#[derive(Debug)]
+pub struct FakeScore {
+    pub trainer: RoleTrainer,
+    /// What tells the step, `[K, D]`.
+    steps: Tensor,
+}
+
+impl FakeScore {
+    /// Equal to `teacher` to begin with, for a student of `steps` steps.
+    ///
+    /// # Errors
+    /// As [`RoleTrainer::new`].
+    pub fn new(
+        teacher: &ZImageTransformer,
+        adapter: Option<&LoraSettings>,
+        settings: AdamWSettings,
+        steps: usize,
+    ) -> Result<Self> {
+        let options = (Kind::Float, teacher.device());
+        let steps = Tensor::f_zeros([steps as i64, teacher.config().dim], options)?;
+        let trainer =
+            RoleTrainer::new(teacher, adapter, settings, Some(("student_steps", &steps)))?;
+        Ok(Self { trainer, steps })
+    }
+
+    /// What to ask.
+    pub fn denoiser<'a>(&'a self, base: &'a ZImageTransformer, shift: Shift) -> Denoiser<'a> {
+        fake_denoiser(self.trainer.weights.network(base), &self.steps, shift)
+    }
+
+    /// One update on the samples of a rollout; returns loss and gradient norm as scalar tensors.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn train(
+        &mut self,
+        base: &ZImageTransformer,
+        rollout: &Rollout,
+        shift: Shift,
+        tape: Option<&Tape>,
+    ) -> Result<(Tensor, Tensor)> {
+        let steps = rollout.trajectory.draw_steps()?;
+        let x = rollout.trajectory.samples_at(&steps)?;
+        let loss = {
+            let network = self.trainer.weights.training(base, tape);
+            let dm = DistributionMatching::new(fake_denoiser(network, &self.steps, shift));
+            dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps))?)?
+        };
+        let norm = self.trainer.descend(&loss, tape)?;
+        Ok((loss, norm))
+    }
+}

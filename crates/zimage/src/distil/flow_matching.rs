@@ -1,0 +1,33 @@
+//! Flow matching: the training loss of the base model.
+
+use anyhow::Result;
+use decoupled_dmd::{Condition, Renoising, Shift, Uniform};
+use tch::{Kind, Tensor};
+
+use crate::distil::adapter::denoiser;
+use crate::model::{Role, ZImageTransformer};
+
+/// Shift of the embedded model's noise levels, in training and in sampling.
+pub const SHIFT: f64 = 3.0;
+
+/// Mean squared error of the velocity on images `[B, 3, H, W]`, drawing noise and times: one time
+/// from each of B equal strata before the shift.
+///
+/// # Errors
+/// If there are not as many captions as images.
+pub fn flow_matching_loss(
+    model: &ZImageTransformer,
+    images: &Tensor,
+    captions: &[Tensor],
+) -> Result<Tensor> {
+    let batch = images.size()[0];
+    let options = (Kind::Float, images.device());
+    let u = Tensor::f_arange(batch, options)?
+        .f_add(&Tensor::f_rand([batch], options)?)?
+        .f_div_scalar(batch)?;
+    let denoiser = denoiser(model, Shift::new(SHIFT)?);
+    let time = Renoising::new(Uniform::FULL).at(denoiser.path(), &u, None)?;
+    let noise = images.f_randn_like()?;
+    let condition = Condition::from(model.encode_captions(captions, Role::BASE)?);
+    Ok(denoiser.denoising_loss(images, &time, &noise, &condition)?)
+}

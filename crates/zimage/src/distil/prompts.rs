@@ -1,0 +1,182 @@
+//! Captions encoded once: what networks that share a frozen caption side are conditioned on.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use decoupled_dmd::Condition;
+use tch::{Device, Kind, Tensor};
+
+use crate::model::{Role, ZImageTransformer, padded};
+
+/// Most tokens that go through the caption side at once.
+const TOKENS: i64 = 8192;
+
+/// Encoded captions and the encoded empty caption.
+///
+/// Each caption keeps its own padded length. A batch is of one length: with unequal ones it would need
+/// a mask, which the fast attention kernels do not take, and padding more than the model does would
+/// change its output. [`Buckets`] and [`Prompts::batches`] make such batches.
+#[derive(Debug)]
+pub struct Prompts {
+    /// `[L_i, D]` each. On the CPU, as thousands of captions of a large model are gigabytes.
+    captions: Vec<Tensor>,
+    /// `[1, L, D]`.
+    empty: Tensor,
+    /// Where conditions are wanted.
+    device: Device,
+}
+
+impl Prompts {
+    /// Encodes the features `[L_i, F]` of captions, and those of the empty one, with the caption side
+    /// of `model`. Features are taken one after the other and dropped soon.
+    ///
+    /// # Errors
+    /// If there are no captions, or features do not fit the model.
+    pub fn from_features(
+        model: &ZImageTransformer,
+        features: impl IntoIterator<Item = Result<Tensor>>,
+        empty: &Tensor,
+    ) -> Result<Self> {
+        let _guard = tch::no_grad_guard();
+        let mut captions = Vec::new();
+        let mut waiting: BTreeMap<i64, Vec<(usize, Tensor)>> = BTreeMap::new();
+        for (index, features) in features.into_iter().enumerate() {
+            let features = features?;
+            let size = features.size();
+            ensure!(
+                size.len() == 2 && size[0] > 0,
+                "the features of caption {index} must be [L, F] with L > 0, found {size:?}"
+            );
+            let length = padded(size[0]);
+            captions.push(None);
+            let group = waiting.entry(length).or_default();
+            group.push((index, features));
+            if group.len() as i64 >= TOKENS / length {
+                encode_group(model, group, &mut captions)?;
+            }
+        }
+        for group in waiting.values_mut().filter(|group| !group.is_empty()) {
+            encode_group(model, group, &mut captions)?;
+        }
+        ensure!(!captions.is_empty(), "there are no captions");
+        Ok(Self {
+            captions: captions.into_iter().collect::<Option<_>>().context("a caption was lost")?,
+            empty: model
+                .encode_captions(std::slice::from_ref(empty), Role::BASE)
+                .context("the features of the empty caption")?,
+            device: model.device(),
+        })
+    }
+
+    /// The conditions of the captions at `items`, which must be of one padded length, and as many times
+    /// the null condition, whose length may be another.
+    ///
+    /// # Errors
+    /// If there are no items, an index is out of range, or lengths differ.
+    pub fn conditions(&self, items: &[i64]) -> Result<(Condition, Condition)> {
+        let lengths = self.positions(items)?;
+        ensure!(
+            lengths.len() == 1,
+            "a batch needs captions of one padded length, found {:?}",
+            lengths.keys()
+        );
+        let captions: Vec<&Tensor> =
+            items.iter().map(|item| self.caption(*item)).collect::<Result<_>>()?;
+        let captions = Tensor::f_stack(&captions, 0)?.f_to_device(self.device)?;
+        let null = self.empty.f_expand([items.len() as i64, -1, -1], false)?;
+        Ok((captions.into(), null.into()))
+    }
+
+    /// Positions in `items`, in groups of at most `size` whose captions have one padded length. Every
+    /// position occurs once.
+    ///
+    /// # Errors
+    /// If an item is out of range.
+    pub fn batches(&self, items: &[i64], size: usize) -> Result<Vec<Vec<i64>>> {
+        ensure!(size > 0, "a batch needs at least one caption");
+        let groups = self.positions(items)?;
+        Ok(groups.values().flat_map(|group| group.chunks(size)).map(<[_]>::to_vec).collect())
+    }
+
+    /// The captions `items` as a set to draw batches from.
+    ///
+    /// # Errors
+    /// If there are no items, or one is out of range.
+    pub fn buckets(&self, items: &[i64]) -> Result<Buckets> {
+        ensure!(!items.is_empty(), "there are no captions to draw from");
+        let groups = self.positions(items)?;
+        let items_at =
+            |group: &Vec<i64>| group.iter().map(|position| items[*position as usize]).collect();
+        Ok(Buckets(groups.values().map(items_at).collect()))
+    }
+
+    /// Positions in `items` by the padded length of their captions.
+    fn positions(&self, items: &[i64]) -> Result<BTreeMap<i64, Vec<i64>>> {
+        let mut groups: BTreeMap<i64, Vec<i64>> = BTreeMap::new();
+        for (position, item) in (0..).zip(items) {
+            groups.entry(self.caption(*item)?.size()[0]).or_default().push(position);
+        }
+        Ok(groups)
+    }
+
+    fn caption(&self, item: i64) -> Result<&Tensor> {
+        usize::try_from(item).ok().and_then(|item| self.captions.get(item)).with_context(|| {
+            format!("there is no caption {item}, there are {}", self.captions.len())
+        })
+    }
+}
+
+/// Encodes captions of one padded length and puts them where they belong.
+fn encode_group(
+    model: &ZImageTransformer,
+    group: &mut Vec<(usize, Tensor)>,
+    captions: &mut [Option<Tensor>],
+) -> Result<()> {
+    let (places, features): (Vec<usize>, Vec<Tensor>) = group.drain(..).unzip();
+    let encoded = model
+        .encode_captions(&features, Role::BASE)
+        .with_context(|| format!("the features of captions {places:?}"))?
+        .f_to_device(Device::Cpu)?;
+    for (place, row) in places.into_iter().zip(encoded.f_unbind(0)?) {
+        captions[place] = Some(row);
+    }
+    Ok(())
+}
+
+/// Captions in groups of one padded length each.
+#[derive(Debug)]
+pub struct Buckets(Vec<Vec<i64>>);
+
+impl Buckets {
+    /// Draws `batch` captions with replacement, all from one bucket. Buckets are drawn by their size,
+    /// so that each caption is as likely as any other; only within a batch are lengths alike.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn draw(&self, batch: usize) -> Result<Vec<i64>> {
+        let bucket = self.draw_bucket()?;
+        let picks = draw(bucket.len(), batch)?;
+        Ok(picks.into_iter().map(|pick| bucket[pick]).collect())
+    }
+
+    fn draw_bucket(&self) -> Result<&[i64]> {
+        // A single bucket takes no draw, so that runs on captions of one length stay what they were.
+        if let [bucket] = &self.0[..] {
+            return Ok(bucket);
+        }
+        let mut pick = draw(self.0.iter().map(Vec::len).sum(), 1)?[0];
+        for bucket in &self.0 {
+            if pick < bucket.len() {
+                return Ok(bucket);
+            }
+            pick -= bucket.len();
+        }
+        unreachable!("the pick is below the sum of the sizes")
+    }
+}
+
+/// `count` numbers below `bound`.
+fn draw(bound: usize, count: usize) -> Result<Vec<usize>> {
+    let picks = Tensor::f_randint(bound as i64, [count as i64], (Kind::Int64, Device::Cpu))?;
+    Ok(Vec::<i64>::try_from(&picks)?.into_iter().map(|pick| pick as usize).collect())
+}

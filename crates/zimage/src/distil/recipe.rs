@@ -1,0 +1,225 @@
+//! The numbers of a distillation, and presets of them with their sources.
+
+use std::fmt::Write as _;
+
+use anyhow::{Result, ensure};
+use decoupled_dmd::{Guidance, Schedule, Shift, Transition};
+use serde::{Deserialize, Serialize};
+
+use crate::lora::LoraSettings;
+use crate::model::{Config, is_caption_side};
+use crate::optimizer::AdamWSettings;
+
+/// The recipe of a distillation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Recipe {
+    pub schedule: Schedule,
+    pub guidance: Guidance,
+    /// Steps of the student, in training and in sampling.
+    pub steps: usize,
+    pub transition: Transition,
+    /// Of the grid, of tau_CA, and of the times at which the fake score is trained.
+    pub shift: Shift,
+    /// Of tau_DM.
+    pub dm_shift: Shift,
+    /// Updates of the student.
+    pub updates: u64,
+    /// Updates of the fake score for each update of the student, all on the samples of one rollout.
+    pub fake_updates: u64,
+    /// Updates of the fake score before the first update of the student.
+    pub fake_warmup: u64,
+    pub batch: usize,
+    pub student: AdamWSettings,
+    pub fake: AdamWSettings,
+    /// Updates over which the student's learning rate rises from zero.
+    pub warmup: u64,
+    /// Decay of the moving average of the student's weights, which is the result.
+    pub ema: f64,
+    /// Student and fake score as adapters of the teacher, or else as copies of it.
+    pub adapter: Option<LoraSettings>,
+    /// Whether blocks are computed again in the backward pass, which saves memory.
+    pub checkpointing: bool,
+    pub seed: u64,
+}
+
+impl Recipe {
+    /// Refuses an adapter that does not fit a model, or of which nothing would be trained.
+    ///
+    /// # Errors
+    /// Says what is wrong with its settings.
+    pub fn check_adapter(&self, config: &Config) -> Result<()> {
+        let Some(adapter) = &self.adapter else { return Ok(()) };
+        ensure!(
+            adapter.modules(config)?.iter().any(|(name, _)| !is_caption_side(name)),
+            "--targets name layers of the caption side alone, which is encoded once and stays as it is"
+        );
+        Ok(())
+    }
+}
+
+/// A recipe by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Preset {
+    /// The small model of this repository; found on it, see docs/status.md.
+    Embedded,
+    /// The released base model to 8 steps.
+    #[serde(rename = "zimage-8step")]
+    ZImage8Step,
+    /// The released base model to 4 steps.
+    #[serde(rename = "zimage-4step")]
+    ZImage4Step,
+}
+
+impl Preset {
+    const ALL: [Self; 3] = [Self::Embedded, Self::ZImage8Step, Self::ZImage4Step];
+
+    /// The recipe, for a model whose pipeline has this `shift`: the student is trained on the grid that
+    /// it will be run on.
+    ///
+    /// # Errors
+    /// None that depends on the arguments.
+    pub fn recipe(self, shift: Shift) -> Result<Recipe> {
+        match self {
+            Self::Embedded => embedded(shift),
+            Self::ZImage8Step => released(shift, 8),
+            Self::ZImage4Step => released(shift, 4),
+        }
+    }
+
+    /// The shift of the models that the preset is for.
+    fn shift(self) -> f64 {
+        if self == Self::Embedded { 3.0 } else { 6.0 }
+    }
+
+    /// The presets side by side, for `--help`.
+    ///
+    /// # Errors
+    /// If a recipe cannot be written as JSON.
+    pub fn table() -> Result<String> {
+        let columns = Self::ALL
+            .into_iter()
+            .map(|preset| {
+                Ok((serde_json::to_value(preset)?, preset.recipe(Shift::new(preset.shift())?)?))
+            })
+            .map(|column: Result<_>| {
+                let (name, recipe) = column?;
+                Ok((name, serde_json::to_value(recipe)?))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let mut text = String::from("Presets:\n");
+        let mut line = |name: &str, cells: Vec<String>| {
+            let _ = write!(text, "  {name:<26}");
+            for cell in cells {
+                let _ = write!(text, "{cell:>20}");
+            }
+            text.push('\n');
+        };
+        let plain = |value: &serde_json::Value| value.to_string().replace('"', "");
+        line("", columns.iter().map(|(name, _)| plain(name)).collect());
+        for path in [
+            "schedule",
+            "guidance",
+            "steps",
+            "transition",
+            "shift",
+            "dm_shift",
+            "updates",
+            "fake_updates",
+            "fake_warmup",
+            "batch",
+            "student.learning_rate",
+            "fake.learning_rate",
+            "student.betas",
+            "student.weight_decay",
+            "student.eps",
+            "student.max_gradient_norm",
+            "warmup",
+            "ema",
+            "adapter.rank",
+            "adapter.alpha",
+            "checkpointing",
+        ] {
+            let pointer = format!("/{}", path.replace('.', "/"));
+            let cell =
+                |recipe: &serde_json::Value| recipe.pointer(&pointer).map_or("-".into(), plain);
+            line(path, columns.iter().map(|(_, recipe)| cell(recipe)).collect());
+        }
+        Ok(text)
+    }
+}
+
+/// The optimizer of each network that is trained beside the small model.
+pub fn embedded_optimizer(learning_rate: f64) -> AdamWSettings {
+    AdamWSettings {
+        learning_rate,
+        // No momentum over the moving target of two networks that chase one another, as in
+        // Self-Forcing and rCM.
+        betas: (0.0, 0.99),
+        weight_decay: 0.01,
+        max_gradient_norm: Some(1.0),
+        ..AdamWSettings::default()
+    }
+}
+
+fn embedded(shift: Shift) -> Result<Recipe> {
+    Ok(Recipe {
+        schedule: Schedule::DecoupledHybrid,
+        guidance: Guidance::new(6.0)?,
+        steps: 8,
+        transition: Transition::Ddim,
+        shift,
+        // With that of the grid, samples become as faint as those of the unguided teacher.
+        dm_shift: Shift::new(0.5)?,
+        updates: 300,
+        fake_updates: 5,
+        fake_warmup: 20,
+        batch: 24,
+        student: embedded_optimizer(5e-5),
+        fake: embedded_optimizer(2e-4),
+        warmup: 20,
+        ema: 0.95,
+        adapter: None,
+        checkpointing: false,
+        seed: 0,
+    })
+}
+
+/// The base model as adapters. Nobody has published the numbers of the paper's own runs. Those marked
+/// V are of VideoX-Fun's DMD2-style distillation of the same model, which was released as an 8-step
+/// adapter; those marked G are guesses, which nothing here could test.
+fn released(shift: Shift, steps: usize) -> Result<Recipe> {
+    let student = AdamWSettings {
+        learning_rate: 1e-4,           // V
+        betas: (0.9, 0.999),           // V
+        weight_decay: 0.03,            // V
+        eps: 1e-10,                    // V
+        max_gradient_norm: Some(0.05), // V
+    };
+    let targets = ["to_q", "to_k", "to_v"].map(|part| format!("attention.{part}"));
+    let more = ["w1", "w2", "w3"].map(|part| format!("feed_forward.{part}"));
+    Ok(Recipe {
+        schedule: Schedule::DecoupledHybrid, // the paper's choice
+        guidance: Guidance::new(4.0)?,       // V; the model card says 4 to 6 in this form
+        steps,
+        transition: Transition::Ddim, // what the stock pipeline does at inference
+        shift,
+        dm_shift: shift,
+        updates: if steps < 8 { 6000 } else { 3000 }, // G
+        fake_updates: 5,                              // V, DMD2
+        fake_warmup: 100,                             // G
+        batch: 4,                                     // G: what 80 GB hold at 1024 pixels
+        student,
+        fake: AdamWSettings { learning_rate: 1e-5, ..student }, // V
+        warmup: 100,                                            // G
+        ema: 0.99,                                              // Self-Forcing
+        adapter: Some(LoraSettings {
+            rank: 128,    // V
+            alpha: 128.0, // V
+            targets: [&targets[..], &more].concat(),
+            dropout: 0.0,
+        }),
+        checkpointing: true,
+        seed: 0,
+    })
+}

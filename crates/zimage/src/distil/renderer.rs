@@ -1,0 +1,122 @@
+//! Pictures of a released model: prompts drawn from kept noise, through the autoencoder.
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use decoupled_dmd::{FewStepGrid, Sampler, Shift};
+use tch::{Device, Kind, Tensor};
+
+use crate::autoencoder::{AutoencoderConfig, Decoder};
+use crate::distil::adapter::denoiser;
+use crate::distil::prompts::Prompts;
+use crate::distil::sampling::Sampling;
+use crate::distil::weights::Network;
+use crate::model::{Config, Pipeline};
+use crate::seed::step_seed;
+
+/// Apart from the numbers of updates, whose seeds are made in the same way.
+const RENOISING_SEED: u64 = 3_000_000_000;
+
+/// Draws prompts, always from the same noise.
+#[derive(Debug)]
+pub struct Renderer<'a> {
+    checkpoint: &'a Path,
+    prompts: &'a Prompts,
+    shift: Shift,
+    device: Device,
+    seed: u64,
+    /// `[N, C, h, w]`; row i is that of prompt i.
+    noise: Tensor,
+}
+
+impl<'a> Renderer<'a> {
+    /// For pictures of the first N of `prompts` from `noise` `[N, C, h, w]`, decoded by `vae/` of the
+    /// diffusers folder `checkpoint`, on the grid and the device of `base`. The noise that some transitions
+    /// draw between steps depends on `seed`.
+    pub fn new(
+        checkpoint: &'a Path,
+        base: &Pipeline,
+        prompts: &'a Prompts,
+        seed: u64,
+        noise: Tensor,
+    ) -> Self {
+        let device = base.transformer.device();
+        Self { checkpoint, prompts, shift: base.shift, device, seed, noise }
+    }
+
+    /// What pictures start from.
+    pub fn noise(&self) -> &Tensor {
+        &self.noise
+    }
+
+    /// Pictures `[N, 3, H, W]`, of which black is -1 and white is 1.
+    ///
+    /// # Errors
+    /// If there are fewer prompts than rows of noise, the noise does not fit the model, or the
+    /// autoencoder cannot be read.
+    pub fn render<'n>(&self, network: impl Into<Network<'n>>, run: Sampling) -> Result<Tensor> {
+        let _guard = tch::no_grad_guard();
+        let Sampling { steps, guidance, transition } = run;
+        let denoiser = denoiser(network, self.shift);
+        let grid = FewStepGrid::even(steps)?;
+        // One after the other: captions differ in length.
+        let latents = (0..self.noise.size()[0])
+            .map(|item| {
+                // Of the noise between steps, where there is some: that of a resumed run is the same.
+                tch::manual_seed(step_seed(self.seed, RENOISING_SEED + item as u64));
+                let (cond, null) = self.prompts.conditions(&[item])?;
+                let noise = self.noise.f_narrow(0, item, 1)?.f_to_device(self.device)?;
+                let sampler = Sampler::new(&denoiser, grid.clone(), transition);
+                Ok(sampler.guided(guidance, &null).sample(&noise, &cond)?)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        // Not kept while training, which needs the memory.
+        let decoder = Decoder::load(self.checkpoint, Kind::Float, self.device)?;
+        decoder.decode_in_parts(&Tensor::f_cat(&latents, 0)?, 1)
+    }
+}
+
+/// Standard normal `[N, C, h, w]` for `count` pictures, the same on every device.
+///
+/// # Errors
+/// If libtorch cannot allocate it.
+pub fn draw_noise(seed: u64, count: usize, [channels, height, width]: [i64; 3]) -> Result<Tensor> {
+    tch::manual_seed(seed as i64);
+    let shape = [count as i64, channels, height, width];
+    Ok(Tensor::f_randn(shape, (Kind::Float, Device::Cpu))?)
+}
+
+/// Size `[C, h, w]` of the latents of pictures of `side` pixels, by the transformer's config and
+/// `vae/config.json` of a diffusers folder, or that of the released models where there is none.
+///
+/// # Errors
+/// If the two configs do not fit, or no latents are of that size.
+pub fn latent_size(checkpoint: &Path, config: &Config, side: i64) -> Result<[i64; 3]> {
+    let path = checkpoint.join("vae/config.json");
+    let factor = if path.exists() {
+        let autoencoder = AutoencoderConfig::load(&path)?;
+        ensure!(
+            autoencoder.latent_channels == config.in_channels,
+            "the autoencoder of {} has {} channels and the transformer {}",
+            checkpoint.display(),
+            autoencoder.latent_channels,
+            config.in_channels
+        );
+        autoencoder.spatial_factor()
+    } else {
+        AutoencoderConfig::released().spatial_factor()
+    };
+    let multiple = factor * config.patch_size();
+    ensure!(
+        side > 0 && side % multiple == 0,
+        "--size must be a positive multiple of {multiple}, found {side}"
+    );
+    let rows = side / multiple;
+    let most = config.axes_lens[1].min(config.axes_lens[2]);
+    ensure!(
+        rows <= most,
+        "--size must be at most {}, as the model has {most} positions to a side, found {side}",
+        most * multiple
+    );
+    Ok([config.in_channels, side / factor, side / factor])
+}

@@ -1,0 +1,60 @@
+//! The weights of a role under training.
+
+use anyhow::Result;
+use tch::Tensor;
+
+use crate::distil::weights::RoleWeights;
+use crate::lora::LoraSettings;
+use crate::model::ZImageTransformer;
+use crate::optimizer::{AdamW, AdamWSettings};
+use crate::parameters::prefixed;
+use crate::tape::Tape;
+
+/// Weights that are trained, and their optimizer.
+#[derive(Debug)]
+pub struct RoleTrainer {
+    pub weights: RoleWeights,
+    pub optimizer: AdamW,
+}
+
+impl RoleTrainer {
+    /// Equal to `teacher` to begin with; `more` parameters are trained beside its own.
+    ///
+    /// # Errors
+    /// If the adapter's settings do not fit the model, or libtorch cannot allocate the weights.
+    pub fn new(
+        teacher: &ZImageTransformer,
+        adapter: Option<&LoraSettings>,
+        settings: AdamWSettings,
+        more: Option<(&str, &Tensor)>,
+    ) -> Result<Self> {
+        let weights = RoleWeights::new(teacher, adapter)?;
+        let more = more.map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone()));
+        let trainable = weights
+            .parameters()
+            .into_iter()
+            .chain(more)
+            .map(|(name, tensor)| (name, tensor.set_requires_grad(true)))
+            .collect();
+        Ok(Self { weights, optimizer: AdamW::new(trainable, settings)? })
+    }
+
+    /// RoleWeights parameters and the optimizer's moments; storage is shared.
+    pub fn state(&self) -> impl Iterator<Item = (String, Tensor)> {
+        prefixed("weights", self.optimizer.parameters())
+            .chain(prefixed("adamw", self.optimizer.state()))
+    }
+
+    /// Descends along a loss, made with `tape` if there is one; returns the norm of its gradient.
+    ///
+    /// # Errors
+    /// If the loss does not depend on the weights.
+    pub fn descend(&mut self, loss: &Tensor, tape: Option<&Tape>) -> Result<Tensor> {
+        self.optimizer.zero_grad();
+        match tape {
+            Some(tape) => tape.backward(loss)?,
+            None => loss.f_backward()?,
+        }
+        self.optimizer.step()
+    }
+}

@@ -1,0 +1,158 @@
+//! The loop over the updates of a distillation: progress, metrics, saving and going on.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use crate::distil::distillation::{Distillation, Record};
+use crate::interrupt::Interrupt;
+use crate::log::Log;
+use crate::options::Options;
+use crate::training_state::{Progress, StateFolder};
+
+/// What was observed, with the update it was observed at.
+pub type History = Vec<(u64, Record)>;
+
+/// A look at the student on the way: a line for people, and what goes to metrics.jsonl.
+pub struct Preview {
+    pub message: String,
+    pub entry: Value,
+}
+
+/// How a training ended.
+pub enum Outcome {
+    /// All updates are done, in so many seconds of all sessions.
+    Finished { history: History, seconds: f64 },
+    /// The user stopped it; the state is saved.
+    Interrupted,
+}
+
+/// Where a training is written to while it goes on.
+struct Session<'s> {
+    states: &'s mut StateFolder,
+    log: Log,
+    start: Instant,
+    /// Seconds of earlier sessions.
+    before: f64,
+}
+
+impl Session<'_> {
+    fn seconds(&self) -> f64 {
+        self.before + self.start.elapsed().as_secs_f64()
+    }
+
+    fn save(&mut self, distillation: &Distillation<'_>) -> Result<()> {
+        let log_bytes = self.log.sync()?;
+        let progress = Progress { seconds: self.seconds(), log_bytes };
+        self.states.save(&distillation.state(), progress)
+    }
+}
+
+/// Runs all updates that are left, with a progress bar. Goes on from the state in `states` if there is
+/// one; what is observed goes to metrics.jsonl and is returned.
+///
+/// # Errors
+/// If training breaks down, a file cannot be written, or the saved state does not fit.
+pub fn train_student(
+    options: &Options,
+    distillation: &mut Distillation<'_>,
+    states: &mut StateFolder,
+    evaluate: impl Fn(&Distillation<'_>) -> Result<Preview>,
+) -> Result<Outcome> {
+    let interrupt = Interrupt::install()?;
+    let updates = distillation.recipe().updates;
+    let saved = states.load()?;
+    let progress = saved.as_ref().map(|(_, progress)| *progress).unwrap_or_default();
+    // Taken, so that a second copy of the state is not kept until the end.
+    if let Some((tensors, _)) = saved {
+        distillation.load_state(&tensors)?;
+        println!(
+            "Going on after update {} of {}; --fresh starts anew",
+            distillation.updates(),
+            updates
+        );
+    }
+    let (log, lines) = Log::open(&options.out.join("metrics.jsonl"), progress.log_bytes)?;
+    let mut history: History = lines.iter().filter_map(observed).collect();
+    let mut session = Session { states, log, start: Instant::now(), before: progress.seconds };
+
+    let bar = ProgressBar::new(updates).with_style(ProgressStyle::with_template(
+        "{bar:30} {pos}/{len} updates, {elapsed} gone, {eta} left  {msg}",
+    )?);
+    bar.set_position(distillation.updates());
+    bar.reset_eta();
+    while !distillation.is_warm() {
+        distillation.warm_up()?;
+        if interrupt.is_requested() {
+            session.save(distillation)?;
+            return Ok(Outcome::Interrupted);
+        }
+    }
+    while distillation.updates() < updates {
+        let observe = is_due(distillation.updates() + 1, options.observe_every);
+        let record = distillation.step(observe)?;
+        let update = distillation.updates();
+        let of = |name: &str| record.iter().find(|(n, _)| n == name).map_or(f64::NAN, |(_, v)| *v);
+        ensure!(
+            record.iter().all(|(_, value)| value.is_finite()),
+            "training broke down at update {update}: {record:?}"
+        );
+        bar.set_message(format!("CA {:.3}  DM {:.4}  fake {:.3}", of("ca"), of("dm"), of("fake")));
+        bar.inc(1);
+        if observe {
+            let mut line = serde_json::Map::new();
+            line.insert("update".into(), update.into());
+            line.insert("seconds".into(), session.seconds().into());
+            line.extend(record.iter().map(|(name, value)| (name.clone(), (*value).into())));
+            session.log.write(&line.into())?;
+            history.push((update, record));
+        }
+        if is_due(update, options.evaluate_every) {
+            let Preview { message, entry } = evaluate(distillation)?;
+            bar.suspend(|| println!("update {update}: {message}"));
+            session.log.write(&json!({ "update": update, "student": entry }))?;
+        }
+        let is_last = update == updates;
+        let stop = interrupt.is_requested();
+        if is_last || stop || is_due(update, options.save_every) {
+            session.save(distillation)?;
+        }
+        if stop {
+            return Ok(Outcome::Interrupted);
+        }
+    }
+    interrupt.leave_at_once();
+    bar.finish();
+    Ok(Outcome::Finished { history, seconds: session.seconds() })
+}
+
+/// Whether something that happens every so many updates happens after this one; 0 is never.
+fn is_due(update: u64, every: u64) -> bool {
+    every > 0 && update.is_multiple_of(every)
+}
+
+/// Says where an interrupted training is, and how to go on.
+pub fn report_interruption(options: &Options, distillation: &Distillation<'_>) {
+    println!(
+        "\nStopped after update {} of {}; the state is in {}. The same command goes on from there, \
+         and starts anew with --fresh",
+        distillation.updates(),
+        distillation.recipe().updates,
+        options.out.display()
+    );
+}
+
+/// The record in a line of metrics.jsonl, if it holds one.
+fn observed(line: &Value) -> Option<(u64, Record)> {
+    let update = line["update"].as_u64()?;
+    let record: Record = line
+        .as_object()?
+        .iter()
+        .filter(|(name, _)| !["update", "seconds"].contains(&name.as_str()))
+        .map(|(name, value)| Some((name.clone(), value.as_f64()?)))
+        // A line of an evaluation holds an object.
+        .collect::<Option<_>>()?;
+    Some((update, record))
+}

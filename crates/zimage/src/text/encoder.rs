@@ -1,0 +1,53 @@
+//! The text encoder: prompts to the caption features that Z-Image was trained on.
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use tch::{Device, Kind, Tensor};
+
+use crate::text::qwen3::Qwen3Encoder;
+use crate::text::tokenizer::PromptTokenizer;
+
+/// Tokenizer and language model of a diffusers folder.
+#[derive(Debug)]
+pub struct TextEncoder {
+    tokenizer: PromptTokenizer,
+    model: Qwen3Encoder,
+}
+
+impl TextEncoder {
+    /// Reads `text_encoder/` and `tokenizer/tokenizer.json` of a diffusers folder.
+    ///
+    /// # Errors
+    /// If a file is missing or broken, or asks for what is not supported, or the two do not fit.
+    pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
+        let model = Qwen3Encoder::load(&folder.join("text_encoder"), kind, device)?;
+        let path = folder.join("tokenizer").join("tokenizer.json");
+        let tokenizer = PromptTokenizer::load(&path, model.config().vocab_size)?;
+        Ok(Self { tokenizer, model })
+    }
+
+    /// The width F of the features.
+    pub fn width(&self) -> i64 {
+        self.model.config().hidden_size
+    }
+
+    /// Features `[L_i, F]` of each prompt, L_i its own number of tokens, in the dtype and on the
+    /// device of the weights. Prompts are run one by one, so that there is neither padding nor a mask;
+    /// those of a training are encoded once and kept.
+    ///
+    /// # Errors
+    /// If the tokenizer or libtorch fails, or features are not finite (as in float16, which is too
+    /// narrow for this model).
+    pub fn encode(&self, prompts: &[&str]) -> Result<Vec<Tensor>> {
+        prompts
+            .iter()
+            .map(|prompt| {
+                let features = self.model.forward(&self.tokenizer.encode(prompt)?)?;
+                let finite = features.f_isfinite()?.f_all()?;
+                ensure!(bool::try_from(&finite)?, "features of {prompt:?} are not finite");
+                Ok(features)
+            })
+            .collect()
+    }
+}

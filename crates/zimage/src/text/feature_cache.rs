@@ -1,0 +1,218 @@
+//! Caption features on disk, so that a training needs no text encoder in memory.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use crate::files::{read_json, write_json};
+use crate::fingerprint::Hash;
+use crate::parameters::Parameters;
+use crate::text::encoder::TextEncoder;
+use crate::text::encoder_key::encoder_key;
+use crate::text::tokenizer::{MAX_TOKENS, frame};
+use crate::weights::{read_tensors, write_tensors};
+
+/// Says what a cache folder holds.
+const MANIFEST: &str = "features.json";
+/// Counts up when entries are laid out or made in another way.
+const FORMAT: u32 = 1;
+
+/// The prompts of a text file in UTF-8, one a line. Space around them is dropped, and so are blank
+/// lines and whatever occurred before.
+///
+/// # Errors
+/// If the file cannot be read, is not UTF-8, or holds no prompt.
+pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
+    let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    let text = match std::str::from_utf8(&bytes) {
+        Ok(text) => text,
+        Err(error) => {
+            let line =
+                bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count() + 1;
+            bail!("{}: line {line} is not UTF-8", path.display());
+        }
+    };
+    let mut seen = HashSet::new();
+    // Some editors put a byte order mark first, which is not part of the prompt.
+    let lines = text.strip_prefix('\u{feff}').unwrap_or(text).lines().map(str::trim);
+    let prompts: Vec<String> = lines
+        .filter(|prompt| !prompt.is_empty() && seen.insert(*prompt))
+        .map(str::to_owned)
+        .collect();
+    ensure!(!prompts.is_empty(), "{} holds no prompts; one a line is expected", path.display());
+    Ok(prompts)
+}
+
+/// What all entries of a cache have in common.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Manifest {
+    format: u32,
+    /// The encoder's key, which covers its dtype.
+    encoder: String,
+    /// The width F of the features.
+    width: i64,
+}
+
+/// A folder with the features of prompts, one file each, all made by the encoder that `features.json`
+/// names. A file is named after that encoder and the prompt in its frame, and repeats the latter, so
+/// that neither a mix-up of files nor of encoders goes unnoticed. Files appear whole or not at all.
+#[derive(Debug)]
+pub struct FeatureCache {
+    folder: PathBuf,
+    manifest: Manifest,
+}
+
+impl FeatureCache {
+    /// Opens a cache to read from. The encoder is not needed.
+    ///
+    /// # Errors
+    /// If there is no cache in the folder, or one of another format.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join(MANIFEST);
+        let manifest: Manifest = read_json(&path)?;
+        ensure!(
+            manifest.format == FORMAT,
+            "{}: format {} is not supported, {FORMAT} is: encode the prompts anew",
+            path.display(),
+            manifest.format
+        );
+        Ok(Self { folder: folder.into(), manifest })
+    }
+
+    /// Adds to the cache in `folder`, which is made where there is none, the features of `prompts` and
+    /// of the empty prompt, by the text encoder of the diffusers folder `model` in `kind`. Entries that
+    /// are there already stay, so that an interrupted run goes on where it was; broken ones are made
+    /// anew. The encoder is loaded only if something is to be made.
+    ///
+    /// `progress` is told after each prompt how many are done, and of how many.
+    ///
+    /// # Errors
+    /// If the folder holds features of another encoder, or something cannot be read, made or written.
+    pub fn encode(
+        folder: &Path,
+        model: &Path,
+        (kind, device): (Kind, Device),
+        prompts: &[String],
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self> {
+        let key = encoder_key(model, kind)?;
+        let mut encoder = None;
+        let cache = if folder.join(MANIFEST).exists() {
+            let cache = Self::open(folder)?;
+            ensure!(
+                cache.manifest.encoder == key,
+                "{} holds features of another text encoder than that of {} in {kind:?}: choose another \
+                 folder, or delete it",
+                folder.display(),
+                model.display()
+            );
+            cache
+        } else {
+            let encoder = encoder.insert(TextEncoder::load(model, kind, device)?);
+            Self::create(folder, Manifest { format: FORMAT, encoder: key, width: encoder.width() })?
+        };
+        let all: Vec<&str> = prompts.iter().map(String::as_str).chain([""]).collect();
+        for (done, prompt) in (1..).zip(&all) {
+            if cache.get(prompt).is_err() {
+                let encoder = match &mut encoder {
+                    Some(encoder) => encoder,
+                    none => none.insert(TextEncoder::load(model, kind, device)?),
+                };
+                cache.put(prompt, &encoder.encode(&[prompt])?[0])?;
+            }
+            progress(done, all.len());
+        }
+        Ok(cache)
+    }
+
+    /// [`Self::encode`] with a progress bar.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_observed(
+        folder: &Path,
+        model: &Path,
+        place: (Kind, Device),
+        prompts: &[String],
+    ) -> Result<Self> {
+        let style =
+            ProgressStyle::with_template("{bar:30} {pos}/{len} prompts encoded, {eta} left")?;
+        let bar = ProgressBar::new(prompts.len() as u64 + 1).with_style(style);
+        let cache = Self::encode(folder, model, place, prompts, &mut |done, _| {
+            bar.set_position(done as u64);
+        })?;
+        bar.finish_and_clear();
+        Ok(cache)
+    }
+
+    fn create(folder: &Path, manifest: Manifest) -> Result<Self> {
+        fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+        write_json(&folder.join(MANIFEST), &manifest)?;
+        Ok(Self { folder: folder.into(), manifest })
+    }
+
+    /// Features `[L, F]` of a prompt on the CPU; "" is the unconditional one.
+    ///
+    /// # Errors
+    /// If the prompt has not been encoded, or its file is broken.
+    pub fn get(&self, prompt: &str) -> Result<Tensor> {
+        let path = self.path(prompt);
+        ensure!(
+            path.exists(),
+            "the prompt {prompt:?} is not among the features in {}: encode it first",
+            self.folder.display()
+        );
+        self.read(&path, prompt).with_context(|| {
+            format!("{} is broken; encoding its prompt again repairs it", path.display())
+        })
+    }
+
+    /// The width F of the features.
+    pub fn width(&self) -> i64 {
+        self.manifest.width
+    }
+
+    fn path(&self, prompt: &str) -> PathBuf {
+        let mut hash = Hash::default();
+        hash.add(self.manifest.encoder.as_bytes());
+        hash.add(frame(prompt).as_bytes());
+        self.folder.join(hash.hex()).with_extension("safetensors")
+    }
+
+    fn put(&self, prompt: &str, features: &Tensor) -> Result<()> {
+        let text = Tensor::f_from_slice(frame(prompt).as_bytes())?;
+        let tensors = Parameters::from([
+            ("features".to_owned(), features.f_to_device(Device::Cpu)?),
+            ("prompt".to_owned(), text),
+        ]);
+        write_tensors(&self.path(prompt), &tensors)
+    }
+
+    fn read(&self, path: &Path, prompt: &str) -> Result<Tensor> {
+        let mut tensors = read_tensors(path)?;
+        let text = tensors.remove("prompt").context("it has no tensor prompt")?;
+        ensure!(
+            text.f_kind()? == Kind::Uint8 && text.dim() == 1,
+            "its prompt must be bytes, found {:?} {:?}",
+            text.f_kind()?,
+            text.size()
+        );
+        ensure!(Vec::<u8>::try_from(&text)? == frame(prompt).as_bytes(), "it is of another prompt");
+        let features = tensors.remove("features").context("it has no tensor features")?;
+        let width = self.manifest.width;
+        ensure!(
+            matches!(features.size()[..], [length, found]
+                if found == width && (1..=MAX_TOKENS as i64).contains(&length)),
+            "its features must be [1..={MAX_TOKENS}, {width}], found {:?}",
+            features.size()
+        );
+        ensure!(features.is_floating_point(), "its features are {:?}", features.f_kind()?);
+        ensure!(bool::try_from(features.f_isfinite()?.f_all()?)?, "its features are not finite");
+        Ok(features)
+    }
+}
