@@ -36,7 +36,7 @@ use crate::value::Positive;
 /// | DMD2, Self-Forcing, VideoX-Fun (Wan) | [`dmd2`](Self::dmd2); they replace NaN by zero afterwards |
 /// | VideoX-Fun (Z-Image) | `guided(alpha).floor(1e-5)?`; it replaces NaN by zero afterwards |
 /// | FastGen, DiffSynth-Studio | [`fastgen`](Self::fastgen) |
-/// | FastVideo | [`fastvideo`](Self::fastvideo) |
+/// | FastVideo | [`fastvideo`](Self::fastvideo); it replaces NaN by zero afterwards |
 /// | SimpleTuner | `guided(alpha).floor(1e-6)?` |
 /// | rCM | `guided(alpha).floor(1e-5)?`; it sums over the elements in place of the mean |
 /// | CDM | [`cdm`](Self::cdm), the default |

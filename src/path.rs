@@ -104,7 +104,8 @@ pub trait NoisePath {
     }
 
     /// What generation starts from at t = 0: `s(0) eps`, for unit noise `[B, ..]`, in float32 or
-    /// wider. [`VariancePreserving`] starts from `eps` itself, see there.
+    /// wider. [`VariancePreserving`] starts from `eps` itself, see there. FastGen starts at t = 0.001
+    /// instead, on rectified flow from `0.999 eps`.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `noise` are

@@ -10,7 +10,7 @@ use crate::value::checked;
 /// | codebase | rule | its number | here |
 /// |---|---|---|---|
 /// | DMD2, Self-Forcing, FastVideo | the fake on every iteration, the student besides on each k-th | 5 | [`every_iteration(5)`](Self::every_iteration), 5 to 1 |
-/// | FastGen, rCM | on each k-th iteration the student in place of the fake | 5 | [`alternating(5)`](Self::alternating), 4 to 1 |
+/// | FastGen, rCM, DiffSynth-Studio | on each k-th iteration the student in place of the fake | 5 | [`alternating(5)`](Self::alternating), 4 to 1 |
 /// | CDM | | 2 to 1 | [`new(2)`](Self::new) |
 ///
 /// The default is 5, DMD2's for SDXL.

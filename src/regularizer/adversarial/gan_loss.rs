@@ -63,13 +63,16 @@ pub enum CriticPenalty {
     /// et al. 2018). Differentiates twice: fused attention kernels and gradient checkpointing refuse.
     /// There is no default that fits all: gamma scales with the number of elements of a sample.
     R1 {
-        /// The strength, at least 0.
+        /// The strength, finite and at least 0.
         gamma: f64,
     },
     /// `weight  mean over samples and logits of (D(x_t) - D(x_t + sigma n))^2`, n unit noise: the
     /// finite difference of APT (Lin et al. 2025), with any network, for one more forward. For
     /// a single logit its expectation over n is, to first order, `weight sigma^2 |grad D(x_t)|^2`:
     /// R1 with `gamma = 2 weight sigma^2`. With several, each logit is held, not their mean.
+    ///
+    /// Self-Forcing divides by sigma^2: its `r1_weight` is `weight = r1_weight / sigma^2` here. FastGen and
+    /// DiffSynth-Studio perturb the clean sample in place of x_t, which this penalty cannot.
     ApproximateR1 {
         /// The strength, at least 0; re-implementations of APT use 100.
         weight: f64,
