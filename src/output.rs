@@ -61,6 +61,16 @@ impl ModelOutput {
         Ok(self.sample()?.shallow_clone())
     }
 
+    /// The flow velocity `eps - x0` that the output implies, `[B, ..]` in float32 or wider; infinite at the
+    /// clean end, unless the network itself predicts it.
+    pub(crate) fn flow_velocity(&self) -> Result<Tensor> {
+        if self.prediction == Prediction::FlowVelocity {
+            return Ok(self.output.shallow_clone());
+        }
+        let Coefficients { data: a, noise: s } = &self.at;
+        Ok(self.noised.f_sub(&self.sample()?.f_mul(&a.f_add(s)?)?)?.f_div(s)?)
+    }
+
     /// Classifier-free guidance of two outputs of one network at one noised sample, this one with the
     /// condition: `null + alpha (this - null)`, rescaled and within an interval as the [`Guidance`] says.
     /// The clean sample is affine in the output, so the outputs are combined.

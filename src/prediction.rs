@@ -73,6 +73,17 @@ impl Prediction {
         Ok(())
     }
 
+    /// Refuses times at which the flow velocity that another prediction implies is singular.
+    pub(crate) fn check_velocity(self, path: &dyn NoisePath, time: &PostShift) -> Result<()> {
+        if self != Self::FlowVelocity {
+            let (_, s) = coefficients_at(path, time.range().1)?;
+            let requirement =
+                "at least 1e-4 for the velocity of this prediction: keep times off the clean end";
+            checked("share of noise at the cleanest time", requirement, s, s >= LEAST_DIVISOR)?;
+        }
+        Ok(())
+    }
+
     /// The training target for the pair (x0, eps) at the given coefficients.
     pub(crate) fn target(
         self,

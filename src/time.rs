@@ -98,6 +98,28 @@ time_methods!(PreShift, "pre-shift time");
 time_methods!(PostShift, "post-shift time");
 
 impl PostShift {
+    /// The times on the way from these to `other` after a share of it.
+    pub(crate) fn between(&self, other: &Self, share: f64) -> Result<Self> {
+        let times = widen(&self.times)?.f_lerp(&widen_like(&other.times, &self.times)?, share)?;
+        let end = |one: f64, two: f64| one + share * (two - one);
+        let range = (end(self.range.0, other.range.0), end(self.range.1, other.range.1));
+        Ok(Self::within(times, range))
+    }
+
+    /// The times, or those of `other` where they are earlier.
+    pub(crate) fn at_most(&self, other: &Self) -> Result<Self> {
+        let times = widen(&self.times)?.f_minimum(&widen_like(&other.times, &self.times)?)?;
+        let range = (self.range.0.min(other.range.0), self.range.1.min(other.range.1));
+        Ok(Self::within(times, range))
+    }
+
+    /// The times, or those of `other` where they are later.
+    pub(crate) fn at_least(&self, other: &Self) -> Result<Self> {
+        let times = widen(&self.times)?.f_maximum(&widen_like(&other.times, &self.times)?)?;
+        let range = (self.range.0.max(other.range.0), self.range.1.max(other.range.1));
+        Ok(Self::within(times, range))
+    }
+
     /// Other times in the same range.
     pub(crate) fn with_times(&self, times: Tensor) -> Self {
         Self::within(times, self.range)

@@ -25,6 +25,9 @@ pub struct LogitNormal {
 }
 
 impl LogitNormal {
+    /// MeanFlow's times (arXiv 2505.13447), whose own clock has the mean -0.4.
+    pub const MEAN_FLOW: Self = Self { mean: 0.4, std: 1.0 };
+
     /// With the mean and standard deviation of the logit of t.
     ///
     /// # Errors

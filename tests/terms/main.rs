@@ -7,6 +7,7 @@ mod adversarial;
 mod consistency;
 mod convergence;
 mod critic_evaluation;
+mod flow_map;
 mod maximum_mean_discrepancy;
 mod mean_variance;
 mod parameter_gradients;
