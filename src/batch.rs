@@ -61,6 +61,7 @@ pub struct Batch<'a> {
     null: Option<&'a Condition>,
     real: Option<&'a Tensor>,
     real_cond: Option<&'a Condition>,
+    target: Option<&'a Tensor>,
     student_time: Option<&'a PreShift>,
     student_input: Option<(&'a Tensor, &'a PostShift)>,
     /// Boolean, expanded to the shape of `x`.
@@ -83,6 +84,7 @@ impl<'a> Batch<'a> {
             null: None,
             real: None,
             real_cond: None,
+            target: None,
             student_time: None,
             student_input: None,
             mask: None,
@@ -130,6 +132,16 @@ impl<'a> Batch<'a> {
     pub fn with_real_cond(mut self, cond: &'a Condition) -> Self {
         self.real_cond = Some(cond);
         self
+    }
+
+    /// Adds targets `[B, ..]`, one for each sample, for terms that regress pairs.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Kind`] or [`Error::Device`] unless they are like `x`.
+    pub fn with_target(mut self, target: &'a Tensor) -> Result<Self> {
+        check_like("target", target, self.x)?;
+        self.target = Some(target);
+        Ok(self)
     }
 
     /// Adds the pre-shift times `[B]` at which the student was evaluated; [`AboveStudent`] needs them.
@@ -242,6 +254,14 @@ impl<'a> Batch<'a> {
     /// [`Error::Missing`] if none was given.
     pub fn null(&self) -> Result<&'a Condition> {
         self.null.ok_or(Error::Missing { what: "null condition", setter: "with_null" })
+    }
+
+    /// The targets of the samples, `[B, ..]`.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] if none were given.
+    pub fn target(&self) -> Result<&'a Tensor> {
+        self.target.ok_or(Error::Missing { what: "target", setter: "with_target" })
     }
 
     /// The real samples, `[M, ..]`.

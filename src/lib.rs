@@ -99,8 +99,9 @@ pub use path::{
 pub use prediction::Prediction;
 pub use probe::Probe;
 pub use regularizer::{
-    Adversarial, Bandwidth, CriticEvaluation, CriticHeads, CriticPenalty, DistributionMatching,
-    Estimator, GanLoss, Kernel, MaximumMeanDiscrepancy, MeanVariance, Regularizer, RegularizerFn,
+    Adversarial, Bandwidth, CriticEvaluation, CriticHeads, CriticPenalty, Distance,
+    DistributionMatching, Estimator, GanLoss, Kernel, MaximumMeanDiscrepancy, MeanVariance,
+    PairedRegression, Perceptual, PseudoHuber, Regularizer, RegularizerFn, Reward, ScoreIdentity,
     Statistics, regularizer_fn,
 };
 pub use renoising::{

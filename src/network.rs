@@ -19,6 +19,12 @@ impl IntoOutput<Tensor> for Tensor {
     }
 }
 
+impl IntoOutput<Self> for Vec<Tensor> {
+    fn into_result(self) -> Result<Self> {
+        Ok(self)
+    }
+}
+
 impl IntoOutput<(Tensor, Tensor)> for (Tensor, Tensor) {
     fn into_result(self) -> Result<(Tensor, Tensor)> {
         Ok(self)

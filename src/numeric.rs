@@ -49,6 +49,11 @@ pub(crate) fn sample_mean(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.f_flatten(1, -1)?.f_mean_dim(&[1i64][..], false, None::<Kind>)?)
 }
 
+/// Sum over everything but the batch, `[B]`.
+pub(crate) fn sample_sum(tensor: &Tensor) -> Result<Tensor> {
+    Ok(tensor.f_flatten(1, -1)?.f_sum_dim_intlist(&[1i64][..], false, None::<Kind>)?)
+}
+
 /// Mean of |one - two| over everything but the batch, `[B]`, without a graph. libtorch's distance
 /// between rows reads both once and makes nothing of their size.
 pub(crate) fn sample_distance(one: &Tensor, two: &Tensor) -> Result<Tensor> {

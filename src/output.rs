@@ -57,7 +57,10 @@ impl ModelOutput {
     }
 
     /// [`sample`](Self::sample), as a tensor of its own.
-    pub(crate) fn into_sample(self) -> Result<Tensor> {
+    ///
+    /// # Errors
+    /// As [`sample`](Self::sample).
+    pub fn into_sample(self) -> Result<Tensor> {
         Ok(self.sample()?.shallow_clone())
     }
 

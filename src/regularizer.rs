@@ -4,11 +4,17 @@ mod adversarial;
 mod distribution_matching;
 mod maximum_mean_discrepancy;
 mod mean_variance;
+mod paired_regression;
+mod reward;
+mod score_identity;
 
 pub use adversarial::{Adversarial, CriticEvaluation, CriticHeads, CriticPenalty, GanLoss};
 pub use distribution_matching::DistributionMatching;
 pub use maximum_mean_discrepancy::{Bandwidth, Estimator, Kernel, MaximumMeanDiscrepancy};
 pub use mean_variance::{MeanVariance, Statistics};
+pub use paired_regression::{Distance, PairedRegression, Perceptual, PseudoHuber};
+pub use reward::Reward;
+pub use score_identity::ScoreIdentity;
 use tch::Tensor;
 
 use crate::batch::Batch;

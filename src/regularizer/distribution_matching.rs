@@ -86,13 +86,24 @@ impl<'a> DistributionMatching<'a> {
         self
     }
 
+    /// The fake score.
+    pub fn fake(&self) -> &Denoiser<'a> {
+        &self.fake
+    }
+
+    /// Refuses a fake score on another path than the teacher's, the first time that it is asked.
+    pub(crate) fn check_path(&self, probe: &Probe<'_>) -> Result<()> {
+        let (fake, teacher) = (self.fake.path(), probe.teacher().path());
+        once(&self.shares_path, || check_same_path(fake, teacher)).map(|_| ())
+    }
+
     /// The direction `(x0_cond - x0_fake) / n`, `[B, ..]`, without a graph.
     ///
     /// # Errors
     /// As those of the term.
     pub fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
         let _no_grad = no_grad_guard();
-        once(&self.shares_path, || check_same_path(self.fake.path(), probe.teacher().path()))?;
+        self.check_path(probe)?;
         let real = probe.teacher_output()?;
         let fake = self.fake.predict(probe.noised(), probe.tau(), probe.batch().cond())?;
         probe.observe_scores(|| {

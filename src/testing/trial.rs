@@ -14,6 +14,7 @@ pub(super) struct Trial {
     null: Option<Condition>,
     real: Option<Tensor>,
     real_cond: Condition,
+    target: Option<Tensor>,
     student_time: Option<PreShift>,
     student_input: Option<(Tensor, PostShift)>,
     mask: Option<Tensor>,
@@ -39,6 +40,7 @@ impl Trial {
             null: batch.null().ok().map(shared),
             real: batch.real().ok().map(Tensor::shallow_clone),
             real_cond: shared(batch.real_cond()),
+            target: batch.target().ok().map(Tensor::shallow_clone),
             student_time: batch.student_time().map(PreShift::shallow_clone),
             student_input: input.map(|(input, time)| (input.shallow_clone(), time.shallow_clone())),
             mask: batch.mask().map(Tensor::shallow_clone),
@@ -72,6 +74,9 @@ impl Trial {
         }
         if let Some(real) = &self.real {
             batch = batch.with_real(real)?.with_real_cond(&self.real_cond);
+        }
+        if let Some(target) = &self.target {
+            batch = batch.with_target(target)?;
         }
         if let Some(time) = &self.student_time {
             batch = batch.with_student_time(time)?;
@@ -138,6 +143,7 @@ impl Trial {
             // A term may pair samples with real ones, as the relativistic loss does.
             real: self.real.as_ref().map(&change).transpose()?,
             real_cond: condition(&self.real_cond)?,
+            target: self.target.as_ref().map(&change).transpose()?,
             student_time: student_time.transpose()?.map(PreShift::new).transpose()?,
             student_input,
             mask: self.mask.as_ref().map(&change).transpose()?,

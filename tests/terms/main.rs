@@ -10,7 +10,9 @@ mod critic_evaluation;
 mod flow_map;
 mod maximum_mean_discrepancy;
 mod mean_variance;
+mod paired_regression;
 mod parameter_gradients;
+mod score_identity;
 
 use common::loss_of;
 use tch::{Kind, Tensor};
