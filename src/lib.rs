@@ -99,10 +99,10 @@ pub use path::{
 pub use prediction::Prediction;
 pub use probe::Probe;
 pub use regularizer::{
-    Adversarial, Bandwidth, CriticEvaluation, CriticHeads, CriticPenalty, Distance,
-    DistributionMatching, Estimator, GanLoss, Kernel, MaximumMeanDiscrepancy, MeanVariance,
-    PairedRegression, Perceptual, PseudoHuber, Regularizer, RegularizerFn, Reward, ScoreIdentity,
-    Statistics, regularizer_fn,
+    Adversarial, AdversarialDistributionMatching, Bandwidth, CriticEvaluation, CriticHeads,
+    CriticPenalty, Distance, DistributionMatching, Divergence, Estimator, GanLoss, Kernel,
+    MaximumMeanDiscrepancy, MeanVariance, PairedRegression, Perceptual, PseudoHuber, Regularizer,
+    RegularizerFn, Reward, ScoreIdentity, Statistics, regularizer_fn,
 };
 pub use renoising::{
     AboveStudent, LogNormal, LogitNormal, Renoising, TimeDistribution, Times, Uniform,

@@ -1,7 +1,9 @@
 //! The shield: what keeps the samples of the student in place while an engine pulls them.
 
 mod adversarial;
+mod adversarial_distribution_matching;
 mod distribution_matching;
+mod divergence;
 mod maximum_mean_discrepancy;
 mod mean_variance;
 mod paired_regression;
@@ -9,7 +11,9 @@ mod reward;
 mod score_identity;
 
 pub use adversarial::{Adversarial, CriticEvaluation, CriticHeads, CriticPenalty, GanLoss};
+pub use adversarial_distribution_matching::AdversarialDistributionMatching;
 pub use distribution_matching::DistributionMatching;
+pub use divergence::Divergence;
 pub use maximum_mean_discrepancy::{Bandwidth, Estimator, Kernel, MaximumMeanDiscrepancy};
 pub use mean_variance::{MeanVariance, Statistics};
 pub use paired_regression::{Distance, PairedRegression, Perceptual, PseudoHuber};

@@ -16,12 +16,13 @@ use crate::checks::{check_floating, check_like, check_per_sample, check_size};
 use crate::error::{Error, Result};
 use crate::gradient::gradient_only_in;
 use crate::network::IntoOutput;
-use crate::numeric::{batch_size, noise_like, once, widen};
+use crate::numeric::{batch_size, noise_like, once, sample_mean, widen};
 use crate::path::{NoisePath, check_same_path};
 use crate::probe::Probe;
 use crate::regularizer::Regularizer;
 use crate::renoising::{Renoising, Uniform};
 use crate::time::PostShift;
+use crate::value::checked;
 
 type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 
@@ -143,6 +144,23 @@ impl<'a> Adversarial<'a> {
     pub fn renoising(mut self, renoising: Renoising<'a>) -> Self {
         self.renoising = renoising;
         self
+    }
+
+    /// An estimate of ln p_real / p_student at the noised samples of a probe, `[B]`, without a graph: the mean
+    /// logit of each sample, which a non-saturating critic at its optimum makes that. For
+    /// [`DistributionMatching::divergence`](crate::DistributionMatching::divergence), real samples have to be
+    /// the teacher's.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] for another form of the losses, whose logits are no such ratio; as those of the
+    /// term.
+    pub fn log_ratio(&self, probe: &Probe<'_>) -> Result<Tensor> {
+        let estimates = self.gan_loss == GanLoss::NonSaturating;
+        let requirement = "1: logits of hinge and relativistic critics are no log ratios";
+        checked("non-saturating form", requirement, f64::from(u8::from(estimates)), estimates)?;
+        let _no_grad = no_grad_guard();
+        let logits = self.logits(probe.noised(), probe.tau(), probe.batch().cond())?;
+        sample_mean(&logits)
     }
 
     /// The loss that trains the critic, penalty included, a scalar; times from

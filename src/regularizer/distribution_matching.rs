@@ -5,15 +5,19 @@ use std::cell::OnceCell;
 use tch::{Tensor, no_grad_guard};
 
 use crate::batch::Batch;
+use crate::checks::check_per_sample;
 use crate::denoiser::Denoiser;
 use crate::error::Result;
+use crate::network::IntoOutput;
 use crate::numeric::{masked, mean, noise_like, once, per_sample, sample_mean, widen_like};
 use crate::path::check_same_path;
 use crate::probe::Probe;
-use crate::regularizer::Regularizer;
+use crate::regularizer::{Divergence, Regularizer};
 use crate::renoising::{Renoising, Uniform};
 use crate::time::PostShift;
 use crate::weighting::Weighting;
+
+type LogRatio<'a> = dyn Fn(&Probe<'_>) -> Result<Tensor> + 'a;
 
 /// Distribution Matching: moves the samples to where the teacher finds them likelier than they are.
 ///
@@ -30,6 +34,8 @@ use crate::weighting::Weighting;
 /// | `fake` | the fake score, a copy of the teacher at first, without guidance | |
 /// | [`renoising`](Self::renoising) | the times at which the fake score is trained | U(0, 1), then the shift; Algorithm 1 |
 /// | [`weighting`](Self::weighting) | how much each time counts in its training | uniform in its own prediction type; DMD2, Self-Forcing, CDM |
+///
+/// | [`divergence`](Self::divergence) | the divergence that is descended | reverse Kullback-Leibler; others by f-distill |
 ///
 /// How often the fake is trained is the loop's matter; [`UpdateRatio`](crate::UpdateRatio) counts.
 ///
@@ -54,11 +60,11 @@ use crate::weighting::Weighting;
 /// let dm = DistributionMatching::new(fake);
 /// # Ok::<(), decoupled_dmd::Error>(())
 /// ```
-#[derive(Debug)]
 pub struct DistributionMatching<'a> {
     fake: Denoiser<'a>,
     renoising: Renoising<'a>,
     weighting: Weighting,
+    divergence: Option<(Divergence, Box<LogRatio<'a>>)>,
     /// Set once the fake was found to live on the teacher's path.
     shares_path: OnceCell<()>,
 }
@@ -69,7 +75,13 @@ impl<'a> DistributionMatching<'a> {
     #[must_use]
     pub fn new(fake: Denoiser<'a>) -> Self {
         let renoising = Renoising::new(Uniform::FULL);
-        Self { fake, renoising, weighting: Weighting::UNIFORM, shares_path: OnceCell::new() }
+        Self {
+            fake,
+            renoising,
+            weighting: Weighting::UNIFORM,
+            divergence: None,
+            shares_path: OnceCell::new(),
+        }
     }
 
     /// Replaces the times at which the fake score is trained.
@@ -84,6 +96,35 @@ impl<'a> DistributionMatching<'a> {
     pub fn weighting(mut self, weighting: Weighting) -> Self {
         self.weighting = weighting;
         self
+    }
+
+    /// Descends another divergence than the reverse one of Kullback and Leibler: the direction of each
+    /// sample is multiplied by its h(r), where r is the exponential of `log_ratio`, `[B]`, kept in [0.1, 20].
+    /// The closure estimates ln p_teacher / p_student at the noised samples of the probe, such as
+    /// [`Adversarial::log_ratio`](crate::Adversarial::log_ratio) of a critic whose real samples are the
+    /// teacher's. It is not called for [`Divergence::ReverseKl`].
+    #[must_use]
+    pub fn divergence<O: IntoOutput<Tensor>>(
+        mut self,
+        divergence: Divergence,
+        log_ratio: impl Fn(&Probe<'_>) -> O + 'a,
+    ) -> Self {
+        let log_ratio = Box::new(move |probe: &Probe<'_>| log_ratio(probe).into_result());
+        self.divergence = Some((divergence, log_ratio));
+        self
+    }
+
+    /// h(r) of the probe's samples, `[B]`; `None` for 1.
+    fn weights(&self, probe: &Probe<'_>) -> Result<Option<Tensor>> {
+        let Some((divergence, log_ratio)) = &self.divergence else { return Ok(None) };
+        if *divergence == Divergence::ReverseKl {
+            return Ok(None);
+        }
+        let log_ratio = log_ratio(probe)?;
+        check_per_sample("log ratio", &log_ratio, probe.x())?;
+        let ratio = widen_like(&log_ratio, probe.x())?.f_exp()?.f_clamp(0.1, 20.0)?;
+        probe.observe("ratio", || Ok(ratio.shallow_clone()))?;
+        divergence.weight(&ratio)
     }
 
     /// The fake score.
@@ -109,7 +150,11 @@ impl<'a> DistributionMatching<'a> {
         probe.observe_scores(|| {
             Ok((real.sample()?.shallow_clone(), fake.sample()?.shallow_clone()))
         })?;
-        probe.normalize(real.minus(&fake)?)
+        let direction = probe.normalize(real.minus(&fake)?)?;
+        match self.weights(probe)? {
+            Some(weights) => probe.masked(&direction.f_mul(&per_sample(&weights, &direction)?)?),
+            None => Ok(direction),
+        }
     }
 
     /// The loss that trains the fake score on the samples of the batch, a scalar; x is detached.
@@ -177,5 +222,16 @@ impl Regularizer for DistributionMatching<'_> {
 
     fn own_loss(&self, batch: &Batch<'_>) -> Result<Option<Tensor>> {
         self.denoising_loss(batch).map(Some)
+    }
+}
+
+impl std::fmt::Debug for DistributionMatching<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DistributionMatching")
+            .field("fake", &self.fake)
+            .field("renoising", &self.renoising)
+            .field("weighting", &self.weighting)
+            .field("divergence", &self.divergence.as_ref().map(|(divergence, _)| divergence))
+            .finish_non_exhaustive()
     }
 }

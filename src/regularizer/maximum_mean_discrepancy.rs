@@ -54,6 +54,7 @@ pub enum Estimator {
 /// | `kernel` | [`Kernel`] with its bandwidth | [`Kernel::gaussian`]: DAN's mixture, median heuristic |
 /// | [`estimator`](Self::estimator) | over which pairs | unbiased; the biased one shrinks small batches |
 /// | [`features`](Self::features) | f, a frozen network or a pooling | the sample itself, flattened |
+/// | [`prior`](Self::prior), [`independence`](Self::independence) | what x is compared with in place of real samples | real samples |
 ///
 /// Choose features for anything but small vectors: in the tens of thousands of dimensions of a
 /// latent all distances are nearly equal, and the kernel tells nothing apart. Pooled latents, or the
@@ -92,6 +93,16 @@ pub struct MaximumMeanDiscrepancy<'a> {
     kernel: Kernel,
     estimator: Estimator,
     features: Option<Box<Features<'a>>>,
+    against: Against<'a>,
+}
+
+/// The samples that the distribution of x is compared with.
+enum Against<'a> {
+    Real,
+    /// Drawn in the space of the features.
+    Prior(Box<Features<'a>>),
+    /// The features themselves, each column in an order of its own.
+    Independent,
 }
 
 impl<'a> MaximumMeanDiscrepancy<'a> {
@@ -102,7 +113,7 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
     /// positive.
     pub fn new(kernel: Kernel) -> Result<Self> {
         kernel.check()?;
-        Ok(Self { kernel, estimator: Estimator::default(), features: None })
+        Ok(Self { kernel, estimator: Estimator::default(), features: None, against: Against::Real })
     }
 
     /// Sets how the expectations are estimated.
@@ -120,29 +131,68 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         self
     }
 
+    /// Compares the features with samples of a chosen prior in place of real ones: the closure gets the
+    /// features of x as vectors `[m, D]`, for their size, type and device, and returns `[n, D]`, drawn anew
+    /// at each call. The programmable priors of arXiv 2510.11953, of which the abstract and reviews alone
+    /// could be read.
+    #[must_use]
+    pub fn prior<O: IntoOutput<Tensor>>(mut self, samples: impl Fn(&Tensor) -> O + 'a) -> Self {
+        self.against = Against::Prior(Box::new(move |like| samples(like).into_result()));
+        self
+    }
+
+    /// Compares the features with themselves, each of their columns in a random order of its own and without
+    /// a graph: the joint distribution of the columns against the product of their marginals. It vanishes
+    /// where the columns are independent. Rows that meet themselves by chance bias it by about 1/m.
+    #[must_use]
+    pub fn independence(mut self) -> Self {
+        self.against = Against::Independent;
+        self
+    }
+
+    /// The vectors that those of x `[m, D]` are compared with, without a graph.
+    fn target(&self, vectors: &Tensor, real: Option<&Tensor>) -> Result<Tensor> {
+        let _no_grad = no_grad_guard();
+        match (&self.against, real) {
+            (Against::Prior(samples), _) => {
+                let drawn = samples(&vectors.f_detach()?)?;
+                check_samples("samples of the prior", &drawn, 2)?;
+                check_device("samples of the prior", &drawn, vectors)?;
+                widen_like(&drawn, vectors)
+            }
+            (Against::Independent, _) => {
+                let order = Tensor::f_rand(vectors.size(), (Kind::Double, vectors.device()))?;
+                Ok(vectors.f_detach()?.f_gather(0, &order.f_argsort(0, false)?, false)?)
+            }
+            (Against::Real, Some(real)) => self.vectors(&widen_like(real, vectors)?),
+            (Against::Real, None) => {
+                Err(Error::Missing { what: "real samples", setter: "with_real" })
+            }
+        }
+    }
+
     /// The discrepancy between samples x `[m, ..]` and real samples `[n, ..]`, a scalar,
     /// differentiable in x.
     ///
     /// # Errors
     /// As those of the term.
     pub fn between(&self, x: &Tensor, real: &Tensor) -> Result<Tensor> {
-        check_samples("x", x, 2)?;
         check_samples("real samples", real, 2)?;
         check_device("real samples", real, x)?;
-        if self.estimator == Estimator::Unbiased {
-            for (what, count) in
-                [("number of samples", batch_size(x)), ("number of real samples", batch_size(real))]
-            {
-                let requirement = "at least 2 for the unbiased estimator";
-                checked(what, requirement, count as f64, count > 1)?;
-            }
-        }
-        let target = {
-            let _no_grad = no_grad_guard();
-            self.vectors(&widen_like(real, x)?)?
+        self.discrepancy(x, Some(real))
+    }
+
+    fn discrepancy(&self, x: &Tensor, real: Option<&Tensor>) -> Result<Tensor> {
+        check_samples("x", x, 2)?;
+        let several = |what, count: i64| {
+            let valid = count > 1 || self.estimator == Estimator::Biased;
+            checked(what, "at least 2 for the unbiased estimator", count as f64, valid)
         };
+        several("number of samples", batch_size(x))?;
         gradient_only_in("features", x, |x| {
             let vectors = self.vectors(&widen(x)?)?;
+            let target = self.target(&vectors, real)?;
+            several("number of real samples", batch_size(&target))?;
             let width: Vec<i64> = target
                 .size()
                 .into_iter()
@@ -288,7 +338,10 @@ fn rows_in_block(device: Device, count: i64, numbers: usize) -> i64 {
 
 impl Regularizer for MaximumMeanDiscrepancy<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        self.between(probe.x(), probe.batch().real()?)
+        match self.against {
+            Against::Real => self.between(probe.x(), probe.batch().real()?),
+            Against::Prior(_) | Against::Independent => self.discrepancy(probe.x(), None),
+        }
     }
 }
 

@@ -4,9 +4,11 @@
 mod common;
 
 mod adversarial;
+mod adversarial_distribution_matching;
 mod consistency;
 mod convergence;
 mod critic_evaluation;
+mod divergence;
 mod flow_map;
 mod maximum_mean_discrepancy;
 mod mean_variance;

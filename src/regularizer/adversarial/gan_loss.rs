@@ -26,7 +26,11 @@ pub enum GanLoss {
 }
 
 impl GanLoss {
-    pub(super) fn critic(self, real: &Tensor, fake: &Tensor) -> Result<Tensor> {
+    /// The critic's loss, a scalar, of logits `[B, K]` of real and generated samples.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails, as for logits that do not fit each other.
+    pub fn critic(self, real: &Tensor, fake: &Tensor) -> Result<Tensor> {
         match self {
             Self::NonSaturating => {
                 Ok(mean(&softplus(fake)?)?.f_add(&mean(&softplus(&real.f_neg()?)?)?)?)
@@ -39,12 +43,12 @@ impl GanLoss {
         }
     }
 
-    /// `real` is asked for only where the loss needs it.
-    pub(super) fn generator(
-        self,
-        fake: &Tensor,
-        real: impl FnOnce() -> Result<Tensor>,
-    ) -> Result<Tensor> {
+    /// The generator's loss, a scalar, of logits `[B, K]` of generated samples; the logits `real` are asked
+    /// for only where the loss needs them.
+    ///
+    /// # Errors
+    /// As [`critic`](Self::critic); whatever `real` returns.
+    pub fn generator(self, fake: &Tensor, real: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
         match self {
             Self::NonSaturating => mean(&softplus(&fake.f_neg()?)?),
             Self::Hinge => mean(&fake.f_neg()?),
