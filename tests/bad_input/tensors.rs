@@ -1,11 +1,8 @@
 //! Every public function that takes tensors or draws, called with wrong ones: the documented error that
-//! names the argument comes back, and nothing panics. `tests/bad_input.rs` has the settings.
-
-mod common;
+//! names the argument comes back, and nothing panics.
 
 use std::cell::Cell;
 
-use common::{gaussian_teacher, seeded, wave};
 use decoupled_dmd::{
     AboveStudent, Adversarial, Batch, CfgAugmentation, Coefficients, Condition, CriticHeads,
     Denoiser, DistributionMatching, Draw, Edm, Error, FewStepGrid, Group, Guidance, Kernel,
@@ -14,6 +11,8 @@ use decoupled_dmd::{
     TrigFlow, Uniform, VariancePreserving,
 };
 use tch::{Device, Kind, Tensor, nn};
+
+use super::common::{gaussian_teacher, seeded, wave};
 
 const SHAPE: [i64; 3] = [2, 3, 4];
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);

@@ -1,6 +1,8 @@
 //! Wrong arguments come back as the documented error that names them; nothing panics.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod tensors;
 
 use common::{gaussian_teacher, seeded, wave};
 use decoupled_dmd::{
