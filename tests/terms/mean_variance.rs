@@ -137,6 +137,52 @@ fn equation_7(samples: &[Vec<f64>], mu: f64, var: f64) -> f64 {
 }
 
 #[test]
+fn mean_variance_checks_its_target_and_the_channels() -> Result<()> {
+    let _guard = seeded(3);
+    let ones = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, tch::Device::Cpu));
+    let is_shape = |error: Error, argument: &str| matches!(error, Error::Shape { what, .. } if what == argument);
+    for (mean, variance) in [
+        (f64::NAN, 1.0),
+        (1e50, 1.0),
+        (0.0, 0.0),
+        (0.0, -1.0),
+        (0.0, f64::INFINITY),
+        (0.0, f64::NAN),
+        (0.0, 1e-50),
+        (0.0, 1e50),
+    ] {
+        let target = MeanVariance::per_sample(mean, variance);
+        assert!(matches!(target, Err(Error::OutOfRange { .. })), "{mean} {variance}");
+    }
+    let three = ones(&[3]);
+    assert!(is_shape(
+        MeanVariance::per_channel(&three, &three.narrow(0, 0, 2)).unwrap_err(),
+        "target variance"
+    ));
+    assert!(matches!(
+        MeanVariance::per_channel(&three, &Tensor::from_slice(&[1.0f32, f32::NAN, 1.0])),
+        Err(Error::OutOfRange { what: "target variance", .. })
+    ));
+    let matrix = ones(&[3, 1]);
+    assert!(is_shape(MeanVariance::per_channel(&matrix, &matrix).unwrap_err(), "target mean"));
+    assert!(is_shape(
+        MeanVariance::measured(&Tensor::from(1.0), Statistics::PerSample).unwrap_err(),
+        "real samples"
+    ));
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-50] {
+        let floor = MeanVariance::per_sample(0.0, 1.0)?.floor(bad);
+        assert!(matches!(floor, Err(Error::OutOfRange { what: "variance floor", .. })), "{bad}");
+    }
+
+    let (cond, teacher) = (Condition::none(), gaussian_teacher(0.5));
+    let four_channels = wave(&[2, 4, 3], 0.0, Kind::Float);
+    let batch = Batch::new(&four_channels, &cond)?;
+    let probe = Probe::draw(&teacher, &batch, &Renoising::new(Uniform::FULL))?;
+    assert!(is_shape(MeanVariance::per_channel(&three, &three)?.loss(&probe).unwrap_err(), "x"));
+    Ok(())
+}
+
+#[test]
 fn equation_7_mean_variance_is_the_divergence_of_the_statistics() -> Result<()> {
     let _guard = seeded(2);
     let s = setting(Kind::Double);
