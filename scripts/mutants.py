@@ -41,9 +41,10 @@ mod mutant {
 }
 """
 # The trainings and the tests of Z-Image and of the examples are left out, as for the coverage.
-OTHER = re.compile("convergence|ablation|zimage_.*")
+OTHER = re.compile("ablation|zimage_.*")
 TESTS = sorted(
-    path.stem for path in (ROOT / "tests").glob("*.rs") if not OTHER.fullmatch(path.stem)
+    [(path.stem, path.name) for path in (ROOT / "tests").glob("*.rs") if not OTHER.fullmatch(path.stem)]
+    + [(path.parent.name, f"{path.parent.name}/main.rs") for path in (ROOT / "tests").glob("*/main.rs")]
 )
 
 
@@ -83,8 +84,7 @@ def copy_crate():
     automatic = "".join(f"auto{kind} = false\n" for kind in ("tests", "benches", "examples"))
     manifest = manifest.replace('build = "build.rs"\n', 'build = "build.rs"\n' + automatic)
     (COPY / "Cargo.toml").write_text(manifest)
-    modules = [(name, f"{name}.rs") for name in TESTS] + [("terms", "terms/main.rs")]
-    every = "".join(f'#[path = "{path}"]\nmod {name};\n' for name, path in modules)
+    every = "".join(f'#[path = "{path}"]\nmod {name};\n' for name, path in TESTS)
     (COPY / "tests" / "every.rs").write_text(every)
 
 
@@ -158,7 +158,7 @@ def outcome(binaries, id):
     environment |= {"MUTANT": str(id), "RUSTC_BOOTSTRAP": "1", "RUST_BACKTRACE": "0"}
     environment["PROPTEST_DISABLE_FAILURE_PERSISTENCE"] = "1"
     arguments = ["-Zunstable-options", "--fail-fast", "--test-threads=1"]
-    skipped = [part for name in ("terms::convergence", *SLOW) for part in ("--skip", name)]
+    skipped = [part for name in ("training", *SLOW) for part in ("--skip", name)]
     runs = [[binary, *skipped] for binary in binaries] + [[binaries[0], *SLOW]]
     for run in runs:
         try:

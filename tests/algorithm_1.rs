@@ -7,9 +7,9 @@ use common::{
     Calls, counting_teacher, gaussian_teacher, gradient, max_difference, value, values, wave,
 };
 use decoupled_dmd::{
-    CfgAugmentation, Condition, Denoiser, DistributionMatching, Engine, Group, Guidance,
-    Normalizer, Objective, PostShift, Prediction, Probe, RectifiedFlow, Regularizer, Renoising,
-    Result, Schedule, Shift, Shifts, Uniform, surrogate,
+    Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Draw, Engine, Group,
+    Guidance, Normalizer, Objective, PostShift, Prediction, Probe, RectifiedFlow, Regularizer,
+    Renoising, Result, Schedule, Shift, Shifts, Uniform, surrogate,
 };
 use tch::{Kind, Tensor};
 
@@ -175,5 +175,65 @@ fn engine_and_regularizer_may_have_shifts_of_their_own() -> Result<()> {
         }
     }
     assert_eq!(times.len(), 3);
+    Ok(())
+}
+
+#[test]
+fn gradients_of_micro_batches_add_up_to_the_gradient_of_the_batch() -> Result<()> {
+    let double = |phase| wave(&[4, 2, 4, 4], phase, Kind::Double);
+    let (z, cond, null, noise) =
+        (double(0.3), double(1.1), double(2.9), [double(5.0), double(9.0)]);
+    let u = [[0.2, 0.5, 0.7, 0.4], [0.9, 0.1, 0.3, 0.6]].map(|u| Tensor::from_slice(&u));
+    let weight = wave(&[2, 4, 4], 0.9, Kind::Double).set_requires_grad(true);
+    let gain = Tensor::from(0.7).set_requires_grad(true);
+    let network = |x: &Tensor, _: &Tensor, c: &Condition| x * &gain + &c[0] * 0.1;
+    let fake = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
+    let dm = DistributionMatching::new(fake);
+    let teacher = gaussian_teacher(TEACHER_VARIANCE);
+    let objective = Schedule::DecoupledFull.objective(teacher, Guidance::new(ALPHA)?, &dm);
+    let mask = Tensor::from_slice(&[true, false, true, true]);
+
+    // Of student and fake score, from parts of the batch, each weighted by its share.
+    let gradients = |sizes: &[i64], is_masked: bool| -> Result<[Tensor; 2]> {
+        let mut start = 0;
+        for &size in sizes {
+            let part = |tensor: &Tensor| tensor.narrow(0, start, size);
+            let x = &part(&z) * &weight;
+            let (cond, null) = (part(&cond).into(), part(&null).into());
+            let mut batch = Batch::new(&x, &cond)?.with_null(&null);
+            if is_masked {
+                batch = batch.with_mask(&part(&mask))?;
+            }
+            let draw = |group: usize| Draw { u: part(&u[group]), noise: part(&noise[group]) };
+            let share = size as f64 / 4.0;
+            let evaluation = objective.evaluate_at(&batch, vec![draw(0), draw(1)])?;
+            (evaluation.loss * share).backward();
+            let time = PostShift::new(part(&u[0]))?;
+            let own = dm.denoising_loss_at(&batch, &time, &part(&noise[1]))?;
+            (own * share).backward();
+            start += size;
+        }
+        Ok([&weight, &gain].map(|parameter| {
+            let gradient = parameter.grad().copy();
+            let _ = parameter.grad().zero_();
+            gradient
+        }))
+    };
+    // A gradient is a sum of at most 128 products, each with some tens of roundings, of numbers that are
+    // at most a hundred times the sum.
+    let tolerance = 128.0 * f64::EPSILON * 100.0;
+    for is_masked in [false, true] {
+        let whole = gradients(&[4], is_masked)?;
+        for sizes in [&[2, 2][..], &[3, 1], &[1, 1, 1, 1]] {
+            for (found, expected) in gradients(sizes, is_masked)?.iter().zip(&whole) {
+                let error = max_difference(found, expected) / value(&expected.abs().max());
+                assert!(error < tolerance, "{sizes:?}, masked {is_masked}: {error:e}");
+            }
+        }
+        // The first two samples alone are something else.
+        for (found, expected) in gradients(&[2], is_masked)?.iter().zip(&whole) {
+            assert!(max_difference(found, expected) > 1e-2 * value(&expected.abs().max()));
+        }
+    }
     Ok(())
 }

@@ -1,8 +1,7 @@
-//! Mistakes that implementations of the method have made, or could make, by number.
+//! Mistakes that implementations of the method have made, or could make, by number. Numbers 9 to 11, about one
+//! regularizer each, are in `tests/terms/`.
 
 mod common;
-#[path = "pitfalls/regularizers.rs"]
-mod regularizers;
 
 use common::{
     Calls, DOUBLE, counting_teacher, gaussian_denoiser, gaussian_teacher, gradient, max_difference,

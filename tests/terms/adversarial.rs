@@ -1,3 +1,9 @@
+//! Adversarial regularization: losses of both players, penalties, laws and errors.
+
+mod critic_evaluation;
+mod gradients;
+mod training;
+
 use std::cell::RefCell;
 
 use decoupled_dmd::{

@@ -1,22 +1,24 @@
-//! The regularizers one by one: identities, laws, errors, and a training of seconds for each.
+//! The terms one by one: identities, laws, errors, and a training of seconds for each.
 
 #[path = "../common/mod.rs"]
 mod common;
 
 mod adversarial;
 mod adversarial_distribution_matching;
+mod cfg_augmentation;
 mod consistency;
-mod convergence;
-mod critic_evaluation;
+mod distribution_matching;
 mod divergence;
 mod flow_map;
 mod maximum_mean_discrepancy;
 mod mean_variance;
+mod own_losses;
 mod paired_regression;
-mod parameter_gradients;
 mod score_identity;
+mod training;
 
-use common::loss_of;
+use common::{gradient, loss_of, max_difference, value};
+use decoupled_dmd::Result;
 use tch::{Kind, Tensor};
 
 /// The gradient of `f` at `x` by central differences, in float64.
@@ -39,4 +41,19 @@ fn central_differences(x: &Tensor, f: impl Fn(&Tensor) -> f64) -> Tensor {
 /// Rows of `t` in another order.
 fn reorder(t: &Tensor, order: &[i64]) -> Tensor {
     t.index_select(0, &Tensor::from_slice(order))
+}
+
+/// Compares the gradient of `loss` in parameters at `values` with central differences.
+fn check_parameter_gradient(
+    case: &str,
+    values: &Tensor,
+    loss: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<()> {
+    let parameters = values.detach().set_requires_grad(true);
+    let found = gradient(&loss(&parameters)?, &parameters);
+    let expected = central_differences(values, |at| value(&loss(at).unwrap()));
+    let error = max_difference(&found, &expected) / value(&expected.abs().max());
+    // NaN is above every tolerance.
+    assert!(error < 1e-7, "{case}: {error:e}");
+    Ok(())
 }

@@ -1,3 +1,5 @@
+//! Maximum mean discrepancy: values by hand, gradients, laws of the estimate, and a training.
+
 use decoupled_dmd::{
     Bandwidth, Batch, Condition, Error, Estimator, Kernel, MaximumMeanDiscrepancy, Result,
 };
@@ -276,4 +278,66 @@ fn bad_input_is_named() -> Result<()> {
         MaximumMeanDiscrepancy::new(Kernel::Energy)?.features(|x: &Tensor| x.f_view([-7]));
     assert!(matches!(failing.between(&x, &x), Err(Error::Network(_))));
     Ok(())
+}
+
+#[test]
+fn pitfall_10_estimates_of_the_discrepancy_keep_what_they_promise() -> Result<()> {
+    let _guard = seeded(21);
+    for kernel in [Kernel::gaussian(), Kernel::inverse_multiquadric(), Kernel::Energy] {
+        let (unbiased, biased) =
+            (term(&kernel, Estimator::Unbiased), term(&kernel, Estimator::Biased));
+        // Equal distributions: the U-statistic is 0 on average, the V-statistic never below.
+        let draws = 400;
+        let estimates: Vec<f64> = (0..draws)
+            .map(|_| {
+                let (x, y) = (Tensor::randn([5, 3], DOUBLE), Tensor::randn([5, 3], DOUBLE));
+                assert!(value(&biased.between(&x, &y)?) > -1e-14, "{kernel:?}");
+                Ok(value(&unbiased.between(&x, &y)?))
+            })
+            .collect::<Result<_>>()?;
+        let mean = estimates.iter().sum::<f64>() / f64::from(draws);
+        let squares = estimates.iter().map(|e| (e - mean).powi(2)).sum::<f64>();
+        let error = (squares / f64::from(draws * (draws - 1))).sqrt();
+        // With a measured bandwidth the kernel depends on the sample, a little.
+        assert!(mean.abs() < 4.0 * error, "{kernel:?}: {mean} +- {error}");
+        assert!(estimates.iter().any(|estimate| *estimate < 0.0));
+        // One sample has no pair.
+        let (one, many) = (Tensor::randn([1, 3], DOUBLE), Tensor::randn([5, 3], DOUBLE));
+        for (x, y) in [(&one, &many), (&many, &one)] {
+            assert!(matches!(unbiased.between(x, y), Err(Error::OutOfRange { .. })));
+            assert!(biased.between(x, y).is_ok());
+        }
+    }
+    // A measured bandwidth has no gradient: it is as good as the same number given.
+    let (x, y) = (leaf(&wave(&[4, 3], 0.3, Kind::Double)), wave(&[5, 3], 1.3, Kind::Double) * 1.5);
+    let pairs = Tensor::cat(&[&x, &y], 0).detach().pdist(2.0).square();
+    for (measured, unit) in
+        [(Bandwidth::Median, value(&pairs.median())), (Bandwidth::Mean, value(&pairs.mean(None)))]
+    {
+        let slope = |bandwidth| -> Result<Tensor> {
+            let term =
+                MaximumMeanDiscrepancy::new(Kernel::Gaussian { bandwidth, scales: vec![1.0] })?;
+            Ok(gradient(&term.between(&x, &y)?, &x))
+        };
+        let difference = max_difference(&slope(measured)?, &slope(Bandwidth::Fixed(unit))?);
+        assert!(difference < 1e-15, "{measured:?}: {difference}");
+    }
+    Ok(())
+}
+
+mod training {
+    use super::super::training::train_with_regularizer;
+    use super::*;
+
+    #[test]
+    fn maximum_mean_discrepancy_reaches_the_data_with_every_kernel() -> Result<()> {
+        let _guard = seeded(41);
+        for kernel in [Kernel::gaussian(), Kernel::inverse_multiquadric(), Kernel::Energy] {
+            let term = MaximumMeanDiscrepancy::new(kernel.clone())?;
+            let (offset, spread) = train_with_regularizer(&term, (400, 0.02), |_| Ok(()))?;
+            println!("{kernel:?}: mean off by {offset:.3}, spread by {spread:.3}");
+            assert!(offset < 0.05 && spread < 0.05, "{kernel:?} {offset} {spread}");
+        }
+        Ok(())
+    }
 }

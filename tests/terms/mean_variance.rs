@@ -1,8 +1,14 @@
-use decoupled_dmd::{Batch, Condition, Error, MeanVariance, Result, Statistics};
+//! Mean-variance regularization: Eq. 7, its target, samples that collapse, and a training.
+
+use decoupled_dmd::{
+    Batch, Condition, Error, MeanVariance, Probe, Regularizer, Renoising, Result, Statistics,
+    Uniform,
+};
 use proptest::prelude::*;
 use tch::{Kind, Tensor};
 
-use super::common::{gradient, max_difference, value, values, wave};
+use super::common::paper::setting;
+use super::common::{gaussian_teacher, gradient, max_difference, seeded, value, values, wave};
 use super::loss_of;
 
 fn loss_and_gradient(term: &MeanVariance, x: &Tensor) -> Result<(f64, Tensor)> {
@@ -116,5 +122,222 @@ proptest! {
             let tolerance = 1e-11 * value(&slope.abs().max()).max(1.0);
             prop_assert!(max_difference(&(scaled_slope * scale), &slope) < tolerance);
         }
+    }
+}
+
+/// KL between Gaussians, Eq. 7, sample by sample in plain numbers.
+fn equation_7(samples: &[Vec<f64>], mu: f64, var: f64) -> f64 {
+    let divergence = |x: &Vec<f64>| {
+        let n = x.len() as f64;
+        let m = x.iter().sum::<f64>() / n;
+        let v = x.iter().map(|x| (x - m).powi(2)).sum::<f64>() / n;
+        0.5 * ((v + (m - mu).powi(2)) / var - 1.0 - (v / var).ln())
+    };
+    samples.iter().map(divergence).sum::<f64>() / samples.len() as f64
+}
+
+#[test]
+fn mean_variance_checks_its_target_and_the_channels() -> Result<()> {
+    let _guard = seeded(3);
+    let ones = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, tch::Device::Cpu));
+    let is_shape = |error: Error, argument: &str| matches!(error, Error::Shape { what, .. } if what == argument);
+    for (mean, variance) in [
+        (f64::NAN, 1.0),
+        (1e50, 1.0),
+        (0.0, 0.0),
+        (0.0, -1.0),
+        (0.0, f64::INFINITY),
+        (0.0, f64::NAN),
+        (0.0, 1e-50),
+        (0.0, 1e50),
+    ] {
+        let target = MeanVariance::per_sample(mean, variance);
+        assert!(matches!(target, Err(Error::OutOfRange { .. })), "{mean} {variance}");
+    }
+    let three = ones(&[3]);
+    assert!(is_shape(
+        MeanVariance::per_channel(&three, &three.narrow(0, 0, 2)).unwrap_err(),
+        "target variance"
+    ));
+    assert!(matches!(
+        MeanVariance::per_channel(&three, &Tensor::from_slice(&[1.0f32, f32::NAN, 1.0])),
+        Err(Error::OutOfRange { what: "target variance", .. })
+    ));
+    let matrix = ones(&[3, 1]);
+    assert!(is_shape(MeanVariance::per_channel(&matrix, &matrix).unwrap_err(), "target mean"));
+    assert!(is_shape(
+        MeanVariance::measured(&Tensor::from(1.0), Statistics::PerSample).unwrap_err(),
+        "real samples"
+    ));
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-50] {
+        let floor = MeanVariance::per_sample(0.0, 1.0)?.floor(bad);
+        assert!(matches!(floor, Err(Error::OutOfRange { what: "variance floor", .. })), "{bad}");
+    }
+
+    let (cond, teacher) = (Condition::none(), gaussian_teacher(0.5));
+    let four_channels = wave(&[2, 4, 3], 0.0, Kind::Float);
+    let batch = Batch::new(&four_channels, &cond)?;
+    let probe = Probe::draw(&teacher, &batch, &Renoising::new(Uniform::FULL))?;
+    assert!(is_shape(MeanVariance::per_channel(&three, &three)?.loss(&probe).unwrap_err(), "x"));
+    Ok(())
+}
+
+#[test]
+fn equation_7_mean_variance_is_the_divergence_of_the_statistics() -> Result<()> {
+    let _guard = seeded(2);
+    let s = setting(Kind::Double);
+    let teacher = gaussian_teacher(1.0);
+    let batch = s.batch();
+    let probe = Probe::draw(&teacher, &batch, &Renoising::new(Uniform::FULL))?;
+    let rows = |groups: i64| -> Vec<Vec<f64>> {
+        (0..groups).map(|i| values(&s.x.detach().view([groups, -1]).get(i))).collect()
+    };
+
+    let loss = MeanVariance::per_sample(0.075, 0.81)?.loss(&probe)?;
+    approx::assert_relative_eq!(value(&loss), equation_7(&rows(3), 0.075, 0.81), epsilon = 1e-12);
+
+    let same = Tensor::from_slice(&[0.075, 0.075]);
+    let loss =
+        MeanVariance::per_channel(&same, &Tensor::from_slice(&[0.81, 0.81]))?.loss(&probe)?;
+    approx::assert_relative_eq!(value(&loss), equation_7(&rows(6), 0.075, 0.81), epsilon = 1e-12);
+
+    // dL/dx = 1/(B N) [ (x - mu)/var - (x - m)/v ]
+    let term = MeanVariance::per_sample(0.075, 0.81)?;
+    let slope = gradient(&term.loss(&probe)?, &s.x);
+    let x = s.x.detach();
+    let m = x.mean_dim(&[1i64, 2, 3][..], true, None);
+    let v = (&x - &m).square().mean_dim(&[1i64, 2, 3][..], true, None);
+    let expected = ((&x - 0.075) / 0.81 - (&x - m) / v) / x.numel() as f64;
+    assert!(max_difference(&slope, &expected) < 1e-15);
+    Ok(())
+}
+
+#[test]
+fn equation_7_vanishes_with_its_gradient_at_the_target() -> Result<()> {
+    let _guard = seeded(2);
+    let teacher = gaussian_teacher(1.0);
+    let cond = Condition::from(wave(&[1, 2, 4, 4], 1.0, Kind::Double));
+    let x = wave(&[1, 2, 4, 4], 0.3, Kind::Double).set_requires_grad(true);
+    let batch = Batch::new(&x, &cond)?;
+    let probe = Probe::draw(&teacher, &batch, &Renoising::new(Uniform::FULL))?;
+    for statistics in [Statistics::PerSample, Statistics::PerChannel] {
+        let loss = MeanVariance::measured(&x, statistics)?.loss(&probe)?;
+        assert!(value(&loss).abs() < 1e-15, "{statistics:?}");
+        assert!(value(&gradient(&loss, &x).abs().max()) < 1e-16, "{statistics:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn pitfall_9_at_its_target_mean_variance_vanishes_with_its_gradient() -> Result<()> {
+    for batch in [1, 3] {
+        let x = wave(&[1, 2, 4, 4], 0.3, Kind::Double).expand([batch, 2, 4, 4], false);
+        for statistics in [Statistics::PerSample, Statistics::PerChannel] {
+            let (loss, slope) = loss_and_gradient(&MeanVariance::measured(&x, statistics)?, &x)?;
+            assert!(loss.abs() < 1e-15, "{loss}");
+            assert!(value(&slope.abs().max()) < 1e-16);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn pitfall_9_one_channel_is_the_sample_and_equal_samples_are_one() -> Result<()> {
+    let x = wave(&[3, 1, 4, 4], 0.3, Kind::Double);
+    let (mean, variance) = (Tensor::from_slice(&[0.1]), Tensor::from_slice(&[0.7]));
+    let by_channel = loss_and_gradient(&MeanVariance::per_channel(&mean, &variance)?, &x)?;
+    let by_sample = loss_and_gradient(&MeanVariance::per_sample(0.1, 0.7)?, &x)?;
+    assert!((by_channel.0 - by_sample.0).abs() < 1e-15);
+    assert!(max_difference(&by_channel.1, &by_sample.1) < 1e-17);
+
+    let one = x.narrow(0, 0, 1);
+    let term = MeanVariance::per_sample(0.1, 0.7)?;
+    let (single, repeated) =
+        (loss_and_gradient(&term, &one)?, loss_and_gradient(&term, &one.repeat([4, 1, 1, 1]))?);
+    assert!((single.0 - repeated.0).abs() < 1e-15);
+    assert!(max_difference(&(single.1 / 4.0), &repeated.1.narrow(0, 0, 1)) < 1e-17);
+    Ok(())
+}
+
+#[test]
+fn pitfall_9_a_collapsing_sample_is_pushed_apart_with_bounded_force() -> Result<()> {
+    let pattern = wave(&[1, 64], 0.3, Kind::Double);
+    let pattern = (&pattern - pattern.mean(None)) / pattern.std(false);
+    let term = MeanVariance::per_sample(0.0, 1.0)?;
+    let mut previous = 0.0;
+    for spread in [1e-2, 1e-3, 1e-4, 1e-6, 1e-9, 0.0] {
+        let (loss, slope) = loss_and_gradient(&term, &(&pattern * spread))?;
+        assert!(loss.is_finite() && loss > previous, "value falls at {spread}");
+        previous = loss;
+        // Below the floor 1e-6 of the variance: x / var - x / floor.
+        let factor: f64 = 1.0 - 1.0 / (spread * spread).max(1e-6);
+        let expected = &pattern * (spread * factor / 64.0);
+        assert!(max_difference(&slope, &expected) < 1e-10, "{spread}");
+        let rms = value(&slope.square().mean(None).sqrt());
+        assert!(rms <= 1e3 / 64.0 * 1.001, "{spread} {rms}");
+    }
+    Ok(())
+}
+
+mod training {
+    use decoupled_dmd::{CfgAugmentation, Group, Guidance, Objective};
+
+    use super::super::training::{BATCH, FLOAT, Student, VARIANCE};
+    use super::*;
+
+    #[test]
+    fn mean_variance_keeps_the_statistics_that_the_engine_would_change() -> Result<()> {
+        const WIDTH: i64 = 64;
+        let _guard = seeded(13);
+        // The data are one picture with noise, the null branch knows the noise alone: guidance draws the
+        // picture over and over.
+        let picture = wave(&[WIDTH], 0.0, Kind::Float);
+        let cond = Condition::from(picture.expand([BATCH, WIDTH], false));
+        let null = Condition::from(Tensor::zeros([BATCH, WIDTH], FLOAT));
+        let real = &picture + Tensor::randn([4096, WIDTH], FLOAT) * VARIANCE.sqrt();
+        let target = MeanVariance::measured(&real, Statistics::PerSample)?.target();
+        let (mean, variance) = (value(&target.0), value(&target.1));
+        // ln(variance of the samples / that of the data) after each hundred updates.
+        let drift = |weight: Option<f64>| -> Result<Vec<f64>> {
+            let group = || Group::new(Renoising::new(Uniform::FULL));
+            let engine = CfgAugmentation::new(Guidance::new(2.0)?);
+            let mut objective = Objective::new(gaussian_teacher(VARIANCE))
+                .observed()
+                .with(group().engine("ca", 1.0, engine));
+            if let Some(weight) = weight {
+                let term = MeanVariance::per_sample(mean, variance)?;
+                objective = objective.with(group().regularizer("mv", weight, term));
+            }
+            let mut student = Student::new(WIDTH);
+            let mut history = Vec::new();
+            for step in 0..700 {
+                let x = student.generate();
+                let evaluation = objective.evaluate(&Batch::new(&x, &cond)?.with_null(&null))?;
+                if step % 100 == 99 {
+                    let all = evaluation.diagnostics.as_ref().expect("observed");
+                    history.push(all.variance_drift(variance)?.expect("finite samples"));
+                }
+                student.descend(&evaluation.loss, 0.5);
+            }
+            Ok(history)
+        };
+        // Alone it never stops: here at more than seven times the variance of the data.
+        let alone = drift(None)?;
+        assert!(alone.windows(2).all(|pair| pair[1] > pair[0] + 0.1), "{alone:.3?}");
+        assert!(alone[alone.len() - 1] > 2.0, "{alone:.3?}");
+        // The regularizer comes to rest against it, the closer to the data the stronger it is.
+        for (weight, limit) in [(10.0, 0.25), (30.0, 0.1)] {
+            let regularizered = drift(Some(weight))?;
+            assert!(
+                regularizered.iter().all(|drift| drift.abs() < limit),
+                "{weight} {regularizered:.3?}"
+            );
+            let settled = &regularizered[2..];
+            assert!(
+                settled.iter().all(|d| (d - settled[0]).abs() < 0.02),
+                "{weight} {regularizered:.3?}"
+            );
+        }
+        Ok(())
     }
 }

@@ -5,7 +5,7 @@ use decoupled_dmd::{
 };
 use tch::{Device, Kind, Tensor};
 
-use super::common::{max_difference, value, wave};
+use super::super::common::{max_difference, value, wave};
 
 const SHAPE: [i64; 2] = [3, 4];
 const R1: CriticPenalty = CriticPenalty::R1 { gamma: 0.5 };

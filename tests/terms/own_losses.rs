@@ -1,10 +1,8 @@
 //! Networks that regularizers own: their losses, and the times at which they are trained.
 
-mod common;
-
 use std::cell::RefCell;
 
-use common::{gaussian_teacher, seeded, value, values, wave};
+use super::common::{gaussian_teacher, seeded, value, values, wave};
 use decoupled_dmd::{
     Adversarial, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Error, Group,
     Guidance, NoisePath, Objective, Prediction, Probe, RectifiedFlow, Regularizer, Renoising,

@@ -1,11 +1,8 @@
 //! Every public function that takes tensors or draws, called with wrong ones: the documented error that
-//! names the argument comes back, and nothing panics. `tests/bad_input.rs` has the settings.
-
-mod common;
+//! names the argument comes back, and nothing panics.
 
 use std::cell::Cell;
 
-use common::{gaussian_teacher, seeded, wave};
 use decoupled_dmd::{
     AboveStudent, Adversarial, Batch, CfgAugmentation, Coefficients, Condition, CriticHeads,
     Denoiser, DistributionMatching, Draw, Edm, Error, FewStepGrid, Group, Guidance, Kernel,
@@ -14,6 +11,8 @@ use decoupled_dmd::{
     TrigFlow, Uniform, VariancePreserving,
 };
 use tch::{Device, Kind, Tensor, nn};
+
+use super::common::{gaussian_teacher, paths, seeded, wave};
 
 const SHAPE: [i64; 3] = [2, 3, 4];
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -68,16 +67,6 @@ fn no_draws() -> [(Tensor, &'static str); 8] {
         (Tensor::from_slice(&[-0.1f32, 0.5]), "range"),
         (Tensor::from_slice(&[0.5f32, f32::NAN]), "range"),
     ]
-}
-
-fn paths() -> Result<Vec<Box<dyn NoisePath>>> {
-    Ok(vec![
-        Box::new(RectifiedFlow),
-        Box::new(VariancePreserving::linear(0.1, 20.0)?),
-        Box::new(VariancePreserving::scaled_linear(0.00085, 0.012, 1000)?),
-        Box::new(Edm::default()),
-        Box::new(TrigFlow),
-    ])
 }
 
 #[test]
@@ -142,7 +131,7 @@ fn draws_of_an_objective() -> Result<()> {
 #[test]
 fn noise_and_times_of_a_path() -> Result<()> {
     let x = samples();
-    for path in paths()? {
+    for path in paths() {
         assert_eq!(path.renoise(&x, &half(), &x)?.size(), SHAPE);
         for (bad, why) in unlike() {
             assert_eq!(refusal(path.renoise(&x, &half(), &bad)), ("noise", why));
@@ -272,7 +261,7 @@ fn a_fake_score_on_another_path() -> Result<()> {
         let fake = Denoiser::new(path, Prediction::Sample, network);
         DistributionMatching::new(fake).loss(&probe).map(|_| ())
     };
-    for (which, path) in paths()?.into_iter().enumerate() {
+    for (which, path) in paths().into_iter().enumerate() {
         let found = refusal(on(path));
         if which == 0 {
             assert_eq!(found, ("nothing", "refused"));
