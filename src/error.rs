@@ -1,5 +1,7 @@
 //! The one error type of the crate.
 
+use std::path::PathBuf;
+
 use tch::{Device, Kind, TchError};
 
 /// What went wrong: which argument, what was expected, what was found.
@@ -89,6 +91,14 @@ pub enum Error {
         name: String,
         /// Why it failed.
         source: Box<Error>,
+    },
+    /// The CUDA half of libtorch is there, and this process cannot use it.
+    #[error("{}: {reason}", library.display())]
+    Cuda {
+        /// The library.
+        library: PathBuf,
+        /// Why not.
+        reason: String,
     },
     /// A network closure returned an error.
     #[error("the network failed")]

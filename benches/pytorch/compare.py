@@ -242,7 +242,7 @@ def settings():
 
 
 def build():
-    command = ["cargo", "bench", "--no-run", "--bench", "pytorch", "--message-format", "json"]
+    command = ["cargo", "build", "--release", "--example", "pytorch_worker", "--message-format", "json"]
     lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     messages = (json.loads(line) for line in lines.splitlines() if line.startswith("{"))
     return [m["executable"] for m in messages if m.get("executable")][-1]

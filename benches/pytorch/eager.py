@@ -398,7 +398,7 @@ WORK = {
 
 
 def tell(tensor):
-    """The root mean square and five elements, evenly spaced; benches/pytorch/main.rs tells the same."""
+    """The root mean square and five elements, evenly spaced; benches/pytorch/worker.rs tells the same."""
     flat = tensor.double().flatten()
     places = [(2 * k + 1) * flat.numel() // 10 for k in range(5)]
     return [flat.square().mean().sqrt().item(), *(flat[place].item() for place in places)]

@@ -234,7 +234,7 @@ fn an_objective_refuses_bad_weights_no_terms_and_missing_draws() -> Result<()> {
     let term = || regularizer_fn(|probe| Ok(probe.x().f_square()?.f_mean(None)?));
     let group =
         |weight| Group::new(Renoising::new(Uniform::FULL)).regularizer("l2", weight, term());
-    for weight in [f64::NAN, f64::INFINITY] {
+    for weight in [f64::NAN, f64::INFINITY, 1e39, -1e39] {
         let objective = Objective::new(gaussian_teacher(0.5)).with(group(weight));
         let error = objective.evaluate(&batch).unwrap_err();
         assert!(matches!(error, Error::Term { ref name, .. } if name == "l2"), "{error}");

@@ -263,7 +263,7 @@ fn bad_input_is_named() -> Result<()> {
         let result = gan().penalty(penalty);
         matches!(result, Err(Error::OutOfRange { what, .. }) if what == argument)
     };
-    for bad in [-1.0, f64::NAN, f64::INFINITY] {
+    for bad in [-1.0, f64::NAN, f64::INFINITY, 1e39] {
         assert!(refused(CriticPenalty::R1 { gamma: bad }, "gamma of R1"));
         let approximate = |weight, sigma| CriticPenalty::ApproximateR1 { weight, sigma };
         assert!(refused(approximate(bad, 0.01), "weight of the approximate R1"));

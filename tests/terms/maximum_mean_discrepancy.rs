@@ -251,6 +251,11 @@ fn bad_input_is_named() -> Result<()> {
         assert!(refused(fixed(Bandwidth::Fixed(bad), 1.0), "kernel bandwidth"));
         assert!(refused(fixed(Bandwidth::Mean, bad), "kernel scale"));
     }
+    for (bandwidth, scale) in [(1e30, 1e30), (1e-30, 1e-30)] {
+        let kernel =
+            Kernel::Gaussian { bandwidth: Bandwidth::Fixed(bandwidth), scales: vec![1.0, scale] };
+        assert!(refused(kernel, "kernel scale"), "{bandwidth} {scale}");
+    }
     let none = Kernel::InverseMultiquadric { bandwidth: Bandwidth::Mean, scales: vec![] };
     assert!(refused(none, "number of kernel scales"));
 

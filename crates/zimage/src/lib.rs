@@ -24,6 +24,7 @@ pub mod lora;
 pub mod mapping;
 pub mod optimizer;
 pub mod parameters;
+pub mod progress;
 pub mod safetensors;
 pub mod seed;
 pub mod tape;

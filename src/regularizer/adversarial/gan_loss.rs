@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
-use crate::value::{checked, is_positive};
+use crate::value::{checked, is_finite, is_positive};
 
 /// How logits become losses, each a mean over samples and heads. D is the critic, r a real sample, f
 /// a generated one.
@@ -95,7 +95,7 @@ impl CriticPenalty {
                 ("weight of the approximate R1", weight)
             }
         };
-        let valid = strength.is_finite() && strength >= 0.0;
+        let valid = is_finite(strength) && strength >= 0.0;
         checked(what, "finite and at least 0", strength, valid)?;
         Ok(self)
     }

@@ -81,15 +81,18 @@ impl Kernel {
         else {
             return Ok(());
         };
-        if let Bandwidth::Fixed(b) = *bandwidth {
-            checked("kernel bandwidth", "finite and positive", b, is_positive(b))?;
-        }
+        let unit = if let Bandwidth::Fixed(b) = *bandwidth {
+            checked("kernel bandwidth", "finite and positive", b, is_positive(b))?
+        } else {
+            1.0
+        };
         if scales.is_empty() {
             let (what, requirement) = ("number of kernel scales", "at least 1");
             return Err(Error::OutOfRange { what, requirement, value: 0.0 });
         }
         for &scale in scales {
-            checked("kernel scale", "finite and positive", scale, is_positive(scale))?;
+            let valid = is_positive(scale) && is_positive(scale * unit);
+            checked("kernel scale", "finite and positive, times the bandwidth too", scale, valid)?;
         }
         Ok(())
     }

@@ -3,13 +3,13 @@
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::distil::distillation::{Distillation, Record};
 use crate::interrupt::Interrupt;
 use crate::log::Log;
 use crate::options::Options;
+use crate::progress::progress_bar;
 use crate::training_state::{Progress, StateFolder};
 
 /// What was observed, with the update it was observed at.
@@ -50,7 +50,7 @@ impl Session<'_> {
     }
 }
 
-/// Runs all updates that are left, with a progress bar. Goes on from the state in `states` if there is
+/// Runs all updates that are left, and shows the progress. Goes on from the state in `states` if there is
 /// one; what is observed goes to metrics.jsonl and is returned.
 ///
 /// # Errors
@@ -78,18 +78,18 @@ pub fn train_student(
     let mut history: History = lines.iter().filter_map(observed).collect();
     let mut session = Session { states, log, start: Instant::now(), before: progress.seconds };
 
-    let bar = ProgressBar::new(updates).with_style(ProgressStyle::with_template(
-        "{bar:30} {pos}/{len} updates, {elapsed} gone, {eta} left  {msg}",
-    )?);
+    let bar =
+        progress_bar(Some(updates), "{pos}/{len} updates, {elapsed} gone, {eta} left  {msg}")?;
     bar.set_position(distillation.updates());
-    bar.reset_eta();
     while !distillation.is_warm() {
+        bar.set_message("the fake score alone");
         distillation.warm_up()?;
         if interrupt.is_requested() {
             session.save(distillation)?;
             return Ok(Outcome::Interrupted);
         }
     }
+    bar.reset_eta();
     while distillation.updates() < updates {
         let observe = is_due(distillation.updates() + 1, options.observe_every);
         let record = distillation.step(observe)?;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use decoupled_dmd::Shift;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
@@ -13,6 +13,7 @@ use crate::files::{read_json, write_json};
 use crate::fingerprint::{Hash, fingerprint};
 use crate::model::config::Config;
 use crate::model::transformer::ZImageTransformer;
+use crate::progress::progress_bar;
 
 /// Names the parts of a folder.
 pub const INDEX: &str = "model_index.json";
@@ -112,9 +113,7 @@ pub fn read_shift(folder: &Path) -> Result<Shift> {
 /// # Errors
 /// None that depends on the machine.
 pub fn loading_bar() -> Result<ProgressBar> {
-    let style =
-        ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} of weights, {eta} left")?;
-    Ok(ProgressBar::no_length().with_style(style))
+    progress_bar(None, "{bytes}/{total_bytes} of weights, {eta} left")
 }
 
 /// [`fingerprint`] of those parts of a diffusers folder that there are: what else lies in it, a run of ours

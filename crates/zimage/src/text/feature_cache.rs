@@ -5,13 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::files::{read_json, write_json};
 use crate::fingerprint::Hash;
 use crate::parameters::Parameters;
+use crate::progress::progress_bar;
 use crate::text::encoder::TextEncoder;
 use crate::text::encoder_key::encoder_key;
 use crate::text::tokenizer::{MAX_TOKENS, frame};
@@ -130,7 +130,7 @@ impl FeatureCache {
         Ok(cache)
     }
 
-    /// [`Self::encode`] with a progress bar.
+    /// [`Self::encode`] that shows its progress.
     ///
     /// # Errors
     /// As [`Self::encode`].
@@ -140,9 +140,8 @@ impl FeatureCache {
         place: (Kind, Device),
         prompts: &[String],
     ) -> Result<Self> {
-        let style =
-            ProgressStyle::with_template("{bar:30} {pos}/{len} prompts encoded, {eta} left")?;
-        let bar = ProgressBar::new(prompts.len() as u64 + 1).with_style(style);
+        let length = prompts.len() as u64 + 1;
+        let bar = progress_bar(Some(length), "{pos}/{len} prompts encoded, {eta} left")?;
         let cache = Self::encode(folder, model, place, prompts, &mut |done, _| {
             bar.set_position(done as u64);
         })?;

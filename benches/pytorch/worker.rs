@@ -1,4 +1,4 @@
-//! This crate's half of the comparison with PyTorch; `compare.py` builds and drives it.
+//! This crate's half of the comparison with PyTorch: `compare.py` and `scripts/profile` build and drive it.
 //!
 //! Reads commands from standard input and answers each with a line:
 //!
