@@ -1,4 +1,4 @@
-//! What one training step starts from: the student's samples and what belongs to them.
+//! The student's samples of one training step, with their conditions, times and real samples.
 
 use std::cell::OnceCell;
 use std::ops::Deref;
@@ -11,10 +11,10 @@ use crate::numeric::{batch_size, once, per_sample, widen};
 use crate::simulation::Simulation;
 use crate::time::{PostShift, PreShift};
 
-/// What a network is conditioned on: any tensors, handed to network closures untouched.
+/// The condition of a network: any tensors, handed to network closures untouched.
 ///
-/// The crate never looks inside, so one condition serves token features of unequal length (one
-/// tensor a caption), SDXL's pair of embeddings, or class labels:
+/// The crate never reads them, so one type serves token features of unequal length (one tensor a caption),
+/// SDXL's pair of embeddings, and class labels:
 ///
 /// ```
 /// # use decoupled_dmd::Condition;
@@ -53,7 +53,7 @@ impl Deref for Condition {
     }
 }
 
-/// The samples of one step, with the condition they were made for and what some terms need besides.
+/// The samples of one step with their condition, and further data that some terms need.
 #[derive(Debug)]
 pub struct Batch<'a> {
     x: &'a Tensor,
@@ -71,7 +71,7 @@ pub struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    /// Samples `x` `[B, ..]` with the student's gradient, made for the condition `cond`.
+    /// Samples `x` `[B, ..]` with the student's gradient, drawn for the condition `cond`.
     ///
     /// # Errors
     /// [`Error::Shape`] unless `x` has a batch axis and at least one more, none of them empty;
@@ -92,8 +92,7 @@ impl<'a> Batch<'a> {
         })
     }
 
-    /// The student's prediction of `made` with the input and the times at which it was made, for the
-    /// condition `cond`.
+    /// The student's samples of a simulation, with their input and their times, for the condition `cond`.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -126,8 +125,8 @@ impl<'a> Batch<'a> {
         Ok(self)
     }
 
-    /// Adds the condition of the real samples, such as their own captions; without it they are taken
-    /// to share that of the student's.
+    /// Adds the condition of the real samples, such as their own captions. Without it they share the
+    /// condition of the student's samples.
     #[must_use]
     pub fn with_real_cond(mut self, cond: &'a Condition) -> Self {
         self.real_cond = Some(cond);
@@ -157,8 +156,8 @@ impl<'a> Batch<'a> {
         Ok(self)
     }
 
-    /// Adds the input x_t `[B, ..]` at which the student made x, and its time as the network sees it;
-    /// engines that follow the teacher's ODE through the student's input need it.
+    /// Adds the student's input x_t `[B, ..]`, from which it predicted x, and the time of the input as the
+    /// network sees it. Engines that follow the teacher's ODE through the student's input need it.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Kind`] or [`Error::Device`] unless `input` is like `x` and there is one
@@ -170,20 +169,20 @@ impl<'a> Batch<'a> {
         Ok(self)
     }
 
-    /// Adds a mask of booleans: true counts, false (padding, a sample to leave out) does not. It is
-    /// `[B]`, one for each sample, or has the axes of `x` with 1 where one value serves an axis.
+    /// Adds a mask of booleans: true counts, false (padding, a sample to leave out) does not. The mask is
+    /// `[B]`, one boolean for each sample, or has the axes of `x` with 1 where one value serves an axis.
     ///
     /// For engines, Distribution Matching and the loss of the fake score:
     /// - a masked element gets an update of exactly zero and sends no gradient to the student or the
     ///   fake score, even if its value is NaN or infinite; this cannot help where activations inside the
     ///   student are not finite;
     /// - the means of the normaliser and of the diagnostics are over the elements that count;
-    /// - losses remain means over *all* elements of the batch, so that what one sample leaves out
-    ///   does not change the gradient of another. For a mean over those that count, multiply the
-    ///   weight of the term by their inverse share.
+    /// - losses remain means over *all* elements of the batch, so that the mask of one sample does not
+    ///   change the gradient of another. For a mean over the elements that count, multiply the weight of
+    ///   the term by their inverse share.
     ///
-    /// Networks see the whole sample; masking attention is their own matter. Regularizers that look
-    /// at the statistics of whole samples do not see the mask; one's own can ask
+    /// Networks see the whole sample; masking attention is their own matter. Regularizers over the
+    /// statistics of whole samples do not see the mask. A custom term can call
     /// [`Probe::masked`](crate::Probe::masked).
     ///
     /// # Errors
@@ -210,7 +209,7 @@ impl<'a> Batch<'a> {
     /// The samples in float32 or wider, with the student's gradient: one copy for all terms, or x
     /// itself. Gradients of several terms are added up here, before they are rounded to the type of x.
     pub(crate) fn wide(&self) -> Result<&Tensor> {
-        // Asked for first without gradients, it must still have them for the next.
+        // The first caller may be under no_grad; the copy must have a graph for the next.
         once(&self.wide, || tch::with_grad(|| widen(self.x)))
     }
 
@@ -224,7 +223,7 @@ impl<'a> Batch<'a> {
         self.x
     }
 
-    /// The condition the samples were made for.
+    /// The condition of the samples.
     pub fn cond(&self) -> &'a Condition {
         self.cond
     }
@@ -239,7 +238,7 @@ impl<'a> Batch<'a> {
         self.student_time
     }
 
-    /// The input x_t `[B, ..]` at which the student made x, and its time as the network sees it.
+    /// The student's input x_t `[B, ..]`, from which it predicted x, and its time as the network sees it.
     ///
     /// # Errors
     /// [`Error::Missing`] if it was not given.
@@ -272,7 +271,7 @@ impl<'a> Batch<'a> {
         self.real.ok_or(Error::Missing { what: "real samples", setter: "with_real" })
     }
 
-    /// The condition of the real samples: their own, or else that of the student's.
+    /// The condition of the real samples: their own where given, else the condition of the samples.
     pub fn real_cond(&self) -> &'a Condition {
         self.real_cond.unwrap_or(self.cond)
     }

@@ -1,4 +1,4 @@
-//! Refusals of tensors that do not fit, each with the name of the argument.
+//! Checks of tensors: shape, type, device and range, with the name of the argument in the error.
 
 use tch::{Device, Kind, Tensor};
 

@@ -1,4 +1,4 @@
-//! A network as a predictor of clean samples: the boundary between the user's model and the terms.
+//! Denoisers: networks as predictors of clean samples, the boundary between a user's model and the terms.
 
 use std::rc::Rc;
 
@@ -20,17 +20,17 @@ type TangentNetwork<'a> =
 type PairedNetwork<'a> =
     dyn Fn(&Tensor, &Tensor, &Condition, &Condition) -> Result<(Tensor, Tensor)> + 'a;
 
-/// A network, the path it lives on and what it predicts; every term speaks to it in clean samples.
+/// A network with its noise path and its prediction type. Every term asks it for clean samples.
 ///
 /// The network is a closure of the noised sample `[B, ..]`, the time `[B]` on the crate's clock
-/// (0 noise, 1 data) and the condition. What a model does differently is undone in its closure and
+/// (0 noise, 1 data) and the condition. A model with another clock or sign is adapted in its closure and
 /// nowhere else. Of diffusers' flow models, FLUX and Qwen-Image are fed `1 - t`, SD3 and Wan
 /// `1000 * (1 - t)`, and Z-Image `t`, with its output negated.
 ///
 /// Terms and samplers hand the closure x and t in float32, or float64 where the samples have it, also
-/// when these are bfloat16: a network of another type casts inside. Clocks of a path, such as
-/// [`Edm::sigma`](crate::Edm::sigma), are float64 and cast there too. The answer may be of any
-/// floating-point type; it is computed with in that of the sample.
+/// when the samples are bfloat16: a network of another type casts inside. Clocks of a path, such as
+/// [`Edm::sigma`](crate::Edm::sigma), are float64 and cast there too. The output may be of any
+/// floating-point type: it is converted to float32, or to float64 where the sample is.
 ///
 /// ```
 /// # use decoupled_dmd::{Condition, Denoiser, Prediction, RectifiedFlow};
@@ -70,8 +70,8 @@ impl<'a> Denoiser<'a> {
         }
     }
 
-    /// Adds a closure that answers for two conditions in one batched forward; it gets the noised
-    /// sample, the time, both conditions, and returns both outputs in that order.
+    /// Adds a closure that evaluates two conditions in one batched forward. It gets the noised sample, the
+    /// time and both conditions, and returns both outputs in that order.
     #[must_use]
     pub fn paired<O: IntoOutput<(Tensor, Tensor)>>(
         mut self,
@@ -98,7 +98,7 @@ impl<'a> Denoiser<'a> {
         self
     }
 
-    /// The path on which the network lives.
+    /// The noise path of the network.
     pub fn path(&self) -> &(dyn NoisePath + 'a) {
         &*self.path
     }
@@ -135,7 +135,7 @@ impl<'a> Denoiser<'a> {
         Ok((one.into_sample()?, two.into_sample()?))
     }
 
-    /// The network's output at `noised` `[B, ..]`, from which [`denoise`](Self::denoise) makes a clean
+    /// The network's raw output at `noised` `[B, ..]`; [`denoise`](Self::denoise) converts it to a clean
     /// sample.
     ///
     /// # Errors
@@ -151,7 +151,7 @@ impl<'a> Denoiser<'a> {
         self.checked(noised, time, &output)
     }
 
-    /// The network's outputs for two conditions, in one forward where [`paired`](Self::paired) was given.
+    /// The network's raw outputs for two conditions, in one forward where [`paired`](Self::paired) was given.
     ///
     /// # Errors
     /// As [`denoise`](Self::denoise).

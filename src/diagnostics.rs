@@ -1,4 +1,4 @@
-//! What a step shows about the health of a distillation, typed.
+//! Diagnostics of one training step: typed numbers on the health of a distillation.
 
 mod per_sample;
 mod term;
@@ -16,7 +16,7 @@ use crate::value::{checked, is_positive};
 /// The diagnostics of one evaluation, from what it computed anyway: no network runs for them.
 ///
 /// [`Objective::observed`](crate::Objective::observed) asks for them; without it they cost nothing.
-/// All are taken without a graph, per sample (over the elements that the mask keeps), and stay
+/// All are taken without a graph, per sample (over the elements that the mask does not leave out), and stay
 /// tensors until a number is read. They depend on tau: average over hundreds of steps, or bin the
 /// samples by [`TermDiagnostics::tau`]. The guide says how to read them.
 ///
@@ -26,7 +26,7 @@ use crate::value::{checked, is_positive};
 /// | variance drift | ln(mean_i v_i / target) | [`variance_drift`](Self::variance_drift) |
 /// | share of samples that are not finite | in x or in a direction | [`not_finite`](Self::not_finite) |
 /// | update_rms, n, on_guard, rel_gap, cos, mag_ratio | see there | [`TermDiagnostics`], [`ScoreDiagnostics`] |
-/// | shield to spear, dm_to_ca | mean_i rms(d_DM) / mean_i rms(d_CA) | [`update_balance`](Self::update_balance) |
+/// | regularizer to engine, dm_to_ca | mean_i rms(d_DM) / mean_i rms(d_CA) | [`update_balance`](Self::update_balance) |
 /// | ca_dm_cos | cos(d_CA, d_DM), each at its own tau | [`update_cos`](Self::update_cos) |
 ///
 /// d is a direction after the normaliser, before the weight of its term.
@@ -39,7 +39,7 @@ pub struct Diagnostics {
     pub x_std: PerSample,
     /// Root mean square of each sample.
     pub x_rms: PerSample,
-    /// What each term found, under its name, in the order of the objective.
+    /// The diagnostics of each term, under its name, in the order of the objective.
     pub terms: Vec<(String, TermDiagnostics)>,
     finite: Tensor,
 }
@@ -83,9 +83,9 @@ impl Diagnostics {
         Ok(self.not_finite_tensor()?.f_double_value(&[])?)
     }
 
-    /// ln(mean_i v_i / target): how far the variance of the samples is from that of real ones, the
-    /// mean of their v_i. Rising without end is the signature of CFG Augmentation alone. `None`
-    /// where no sample is finite.
+    /// ln(mean_i v_i / target): the variance of the samples against `target`, the mean variance of real
+    /// samples. Rising without end is the signature of CFG Augmentation alone. `None` where no sample is
+    /// finite.
     ///
     /// # Errors
     /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `target` is finite and positive.
@@ -96,10 +96,9 @@ impl Diagnostics {
         Ok(mean.map(|mean| (mean / target).ln()))
     }
 
-    /// The updates of one term against those of another, mean_i rms over mean_i rms: `("dm", "ca")`
-    /// says how strong the shield is. It is a ratio of means, since a single update of CFG
-    /// Augmentation vanishes at the clean end. `None` unless both have a direction and that of
-    /// `below` is not zero.
+    /// The ratio of the updates of two terms, mean_i rms over mean_i rms: `("dm", "ca")` says how strong
+    /// Distribution Matching is. It is a ratio of means, since a single update of CFG Augmentation vanishes
+    /// at the clean end. `None` unless both terms have a direction and the direction of `below` is not zero.
     ///
     /// # Errors
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
@@ -181,7 +180,7 @@ pub(crate) fn read_together(named: Vec<(String, Tensor)>) -> Result<Vec<(String,
     Ok(names.into_iter().zip(values).filter(|(_, value)| value.is_finite()).collect())
 }
 
-/// Of the mean sizes of two directions, a scalar in float64; NaN or infinite where undefined.
+/// The ratio of the mean sizes of two directions, a scalar in float64; NaN or infinite where undefined.
 fn balance(above: &TermDiagnostics, below: &TermDiagnostics) -> Result<Option<Tensor>> {
     let (Some(above), Some(below)) = (&above.update_rms, &below.update_rms) else {
         return Ok(None);
@@ -194,7 +193,7 @@ fn all_finite(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.f_isfinite()?.f_flatten(1, -1)?.f_all_dim(1, false)?)
 }
 
-/// Whether the mask keeps an element of a sample, `[B]`.
+/// Whether the mask leaves a sample any element, `[B]`.
 pub(crate) fn any_kept(like: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     Ok(match mask {
         Some(mask) => mask.f_flatten(1, -1)?.f_any_dim(1, false)?,

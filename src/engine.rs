@@ -1,4 +1,4 @@
-//! The spear: what turns a many-step model into a few-step one.
+//! Engines: directions that turn a many-step model into a few-step one.
 
 mod cfg_augmentation;
 mod consistency;
@@ -10,13 +10,17 @@ use tch::Tensor;
 use crate::error::Result;
 use crate::probe::Probe;
 
-/// Where the samples should move.
+/// The direction in which the samples of the student get better.
 ///
 /// A direction is a difference of clean samples, shaped like x: `x + direction` is better than x.
 /// The objective turns it into a loss with [`surrogate`](crate::surrogate) and evaluates it without
 /// a graph; an engine that differentiates inside wraps itself in `tch::with_grad`.
 ///
-/// The smallest engine is a closure, see [`engine_fn`]. An engine of one's own is a struct and one
+/// The trait is the form of a term, not its role: a regularizer that is given as a direction goes into
+/// [`Group::regularizer_direction`](crate::Group::regularizer_direction), an engine that is given as a loss
+/// into [`Group::engine_loss`](crate::Group::engine_loss).
+///
+/// The smallest engine is a closure, see [`engine_fn`]. A custom engine is a struct and one
 /// method; here auto-guidance (Karras et al. 2024), with a weaker model in place of the null branch:
 ///
 /// ```
@@ -40,8 +44,8 @@ pub trait Engine {
     /// The direction at this probe, `[B, ..]`, in float32 or wider.
     ///
     /// # Errors
-    /// What the networks return, or [`Error::Missing`](crate::Error::Missing) if the batch lacks
-    /// something that the engine needs.
+    /// Errors of the networks; [`Error::Missing`](crate::Error::Missing) if the batch lacks something that
+    /// the engine needs.
     fn direction(&self, probe: &Probe<'_>) -> Result<Tensor>;
 }
 

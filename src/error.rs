@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use tch::{Device, Kind, TchError};
 
-/// What went wrong: which argument, what was expected, what was found.
+/// An error of this crate: which argument, what was expected, what was found.
 ///
-/// The data are in the fields, so that callers can match on them; the words are made on display.
+/// The data are in the fields, so that callers can match on them; display makes the words.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -53,15 +53,15 @@ pub enum Error {
     /// A term needs something that the batch does not carry.
     #[error("the batch has no {what}: add it with Batch::{setter}")]
     Missing {
-        /// What the term asked for.
+        /// The missing part of the batch.
         what: &'static str,
         /// The method of [`Batch`](crate::Batch) that provides it.
         setter: &'static str,
     },
-    /// A closure cut the graph between the samples and what a loss is made of: it would train nothing.
+    /// A closure cut the graph between the samples and its result: the loss would train nothing.
     #[error("{what}: no gradient to the samples: is there a detach or no_grad in the closure?")]
     NoGradient {
-        /// What came out of the closure.
+        /// The result of the closure.
         what: &'static str,
     },
     /// An exact derivative was asked of a network without a closure for it.

@@ -1,5 +1,5 @@
-//! Losses whose gradient is set rather than followed: the surrogate of a direction, and losses that
-//! run through networks which must not be trained by them.
+//! Losses whose gradient is given: the surrogate of a direction, and losses through networks that must not
+//! learn from them.
 
 use tch::{Device, Kind, Tensor};
 
@@ -13,7 +13,7 @@ use crate::numeric::{row_squares, widen};
 /// value 0.5 mean (direction^2)  =  0.5 mean (x - sg(x + direction))^2
 /// ```
 /// the form of DMD2 and FastGen. Here x and its target are never subtracted from one another, so the
-/// gradient keeps its full precision in bfloat16 too, where that difference would lose most bits of
+/// gradient has its full precision in bfloat16 too, where their difference would lose most bits of
 /// a small direction. The value measures the gap and need not fall while training succeeds.
 ///
 /// Terms use [`Probe::loss_of`](crate::Probe::loss_of), which minds the mask and the diagnostics too.
@@ -35,7 +35,7 @@ pub fn surrogate(x: &Tensor, direction: &Tensor) -> Result<Tensor> {
     Ok(value.f_add(&slope.f_detach()?.f_sub(&slope)?)?)
 }
 
-/// The scalar `value`, with `gradient` as its gradient in `at`, whatever `value` was computed from.
+/// The scalar `value`, with `gradient` as its gradient in `at` and no other gradient.
 pub(crate) fn with_gradient(value: &Tensor, at: &Tensor, gradient: &Tensor) -> Result<Tensor> {
     let gradient = widen(&gradient.f_detach()?)?;
     // A dot product makes no temporary.
@@ -70,7 +70,7 @@ pub(crate) fn with_gradient(value: &Tensor, at: &Tensor, gradient: &Tensor) -> R
 ///
 /// # Errors
 /// [`Error::NoGradient`] if `x` has a gradient to receive and the closure sends none, as when it
-/// detaches; [`Error::Torch`] if the loss is no scalar; whatever the closure returns.
+/// detaches; [`Error::Torch`] if the loss is no scalar; errors of the closure.
 pub fn gradient_only_in(
     what: &'static str,
     x: &Tensor,

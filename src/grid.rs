@@ -1,4 +1,4 @@
-//! The times of few-step generation.
+//! Few-step grids: the times at which a few-step generator is evaluated.
 
 use tch::{Device, Kind, Tensor};
 
@@ -11,17 +11,17 @@ const INNER_NOISE: (f64, f64) = (0.25, 0.95);
 
 /// The times at which a few-step generator is evaluated, starting at pure noise.
 ///
-/// The network is handed pure noise at the first time whatever that is: 0 as a rule, 0.6 for DMD2's
-/// one-step SDXL model, which is told n = 399 of a table of 1000. On [`Edm`](crate::Edm) that noise has
-/// the size of t = 0, sigma_max, so a grid starts there.
+/// The network is handed pure noise at the first time, also where the first time is not 0: DMD2's one-step
+/// SDXL model has 0.6, n = 399 of a table of 1000. On [`Edm`](crate::Edm) the noise has the size of t = 0,
+/// sigma_max, so a grid starts there.
 ///
 /// Pre-shift times 0, 1/K, .., (K-1)/K, then the shift; in diffusers' clock `sigma` goes from 1 to
 /// the shifted 1/K, and the last step lands on the clean sample. With shift 3 and K = 8 this is the
-/// grid of Z-Image-Turbo; with K = 4 on SDXL's [`VariancePreserving`](crate::VariancePreserving) table,
-/// that of DMD2.
+/// grid of Z-Image-Turbo; with K = 4 on SDXL's [`VariancePreserving`](crate::VariancePreserving) table, the
+/// grid of DMD2.
 ///
-/// The shift is that of the model, which its path knows ([`NoisePath::shift`](crate::NoisePath::shift)),
-/// unless [`shifted`](Self::shifted) overrides it.
+/// The path of the model says the shift ([`NoisePath::shift`](crate::NoisePath::shift)), unless
+/// [`shifted`](Self::shifted) overrides it.
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(try_from = "config::FewStepGrid"))]
@@ -57,8 +57,8 @@ impl FewStepGrid {
         Ok(Self { times, shift: None })
     }
 
-    /// Given post-shift times, as the network is to see them, with the shift that they contain: of
-    /// FastGen's list `.999, .937, .833, .624`, which are noise levels after a shift of 5, each as `1 - t`.
+    /// Given post-shift times, as the network is to see them, and the shift that they contain. FastGen's list
+    /// `.999, .937, .833, .624` has noise levels after a shift of 5: pass 1 minus each.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -70,7 +70,7 @@ impl FewStepGrid {
         Ok(Self::new(times.into_iter().map(unshift).collect::<Result<_>>()?)?.shifted(shift))
     }
 
-    /// A random grid, to be drawn anew for every update: a student trained on it can be sampled in
+    /// A random grid, to be drawn again for every update: a student trained on it can be sampled in
     /// any number of steps. The dynamic schedule of CDM (arXiv 2605.06376).
     ///
     /// ```text
@@ -139,7 +139,7 @@ impl FewStepGrid {
     }
 }
 
-/// A grid as a configuration spells it: `times`, or `steps` even ones, and a `shift` of its own.
+/// The form of a grid in a configuration: `times`, or a number of even `steps`, and a `shift` of its own.
 #[cfg(feature = "serde")]
 mod config {
     use crate::error::{Error, Result};

@@ -1,4 +1,4 @@
-//! Classifier-free guidance: its scale, and the forms that models use it in.
+//! Classifier-free guidance: its scale, rescaling and interval.
 
 use crate::error::{Error, Result};
 use crate::value::{checked, is_finite};
@@ -122,7 +122,7 @@ impl TryFrom<f64> for Guidance {
     }
 }
 
-/// A guidance as a configuration spells it: a number, or a table with options.
+/// The form of a guidance in a configuration: a number, or a table with options.
 #[cfg(feature = "serde")]
 mod config {
     use crate::error::{Error, Result};

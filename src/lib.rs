@@ -1,9 +1,8 @@
 //! Composable losses for distilling a many-step diffusion model into a few-step generator, over
 //! libtorch tensors ([`tch`]).
 //!
-//! The method is "Decoupled DMD: CFG Augmentation as the Spear, Distribution Matching as the Shield"
-//! (arXiv 2511.22677), by which the 8-step Z-Image model was made. A student makes a sample x; the
-//! gradient that distils it is a sum of two mechanisms, each at its own noise level:
+//! The method is Decoupled DMD (arXiv 2511.22677), by which the 8-step Z-Image model was made. A student
+//! makes a sample x; the gradient that distils it is a sum of two mechanisms, each at its own noise level:
 //!
 //! ```text
 //! dL/dx  ~  - (alpha - 1) (x0_cond - x0_null)(tau_CA)  -  (x0_cond - x0_fake)(tau_DM)
@@ -12,15 +11,30 @@
 //!
 //! Two open traits, and an objective that adds them up:
 //!
-//! - [`Engine::direction`]: where the samples should move; [`CfgAugmentation`].
-//! - [`Regularizer::loss`]: what keeps them in place; [`DistributionMatching`], [`MeanVariance`],
-//!   [`MaximumMeanDiscrepancy`], [`Adversarial`].
-//! - [`Objective`]: [`Group`]s of terms, each group with one [`Probe`] of the samples; the paper's
-//!   four arrangements are ready-made in [`Schedule`].
+//! - [`Engine::direction`]: the direction in which the samples get better; [`CfgAugmentation`],
+//!   [`Consistency`].
+//! - [`Regularizer::loss`]: a loss that keeps the samples in place; [`DistributionMatching`],
+//!   [`MeanVariance`], [`MaximumMeanDiscrepancy`], [`Adversarial`].
+//! - [`Objective`]: [`Group`]s of terms, each group with one [`Probe`] of the samples. [`Schedule`] has the
+//!   paper's four arrangements.
 //!
-//! Around them: [`Denoiser`] makes any network a predictor of clean samples on its [`NoisePath`], [`Batch`]
-//! carries what the student made, [`Sampler`] is backward simulation and few-step sampling, and
-//! [`Renoising`] says how tau is drawn. Networks, optimizers and the loop stay the user's.
+//! | formula | item | source |
+//! |---|---|---|
+//! | `(alpha - 1)(x0_cond - x0_null) / n` | [`CfgAugmentation`] | Decoupled DMD, Eq. 6, 8 |
+//! | `f(x_l, l) - f(x_t, t)` along the teacher's ODE | [`Consistency`] | CM, LCM, sCM, rCM |
+//! | `(x0_cond - x0_fake) / n` | [`DistributionMatching`] | Decoupled DMD, Eq. 2, 8 |
+//! | W(t) of the fake score's loss | [`Weighting`] | DMD2, Algorithm 1, min-SNR, EDM |
+//! | KL of means and variances | [`MeanVariance`] | Decoupled DMD, Eq. 7 |
+//! | `E k(x, x') + E k(y, y') - 2 E k(x, y)` | [`MaximumMeanDiscrepancy`] | Gretton et al. 2012 |
+//! | `softplus(-D(x_t))` and other games | [`Adversarial`] | DMD2, LADD, APT |
+//! | n | [`Normalizer`] | DMD2, FastGen, FastVideo, CDM |
+//! | `null + alpha (cond - null)` | [`Guidance`] | Eq. 4 |
+//! | `x_t = a x0 + s eps` | [`NoisePath`], [`Prediction`] | four families, five predictions |
+//! | tau, grids, shifts | [`Renoising`], [`FewStepGrid`], [`Shift`] | Section 4 |
+//!
+//! [`Denoiser`] makes any network a predictor of clean samples on its [`NoisePath`]. [`Batch`] carries the
+//! student's samples. [`Sampler`] is backward simulation and few-step sampling. Networks, optimizers and the
+//! loop stay the user's.
 //!
 //! Losses are means over all elements of the batch; directions are differences of clean samples; time
 //! runs from 0, noise, to 1, data. Nothing here panics on bad input: every function on user input

@@ -1,4 +1,4 @@
-//! Parameters that follow other parameters.
+//! Moving averages of parameters.
 
 use tch::{Kind, Tensor, no_grad_guard};
 

@@ -1,10 +1,10 @@
-//! What a network closure may return.
+//! Return types of network closures.
 
 use tch::Tensor;
 
 use crate::error::{Error, Result};
 
-/// What a network closure may return: a value, or a `Result` with any error.
+/// The return type of a network closure: a value, or a `Result` with any error.
 pub trait IntoOutput<T> {
     /// The value, the error boxed as [`Error::Network`].
     ///

@@ -1,4 +1,4 @@
-//! How far the samples are from the teacher's prediction: what directions are divided by.
+//! Normalisers: the distance from the samples to the teacher's prediction, by which directions are divided.
 
 use tch::{Kind, Tensor};
 
@@ -7,7 +7,7 @@ use crate::guidance::Guidance;
 use crate::numeric::{masked, masked_mean, sample_distance};
 use crate::value::Positive;
 
-/// How a difference of clean predictions is scaled into a direction: by 1 / n,
+/// The scale 1 / n by which a difference of clean predictions becomes a direction,
 ///
 /// ```text
 /// n = guard(mean |x - x0|)
@@ -120,8 +120,8 @@ impl Normalizer {
         Self { guard: Guard::Epsilon(Positive::FASTGEN), ..Self::guided(guidance) }
     }
 
-    /// FastVideo: guided, over the batch, unguarded. Its directions depend on the company that a
-    /// sample is in, and one NaN sample spoils all.
+    /// FastVideo: guided, over the batch, unguarded. The direction of a sample depends on the other samples
+    /// of the batch, and one NaN sample makes all directions NaN.
     #[must_use]
     pub fn fastvideo(guidance: Guidance) -> Self {
         Self::guided(guidance).unguarded().over_batch()
@@ -165,7 +165,7 @@ impl Normalizer {
     }
 
     /// Takes the mean over all elements of the batch: one n for all samples. A sample that is not
-    /// finite then spoils the others.
+    /// finite then makes the directions of all samples NaN.
     #[must_use]
     pub fn over_batch(mut self) -> Self {
         self.scope = Scope::Batch;
@@ -180,8 +180,8 @@ impl Normalizer {
         }
     }
 
-    /// n and whether the guard acts, `[B]` each, from x in the type that is computed in; the means are
-    /// over the elements that `mask` keeps.
+    /// n and whether the guard acts, `[B]` each, from x in float32 or wider; the means are over the elements
+    /// at which `mask` is true.
     pub(crate) fn distance(
         self,
         x: &Tensor,
@@ -222,7 +222,7 @@ impl Default for Normalizer {
     }
 }
 
-/// What a normaliser found on one batch.
+/// The divisors of one batch.
 pub(crate) struct Distance {
     /// `[B]`, after the guard.
     pub(crate) n: Tensor,

@@ -1,4 +1,4 @@
-//! Fallible tensor helpers shared by the terms; none of them is about distillation.
+//! Fallible tensor helpers: types, means, masks, noise. None of them is about distillation.
 
 use std::cell::OnceCell;
 
@@ -16,7 +16,7 @@ pub(crate) fn widen(tensor: &Tensor) -> Result<Tensor> {
     widen_like(tensor, tensor)
 }
 
-/// `tensor` in the type that is computed in for `like`.
+/// `tensor` in float32, or in float64 where `like` is.
 pub(crate) fn widen_like(tensor: &Tensor, like: &Tensor) -> Result<Tensor> {
     Ok(tensor.f_to_kind(compute_kind(like.f_kind()?))?)
 }
@@ -64,19 +64,20 @@ pub(crate) fn sample_distance(one: &Tensor, two: &Tensor) -> Result<Tensor> {
     Ok(per_sample.f_mean_dim(&[1i64][..], false, None::<Kind>)?.f_div_scalar(width)?)
 }
 
-/// Sums of squares over the last axis, `[B, ..]` to `[B, ..]` with one axis less. They are as exact as
-/// a sum of squared elements, and need no tensor of these.
+/// Sums of squares over the last axis, `[B, ..]` to `[B, ..]` with one axis less: as exact as squaring and
+/// summing, without a tensor of the squares.
 pub(crate) fn row_squares(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.f_norm_scalaropt_dim(2.0, &[-1i64][..], false)?.f_square()?)
 }
 
-/// Mean over all elements, a scalar. Unlike that of libtorch's own mean, its gradient is one number
-/// for all of them until it meets the first operation that needs more.
+/// Mean of all elements, written as sum / count: its gradient stays an expanded scalar, where libtorch's own
+/// mean makes a full tensor, until an operation needs the latter.
 pub(crate) fn mean(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.f_sum(None::<Kind>)?.f_div_scalar(tensor.numel() as f64)?)
 }
 
-/// `tensor` with zeros where `mask`, a boolean of its shape, is false; NaN and its gradient go too.
+/// `tensor` with zeros where `mask`, a boolean of its shape, is false, also in place of NaN; no gradient
+/// passes there.
 pub(crate) fn masked(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     match mask {
         Some(mask) => Ok(tensor.f_where_scalarother(mask, 0.0)?),
@@ -84,7 +85,7 @@ pub(crate) fn masked(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     }
 }
 
-/// `tensor` with zeros in place of what is not finite, but only where `mask` is false.
+/// `tensor` with zeros in place of numbers that are not finite, but only where `mask` is false.
 pub(crate) fn finite_where_masked(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     match mask {
         Some(mask) => masked(tensor, Some(&mask.f_logical_or(&tensor.f_isfinite()?)?)),
@@ -92,7 +93,7 @@ pub(crate) fn finite_where_masked(tensor: &Tensor, mask: Option<&Tensor>) -> Res
     }
 }
 
-/// [`sample_mean`] over the elements that `mask` keeps; 0 for a sample without any.
+/// [`sample_mean`] over the elements at which `mask` is true; 0 for a sample without any.
 pub(crate) fn masked_mean(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     let Some(mask) = mask else { return sample_mean(tensor) };
     let kept = mask.f_flatten(1, -1)?.f_sum_dim_intlist(&[1i64][..], false, Kind::Int64)?;

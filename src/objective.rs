@@ -15,7 +15,7 @@ use crate::regularizer::Regularizer;
 use crate::renoising::{Renoising, check_draws, unit_uniform};
 use crate::value::{checked, is_finite};
 
-/// Terms that look at the same re-noised samples: one tau, one noise, one set of teacher forwards.
+/// Terms that share one probe: one tau, one noise, one set of teacher forwards.
 pub struct Group<'a> {
     renoising: Renoising<'a>,
     normalizer: Normalizer,
@@ -29,7 +29,7 @@ struct Term<'a> {
     form: Form<'a>,
 }
 
-/// What a term returns: where the samples should move, or a loss.
+/// The form of a term: a direction or a loss.
 enum Form<'a> {
     Direction(Box<dyn Engine + 'a>),
     Loss(Box<dyn Regularizer + 'a>),
@@ -56,7 +56,8 @@ impl<'a> Group<'a> {
         self.term(name, weight, Role::Engine, Form::Direction(Box::new(engine)))
     }
 
-    /// Adds a regularizer, as [`engine`](Self::engine). Lend it (`&dm`) to train its network beside.
+    /// Adds a regularizer, as [`engine`](Self::engine). Lend it (`&dm`), so that the loop can train its
+    /// network.
     #[must_use]
     pub fn regularizer(
         self,
@@ -108,14 +109,14 @@ impl std::fmt::Debug for Group<'_> {
 /// The random numbers that one group consumes in one evaluation.
 #[derive(Debug)]
 pub struct Draw {
-    /// Unit-uniform numbers `[B]`, which the group's sampler turns into tau.
+    /// Unit-uniform numbers `[B]`, which the group's time distribution maps to tau.
     pub u: Tensor,
     /// The re-noising noise, shaped like x.
     pub noise: Tensor,
 }
 
-/// The value of an objective: tensors, so that reading a number is the caller's choice (it
-/// synchronises a GPU).
+/// The value of an objective. It holds tensors: reading a number, which synchronises a GPU, is the caller's
+/// choice.
 #[derive(Debug)]
 #[non_exhaustive]
 #[must_use = "a loss does nothing until it is propagated"]
@@ -124,7 +125,7 @@ pub struct Evaluation {
     pub loss: Tensor,
     /// The value of each term before its weight, without a graph.
     pub terms: Vec<(String, Tensor)>,
-    /// What the terms found on the way; `None` unless [`Objective::observed`] was called.
+    /// The diagnostics; `None` unless [`Objective::observed`] was called.
     pub diagnostics: Option<Diagnostics>,
 }
 
@@ -322,7 +323,7 @@ impl Term<'_> {
             }
             Form::Loss(term) => {
                 let loss = term.loss(probe)?;
-                // Another shape would spread over the sum, and fail in `backward` without a name.
+                // Another shape would broadcast over the sum, and fail in `backward` without a name.
                 check_size("loss", &loss, &[])?;
                 Ok(loss)
             }

@@ -12,7 +12,7 @@ use crate::prediction::Prediction;
 use crate::time::PostShift;
 
 /// The raw output of a network at one noised sample, converted to a clean-sample prediction on first
-/// use. Made by [`Denoiser::predict`](crate::Denoiser::predict).
+/// use. [`Denoiser::predict`](crate::Denoiser::predict) returns it.
 ///
 /// Terms compare two outputs by [`minus`](Self::minus) rather than by their clean samples: where both
 /// networks predict the same quantity the noised sample cancels, and no digits are lost to it.
@@ -27,7 +27,7 @@ pub struct ModelOutput {
 }
 
 impl ModelOutput {
-    /// The checked `output` in the type that is computed in, with the coefficients at its time.
+    /// The checked `output` in float32 or wider, with the coefficients at its time.
     pub(crate) fn new(
         prediction: Prediction,
         path: &dyn NoisePath,
@@ -129,13 +129,13 @@ impl std::fmt::Debug for ModelOutput {
     }
 }
 
-/// A difference of clean samples `[B, ..]` with factors that are still to be multiplied in:
-/// [`Probe::normalize`](crate::Probe::normalize) does it in one pass. From two outputs by
+/// A difference of clean samples `[B, ..]` with factors that are still to be multiplied in, which
+/// [`Probe::normalize`](crate::Probe::normalize) does in one pass. It comes from two outputs by
 /// [`ModelOutput::minus`], or from a tensor.
 #[derive(Debug)]
 pub struct Difference {
     tensor: Tensor,
-    /// Whether nobody else holds the tensor, so that it may be written to.
+    /// Whether this is the only handle on the tensor, so that it may be written to.
     is_own: bool,
     /// One factor for each sample, `[B, 1, ..]`; `None` for 1.
     slope: Option<Tensor>,
@@ -155,8 +155,8 @@ impl Difference {
         &self.tensor
     }
 
-    /// The difference over `n` `[B]`, in float32 or wider: factors that are one number for each sample
-    /// are multiplied first, so the samples are passed over once.
+    /// The difference over `n` `[B]`, in float32 or wider. The factors of each sample are multiplied with one
+    /// another first, so that one pass over the samples does.
     pub(crate) fn over(self, n: Option<&Tensor>) -> Result<Tensor> {
         let mut tensor = widen(&self.tensor)?;
         let factor = match n {

@@ -1,4 +1,4 @@
-//! How data and noise are mixed: `x_t = a(t) x0 + s(t) eps`.
+//! Noise paths, mixtures of data and noise: `x_t = a(t) x0 + s(t) eps`.
 
 mod angle;
 mod edm;
@@ -30,9 +30,9 @@ use crate::value::checked;
 /// | [`Edm`] | 1 | sigma | 1, 80 | 1, 0.002 |
 /// | [`TrigFlow`] | cos(angle) | sin(angle) | 0, 1 | 1, 0 |
 ///
-/// On a path of one's own, a must not fall and s must not rise with t: then a larger t is cleaner, as
-/// [`AboveStudent`](crate::AboveStudent) takes it, and the ends of a range of times bound what lies
-/// between.
+/// A custom path must be monotone: `a` non-decreasing, `s` non-increasing in t.
+/// [`AboveStudent`](crate::AboveStudent) relies on larger t being cleaner, and the checks for singular times
+/// evaluate only the ends of a range.
 pub trait NoisePath {
     /// The coefficients of data and noise at `time`, on its device, in float32 or wider.
     ///
@@ -103,9 +103,9 @@ pub trait NoisePath {
         Ok(widen(noised)?.f_sub(&widen_like(x0, noised)?.f_mul(&data)?)?.f_div(&level)?)
     }
 
-    /// What generation starts from at t = 0: `s(0) eps`, for unit noise `[B, ..]`, in float32 or
-    /// wider. [`VariancePreserving`] starts from `eps` itself, see there. FastGen starts at t = 0.001
-    /// instead, on rectified flow from `0.999 eps`.
+    /// The start of generation at t = 0: `s(0) eps`, for unit noise `[B, ..]`, in float32 or wider.
+    /// [`VariancePreserving`] starts from `eps` itself, see there. FastGen starts at t = 0.001 instead, on
+    /// rectified flow from `0.999 eps`.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `noise` are
@@ -118,7 +118,7 @@ pub trait NoisePath {
     }
 }
 
-/// A path with the timestep shift of its model, made by [`NoisePath::shifted`].
+/// A path with the timestep shift of its model; [`NoisePath::shifted`] returns it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
@@ -159,8 +159,8 @@ impl Coefficients {
         Self { data: self.data.shallow_clone(), noise: self.noise.shallow_clone() }
     }
 
-    /// Reshaped to `[B, 1, ..]`, so that they multiply a tensor of the rank of `like`, and in the
-    /// type that is computed in for it: paths may answer in float64, samples stay in float32.
+    /// Reshaped to `[B, 1, ..]`, so that they multiply a tensor of the rank of `like`, and in float32, or
+    /// float64 where `like` is: paths may return float64, samples stay in float32.
     pub(crate) fn like(&self, like: &Tensor) -> Result<Self> {
         Ok(Self { data: factor(&self.data, like)?, noise: factor(&self.noise, like)? })
     }
@@ -189,9 +189,9 @@ pub(crate) fn coefficients_at(path: &dyn NoisePath, time: f64) -> Result<(f64, f
     Ok((data.f_double_value(&[0])?, noise.f_double_value(&[0])?))
 }
 
-/// Refuses a path that mixes data and noise otherwise than the teacher's, seen at a few times on the
-/// host, or whose model has another shift. Terms whose own network is handed the noised samples of the
-/// teacher's path call it once.
+/// Refuses a path whose coefficients differ from the teacher's, evaluated at a few times on the host, or
+/// whose model has another shift. A term calls it once if its own network is handed the noised samples of the
+/// teacher's path.
 ///
 /// # Errors
 /// [`Error::OutOfRange`](crate::Error::OutOfRange) if coefficients or shifts differ;

@@ -1,4 +1,4 @@
-//! What a network predicts, and the way from there to the clean sample and the noise.
+//! Prediction types of networks, and their conversion to the clean sample.
 
 use tch::Tensor;
 
@@ -24,11 +24,11 @@ const LEAST_DIVISOR: f64 = 1e-4;
 /// Conversions are computed in float32, or in float64 where the sample has it.
 ///
 /// **Singular ends are refused**, with [`Error::OutOfRange`](crate::Error::OutOfRange), where the
-/// divisor falls below 1e-4: there float32 rounding of x_t alone would spoil the third digit. What is
-/// tested is the range from which times are drawn, not the times, which would have to be read from
+/// divisor falls below 1e-4: there float32 rounding of x_t alone would spoil the third digit. The test is on
+/// the range from which times are drawn, not on the times, which would have to be read from
 /// the device: with [`Noise`](Self::Noise) on rectified flow, [`Uniform::FULL`](crate::Uniform::FULL)
-/// fails always, not once in ten thousand steps, and `Uniform::new(0.02, 0.98)` never. On paths
-/// that do not reach the end (SDXL's table, EDM) nothing is refused.
+/// fails always, not once in ten thousand steps, and `Uniform::new(0.02, 0.98)` never. Paths that do not
+/// reach the end (SDXL's table, EDM) are never refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -109,7 +109,7 @@ impl Prediction {
         output: &Tensor,
     ) -> Result<Tensor> {
         let Coefficients { data: a, noise: s } = at;
-        // `x + factor * output`, then the division in place: one tensor is made, not three.
+        // `x + factor * output`, then the division in place: one new tensor, not three.
         let quotient = |x: &Tensor, factor: &Tensor, divisor: &Tensor| -> Result<Tensor> {
             Ok(x.f_addcmul(output, factor)?.f_div_(divisor)?)
         };

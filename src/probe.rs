@@ -1,4 +1,4 @@
-//! The samples re-noised once, and the teacher's predictions there, computed once for all terms.
+//! Probes: the samples re-noised once, with the teacher's predictions there, computed once for all terms.
 
 use std::cell::{OnceCell, RefCell};
 
@@ -18,8 +18,8 @@ use crate::time::PostShift;
 
 /// The samples re-noised to one tau with one noise, and the teacher's predictions there.
 ///
-/// Terms pull what they need; the teacher runs at most once for each condition, without a graph.
-/// Terms of one [`Group`](crate::Group) get the same probe: that is all that "coupled" means.
+/// Terms call for the predictions they need; the teacher runs at most once for each condition, without a
+/// graph. Terms of one [`Group`](crate::Group) get the same probe: that is the meaning of "coupled".
 pub struct Probe<'a> {
     teacher: &'a Denoiser<'a>,
     batch: &'a Batch<'a>,
@@ -80,7 +80,7 @@ impl<'a> Probe<'a> {
         Self::at(teacher, batch, tau, noise_like(batch.x())?)
     }
 
-    /// Sets how [`normalize`](Self::normalize) scales.
+    /// Sets the normaliser of [`normalize`](Self::normalize).
     #[must_use]
     pub fn normalizer(mut self, normalizer: Normalizer) -> Self {
         self.normalizer = normalizer;
@@ -101,7 +101,7 @@ impl<'a> Probe<'a> {
         self.x
     }
 
-    /// The teacher, for questions elsewhere than at [`noised`](Self::noised).
+    /// The teacher, for predictions at other samples than [`noised`](Self::noised).
     pub fn teacher(&self) -> &'a Denoiser<'a> {
         self.teacher
     }
@@ -130,7 +130,7 @@ impl<'a> Probe<'a> {
     /// normaliser with a guided reference, which needs both, the unconditional one is computed with it.
     ///
     /// # Errors
-    /// Whatever the teacher's closure returns.
+    /// Errors of the teacher's closure.
     pub fn teacher_cond(&self) -> Result<&Tensor> {
         let _no_grad = no_grad_guard();
         self.teacher_output()?.sample()
@@ -140,8 +140,8 @@ impl<'a> Probe<'a> {
     /// forward where the teacher offers it and neither is known yet.
     ///
     /// # Errors
-    /// [`Error::Missing`](crate::Error::Missing) if the batch has no null condition; whatever the
-    /// teacher's closure returns.
+    /// [`Error::Missing`](crate::Error::Missing) if the batch has no null condition; errors of the teacher's
+    /// closure.
     pub fn teacher_pair(&self) -> Result<(&Tensor, &Tensor)> {
         let _no_grad = no_grad_guard();
         let (cond, null) = self.teacher_outputs()?;
@@ -156,7 +156,7 @@ impl<'a> Probe<'a> {
     pub fn teacher_output(&self) -> Result<&ModelOutput> {
         let is_guided = matches!(self.normalizer.reference(), Reference::Guided(_));
         if is_guided && self.batch.null().is_ok() {
-            // The normaliser will ask for both: one forward may do.
+            // The normaliser needs both: one paired forward may do.
             return Ok(self.teacher_outputs()?.0);
         }
         self.cond_alone()
@@ -190,8 +190,8 @@ impl<'a> Probe<'a> {
     /// [`mask`](Batch::with_mask) leaves an element out. See [`Normalizer`].
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) and the like unless `difference` is like x; whatever the
-    /// teacher's closure returns, if its prediction is needed and not known yet.
+    /// [`Error::Shape`](crate::Error::Shape) and the like unless `difference` is like x; errors of the
+    /// teacher's closure, if its prediction is needed and not known yet.
     pub fn normalize(&self, difference: impl Into<Difference>) -> Result<Tensor> {
         let difference = difference.into();
         check_like("difference", difference.tensor(), self.x)?;
@@ -208,11 +208,11 @@ impl<'a> Probe<'a> {
         masked(tensor, self.batch.mask())
     }
 
-    /// Records a number, a scalar or one for each sample, under `name` if anyone listens; `value`
+    /// Records a number, a scalar or one for each sample, under `name` if diagnostics are taken; `value`
     /// runs only then, without a graph. It appears in [`TermDiagnostics::observations`].
     ///
     /// # Errors
-    /// What `value` returns.
+    /// Errors of `value`.
     pub fn observe(
         &self,
         name: &'static str,
@@ -223,7 +223,7 @@ impl<'a> Probe<'a> {
         }
         let value = {
             let _no_grad = no_grad_guard();
-            // It may have been there before, with a graph.
+            // The tensor may be an older one, with a graph.
             value()?.f_detach()?
         };
         self.record(|term| {
@@ -233,8 +233,8 @@ impl<'a> Probe<'a> {
     }
 
     /// The loss of a direction `[B, ..]`, a scalar whose gradient in x is `-direction / numel`: the
-    /// [`surrogate`](crate::surrogate) on the elements that the mask keeps. The size of the direction is
-    /// recorded if diagnostics are taken.
+    /// [`surrogate`](crate::surrogate) on the elements that the mask does not leave out. The size of the
+    /// direction is recorded if diagnostics are taken.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) and the like unless `direction` is like x.
@@ -250,8 +250,8 @@ impl<'a> Probe<'a> {
     /// fake at [`noised`](Self::noised), `[B, ..]` each. It appears in [`TermDiagnostics::scores`].
     ///
     /// # Errors
-    /// Whatever `predictions` returns; [`Error::Shape`](crate::Error::Shape) and the like unless its
-    /// tensors are like x.
+    /// Errors of `predictions`; [`Error::Shape`](crate::Error::Shape) and the like unless its tensors are
+    /// like x.
     pub fn observe_scores(
         &self,
         predictions: impl FnOnce() -> Result<(Tensor, Tensor)>,
@@ -270,14 +270,14 @@ impl<'a> Probe<'a> {
         self.record(|term| term.set_scores(&self.noised, &real, &fake))
     }
 
-    /// The diagnostics are borrowed while `set` runs: it must not record by itself.
+    /// Calls `set` on the diagnostics. Their `RefCell` is borrowed meanwhile: `set` must not call `record`.
     fn record(&self, set: impl FnOnce(&mut TermDiagnostics) -> Result<()>) -> Result<()> {
         let Some(diagnostics) = &self.diagnostics else { return Ok(()) };
         let _no_grad = no_grad_guard();
         set(&mut diagnostics.borrow_mut())
     }
 
-    /// What the term that just ran has left; the next one starts afresh.
+    /// The diagnostics of the term that just ran, replaced by empty ones for the next term.
     pub(crate) fn take_diagnostics(&self, role: Role) -> Option<TermDiagnostics> {
         let mut term = self.diagnostics.as_ref()?.replace(self.no_diagnostics());
         term.role = role;

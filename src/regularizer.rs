@@ -1,4 +1,4 @@
-//! The shield: what keeps the samples of the student in place while an engine pulls them.
+//! Regularizers: losses that keep the samples of the student in place while an engine moves them.
 
 mod adversarial;
 mod adversarial_distribution_matching;
@@ -27,19 +27,23 @@ use crate::probe::Probe;
 
 /// A scalar loss on the samples, differentiable in x.
 ///
-/// Losses are means over all elements of the batch, in the convention of [`surrogate`].
-/// The smallest regularizer is a closure, see [`regularizer_fn`].
+/// Losses are means over all elements of the batch, in the convention of
+/// [`surrogate`](crate::surrogate). The smallest regularizer is a closure, see [`regularizer_fn`].
+///
+/// The trait is the form of a term, not its role: an engine that is given as a loss, such as a reward, goes
+/// into [`Group::engine_loss`](crate::Group::engine_loss), a regularizer that is given as a direction into
+/// [`Group::regularizer_direction`](crate::Group::regularizer_direction).
 pub trait Regularizer {
     /// The loss at this probe, a scalar in float32 or wider.
     ///
     /// # Errors
-    /// What the networks return, or [`Error::Missing`](crate::Error::Missing) if the batch lacks
-    /// something that the regularizer needs.
+    /// Errors of the networks; [`Error::Missing`](crate::Error::Missing) if the batch lacks something that
+    /// the regularizer needs.
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor>;
 
     /// The loss of the regularizer's own network (a fake score, a critic): a floating-point scalar with
     /// a graph to that network, on the detached samples, so that x gets no gradient. `None` where there
-    /// is no such network. `testing::check_own_loss` asks for all of it.
+    /// is no such network. `testing::check_own_loss` checks all of it.
     ///
     /// # Errors
     /// As [`loss`](Self::loss).

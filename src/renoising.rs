@@ -1,4 +1,4 @@
-//! How re-noising times are drawn.
+//! Re-noising: distributions of tau and their shift.
 
 mod log_normal;
 mod logit_normal;
@@ -18,11 +18,11 @@ use crate::numeric::{batch_size, compute_kind};
 use crate::path::NoisePath;
 use crate::time::{PostShift, PreShift, Shift};
 
-/// Standard normal numbers are kept within this distance of 0; a float32 draw reaches 5.4. So times
-/// have bounds that are known beforehand, and a draw of exactly 0 is no infinity.
+/// The bound on standard normal numbers: a float32 draw reaches 5.4. It gives times bounds that are known
+/// beforehand, and makes a draw of exactly 0 finite.
 pub(crate) const Z_MAX: f64 = 5.5;
 
-/// Where re-noising times come from: a map from unit-uniform draws to pre-shift times.
+/// A distribution of re-noising times: a map from unit-uniform draws to pre-shift times.
 ///
 /// The draw is an argument, so that a caller can fix it; [`Renoising::draw`] supplies it.
 ///
@@ -63,8 +63,8 @@ pub(crate) fn normal_quantile(u: &Tensor) -> Result<Tensor> {
     Ok(u.f_special_ndtri()?.f_clamp(-Z_MAX, Z_MAX)?)
 }
 
-/// How tau is drawn: a [`TimeDistribution`], and the [`Shift`] applied to its draws. The shift is the
-/// model's, which the path knows, unless [`shifted`](Self::shifted) overrides it.
+/// The re-noising of a group: a [`TimeDistribution`] of tau, and the [`Shift`] of its times. The path of the
+/// model says the shift, unless [`shifted`](Self::shifted) overrides it.
 pub struct Renoising<'a> {
     distribution: Box<dyn TimeDistribution + 'a>,
     shift: Option<Shift>,
@@ -117,7 +117,7 @@ impl<'a> Renoising<'a> {
         self.times(path, &unit_uniform(x)?, student)
     }
 
-    /// [`at`](Self::at) for draws that are known to be good, of which none is read.
+    /// [`at`](Self::at) for valid draws, without reading any of them.
     pub(crate) fn times(
         &self,
         path: &dyn NoisePath,
@@ -150,7 +150,7 @@ impl std::fmt::Debug for Renoising<'_> {
     }
 }
 
-/// The distributions as a configuration spells them, before their constructors have checked the numbers.
+/// The forms of the distributions in a configuration, before their constructors have checked the numbers.
 #[cfg(feature = "serde")]
 mod config {
     macro_rules! checked_fields {

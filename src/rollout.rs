@@ -1,4 +1,4 @@
-//! Few-step generation, and its simulation while training.
+//! Samplers: few-step generation, and its simulation while training.
 
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
@@ -15,7 +15,7 @@ use crate::trajectory::Trajectory;
 use crate::trajectory::{check_steps, spread_steps};
 use crate::value::checked;
 
-/// How a sampler gets from a clean prediction to the next time. Train and sample with the same one.
+/// The step from a clean prediction to the next time. Train and sample with the same one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -29,8 +29,8 @@ pub enum Transition {
 
 /// A denoiser run over a grid: samples from a trained model, and the rollout of a student.
 ///
-/// The noise that it is given is of unit variance on every path; [`NoisePath::start`](crate::NoisePath::start)
-/// makes of it what the path starts from, such as `sigma_max eps` on [`Edm`](crate::Edm).
+/// Its noise has unit variance on every path; [`NoisePath::start`](crate::NoisePath::start) scales it to the
+/// start of the path, such as `sigma_max eps` on [`Edm`](crate::Edm).
 #[derive(Debug)]
 pub struct Sampler<'a> {
     denoiser: &'a Denoiser<'a>,
@@ -81,7 +81,7 @@ impl<'a> Sampler<'a> {
 
     /// Backward simulation: runs the grid up to `step` without a graph, and that step with one.
     ///
-    /// The student meets in training what it meets at inference (DMD2, Section 4.5); the loss is
+    /// The student has the same inputs in training as at inference (DMD2, Section 4.5); the loss is
     /// put on its clean prediction at that step. `noise` is unit noise `[B, ..]`; steps count from 0.
     ///
     /// # Errors
@@ -97,7 +97,7 @@ impl<'a> Sampler<'a> {
     ///
     /// # Errors
     /// As [`simulate`](Self::simulate); [`Error::Shape`], [`Error::Kind`] or [`Error::Device`] if the
-    /// noise from `fresh` is not like the tensor that it was given; what `fresh` returns.
+    /// noise from `fresh` is not like the tensor that it was given; errors of `fresh`.
     pub fn simulate_with(
         &self,
         noise: &Tensor,
@@ -128,7 +128,7 @@ impl<'a> Sampler<'a> {
         Ok(Simulation { x: self.predict(&input, &time, cond)?, input, time, student_time })
     }
 
-    /// The whole rollout from unit noise `[B, ..]`, every step kept, without a graph.
+    /// The whole rollout from unit noise `[B, ..]`, with every step, without a graph.
     ///
     /// # Errors
     /// As [`sample`](Self::sample).
@@ -168,12 +168,12 @@ impl<'a> Sampler<'a> {
         })
     }
 
-    /// The student's predictions on a kept rollout, each sample at its own step of `steps` `[B]`, in
+    /// The student's predictions on a given rollout, each sample at its own step of `steps` `[B]`, in
     /// one forward with a graph.
     ///
     /// # Errors
-    /// As [`Trajectory::samples_at`]; [`Error::OutOfRange`] if the rollout was made on another grid; what
-    /// the network returns.
+    /// As [`Trajectory::samples_at`]; [`Error::OutOfRange`] if the rollout has another grid; errors of the
+    /// network.
     pub fn simulate_on(
         &self,
         trajectory: &Trajectory,
@@ -188,11 +188,10 @@ impl<'a> Sampler<'a> {
         self.evaluate(input, time, student_time, cond)
     }
 
-    /// The other way to give a student its input: real samples `[B, ..]`, each noised to a time of the
-    /// grid drawn for it, then one evaluation with a graph. No rollout, so it costs one forward; but it
-    /// needs data, and the student meets samples in training that are better than its own (FastGen's
-    /// DMD2, DiffSynth-Studio). `real` is detached. At the first time the input is pure noise, as it
-    /// is when sampling (see [`NoisePath::start`](crate::NoisePath::start)).
+    /// One evaluation, with a graph, at real samples `[B, ..]` that are each noised to a random time of the
+    /// grid (FastGen's DMD2, DiffSynth-Studio). It costs one forward and no rollout. It needs data, and the
+    /// inputs in training are better than the student's own. `real` is detached. At the first time the input
+    /// is pure noise, as in sampling (see [`NoisePath::start`](crate::NoisePath::start)).
     ///
     /// # Errors
     /// As [`simulate_from_real_at`](Self::simulate_from_real_at).
@@ -207,7 +206,7 @@ impl<'a> Sampler<'a> {
     ///
     /// # Errors
     /// [`Error::OutOfRange`] if the grid has no such step; [`Error::Shape`], [`Error::Kind`] or
-    /// [`Error::Device`] unless there is a step and noise for each sample; what the network returns.
+    /// [`Error::Device`] unless there is a step and noise for each sample; errors of the network.
     pub fn simulate_from_real_at(
         &self,
         real: &Tensor,
@@ -221,7 +220,7 @@ impl<'a> Sampler<'a> {
         self.predict_from_real(real, cond, steps, noise)
     }
 
-    /// [`simulate_from_real_at`](Self::simulate_from_real_at) for steps and noise that are known to be good.
+    /// [`simulate_from_real_at`](Self::simulate_from_real_at) for valid steps and noise.
     fn predict_from_real(
         &self,
         real: &Tensor,
@@ -242,7 +241,7 @@ impl<'a> Sampler<'a> {
         self.evaluate(input, time, student_time, cond)
     }
 
-    /// The shift of the grid, or else that of the denoiser's path.
+    /// The shift of the grid, or else the shift of the denoiser's path.
     fn shift(&self) -> Result<Shift> {
         self.grid.shift(self.denoiser.path().shift())
     }
@@ -282,8 +281,8 @@ impl<'a> Sampler<'a> {
         cond.guided(&null, guidance)?.into_sample()
     }
 
-    /// From the input `x` of `step` and its clean prediction `x0` to the input of the next step;
-    /// `fresh` draws noise like a tensor where the transition wants it.
+    /// The input of the next step, from the input `x` of `step` and its clean prediction `x0`;
+    /// `fresh` draws noise like a tensor where the transition needs it.
     fn advance(
         &self,
         x: &Tensor,

@@ -1,4 +1,4 @@
-//! The paper's four re-noising schedules, ready-made.
+//! Schedules: the paper's four arrangements of CFG Augmentation and a regularizer.
 
 use crate::denoiser::Denoiser;
 use crate::engine::CfgAugmentation;
@@ -9,7 +9,7 @@ use crate::regularizer::Regularizer;
 use crate::renoising::{AboveStudent, Renoising, Uniform};
 use crate::time::Shift;
 
-/// Where CFG Augmentation and the regularizer look at the samples (Section 4.3 and Table 1 of
+/// The re-noising times of CFG Augmentation and the regularizer (Section 4.3 and Table 1 of
 /// arXiv 2511.22677), with the network forwards of one update of the student:
 ///
 /// | schedule | tau_CA | tau_DM | normaliser | teacher | fake |
@@ -30,9 +30,9 @@ pub enum Schedule {
     CoupledShared,
     /// Independent tau, both over the full range.
     DecoupledFull,
-    /// Independent tau, both cleaner than what the student was given.
+    /// Independent tau, both cleaner than the student's input.
     DecoupledConstrained,
-    /// The paper's choice: the engine only where the student has yet to go, the shield everywhere.
+    /// The paper's choice: the engine above the student's time only, the regularizer everywhere.
     #[default]
     DecoupledHybrid,
 }
@@ -96,11 +96,10 @@ impl Schedule {
     }
 }
 
-/// Shifts that override the shift of the model where engine and regularizer look at the samples;
-/// `None` is the shift of the model.
+/// Shifts of tau_CA and tau_DM that override the shift of the model; `None` is the shift of the model.
 ///
-/// A smaller shift of the regularizer lets it look at less noise, where it corrects detail rather than
-/// contrast. A schedule with a shared tau has the engine's.
+/// With a smaller shift the regularizer sees less noise, where it corrects detail rather than contrast. A
+/// schedule with a shared tau has the engine's.
 ///
 /// With [`AboveStudent`], keep a shift at or below the grid's. A larger shift can map tau below the
 /// student's time, so that the term sees *noisier* samples than the student did.
@@ -108,9 +107,9 @@ impl Schedule {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct Shifts {
-    /// Of tau_CA.
+    /// The shift of tau_CA.
     pub engine: Option<Shift>,
-    /// Of tau_DM.
+    /// The shift of tau_DM.
     pub regularizer: Option<Shift>,
 }
 

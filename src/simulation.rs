@@ -1,11 +1,11 @@
-//! One evaluation of a student.
+//! The result of one evaluation of a student.
 
 use tch::Tensor;
 
 use crate::time::{PostShift, PreShift};
 
-/// One evaluation of a student on its grid, made by [`Sampler`](crate::Sampler);
-/// [`Batch::of`](crate::Batch::of) makes a batch of it.
+/// One evaluation of a student on its grid. [`Sampler`](crate::Sampler) returns it,
+/// [`Batch::of`](crate::Batch::of) turns it into a batch.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Simulation {

@@ -1,6 +1,6 @@
-//! Conformance checks for engines and regularizers, one's own too; with the feature `testing`.
+//! Conformance checks for engines and regularizers, with the feature `testing`.
 //!
-//! One line for each term, on a batch and a teacher of one's own:
+//! One line for each term, on a batch and a teacher of yours:
 //!
 //! ```
 //! # use decoupled_dmd::{Batch, CfgAugmentation, Condition, Denoiser, Guidance, Prediction, RectifiedFlow};
@@ -18,19 +18,18 @@
 //!
 //! | check | engine | regularizer | its own loss |
 //! |---|---|---|---|
-//! | shape, type and device of the answer; all of it finite | [`check_engine`] | [`check_regularizer`] | [`check_own_loss`] |
-//! | the samples are left as they were | yes | yes | yes |
+//! | shape, type and device of the result; all of it finite | [`check_engine`] | [`check_regularizer`] | [`check_own_loss`] |
+//! | the samples are unchanged | yes | yes | yes |
 //! | no graph on a direction; a gradient that reaches x, finite and not all zero | the first | the second | |
 //! | a graph to a network, and no gradient in x | | | yes |
-//! | the same probe gives the same answer | yes | yes | |
-//! | samples in another order give the answer in that order | yes | yes | |
-//! | one NaN sample leaves the others as they were | yes | [`check_independence`], where samples do not meet | |
-//! | the gradient is that of the value | | [`check_gradient`], for a plain loss | |
+//! | the same probe gives the same result | yes | yes | |
+//! | samples in another order give the result in that order | yes | yes | |
+//! | one NaN sample does not change the others | yes | [`check_independence`], where samples do not meet | |
+//! | the gradient is the gradient of the value | | [`check_gradient`], for a plain loss | |
 //!
-//! Checks look at the batch at noise levels spread over 0.1 to 0.9 and with a fixed noise; nothing is
-//! drawn, but by the own loss that [`check_own_loss`] asks for, from libtorch's global generator. The
-//! batch needs two samples or more. Tensors of a condition, and real samples, whose first axis has as
-//! many entries as the batch are taken to belong to the samples one by one.
+//! Checks use times spread over 0.1 to 0.9 and a fixed noise. Only [`check_own_loss`] draws, from
+//! libtorch's global generator. The batch needs two samples or more. A tensor of a condition, or of real
+//! samples, whose first axis has as many entries as the batch is taken to hold one entry for each sample.
 
 mod trial;
 
@@ -44,24 +43,24 @@ use crate::probe::Probe;
 use crate::regularizer::Regularizer;
 use trial::Trial;
 
-/// The types that are computed in.
+/// The types of results: float32 or wider.
 const WIDE: &[Kind] = &[Kind::Float, Kind::Double];
 
-/// What a term was found not to keep.
+/// A property that the checks require of a term.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Check {
     /// The batch is fit to check with.
     SetUp,
-    /// A direction has the shape of x, a loss that of a scalar.
+    /// A direction has the shape of x, a loss is a scalar.
     Shape,
     /// A direction or a loss is in float32 or float64, an own loss in a floating-point type.
     Kind,
-    /// The answer is on the device of x.
+    /// The result is on the device of x.
     Device,
-    /// The answer, and the gradient of a loss, are finite.
+    /// The result, and the gradient of a loss, are finite.
     Finite,
-    /// x is left as it was.
+    /// x is unchanged.
     Unchanged,
     /// A direction has no graph.
     NoGraph,
@@ -71,26 +70,26 @@ pub enum Check {
     ReachesNetwork,
     /// The own loss sends no gradient to x.
     SparesSamples,
-    /// The same probe gives the same answer.
+    /// The same probe gives the same result.
     Deterministic,
-    /// Samples in another order give the answer in that order.
+    /// Samples in another order give the result in that order.
     Permutation,
-    /// A NaN sample leaves the others as they were.
+    /// A NaN sample does not change the others.
     BadSample,
-    /// The gradient of a loss is that of its value.
+    /// The gradient of a loss agrees with its value.
     Gradient,
 }
 
-/// Why a check failed.
+/// The failure of a check.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Failure {
-    /// The term does not keep what is checked.
+    /// The term lacks a property.
     #[error("{check:?}: {found}")]
     Broken {
-        /// What it does not keep.
+        /// The missing property.
         check: Check,
-        /// What was found.
+        /// The finding, in words.
         found: String,
     },
     /// The term, or the teacher, returned an error.
@@ -163,8 +162,8 @@ pub fn check_regularizer<R: Regularizer + ?Sized>(
     check_same(Check::Permutation, &turned_gradient, &gradient.f_flip([0])?)
 }
 
-/// Checks that a NaN sample leaves the gradients of the others as they were, for a regularizer that
-/// does not compare samples with one another.
+/// Checks that a NaN sample does not change the gradients of the others, for a regularizer that does not
+/// compare samples with one another.
 ///
 /// # Errors
 /// [`Failure::Broken`] if it does not, [`Failure::Term`] if the regularizer fails.
@@ -180,8 +179,8 @@ pub fn check_independence<R: Regularizer + ?Sized>(
 }
 
 /// Checks the gradient of a plain loss against central differences in float64, in up to 16 elements
-/// of x spread over the batch. Not for a loss made with [`surrogate`](crate::surrogate), whose
-/// gradient is by design not that of its value.
+/// of x spread over the batch. Not for a [`surrogate`](crate::surrogate), whose gradient differs from the
+/// gradient of its value by design.
 ///
 /// # Errors
 /// [`Failure::Broken`] if they differ or x is not in float64, [`Failure::Term`] if the regularizer
@@ -219,7 +218,7 @@ pub fn check_gradient<R: Regularizer + ?Sized>(
 }
 
 /// Checks the loss of a regularizer's own network, at a draw of its own; see the table of this
-/// [module](self). A regularizer without an own loss fails: one that wraps another has to pass it on.
+/// [module](self). A regularizer without an own loss fails: a wrapper has to forward the own loss.
 ///
 /// # Errors
 /// [`Failure::Broken`] with the first check that fails, [`Failure::Term`] if the regularizer does.

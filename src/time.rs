@@ -1,12 +1,12 @@
 //! The clock of the crate, and its shift.
 //!
 //! The clock is the paper's: t in [0, 1], 0 is noise and 1 is data, on every path. "Above the
-//! student" therefore means *cleaner* than what the student was given. In the diffusers clock of
+//! student" therefore means *cleaner* than the student's input. In the diffusers clock of
 //! rectified flow, `sigma = 1 - t`.
 //!
-//! Resolution-dependent models spend their time differently: a [`Shift`] maps an even, *pre-shift*
-//! time to the *post-shift* time that a path and a network see. The two are different types here,
-//! since a second shift by mistake fails silently.
+//! A [`Shift`] maps an even, *pre-shift* time to the *post-shift* time that a path and a network see;
+//! models of higher resolution need more of it. The two times are different types here, since a second
+//! shift by mistake fails silently.
 
 use tch::{Device, Kind, Tensor};
 
@@ -23,7 +23,7 @@ pub struct PreShift {
     range: (f64, f64),
 }
 
-/// Times after the shift, one per sample, `[B]` in [0, 1]: what paths and networks see.
+/// Times after the shift, one per sample, `[B]` in [0, 1], for paths and networks.
 #[derive(Debug)]
 pub struct PostShift {
     times: Tensor,
@@ -59,8 +59,8 @@ macro_rules! time_methods {
                 Ok(Self::within(Tensor::f_full([batch], time, options)?, (time, time)))
             }
 
-            /// Times that are known to lie in `range`, which is kept on the host: what depends on the
-            /// extremes can be refused without reading the times from a device.
+            /// Times that are known to lie in `range`. The range is on the host, so that checks of the
+            /// extremes need not read the times from a device.
             pub(crate) fn within(times: Tensor, range: (f64, f64)) -> Self {
                 Self { times, range }
             }
@@ -125,8 +125,8 @@ impl PostShift {
         Self::within(times, self.range)
     }
 
-    /// The times as a network is handed them beside `noised`: float64 would spread through it from them
-    /// to samples that are not.
+    /// The times as a network is handed them with `noised`, not in float64 unless `noised` is: the type would
+    /// spread to the samples.
     pub(crate) fn for_network(&self, noised: &Tensor) -> Result<Tensor> {
         let too_wide = self.times.f_kind()? == Kind::Double && noised.f_kind()? != Kind::Double;
         if too_wide { widen_like(&self.times, noised) } else { Ok(self.times.shallow_clone()) }
@@ -182,7 +182,7 @@ impl Shift {
     /// # assert_eq!(time.tensor().double_value(&[0]), 0.5);
     /// # Ok::<(), decoupled_dmd::Error>(())
     /// ```
-    /// What has been shifted is a [`PostShift`], which a second shift does not take:
+    /// Shifted times are a [`PostShift`], which a second shift does not take:
     ///
     /// ```compile_fail,E0308
     /// # use decoupled_dmd::{PreShift, Shift};
@@ -228,8 +228,8 @@ impl From<Shift> for f64 {
 /// `t / (t + k (1 - t))`; the denominator is positive on [0, 1].
 fn rational(t: &Tensor, k: f64) -> Result<Tensor> {
     let t = widen(t)?;
-    // Added up as written: a sum of t and what is not negative never rounds below t, so that no
-    // quotient exceeds 1. `t (1 - k) + k` can.
+    // The sum as written: t plus a number that is not negative never rounds below t, so that no quotient
+    // exceeds 1. With `t (1 - k) + k` one can.
     let denominator = t.f_neg()?.f_add_scalar(1.0)?.f_mul_scalar(k)?.f_add(&t)?;
     Ok(t.f_div(&denominator)?)
 }

@@ -1,4 +1,4 @@
-//! A whole rollout, kept: every step's input and prediction, for several losses to draw from.
+//! Trajectories: whole rollouts, with the input and the prediction of every step, for several losses.
 
 use tch::{Device, Kind, Tensor};
 
@@ -9,13 +9,13 @@ use crate::numeric::{batch_size, numbers, per_sample};
 use crate::time::PreShift;
 use crate::value::checked;
 
-/// One rollout of a student over its grid, without a graph; made by
-/// [`Sampler::trajectory`](crate::Sampler::trajectory).
+/// One rollout of a student over its grid, without a graph;
+/// [`Sampler::trajectory`](crate::Sampler::trajectory) returns it.
 ///
 /// [`Sampler::simulate`](crate::Sampler::simulate) spends a rollout on one step of the grid, the same
-/// for the whole batch. A kept rollout serves all of them: each sample its own step, the student's
-/// update and those of the fake score (the way of CDM, arXiv 2605.06376). Within a batch all student
-/// times then occur, which takes noise out of the gradient.
+/// for the whole batch. A trajectory serves all steps, for the update of the student and the updates of the
+/// fake score: each sample takes a step of its own (CDM, arXiv 2605.06376). Within a batch all student times
+/// then occur, which takes noise out of the gradient.
 #[derive(Debug)]
 pub struct Trajectory {
     /// The student's inputs, `[K, B, ..]`.
@@ -48,8 +48,8 @@ impl Trajectory {
         spread_steps(self.steps(), self.batch_size(), self.samples.device())
     }
 
-    /// The clean predictions `[B, ..]` of each sample at its step of `steps` `[B]`, without a graph:
-    /// what a fake score is trained on.
+    /// The clean predictions `[B, ..]` of each sample at its step of `steps` `[B]`, without a graph, to train
+    /// a fake score on.
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Kind`] unless `steps` are B whole numbers, [`Error::Device`]

@@ -1,4 +1,4 @@
-//! How often the fake score is trained for each update of the student.
+//! The ratio of updates of the fake score and of the student.
 
 use crate::error::{Error, Result};
 use crate::value::checked;
@@ -9,7 +9,7 @@ use crate::value::checked;
 ///
 /// | codebase | rule | its number | here |
 /// |---|---|---|---|
-/// | DMD2, Self-Forcing, FastVideo | the fake on every iteration, the student besides on each k-th | 5 | [`every_iteration(5)`](Self::every_iteration), 5 to 1 |
+/// | DMD2, Self-Forcing, FastVideo | the fake on every iteration, the student too on each k-th | 5 | [`every_iteration(5)`](Self::every_iteration), 5 to 1 |
 /// | FastGen, rCM, DiffSynth-Studio | on each k-th iteration the student in place of the fake | 5 | [`alternating(5)`](Self::alternating), 4 to 1 |
 /// | CDM | | 2 to 1 | [`new(2)`](Self::new) |
 ///
@@ -38,7 +38,7 @@ impl UpdateRatio {
         checked(what, "at least 1", fakes as f64, fakes >= 1).map(|_| Self(fakes))
     }
 
-    /// DMD2's count: the fake on every iteration, the student besides on each `k`-th; `k` to 1.
+    /// DMD2's count: the fake on every iteration, the student too on each `k`-th; `k` to 1.
     ///
     /// # Errors
     /// [`Error::OutOfRange`] if 0.

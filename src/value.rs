@@ -1,4 +1,4 @@
-//! Checked numbers: a value of these types is in range, wherever it came from.
+//! Checked numbers: a value of these types is in range, also one from a configuration.
 
 use crate::error::{Error, Result};
 
@@ -25,7 +25,7 @@ pub(crate) fn is_positive(value: f64) -> bool {
     (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&value)
 }
 
-/// A finite and positive number; what it stands for is said where it is made.
+/// A finite and positive number; the constructor is told its name.
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(try_from = "f64", into = "f64"))]

@@ -1,4 +1,4 @@
-//! How much each time counts in a denoising loss.
+//! Weightings of time in a denoising loss.
 
 use tch::Tensor;
 
@@ -7,7 +7,7 @@ use crate::path::Coefficients;
 use crate::prediction::Prediction;
 use crate::value::Positive;
 
-/// The weight of time in a denoising loss, whatever the network predicts:
+/// The weight of time in a denoising loss, for networks of every prediction type:
 ///
 /// ```text
 /// loss = mean W(t) (x0 - x0_hat)^2
@@ -25,14 +25,14 @@ use crate::value::Positive;
 ///
 /// | weighting | W | source |
 /// |---|---|---|
-/// | [`UNIFORM`](Self::UNIFORM) | that of the network's own type | DMD2, Self-Forcing, CDM; the default |
-/// | [`measured_as`](Self::measured_as) | that of a given type | the sample: Algorithm 1 of Decoupled DMD as printed, and FastGen's flow networks; noise: SimpleTuner |
+/// | [`UNIFORM`](Self::UNIFORM) | W of the network's own type | DMD2, Self-Forcing, CDM; the default |
+/// | [`measured_as`](Self::measured_as) | W of a given type | the sample: Algorithm 1 of Decoupled DMD as printed, and FastGen's flow networks; noise: SimpleTuner |
 /// | [`min_snr`](Self::min_snr) | min(a^2 / s^2, clip) | Hang et al. 2023, clip 5; TDM |
 /// | [`edm`](Self::edm) | (sigma^2 + d^2) / (sigma d)^2, sigma = s / a | Karras et al. 2022, d = 0.5 |
 ///
 /// The loss is computed in the network's own type with the weight converted, so that `min_snr` is
-/// finite at both ends of the path for every type but the score. The others weigh an end without
-/// bound where their W does: keep the times off it.
+/// finite at both ends of the path for every type but the score. The weight of the others is unbounded at an
+/// end where their W is: keep the times off it.
 ///
 /// Choosing the sample in place of the flow velocity takes nearly all weight from the clean side,
 /// where CFG Augmentation works.

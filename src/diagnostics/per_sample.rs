@@ -4,8 +4,8 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 
-/// One number for each sample of the batch, on the device, with the samples at which it is undefined
-/// marked: a cosine with a vanishing vector, a sample that is not finite or wholly masked.
+/// One number for each sample of the batch, on the device. Samples at which it is undefined are marked: a
+/// cosine with a vanishing vector, a sample that is not finite or wholly masked.
 #[derive(Debug)]
 pub struct PerSample {
     values: Tensor,
@@ -30,7 +30,7 @@ impl PerSample {
         &self.values
     }
 
-    /// Where they are defined, `[B]` of booleans.
+    /// Whether each number is defined, `[B]` of booleans.
     pub fn defined(&self) -> &Tensor {
         &self.defined
     }

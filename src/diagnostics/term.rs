@@ -1,4 +1,4 @@
-//! What one term found.
+//! Diagnostics of one term.
 
 use tch::{Kind, Tensor};
 
@@ -7,11 +7,11 @@ use crate::error::Result;
 use crate::normalizer::Distance;
 use crate::numeric::{compute_kind, masked_mean};
 
-/// What one term of an objective found at its probe.
+/// The diagnostics of one term of an objective at its probe.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct TermDiagnostics {
-    /// The post-shift noise level of each sample at which the term looked, `[B]`: what to bin by.
+    /// The post-shift time tau of each sample at the term's probe, `[B]`, to bin the other numbers by.
     pub tau: Tensor,
     /// rms(d), the size of the update: direction after the normaliser, before the weight. Terms
     /// without a direction (a plain loss) have none.
@@ -24,10 +24,10 @@ pub struct TermDiagnostics {
     pub on_guard: Option<PerSample>,
     /// The teacher's score against the fake one, of Distribution Matching.
     pub scores: Option<ScoreDiagnostics>,
-    /// What the term passed to [`Probe::observe`](crate::Probe::observe): scalars, or `[B]`.
+    /// The numbers that the term passed to [`Probe::observe`](crate::Probe::observe): scalars, or `[B]`.
     pub observations: Vec<(&'static str, Tensor)>,
     pub(crate) role: Role,
-    /// Masked.
+    /// The direction, zero where the mask leaves an element out.
     pub(crate) direction: Option<Tensor>,
     mask: Option<Tensor>,
 }
@@ -69,7 +69,7 @@ impl TermDiagnostics {
         Ok(())
     }
 
-    /// From the flow velocities of both scores, up to one factor for each sample.
+    /// Sets the scores from their flow velocities, given up to one factor for each sample.
     pub(crate) fn set_scores(
         &mut self,
         noised: &Tensor,
@@ -120,8 +120,8 @@ impl TermDiagnostics {
     }
 }
 
-/// The teacher's conditional prediction against that of the fake score, at one tau and noise, as
-/// flow velocities u = eps - x0 (`s u = x_tau - (a + s) x0`, whatever the networks predict).
+/// The teacher's conditional prediction against the fake score's, at one tau and noise, as flow velocities
+/// u = eps - x0. They come from the clean samples of networks of any type: `s u = x_tau - (a + s) x0`.
 ///
 /// Undefined for a sample at which a velocity in the denominator is below a hundred rounding steps
 /// of the noised sample: at the clean end both scores vanish, and their angle is rounding noise.

@@ -1,4 +1,4 @@
-//! The noise angle of a path, and derivatives of what a path does, along time.
+//! The noise angle of a path, and derivatives of coefficients and angle by time.
 
 use tch::{Kind, Tensor, with_grad};
 
@@ -51,7 +51,7 @@ impl Angle {
         Ok(self.phi.f_sub(&other.phi)?)
     }
 
-    /// Refuses times whose cleanest has a vanishing sine, seen on the host.
+    /// Refuses times whose cleanest has a vanishing sine, evaluated on the host.
     pub(crate) fn check_clean_end(path: &dyn NoisePath, time: &PostShift) -> Result<()> {
         let (a, s) = coefficients_at(path, time.range().1)?;
         let sine = s / a.hypot(s);
@@ -60,7 +60,7 @@ impl Angle {
         Ok(())
     }
 
-    /// Refuses a path whose angle is the same before and after `step`, seen at a few times on the host.
+    /// Refuses a path whose angle is the same before and after `step`, evaluated at a few times on the host.
     pub(crate) fn check_changes(path: &dyn NoisePath, step: f64) -> Result<()> {
         let angle = |time: f64| -> Result<f64> {
             let (a, s) = coefficients_at(path, time.min(1.0))?;

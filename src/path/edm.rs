@@ -107,7 +107,7 @@ impl Edm {
         })
     }
 
-    /// The times `[B]` of sigmas `[B]`, which are first brought into their range.
+    /// The times `[B]` of sigmas `[B]`, which are first clamped to their range.
     pub(crate) fn times_near(&self, sigma: &Tensor) -> Result<Tensor> {
         let (low, high) = self.roots();
         let root = sigma.f_clamp(self.sigma_min, self.sigma_max)?;
@@ -119,7 +119,7 @@ impl Edm {
         (self.sigma_min.powf(self.rho.recip()), self.sigma_max.powf(self.rho.recip()))
     }
 
-    /// The time of one sigma, likewise.
+    /// The time of one sigma, clamped likewise.
     pub(crate) fn time_near(&self, sigma: f64) -> f64 {
         let (low, high) = self.roots();
         ((high - sigma.powf(self.rho.recip())) / (high - low)).clamp(0.0, 1.0)
@@ -133,7 +133,7 @@ impl NoisePath for Edm {
     }
 }
 
-/// The path as a configuration spells it; numbers left out are those of the paper.
+/// The form of the path in a configuration; numbers left out are the paper's.
 #[cfg(feature = "serde")]
 mod config {
     use crate::error::{Error, Result};

@@ -11,13 +11,13 @@ use crate::time::PostShift;
 
 /// TrigFlow: a = cos(angle), s = sin(angle), with the angle `pi/2 (1 - t)` in [0, pi/2].
 ///
-/// For data of unit standard deviation: divide by the data's, as sCM does with its `sigma_d`.
+/// For data of unit standard deviation: divide other data by their own, as sCM does by its `sigma_d`.
 /// Lu & Song, arXiv 2410.11081, Section 3; used by sCM. Its network output F has
 /// `x0 = cos(angle) x_t - sin(angle) F`: that is [`Velocity`](crate::Prediction::Velocity), which is
 /// singular nowhere. sCM's networks are fed the [`angle`](Self::angle).
 ///
-/// rCM draws its times on this path, but its networks are those of Wan: wrap them on
-/// [`RectifiedFlow`](crate::RectifiedFlow), as the guide's table of models has it.
+/// rCM draws its times on this path, but its networks are Wan's: wrap them on
+/// [`RectifiedFlow`](crate::RectifiedFlow), as in the guide's table of models.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct TrigFlow;

@@ -140,7 +140,7 @@ impl VariancePreserving {
     }
 }
 
-/// The path as a configuration spells it.
+/// The form of the path in a configuration.
 #[cfg(feature = "serde")]
 mod config {
     use crate::error::{Error, Result};

@@ -1,4 +1,4 @@
-//! Adversarial regularization: a critic learns to tell samples from data, the samples learn to pass.
+//! Adversarial regularization: a critic learns to tell samples from data, and the student learns to pass.
 
 mod critic_evaluation;
 mod critic_heads;
@@ -26,7 +26,8 @@ use crate::value::checked;
 
 type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 
-/// Adversarial loss: moves the samples to where a critic, trained beside, takes them for real.
+/// Adversarial loss: moves the samples to where a critic, trained along with the student, takes them for
+/// real.
 ///
 /// ```text
 /// generator:  mean softplus(-D(x_t))                                at tau of the probe
@@ -51,7 +52,7 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 ///
 /// Weights of the generator's loss in public recipes are small: 5e-3 (SDXL, DMD2), 3e-2 (large
 /// models, FastGen). Give the generator's group the same renoising as the critic's training: at other
-/// times the critic has not learnt anything.
+/// times the critic is untrained.
 ///
 /// # Shapes
 /// x and real samples `[B, ..]`, as many of one as of the other, to a scalar in float32 or wider.
@@ -62,9 +63,9 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 /// Teacher: none.
 ///
 /// **Gradients.** The generator's gradient is computed when the loss is, runs through the critic and
-/// its frozen trunk, and ends in x alone: parameters of the critic receive none, whatever
-/// `requires_grad` says. The critic's loss sees detached samples: its gradient ends in the parameters
-/// of the critic.
+/// its frozen trunk, and ends in x alone: parameters of the critic receive none, also those with
+/// `requires_grad`. The critic's loss sees detached samples: its gradient ends in the parameters of the
+/// critic.
 ///
 /// # Errors
 /// [`Error::Missing`] without [`Batch::with_real`], which the critic needs, and the generator in the
@@ -103,7 +104,7 @@ pub struct Adversarial<'a> {
     critic: Box<Critic<'a>>,
     gan_loss: GanLoss,
     penalty: Option<CriticPenalty>,
-    /// Set once the critic was found to live on the teacher's path.
+    /// Set once the path of the critic was compared with the teacher's.
     shares_path: OnceCell<()>,
 }
 
@@ -167,16 +168,16 @@ impl<'a> Adversarial<'a> {
     /// [`renoising`](Self::renoising), fresh noise.
     ///
     /// # Errors
-    /// As those of the term.
+    /// As the term.
     pub fn critic_loss(&self, batch: &Batch<'_>) -> Result<Tensor> {
         Ok(self.critic_evaluation(batch)?.loss)
     }
 
     /// [`critic_loss`](Self::critic_loss) at given times (B of them) and noise; `perturbation` is the
-    /// unit noise n of the approximate R1, which alone reads it. Both are shaped like x.
+    /// unit noise n of the approximate R1; other penalties do not read it. Both are shaped like x.
     ///
     /// # Errors
-    /// As those of the term, and [`Error::Shape`] and the like if times or noise do not fit.
+    /// As the term, and [`Error::Shape`] and the like if times or noise do not fit.
     pub fn critic_loss_at(
         &self,
         batch: &Batch<'_>,
@@ -187,10 +188,10 @@ impl<'a> Adversarial<'a> {
         Ok(self.critic_evaluation_at(batch, time, noise, perturbation)?.loss)
     }
 
-    /// [`critic_loss`](Self::critic_loss) with the logits behind it, for a log.
+    /// [`critic_loss`](Self::critic_loss) with its logits, for a log.
     ///
     /// # Errors
-    /// As those of the term.
+    /// As the term.
     pub fn critic_evaluation(&self, batch: &Batch<'_>) -> Result<CriticEvaluation> {
         let x = batch.x();
         let time = self.renoising.draw(&*self.path, x, batch.student_time())?;
@@ -218,7 +219,7 @@ impl<'a> Adversarial<'a> {
         let fake_logits = self.logits(&fake, time, batch.cond())?;
         let (real_logits, penalty) = match self.penalty {
             None => (self.logits(&real, time, real_cond)?, None),
-            // The slope needs a graph, also where the caller wants none of the loss.
+            // The slope needs a graph, also under the caller's no_grad.
             Some(CriticPenalty::R1 { gamma }) => tch::with_grad(|| -> Result<_> {
                 let real = real.f_set_requires_grad(true)?;
                 let logits = self.logits(&real, time, real_cond)?;
@@ -260,7 +261,7 @@ impl<'a> Adversarial<'a> {
     }
 }
 
-/// The real samples in the type of x, as many as of x.
+/// The real samples in the type of x, one for each sample.
 fn paired_real(batch: &Batch<'_>) -> Result<Tensor> {
     let real = batch.real()?;
     check_size("real samples", real, &batch.x().size())?;
@@ -269,10 +270,10 @@ fn paired_real(batch: &Batch<'_>) -> Result<Tensor> {
 
 /// Mean over samples of the squared slope of their mean logit, with a graph.
 fn slope(logits: &Tensor, at: &Tensor) -> Result<Tensor> {
-    // Samples do not mix, so the slope of the sum holds that of each.
+    // Samples do not mix, so the slope of the sum holds the slope of each.
     let sum = logits.f_mean_dim(&[1i64][..], false, None::<Kind>)?.f_sum(None::<Kind>)?;
     if !sum.requires_grad() {
-        // Neither sample nor parameters: libtorch would follow a graph that is not there.
+        // The logits depend on neither sample nor parameters: there is no graph to differentiate.
         return Ok(sum.f_zeros_like()?);
     }
     let gradients = Tensor::f_run_backward(&[&sum], &[at], true, true)?;
@@ -282,7 +283,7 @@ fn slope(logits: &Tensor, at: &Tensor) -> Result<Tensor> {
             let per_sample = squared.f_sum_dim_intlist(&[1i64][..], false, None::<Kind>)?;
             Ok(per_sample.f_mean(None::<Kind>)?)
         }
-        // The critic does not look at the sample.
+        // The logits do not depend on the sample.
         None => Ok(sum.f_zeros_like()?),
     }
 }

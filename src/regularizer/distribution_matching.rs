@@ -1,4 +1,4 @@
-//! Distribution Matching (DM): the teacher's score against the score of the student's own samples.
+//! Distribution Matching (DM): the teacher's score against the score of the student's samples.
 
 use std::cell::OnceCell;
 
@@ -25,19 +25,18 @@ type LogRatio<'a> = dyn Fn(&Probe<'_>) -> Result<Tensor> + 'a;
 /// direction = (x0_cond - x0_fake) / n        at tau_DM
 /// ```
 /// Eq. 2 and Algorithm 1 of Decoupled DMD (arXiv 2511.22677), in clean-sample space; n is the
-/// probe's [`Normalizer`](crate::Normalizer). The *fake score* is a denoiser of the student's own
-/// samples; it owes its accuracy to [`denoising_loss`](Self::denoising_loss), which the caller
-/// minimises on every step, usually several times for each update of the student.
+/// probe's [`Normalizer`](crate::Normalizer). The *fake score* is a denoiser of the student's samples. The
+/// caller trains it on every step with [`denoising_loss`](Self::denoising_loss), usually several times for
+/// each update of the student.
 ///
 /// | parameter | meaning | default |
 /// |---|---|---|
 /// | `fake` | the fake score, a copy of the teacher at first, without guidance | |
 /// | [`renoising`](Self::renoising) | the times at which the fake score is trained | U(0, 1), then the shift; Algorithm 1 |
 /// | [`weighting`](Self::weighting) | how much each time counts in its training | uniform in its own prediction type; DMD2, Self-Forcing, CDM |
-///
 /// | [`divergence`](Self::divergence) | the divergence that is descended | reverse Kullback-Leibler; others by f-distill |
 ///
-/// How often the fake is trained is the loop's matter; [`UpdateRatio`](crate::UpdateRatio) counts.
+/// The loop decides how often the fake score is trained; [`UpdateRatio`](crate::UpdateRatio) counts.
 ///
 /// # Shapes
 /// x `[B, ..]` to a scalar, whose gradient in x is `-direction / numel`; see
@@ -48,8 +47,8 @@ type LogRatio<'a> = dyn Fn(&Probe<'_>) -> Result<Tensor> + 'a;
 ///
 /// # Errors
 /// [`Error::OutOfRange`](crate::Error::OutOfRange) if the fake is on another path than the teacher,
-/// seen on the first evaluation, or times may be at a singular end of a
-/// [`Prediction`](crate::Prediction); what the networks return.
+/// checked on the first evaluation, or times may be at a singular end of a
+/// [`Prediction`](crate::Prediction); errors of the networks.
 ///
 /// # Example
 /// ```
@@ -65,13 +64,13 @@ pub struct DistributionMatching<'a> {
     renoising: Renoising<'a>,
     weighting: Weighting,
     divergence: Option<(Divergence, Box<LogRatio<'a>>)>,
-    /// Set once the fake was found to live on the teacher's path.
+    /// Set once the path of the fake score was compared with the teacher's.
     shares_path: OnceCell<()>,
 }
 
 impl<'a> DistributionMatching<'a> {
-    /// With the fake score. It must live on the teacher's path, shift included: it is handed the same
-    /// noised samples, and it is trained at times with that shift.
+    /// With the fake score. Its path must be the teacher's, shift included: it is handed the same noised
+    /// samples, and it is trained at times with that shift.
     #[must_use]
     pub fn new(fake: Denoiser<'a>) -> Self {
         let renoising = Renoising::new(Uniform::FULL);
@@ -141,7 +140,7 @@ impl<'a> DistributionMatching<'a> {
     /// The direction `(x0_cond - x0_fake) / n`, `[B, ..]`, without a graph.
     ///
     /// # Errors
-    /// As those of the term.
+    /// As the term.
     pub fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
         let _no_grad = no_grad_guard();
         self.check_path(probe)?;
@@ -172,8 +171,8 @@ impl<'a> DistributionMatching<'a> {
         self.denoising_loss_at(batch, &time, &noise_like(batch.x())?)
     }
 
-    /// The loss of each sample, `[B]`, at given times and noise as
-    /// [`denoising_loss_at`](Self::denoising_loss_at), which is their mean: to be binned by noise level.
+    /// The loss of each sample, `[B]`, to be binned by noise level. Its mean is
+    /// [`denoising_loss_at`](Self::denoising_loss_at).
     ///
     /// # Errors
     /// As [`denoising_loss_at`](Self::denoising_loss_at).
@@ -206,9 +205,9 @@ impl<'a> DistributionMatching<'a> {
         let mut error = self.fake.denoising_error(batch.x(), time, noise, batch.cond(), mask)?;
         let at = self.fake.path().coefficients(time)?;
         if let Some(factor) = self.weighting.factor(self.fake.prediction(), &at)? {
-            // Paths answer in float64; the error keeps its type.
+            // Paths return float64; the error stays in its type.
             error = error.f_mul(&per_sample(&widen_like(&factor, &error)?, &error)?)?;
-            // It may be infinite at the time of a sample that is left out.
+            // The factor may be infinite at the time of a masked sample.
             error = masked(&error, mask)?;
         }
         Ok(error)

@@ -1,4 +1,4 @@
-//! Maximum mean discrepancy: the samples and the data agree in the mean of every feature of a kernel.
+//! Maximum mean discrepancy: a distance between the distributions of samples and data, seen by a kernel.
 
 mod kernel;
 
@@ -14,8 +14,8 @@ use crate::probe::Probe;
 use crate::regularizer::Regularizer;
 use crate::value::checked;
 
-/// Pairs in a block, unless one row has more: on a CPU what its cache holds, so that memory is read and
-/// written once for all passes; elsewhere enough to fill the device.
+/// Pairs in a block, unless one row has more. On a CPU a block fits the cache, so that memory is read and
+/// written once for all passes; elsewhere it fills the device.
 const CPU_PAIRS: i64 = 1 << 17;
 const PAIRS: i64 = 1 << 22;
 /// Numbers in the differences of a block, which the gradient of distances makes on CUDA.
@@ -25,7 +25,7 @@ const EXPLICIT_DIFFERENCES: i64 = 2;
 
 type Features<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
 
-/// How the expectations over pairs are estimated from samples.
+/// The estimator of the expectations over pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -39,15 +39,15 @@ pub enum Estimator {
     Biased,
 }
 
-/// Maximum mean discrepancy (MMD): the distance between the distribution of the samples and that of
-/// real ones, seen through a kernel, without a critic to train.
+/// Maximum mean discrepancy (MMD): the distance between the distributions of samples and real samples, seen
+/// through a kernel, without a critic to train.
 ///
 /// ```text
 /// E k(x, x') + E k(y, y') - 2 E k(x, y)        k(a, b) = k(|f(a) - f(b)|)
 /// ```
 /// Gretton et al., A Kernel Two-Sample Test (JMLR 2012), Lemma 6; x are the m samples, y the n real
 /// ones, f the features. It vanishes, for the kernels here, only where the distributions of f agree.
-/// Conditions are not looked at: the batch as a whole is compared with the real samples as a whole.
+/// Conditions are ignored: the batch as a whole is compared with the real samples as a whole.
 ///
 /// | parameter | meaning | default and its source |
 /// |---|---|---|
@@ -76,7 +76,7 @@ pub enum Estimator {
 /// [`Error::Missing`] without [`Batch::with_real`](crate::Batch::with_real); [`Error::OutOfRange`] for a
 /// single sample with the unbiased estimator; [`Error::NoGradient`] if `f` detaches;
 /// [`Error::Shape`], [`Error::Kind`] or [`Error::Device`] if the features of x and of the real samples
-/// do not fit each other; what `f` returns.
+/// do not fit each other; errors of `f`.
 ///
 /// # Example
 /// ```
@@ -116,7 +116,7 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         Ok(Self { kernel, estimator: Estimator::default(), features: None, against: Against::Real })
     }
 
-    /// Sets how the expectations are estimated.
+    /// Sets the estimator of the expectations.
     #[must_use]
     pub fn estimator(mut self, estimator: Estimator) -> Self {
         self.estimator = estimator;
@@ -175,7 +175,7 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
     /// differentiable in x.
     ///
     /// # Errors
-    /// As those of the term.
+    /// As the term.
     pub fn between(&self, x: &Tensor, real: &Tensor) -> Result<Tensor> {
         check_samples("real samples", real, 2)?;
         check_device("real samples", real, x)?;
@@ -262,8 +262,8 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         Ok((sum, Tensor::f_cat(&slopes, 0)?))
     }
 
-    /// The sum of k over all pairs of rows of x, those of one row with itself among them, in float64,
-    /// and half of its gradient in x if `is_sloped`, else zeros. Pairs in different blocks are met once.
+    /// The sum of k over all pairs of rows of x, a row with itself among them, in float64, and half of its
+    /// gradient in x if `is_sloped`, else zeros. Pairs in different blocks are visited once.
     fn among_rows(&self, x: &Tensor, unit: &Tensor, is_sloped: bool) -> Result<(Tensor, Tensor)> {
         let mut sum = Tensor::f_zeros([0i64; 0], (Kind::Double, x.device()))?;
         let slope = x.f_zeros_like()?;
@@ -289,8 +289,7 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
 
     /// All pairs of a row of x and a row of y, at once.
     ///
-    /// Distances are those of explicit differences: |x|^2 + |y|^2 - 2 xy would lose close pairs to
-    /// rounding.
+    /// Distances come from explicit differences: |x|^2 + |y|^2 - 2 xy would lose close pairs to rounding.
     fn pairs(&self, x: &Tensor, y: &Tensor, unit: &Tensor) -> Result<Pairs> {
         let distance = Tensor::f_cdist(x, y, 2.0, EXPLICIT_DIFFERENCES)?;
         let (value, mut slope) = self.kernel.evaluate(&distance.f_square()?, unit)?;
@@ -326,7 +325,7 @@ impl Pairs {
     }
 }
 
-/// How many rows meet, in one block, `count` others of `numbers` numbers in all.
+/// The number of rows of a block against `count` other rows of `numbers` numbers in all.
 fn rows_in_block(device: Device, count: i64, numbers: usize) -> i64 {
     let rows = |block: i64, row: i64| block.checked_div(row).unwrap_or(1).max(1);
     if device == Device::Cpu {
@@ -361,7 +360,7 @@ mod tests {
 
     #[test]
     fn blocks_fit_the_cache_of_a_cpu_and_the_memory_of_a_gpu() {
-        // On a CPU whatever the width.
+        // On a CPU the width does not matter.
         assert_eq!(rows_in_block(Device::Cpu, 1024, 1024), 128);
         assert_eq!(rows_in_block(Device::Cpu, 1024, 1024 * 65_536), 128);
         // Elsewhere 4.2 million pairs, or 67 million numbers of their differences.

@@ -1,4 +1,4 @@
-//! Mean-variance regularization: every sample keeps the average statistics of the data.
+//! Mean-variance regularization: mean and variance of every sample against their averages over the data.
 
 use std::cell::{Cell, RefCell};
 
@@ -11,7 +11,7 @@ use crate::probe::Probe;
 use crate::regularizer::Regularizer;
 use crate::value::{checked, is_positive};
 
-/// Over what the mean and the variance of a sample are taken.
+/// The elements over which the mean and the variance of a sample are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -23,7 +23,7 @@ pub enum Statistics {
 }
 
 /// The non-parametric regularizer: the KL divergence between two Gaussians, one with the statistics
-/// of a generated sample and one with those of the data.
+/// of a generated sample and one with the statistics of the data.
 ///
 /// ```text
 /// 0.5 mean [ (v + (m - mu)^2) / var - 1 - ln(v / var) ]
@@ -35,9 +35,9 @@ pub enum Statistics {
 /// ```text
 /// 1 / (G N) [ (x - mu) / var - (x - m) / v ]
 /// ```
-/// is zero exactly where m and v meet the target. It needs no network, stabilises CFG Augmentation,
-/// and is blind to structure. It also pulls every single sample to the *average* statistics, so a
-/// dark picture is penalised as such: keep the weight small.
+/// is zero exactly where m and v meet the target. The term needs no network, stabilises CFG Augmentation,
+/// and is blind to structure. It pulls every single sample to the *average* statistics and so penalises a
+/// picture for being dark: keep the weight small.
 ///
 /// | parameter | meaning | default and its source |
 /// |---|---|---|
@@ -47,7 +47,7 @@ pub enum Statistics {
 ///
 /// The target variance is the average of v, not the variance of all elements pooled, which would add
 /// the spread of m between samples. Measure latents as the network sees them, after the scale and
-/// shift of the autoencoder. The paper states no weight; compare the gradient with that of the
+/// shift of the autoencoder. The paper states no weight; compare the gradient with the gradients of the
 /// other terms.
 ///
 /// Below the floor, ln v continues as its tangent there, `ln f + v / f - 1`: a collapsed sample is
@@ -60,8 +60,8 @@ pub enum Statistics {
 /// computed in float32, or float64 for such x.
 ///
 /// # Forwards
-/// None. The gradient flows into x, once: second derivatives are not those of the formula. Targets
-/// carry none.
+/// None. The gradient flows into x, once: second derivatives differ from the formula's. Targets carry no
+/// gradient.
 ///
 /// # Errors
 /// [`Error::Shape`] if the samples have no channels or not as many as the target.
@@ -129,8 +129,8 @@ impl MeanVariance {
     /// target_k = target_(k-1) + (1 - decay) / (1 - decay^k) (average of the batch - target_(k-1))
     /// ```
     /// for the k-th batch: the exponential moving average with its bias corrected as in Adam. The
-    /// first batch replaces the target; decay 1 is the plain average of all batches. `updates` is
-    /// how many batches the present target stands for: 0 for a guess, 1 for one
+    /// first batch replaces the target; decay 1 is the plain average of all batches. `updates` is the number
+    /// of batches that the present target stands for: 0 for a guess, 1 for a target
     /// [`measured`](Self::measured) on a batch. To resume a training, restore
     /// [`target`](Self::target) through the constructor and [`updates`](Self::updates) here.
     ///
@@ -143,12 +143,12 @@ impl MeanVariance {
         Ok(self)
     }
 
-    /// Moves a [`running`](Self::running) target toward the averages over real samples `[M, ..]`, or
-    /// over those of a many-step teacher. Each batch counts the same, whatever M is.
+    /// Moves a [`running`](Self::running) target toward the averages over real samples `[M, ..]`, or over
+    /// samples of a many-step teacher. Each batch counts the same, for every M.
     ///
     /// # Errors
-    /// As [`measured`](Self::measured), which leaves the target as it was; [`Error::Shape`] if the
-    /// channels are not those of the target; [`Error::OutOfRange`] if the target is not running.
+    /// As [`measured`](Self::measured), which leaves the target as it was; [`Error::Shape`] if the samples
+    /// have other channels than the target; [`Error::OutOfRange`] if the target is not running.
     pub fn update(&self, real: &Tensor) -> Result<()> {
         let Some(decay) = self.decay else {
             let what = "decay of the running target";
@@ -174,7 +174,7 @@ impl MeanVariance {
         Ok(())
     }
 
-    /// How many batches the target stands for; see [`running`](Self::running).
+    /// The number of batches that the target stands for; see [`running`](Self::running).
     pub fn updates(&self) -> u64 {
         self.updates.get()
     }
@@ -258,7 +258,7 @@ impl Regularizer for MeanVariance {
             return Err(Error::shape("x", expected, &probe.x().size()));
         }
         let like_mean = |t: &Tensor| {
-            // From the CPU not waited for: libtorch copies the numbers before it returns.
+            // A copy from the CPU is not waited for: libtorch copies the numbers before it returns.
             let non_blocking = t.device() == Device::Cpu;
             t.f_to_device_(mean.device(), mean.f_kind()?, non_blocking, false)
         };

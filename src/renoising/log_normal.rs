@@ -12,7 +12,7 @@ use crate::value::checked;
 /// The times at which EDM trains: ln sigma ~ N(mean, std^2), brought into the range of the path.
 ///
 /// Karras et al., arXiv 2206.00364, Table 1, with mean -1.2 and std 1.2, the default here. The times
-/// are those of an [`Edm`] path and want no shift.
+/// belong to an [`Edm`] path and need no shift.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(try_from = "config::LogNormal"))]
@@ -42,7 +42,7 @@ impl LogNormal {
     }
 }
 
-/// The distribution as a configuration spells it; what is left out is EDM's.
+/// The form of the distribution in a configuration; numbers left out are EDM's.
 #[cfg(feature = "serde")]
 mod config {
     use crate::error::{Error, Result};

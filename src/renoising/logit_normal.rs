@@ -8,14 +8,14 @@ use crate::renoising::{TimeDistribution, Z_MAX, normal_quantile};
 use crate::time::PreShift;
 use crate::value::checked;
 
-/// Logit-normal times stay this far from both ends, whatever the parameters: float32 still tells
-/// them from 0 and 1.
+/// The distance of logit-normal times from both ends, for all parameters: float32 still tells them from 0
+/// and 1.
 const OPEN_END: f64 = 1.0 / 16_777_216.0;
 
 /// `t = sigmoid(mean + std z)` with z standard normal (SD3). A positive mean favours the clean end: where
 /// t is the noise level, as in SD3 and LADD, the mean has the other sign.
 ///
-/// z is kept within 5.5 of 0 and t off 0 and 1 by 2^-24, so that no draw gives an end of the path.
+/// z is clamped to 5.5 and t to 2^-24 off 0 and 1, so that no draw gives an end of the path.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(try_from = "super::config::LogitNormal"))]

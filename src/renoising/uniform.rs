@@ -1,4 +1,4 @@
-//! Even re-noising times: over a fixed range, or above the student.
+//! Uniform re-noising times: over a fixed range, or above the student.
 
 use tch::Tensor;
 
@@ -8,7 +8,7 @@ use crate::renoising::TimeDistribution;
 use crate::time::PreShift;
 use crate::value::checked;
 
-/// Evenly between two pre-shift times: tau_DM over the full range by default (Algorithm 1).
+/// Uniform times between two pre-shift times: tau_DM over the full range by default (Algorithm 1).
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(try_from = "super::config::Uniform"))]
@@ -39,7 +39,7 @@ impl TimeDistribution for Uniform {
     }
 }
 
-/// Evenly above the student's own time, `tau ~ U(t + gap, high)`: the constrained schedule of
+/// Uniform times above the student's own time, `tau ~ U(t + gap, high)`: the constrained schedule of
 /// tau_CA (Section 4.1 and Algorithm 1), drawn before the shift.
 ///
 /// Where `t + gap` exceeds `high` the range is empty and tau is `high`.

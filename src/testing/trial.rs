@@ -31,7 +31,7 @@ impl Trial {
         let tau_kind = if kind == Kind::Double { Kind::Double } else { Kind::Float };
         let numel = x.numel() as i64;
         let phase = Tensor::f_arange(numel, (Kind::Double, x.device()))?.f_mul_scalar(2.4)?;
-        // Without a period, and of unit variance.
+        // A wave without a period, of unit variance.
         let noise =
             phase.f_sin()?.f_mul_scalar(std::f64::consts::SQRT_2)?.f_view(x.size().as_slice())?;
         let input = batch.student_input().ok();
@@ -54,7 +54,7 @@ impl Trial {
         &self.x
     }
 
-    /// Shows a term this trial's probe.
+    /// Calls `look` with the probe of this trial.
     pub(super) fn run<T>(
         &self,
         teacher: &Denoiser<'_>,
@@ -66,7 +66,7 @@ impl Trial {
         })
     }
 
-    /// Shows a term this trial's batch.
+    /// Calls `look` with the batch of this trial.
     pub(super) fn with_batch<T>(&self, look: impl FnOnce(&Batch<'_>) -> Result<T>) -> Result<T> {
         let mut batch = Batch::new(&self.x, &self.cond)?;
         if let Some(null) = &self.null {
@@ -90,7 +90,7 @@ impl Trial {
         look(&batch)
     }
 
-    /// The samples, and all that belongs to them one by one, from last to first.
+    /// The trial with samples, and all tensors with one entry for each sample, from last to first.
     pub(super) fn reversed(&self) -> Result<Self> {
         let belongs = |tensor: &Tensor| tensor.size().first() == self.x.size().first();
         self.map(|tensor| {
@@ -98,7 +98,7 @@ impl Trial {
         })
     }
 
-    /// The first sample all NaN, and the student's input of which it was made.
+    /// The trial with NaN in the first sample and in the student's input for it.
     pub(super) fn with_bad_first(&self) -> Result<Self> {
         let spoil = |tensor: &Tensor| -> Result<()> {
             let _no_grad = no_grad_guard();
@@ -114,7 +114,7 @@ impl Trial {
         Ok(spoilt)
     }
 
-    /// One element, counted over the whole batch, moved by `offset`.
+    /// The trial with one element, counted over the whole batch, moved by `offset`.
     pub(super) fn moved(&self, element: i64, offset: f64) -> Result<Self> {
         let moved = self.same()?;
         let _no_grad = no_grad_guard();
@@ -122,12 +122,12 @@ impl Trial {
         Ok(moved)
     }
 
-    /// The same trial with samples of its own.
+    /// A copy of the trial with samples of its own.
     fn same(&self) -> Result<Self> {
         self.map(|tensor| Ok(tensor.shallow_clone()))
     }
 
-    /// Every tensor changed by `change`; the samples are copied.
+    /// The trial with every tensor changed by `change`; the samples are copied.
     fn map(&self, change: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
         let condition = |condition: &Condition| -> Result<Condition> {
             Ok(condition.iter().map(&change).collect::<Result<Vec<_>>>()?.into())

@@ -1,12 +1,12 @@
-//! The critic's loss, and what it thinks of both sides.
+//! The critic's loss with its logits on both sides.
 
 use tch::{Kind, Tensor, no_grad_guard};
 
 use crate::error::Result;
 use crate::numeric::numbers;
 
-/// The critic's loss with the logits that it was made of; from
-/// [`Adversarial::critic_evaluation`](crate::Adversarial::critic_evaluation).
+/// The critic's loss with its logits;
+/// [`Adversarial::critic_evaluation`](crate::Adversarial::critic_evaluation) returns it.
 #[derive(Debug)]
 #[non_exhaustive]
 #[must_use = "a loss does nothing until it is propagated"]
@@ -22,15 +22,14 @@ pub struct CriticEvaluation {
 impl CriticEvaluation {
     /// The health of the game as named numbers, for a log, read with one wait for the device:
     ///
-    /// | name | what | how to read it |
+    /// | name | definition | how to read it |
     /// |---|---|---|
     /// | `real_logit`, `fake_logit` | mean D(y_t), mean D(x_t) | |
-    /// | `logit_gap` | the former less the latter | far above what it was: the critic has won; around 0: it sees no difference |
+    /// | `logit_gap` | `real_logit` - `fake_logit` | far above earlier values: the critic has won; around 0: it sees no difference |
     /// | `real_accuracy`, `fake_accuracy` | share of D(y_t) > 0, of D(x_t) < 0 | both above 0.95, or below 0.55: likewise |
     ///
     /// The bounds are a rule of thumb of a trainer with the hinge loss, which names a gap of 15 for the
-    /// *sum* of six heads. In the relativistic form D may gain any constant: the gap alone means
-    /// something.
+    /// *sum* of six heads. In the relativistic form D may gain any constant: only the gap has a meaning.
     ///
     /// # Errors
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.

@@ -1,4 +1,4 @@
-//! Small trainable heads that turn the features of a frozen network into a critic.
+//! Critic heads: small trainable layers that turn the features of a frozen network into a critic.
 
 use tch::{Kind, Tensor, nn};
 
@@ -14,7 +14,7 @@ use crate::value::checked;
 /// ```
 /// with h the C features at one position of a level. The logits stay apart, `[B, K]`, so that each
 /// head meets the loss alone: summing heads before a hinge would let one cover for another. Positions
-/// are averaged before the loss, so a level counts the same whatever its resolution.
+/// are averaged before the loss, so a level counts the same at every resolution.
 ///
 /// In spirit LADD (Sauer et al. 2024), whose heads are larger and see the condition. Here time and
 /// condition reach the heads through the trunk alone.

@@ -1,12 +1,12 @@
-//! What a critic and a generator make of logits.
+//! GAN losses of critic and generator, and penalties of the critic.
 
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
 use crate::value::{checked, is_finite, is_positive};
 
-/// How logits become losses, each a mean over samples and heads. D is the critic, r a real sample, f
-/// a generated one.
+/// The losses of critic and generator from logits, each a mean over samples and heads. D is the critic, r a
+/// real sample, f a generated one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -43,11 +43,11 @@ impl GanLoss {
         }
     }
 
-    /// The generator's loss, a scalar, of logits `[B, K]` of generated samples; the logits `real` are asked
-    /// for only where the loss needs them.
+    /// The generator's loss, a scalar, from the logits `[B, K]` of generated samples; `real` is called only
+    /// where the loss needs the logits of real samples.
     ///
     /// # Errors
-    /// As [`critic`](Self::critic); whatever `real` returns.
+    /// As [`critic`](Self::critic); errors of `real`.
     pub fn generator(self, fake: &Tensor, real: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
         match self {
             Self::NonSaturating => mean(&softplus(&fake.f_neg()?)?),
@@ -57,7 +57,7 @@ impl GanLoss {
     }
 }
 
-/// What keeps a critic from becoming steep, added to its loss at the *noised* real samples x_t.
+/// A penalty on the slope of the critic, added to its loss at the *noised* real samples x_t.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]

@@ -1,4 +1,4 @@
-//! Kernels of squared distances, and the bandwidths they are measured in.
+//! Kernels of squared distances, and their bandwidths.
 
 use tch::{Device, Kind, Tensor};
 
@@ -58,16 +58,16 @@ pub enum Bandwidth {
 }
 
 impl Kernel {
-    /// Five radial basis functions around the median distance: scales 1/4, 1/2, 1, 2, 4, which are
-    /// those of DAN's code (factor 2, five kernels).
+    /// Five radial basis functions around the median distance, with the scales 1/4, 1/2, 1, 2, 4 of DAN's
+    /// code (factor 2, five kernels).
     #[must_use]
     pub fn gaussian() -> Self {
         let scales = vec![0.25, 0.5, 1.0, 2.0, 4.0];
         Self::Gaussian { bandwidth: Bandwidth::Median, scales }
     }
 
-    /// Seven inverse multiquadrics around the mean distance: scales 0.1 to 10, which are those of
-    /// WAE's code (Tolstikhin et al. 2018); its unit `2 dim sigma^2` is the mean of d^2 under its
+    /// Seven inverse multiquadrics around the mean distance, with the scales 0.1 to 10 of WAE's code
+    /// (Tolstikhin et al. 2018); its unit `2 dim sigma^2` is the mean of d^2 under its
     /// prior.
     #[must_use]
     pub fn inverse_multiquadric() -> Self {
@@ -156,8 +156,8 @@ impl Kernel {
     }
 }
 
-/// The mean over scales of a kernel and of its derivative, of which `part` gives the value and the fall,
-/// the derivative's negative, at one width.
+/// The mean over scales of a kernel and of its derivative. `part` gives the value and the fall, the negative
+/// of the derivative, at one width.
 fn mixture(
     squared: &Tensor,
     unit: &Tensor,
