@@ -112,7 +112,7 @@ fn work(options: &Options) -> Result<()> {
     );
     tch::set_num_threads(options.threads);
     let experiments = chosen(options)?;
-    // What hyper-parameters are chosen by is not what is reported.
+    // Captions that hyper-parameters are chosen on are not reported.
     let default = match (options.quick, options.selection) {
         (true, _) => "runs/ablation-quick",
         (false, true) => "runs/ablation-selection",
@@ -143,7 +143,7 @@ fn work(options: &Options) -> Result<()> {
     let count = if options.quick { 8 } else { options.captions };
     let bench = Bench::new(judge, &material, &data, count, options.selection)?;
     write_reference(&results, &material, &bench)?;
-    // Seed by seed, so that whatever has been run when the program is stopped is comparable.
+    // Seed by seed, so that the runs are comparable when the program is stopped.
     let seeds = |experiment: &Experiment| match (options.seeds, options.quick) {
         (Some(seeds), _) => seeds,
         (None, true) => 1,

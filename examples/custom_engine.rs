@@ -1,4 +1,4 @@
-//! An engine of one's own: auto-guidance (Karras et al. 2024), with a weaker model as the null
+//! A custom engine: auto-guidance (Karras et al. 2024), with a weaker model as the null
 //! branch. `./with-libtorch cargo run --example custom_engine`
 //!
 //! Data N(c, 0.5^2 I); the teacher is exact, the weak model believes in the wider N(c, 0.9^2 I). The
@@ -86,7 +86,7 @@ fn train(engine: Option<&dyn Engine>) -> Result<(Vec<f32>, Vec<f32>)> {
 fn main() -> Result<()> {
     let guidance = Guidance::new(1.5)?;
     let (cfg, auto) = (CfgAugmentation::new(guidance), AutoGuidance { weak: model(0.9), guidance });
-    // Shape, type, no graph, the same answer twice, samples that do not touch one another.
+    // Shape, type, no graph, the same result twice, independence of samples.
     let (x, cond) = (
         Tensor::linspace(-1.0, 1.0, 8, CPU).view([4, 2]),
         Condition::from(Tensor::zeros([4, 2], CPU)),

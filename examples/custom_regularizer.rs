@@ -1,4 +1,4 @@
-//! A regularizer of one's own: the batch keeps the mean and covariance of real samples.
+//! A custom regularizer: the batch keeps the mean and covariance of real samples.
 //! `./with-libtorch cargo run --example custom_regularizer`
 //!
 //! It is Eq. 7 of Decoupled DMD for a whole batch with a full covariance. The engine is CFG

@@ -79,8 +79,7 @@ fn main() -> anyhow::Result<()> {
         let cond = Condition::from(classes.index_select(0, &labels));
         let noise = Tensor::randn([BATCH, 2], CPU);
         let made = sampler.simulate(&noise, &cond, sampler.draw_step()?)?;
-        let batch =
-            Batch::new(&made.x, &cond)?.with_null(&null).with_student_time(&made.student_time)?;
+        let batch = Batch::of(&made, &cond)?.with_null(&null);
         fake_optimizer.backward_step(&dm.denoising_loss(&batch)?);
         if step % 3 == 0 {
             student_optimizer.backward_step(&objective.evaluate(&batch)?.loss);

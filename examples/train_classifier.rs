@@ -76,7 +76,7 @@ fn main() -> Result<()> {
     fs::create_dir_all(&arguments.out)
         .with_context(|| format!("creating {}", arguments.out.display()))?;
     classifier.save(&arguments.out)?;
-    // What was written is what gets judged, rounding included.
+    // The saved classifier is judged, rounding included.
     let classifier = Classifier::load(&arguments.out, Kind::Float, Device::Cpu)?;
     report(&arguments, classifier, &data)
 }

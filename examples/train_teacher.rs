@@ -330,7 +330,7 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// Where the run's state is kept; finds an unfinished run of the same recipe and data.
+/// The folder of the run's state; finds an unfinished run of the same recipe and data.
 fn open_states(arguments: &TeacherOptions, config: &Config) -> Result<StateFolder> {
     let identity = serde_json::json!({
         "recipe": arguments,

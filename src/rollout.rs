@@ -201,8 +201,8 @@ impl<'a> Sampler<'a> {
         self.predict_from_real(real, cond, &steps, &noise_like(real)?)
     }
 
-    /// [`simulate_from_real`](Self::simulate_from_real) at given steps `[B]`, whole numbers from 0, and unit noise
-    /// `[B, ..]`.
+    /// [`simulate_from_real`](Self::simulate_from_real) at given steps `[B]`, whole numbers from 0, and unit
+    /// noise `[B, ..]`.
     ///
     /// # Errors
     /// [`Error::OutOfRange`] if the grid has no such step; [`Error::Shape`], [`Error::Kind`] or

@@ -121,7 +121,7 @@ fn an_observer_and_a_repetition_leave_the_student_alone() -> Result<()> {
     Ok(())
 }
 
-/// The arms of the schedules are those of the library: loss and gradient, for the same draws.
+/// The arms of the schedules equal the library's schedules: loss and gradient, for the same draws.
 #[test]
 fn arms_of_the_schedules_are_the_presets() -> Result<()> {
     let _guard = seeded(2);
@@ -298,7 +298,7 @@ fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
     let before = std::fs::metadata(&path)?.modified()?;
     run(folder, folder, &arm, 0, &material, &bench)?;
     assert_eq!(std::fs::metadata(&path)?.modified()?, before);
-    // A result of other settings does not pass for that of these.
+    // A result of other settings is refused.
     let other = arm.clone().with(|arm| arm.student_learning_rate *= 2.0);
     let error = run(folder, folder, &other, 0, &material, &bench).unwrap_err().to_string();
     assert!(error.contains("ca-seed0.json was made with other settings"), "{error}");

@@ -68,7 +68,7 @@ fn algorithm_1_the_generator_step_without_a_normaliser() -> Result<()> {
 
 #[test]
 fn algorithm_1_the_gradients_of_ca_and_dm_match_central_differences() -> Result<()> {
-    // Of 0.5 mean (x - T)^2 with the target T = x + d held.
+    // Central differences of 0.5 mean (x - T)^2 with the target T = x + d held.
     let s = setting(Kind::Double);
     let (teacher, batch) = (gaussian_teacher(TEACHER_VARIANCE), s.batch());
     let tau = PostShift::new(s.u.shallow_clone())?;
@@ -167,7 +167,7 @@ fn engine_and_regularizer_may_have_shifts_of_their_own() -> Result<()> {
     let u = values(&ca_draw.u);
     let shifted = |k: f64| u.iter().map(|u| k * u / (1.0 + (k - 1.0) * u)).collect::<Vec<_>>();
     let times = calls.times.borrow();
-    // The clock of the shift runs from noise to data here: sigma = 1 - t is what grows.
+    // The clock of the shift runs from noise to data here: the shift enlarges sigma = 1 - t.
     let expected = [3.0, 3.0, 0.5].map(|k| shifted(1.0 / k));
     for (found, expected) in times.iter().zip(&expected) {
         for (found, expected) in found.iter().zip(expected) {
@@ -193,7 +193,7 @@ fn gradients_of_micro_batches_add_up_to_the_gradient_of_the_batch() -> Result<()
     let objective = Schedule::DecoupledFull.objective(teacher, Guidance::new(ALPHA)?, &dm);
     let mask = Tensor::from_slice(&[true, false, true, true]);
 
-    // Of student and fake score, from parts of the batch, each weighted by its share.
+    // Gradients of student and fake score, from parts of the batch, each weighted by its share.
     let gradients = |sizes: &[i64], is_masked: bool| -> Result<[Tensor; 2]> {
         let mut start = 0;
         for &size in sizes {

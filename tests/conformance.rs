@@ -100,7 +100,7 @@ fn maximum_mean_discrepancy() -> Result<(), Failure> {
     let teacher = gaussian_teacher(0.5);
     for kind in KINDS {
         let s = setting(kind);
-        // Few of its samples, so that their number is not that of the batch.
+        // Fewer real samples than samples of the batch.
         let (few, pooled) =
             (s.real.narrow(0, 0, 2), |x: &Tensor| x.f_mean_dim(&[2, 3][..], false, None));
         let with_few = s.batch().with_real(&few)?;
@@ -237,7 +237,7 @@ fn answers_may_differ_by_rounding_in_proportion_to_their_size() {
                 let calls = Cell::new(0);
                 let engine = engine_fn(|probe| {
                     calls.set(calls.get() + 1);
-                    // The first answer is what the others are compared with.
+                    // The first result is the reference for the others.
                     let factor = if calls.get() > 1 { 1.0 + error } else { 1.0 };
                     Ok(probe.x().detach() * factor)
                 });

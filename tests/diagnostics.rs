@@ -1,4 +1,4 @@
-//! Diagnostics: what is undefined is left out, what is bad is counted, one's own are kept.
+//! Diagnostics: values by hand, undefined numbers, samples that are not finite, observations of custom terms.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! The identities of the paper, each against a computation of its own.
+//! Identities of the paper that join several terms, each against a computation of its own.
 
 mod common;
 

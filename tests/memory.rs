@@ -1,4 +1,4 @@
-//! What a large batch costs in memory. One test, alone in its process, whose peak it reads.
+//! Peak memory of a large batch. One test, alone in its process, whose peak it reads.
 #![cfg(target_os = "linux")]
 
 use decoupled_dmd::{Bandwidth, Kernel, MaximumMeanDiscrepancy, Result};
@@ -21,7 +21,7 @@ fn the_discrepancy_never_holds_all_pairs() -> Result<()> {
         term.between(&x, &(points + 0.1))?.backward();
         Ok(peak())
     };
-    // What libtorch sets up once does not count.
+    // Libtorch's one-time setup does not count.
     let Some(before) = peak_with(10)? else {
         println!("skipped: the system does not tell the peak of the memory");
         return Ok(());

@@ -227,7 +227,7 @@ fn the_four_schedules_look_at_the_cleaner_side_on_every_path() -> Result<()> {
     let x = wave(&SHAPE, 0.3, Kind::Float);
     let time = PreShift::new(Tensor::from_slice(&student).to_kind(Kind::Float))?;
     for path in &paths() {
-        // The signal-to-noise ratio says which side is cleaner, whatever the clock of the path.
+        // The signal-to-noise ratio says which side is cleaner, on the clock of every path.
         let ratio = |t: f64| at(path, t).0 / at(path, t).1;
         let levels = student.map(|t| ratio(shift.of(t)));
         for (schedule, above) in Schedule::ALL.into_iter().zip(above) {

@@ -40,7 +40,7 @@ fn probe<'a>(teacher: &'a Denoiser<'a>, batch: &'a Batch<'a>) -> Result<Probe<'a
     Probe::at(teacher, batch, tau, wave(&[3, 2, 4], 5.0, batch.x().kind()))
 }
 
-/// A network that answers with the same tensor to all.
+/// A network with one output for all inputs.
 fn constant<'a>(answer: &Tensor) -> Denoiser<'a> {
     let answer = answer.detach();
     Denoiser::new(
@@ -58,9 +58,9 @@ fn pitfall_1_tau_of_ca_is_on_the_clean_side_and_an_empty_range_stays_in_bounds()
     let at_student = shift.apply(&student)?;
     for u in [0.0, 0.3, 0.999] {
         let tau = renoising.at(&RectifiedFlow, &Tensor::full([4], u, DOUBLE), Some(&student))?;
-        // Nothing is left above the last student: the bound, not beyond it and not NaN.
+        // The range above the last student is empty: the bound, not beyond it and not NaN.
         approx::assert_relative_eq!(values(tau.tensor())[3], shift.of(0.98), epsilon = 1e-15);
-        // Above in the paper's clock is below in that of every path: less noise to the data.
+        // Above in the paper's clock is less noise to the data on every path.
         for (which, path) in paths().iter().enumerate() {
             let levels = |time: &PostShift| -> Result<Vec<f64>> {
                 let Coefficients { data, noise } = path.coefficients(time)?;
@@ -202,7 +202,7 @@ fn pitfall_5_conversions_hold_at_the_ends_where_they_are_defined() -> Result<()>
     for prediction in everywhere.into_iter().chain([Prediction::Noise]) {
         assert!(error(&At(1.0, 0.0), prediction)? < 1e-15, "{prediction:?} at data");
     }
-    // Pure noise says nothing about x0: refused, not answered with an infinity.
+    // Pure noise says nothing about x0: refused, not converted to an infinity.
     for prediction in [Prediction::Noise, Prediction::Score] {
         let found = error(&At(0.0, 1.0), prediction);
         assert!(matches!(found, Err(Error::OutOfRange { .. })), "{prediction:?}: {found:?}");

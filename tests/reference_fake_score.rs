@@ -24,8 +24,8 @@ fn all_weightings() -> Result<[(&'static str, Weighting); 8]> {
     ])
 }
 
-/// How many of them are finite; 0 where the loss is refused, since the target of a score is infinite
-/// where the share of noise vanishes.
+/// The number of weightings with a finite loss; 0 where the loss is refused, since the target of a score is
+/// infinite where the share of noise vanishes.
 fn finite_weightings(prediction: Prediction, path: &str, times: &str) -> usize {
     let is_refused = reaches_noise(path, times) || (path, times) == ("vp_linear", "ends");
     match (times, prediction) {
@@ -36,7 +36,7 @@ fn finite_weightings(prediction: Prediction, path: &str, times: &str) -> usize {
     }
 }
 
-/// What distinguishes a case.
+/// The parameters of a case.
 struct Case<'a> {
     path: &'a str,
     prediction: Prediction,

@@ -56,7 +56,7 @@ impl TimeDistribution for Given {
     }
 }
 
-/// What distinguishes a case.
+/// The parameters of a case.
 #[derive(Clone, Copy)]
 struct Case<'a> {
     terms: &'a str,
@@ -118,7 +118,7 @@ impl Case<'_> {
         Ok((evaluation, x))
     }
 
-    /// Compares loss and gradient with those of the reference's case `name`.
+    /// Compares loss and gradient with the reference's case `name`.
     fn compare(&self, reference: &Reference, name: &str) -> Result<()> {
         let mut errors = Vec::new();
         for (kind, what, tolerance) in [
@@ -135,7 +135,7 @@ impl Case<'_> {
         Ok(())
     }
 
-    /// The same with x and noise in bfloat16; `tolerance` is that of the gradient.
+    /// The same with x and noise in bfloat16; `tolerance` bounds the error of the gradient.
     fn compare_narrow(&self, reference: &Reference, name: &str, tolerance: f64) -> Result<()> {
         let (evaluation, x) = self.run(reference, Kind::BFloat16)?;
         assert_eq!(evaluation.loss.kind(), Kind::Float);
@@ -214,11 +214,11 @@ fn paths_and_predictions(reference: &Reference) -> Result<()> {
                 }
             }
             scores(reference, &usual, &format!("{path}/{name}"), 1e-6)?;
-            // Next to the clean end a velocity is what x_t - (a + s) x0 leaves, 1/50 of x_t and on
-            // EDM 1/400, and a gap is what two velocities leave: float32 keeps two digits less.
+            // Next to the clean end a velocity is the small difference x_t - (a + s) x0, 1/50 of x_t and on
+            // EDM 1/400, and a gap is the difference of two velocities: float32 has two digits less.
             let clean = Case { times: "bounds", ..usual };
             scores(reference, &clean, &format!("{path}/{name}"), 5e-5)?;
-            // Of another prediction than the teacher.
+            // A fake score of another prediction type than the teacher's.
             let (other, fake) = PREDICTIONS[(index + 1) % PREDICTIONS.len()];
             let mixed = Case { fake, ..usual };
             let name = format!("{path}/{name}_{other}");
@@ -347,7 +347,7 @@ fn singular_predictions_are_refused_and_no_others() -> Result<()> {
                         }
                         Err(_) => panic!("{name}"),
                     };
-                    // The teacher answers first, for CA; the fake score for DM.
+                    // The teacher is called first, for CA; the fake score for DM.
                     let of_teacher = is_singular(teacher, path, times).then_some("ca");
                     let of_fake = is_singular(fake, path, times).then_some("dm");
                     assert_eq!(term.as_deref(), of_teacher.or(of_fake), "{name}");

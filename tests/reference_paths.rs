@@ -1,8 +1,8 @@
 //! Paths and predictions against float64 PyTorch; `scripts/reference/paths.py` writes the values.
 //!
-//! Errors are relative to the largest number of the sample: in the first column of what it prints, to the
-//! largest term of the formula (the bound that holds in any precision), in the second to the
-//! result, which is smaller where terms cancel.
+//! The printed errors are relative to the largest number of the sample: in the first column to the largest
+//! term of the formula (the bound that holds in any precision), in the second to the result, which is
+//! smaller where terms cancel.
 
 mod common;
 
@@ -105,7 +105,7 @@ fn compare(reference: &Reference, kind: &str, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// The training target: the loss of a network that answers 0 has the gradient -2 target / numel.
+/// The training target: the loss of a network with the output 0 has the gradient -2 target / numel.
 fn target(
     path: &dyn NoisePath,
     prediction: Prediction,
@@ -122,7 +122,7 @@ fn target(
     Ok(gradient(&loss, &answer) * (-0.5 * x0.numel() as f64))
 }
 
-/// x0-hat for a given answer of the network.
+/// x0-hat for a given output of the network.
 fn clean(
     path: &dyn NoisePath,
     prediction: Prediction,

@@ -14,7 +14,7 @@ use decoupled_dmd::{
 };
 use tch::{Device, Kind, Tensor, nn};
 
-/// What is allowed for a value, relative to itself or to what it is a difference of, and for a
+/// The tolerance for a value, relative to itself or to the numbers whose difference it is, and for a
 /// gradient, relative to its largest element; both are computed in float32 or wider.
 fn tolerance(case: &str, kind: Kind) -> f64 {
     match kind {
@@ -263,7 +263,7 @@ fn heads(reference: &Reference, kind: Kind) -> Result<(CriticHeads, Vec<(String,
         CriticHeads::new(&store.root(), &[4, 5], 16)?
     };
     store.set_kind(kind);
-    // The store was made anew for this type: the heads hold the same tensors.
+    // The heads hold the tensors of the store, which was made for this type.
     let mut parameters: Vec<_> = store.variables().into_iter().collect();
     parameters.sort_by(|a, b| a.0.cmp(&b.0));
     for (name, parameter) in &mut parameters {

@@ -75,7 +75,7 @@ fn fresh_noise_that_is_not_like_the_sample_is_refused() -> Result<()> {
 
 #[test]
 fn the_times_of_drawn_steps_have_the_range_of_the_grid() -> Result<()> {
-    // Known without reading the times: a grid from pure noise is refused whatever steps are drawn.
+    // The range is known without reading the times: a grid from pure noise is refused for all draws.
     let network = |x: &Tensor, _: &Tensor, _: &Condition| x * 0.5;
     let student = Denoiser::new(RectifiedFlow, Prediction::Noise, network);
     let sampler = Sampler::new(&student, FewStepGrid::even(4)?, Transition::Ddim);
@@ -170,7 +170,7 @@ fn bad_grids_and_steps_are_refused() -> Result<()> {
 
 #[test]
 fn a_grid_may_be_given_as_the_network_sees_it() -> Result<()> {
-    // FastGen's noise levels, those of four even steps after a shift of 5, rounded.
+    // FastGen's noise levels: four even steps after a shift of 5, rounded.
     let levels = [0.999, 0.937, 0.833, 0.624];
     let shift = Shift::new(5.0)?;
     let grid = FewStepGrid::from_shifted(levels.iter().map(|level| 1.0 - level).collect(), shift)?;

@@ -1,4 +1,4 @@
-//! Whatever draws repeats under a seed, and draws anew under another.
+//! Seeds: every function that draws repeats under one seed, and draws differently under another.
 
 mod common;
 
@@ -191,7 +191,7 @@ fn grids() {
     draws("a dynamic grid", || {
         let grid = |_| FewStepGrid::dynamic(28);
         let grids: Vec<_> = (0..5).map(grid).collect::<Result<_>>()?;
-        // How many times there are, and which.
+        // The number of times, and the times.
         let steps: Vec<_> = grids.iter().map(|grid| grid.steps() as i64).collect();
         let inner = grids.iter().find_map(|grid| grid.times().get(1).copied());
         Ok(vec![Tensor::from_slice(&steps), Tensor::from(inner.expect("five grids of one step"))])

@@ -1,4 +1,4 @@
-//! Settings as a configuration file spells them, and what they and the objects print.
+//! Settings in a configuration file, and the debug output of settings and objects.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! Every term takes samples of any shape and floating-point type, and answers in kind.
+//! Shapes and types: every term takes samples of any shape and floating-point type.
 
 mod common;
 
@@ -183,7 +183,7 @@ fn own_loss(name: &str, s: &Setting, weight: &Tensor, loss: impl Fn(&Setting) ->
         [value(&loss), value(&slope)]
     };
     for (found, expected) in of(s).into_iter().zip(of(&s.widened(Kind::Double))) {
-        // Computed in float32 at least, whatever the samples are in; terms of a sum may cancel. NaN
+        // Losses are computed in float32 or wider for samples of every type; terms of a sum may cancel. NaN
         // is above every tolerance.
         let error = (found - expected).abs();
         assert!(error <= 1e-4 * expected.abs().max(0.1), "{name}: {found} for {expected}");

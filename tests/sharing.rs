@@ -1,4 +1,4 @@
-//! How many network forwards a step costs.
+//! Network forwards of one step, counted.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! A kept rollout against backward simulation, one step at a time.
+//! Trajectories against backward simulation, one step at a time.
 
 mod common;
 
@@ -115,7 +115,7 @@ fn drawn_steps_are_spread_whatever_the_numbers_of_samples_and_steps() -> Result<
             }
             let uneven = counts.iter().max().unwrap() - counts.iter().min().unwrap();
             assert!(uneven <= 1, "{case}: {drawn:?}");
-            // From each step taken to the next one on the circle: all distances alike, up to one.
+            // The distances from each step taken to the next one on the circle are alike, up to one.
             let mut sorted = drawn.clone();
             sorted.sort_unstable();
             sorted.push(sorted[0] + steps as i64);

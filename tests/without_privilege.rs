@@ -163,7 +163,7 @@ fn found(kind: Kind, is_masked: bool, is_own: bool) -> Result<Found> {
     } else {
         group.engine("ca", 1.0, CfgAugmentation::new(guidance)).regularizer("dm", 0.5, &dm)
     };
-    // A critic looks at whole samples: it is no judge of a masked one that is not finite.
+    // A critic sees whole samples: a masked sample that is not finite makes its logit NaN.
     let group = match (is_masked, is_own) {
         (true, _) => group,
         (false, true) => group.regularizer("gan", 0.25, &own_gan),

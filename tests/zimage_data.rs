@@ -1,4 +1,4 @@
-//! Reading the picture set: atlas order, captions, and what happens with unknown words.
+//! The picture set: atlas order, captions, and unknown words.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};

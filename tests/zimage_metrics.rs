@@ -1,4 +1,4 @@
-//! The judge of generated pictures: closed forms, what blur does, and files that are not a classifier.
+//! Metrics of generated pictures: closed forms, the effect of blur, and files that are not a classifier.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! From prompts to pixels against diffusers' ZImagePipeline (`scripts/reference/pipeline.py`).
+//! The pipeline from prompts to pixels against diffusers' ZImagePipeline (`scripts/reference/pipeline.py`).
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! The predicted memory against what the allocator has handed out.
+//! The predicted memory against the bytes of the allocator.
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
 
 mod common;

@@ -48,7 +48,7 @@ fn sharded_model() -> Result<ZImageTransformer> {
     ZImageTransformer::load(&folder().join("sharded"), Kind::Float, Device::Cpu)
 }
 
-/// What diffusers was given, and what it answered.
+/// Inputs and outputs of diffusers.
 struct Case {
     tensors: Parameters,
     name: String,

@@ -1,4 +1,4 @@
-//! Processes that are killed or interrupted while they train, and what those make of it that go on.
+//! Resuming: kills or interrupts a training, resumes it, and expects the numbers of an undisturbed run.
 
 mod common;
 
@@ -138,7 +138,7 @@ impl Run {
             .collect()
     }
 
-    /// Asserts that result and metrics are those of `other`, bit for bit.
+    /// Asserts that result and metrics equal those of `other`, bit for bit.
     fn assert_equals(&self, other: &Self) -> Result<()> {
         let result = |run: &Self| read_tensors(&run.0.path().join("result.safetensors"));
         let (found, expected) = (result(self)?, result(other)?);

@@ -1,4 +1,4 @@
-//! Gradient checkpointing: the gradients of the plain backward pass, with less kept.
+//! Gradient checkpointing: the gradients of the plain backward pass, with less memory.
 
 mod common;
 #[path = "common/small_model.rs"]

@@ -12,7 +12,7 @@ use zimage::parameters::Parameters;
 use zimage::text::{MAX_TOKENS, PromptTokenizer, Qwen3Encoder, TextEncoder, frame};
 use zimage::weights::{read_tensors, write_tensors};
 
-/// What the reference made of one prompt.
+/// The reference's tokens and features of one prompt.
 #[derive(Deserialize)]
 struct Record {
     prompt: String,

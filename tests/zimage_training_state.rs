@@ -1,4 +1,4 @@
-//! States of a run on disk: what a crash leaves, what is refused, and the log beside them.
+//! States of a run on disk: after a crash, refused states, and the log.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! Reading checkpoints: whole ones, sharded ones, and those that are broken or mean harm.
+//! Checkpoints: whole, sharded, broken and malicious ones.
 
 mod common;
 

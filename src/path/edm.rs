@@ -184,7 +184,7 @@ impl Preconditioning {
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) and the like unless `x` has one sample for each time, and the
-    /// network's output is like it; what the network returns.
+    /// network's output is like it; errors of the network.
     pub fn apply<O: IntoOutput<Tensor>>(
         &self,
         x: &Tensor,

@@ -1,4 +1,4 @@
-//! Wrong arguments come back as the documented error that names them; nothing panics.
+//! Bad input: wrong arguments return the documented error that names them; nothing panics.
 
 #[path = "../common/mod.rs"]
 mod common;

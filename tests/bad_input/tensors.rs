@@ -1,5 +1,5 @@
-//! Every public function that takes tensors or draws, called with wrong ones: the documented error that
-//! names the argument comes back, and nothing panics.
+//! Bad tensors and draws for every public function that takes them: the documented error names the argument,
+//! and nothing panics.
 
 use std::cell::Cell;
 
@@ -29,7 +29,7 @@ fn half() -> PostShift {
     PostShift::all(0.5, 2, FLOAT).unwrap()
 }
 
-/// What was refused, why, in two words.
+/// The refused argument, and the reason in a word.
 fn refusal<T>(result: Result<T>) -> (&'static str, &'static str) {
     match result.err() {
         Some(Error::Shape { what, .. }) => (what, "shape"),
@@ -199,7 +199,7 @@ fn samples_and_answers_of_a_denoiser() -> Result<()> {
     }
     let three = PostShift::all(0.5, 3, FLOAT)?;
     assert_eq!(refusal(denoiser.denoising_loss(&x, &three, &x, &cond)), ("time", "shape"));
-    // The second of a pair is looked at as the first is.
+    // Both outputs of a pair are checked.
     for wrong in [0, 1] {
         let paired = denoiser_with_pair(wrong);
         let pair = paired.denoise_pair(&x, &half(), &cond, &cond);

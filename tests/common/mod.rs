@@ -13,7 +13,7 @@ use decoupled_dmd::{
 };
 use tch::{Device, Kind, Tensor};
 
-/// Where references are computed.
+/// The type and device of references.
 pub const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
 
 /// Libtorch's generator is one for the whole process: tests that draw hold this lock.
@@ -59,7 +59,7 @@ pub fn paths() -> [Box<dyn NoisePath>; 5] {
     ]
 }
 
-/// What a network was asked.
+/// The recorded calls of a network.
 #[derive(Default)]
 pub struct Calls {
     /// The times of each forward, one vector a call.

@@ -1,4 +1,4 @@
-//! Values from stock PyTorch, and how far the crate is from them: `scripts/reference/` writes them.
+//! Reference values from stock PyTorch, which `scripts/reference/` writes, and the crate's errors from them.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use super::value;
 
-/// One file of reference values, which remembers what was read of it and which cases disagreed.
+/// One file of reference values, with a record of the tensors that were read and the cases that disagreed.
 pub struct Reference {
     tensors: BTreeMap<String, Tensor>,
     read: RefCell<BTreeSet<String>>,

@@ -40,7 +40,7 @@ fn without_a_graph_there_is_a_value() -> Result<()> {
         assert!(!quiet.requires_grad());
         assert_eq!(value(&quiet), value(&loss));
     }
-    // A critic that looks away, without parameters and with them.
+    // A critic that ignores the sample, without parameters and with them.
     let blind = |x: &Tensor, _: &Tensor, _: &Condition| x.zeros_like();
     let gan = Adversarial::new(RectifiedFlow, blind);
     let cut = |result| matches!(result, Err(Error::NoGradient { what: "critic logits" }));
@@ -217,7 +217,7 @@ fn axes_of_samples_and_logits_do_not_matter() -> Result<()> {
             approx::assert_relative_eq!(value(&losses[0]), value(&losses[1]), epsilon = 1e-13);
             let slopes = losses.map(|loss| gradient(&loss, &weight));
             assert!(max_difference(&slopes[0], &slopes[1]) < 1e-13, "{gan_loss:?} {penalty:?}");
-            // Of the student too; the probes differ in the noise alone, which is a wave in both.
+            // The student's gradients agree too; the probes differ in the noise alone, a wave in both.
             let losses = [loss_of(&one, &batches[0])?, loss_of(&other, &batches[1])?];
             let slopes = losses.map(|loss| gradient(&loss, &flat));
             assert!(max_difference(&slopes[0], &slopes[1]) < 1e-13, "{gan_loss:?}");

@@ -23,7 +23,7 @@ fn equation_6_ca_is_the_guidance_direction_times_alpha_minus_one() -> Result<()>
         let direction = CfgAugmentation::new(Guidance::new(ALPHA)?).direction(&probe)?;
         let expected = (ALPHA - 1.0) * (&cond - &null) / scale;
         assert!(max_difference(&direction, &expected) < 1e-14, "{normalizer:?}");
-        // An engine of one's own scales the same difference by itself, which stays as it is.
+        // A custom engine scales the same difference, which stays unchanged.
         let difference = (ALPHA - 1.0) * (&cond - &null);
         let kept = difference.copy();
         assert!(max_difference(&probe.normalize(&difference)?, &expected) < 1e-14);

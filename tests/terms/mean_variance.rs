@@ -297,7 +297,7 @@ mod training {
         let real = &picture + Tensor::randn([4096, WIDTH], FLOAT) * VARIANCE.sqrt();
         let target = MeanVariance::measured(&real, Statistics::PerSample)?.target();
         let (mean, variance) = (value(&target.0), value(&target.1));
-        // ln(variance of the samples / that of the data) after each hundred updates.
+        // ln(variance of the samples / variance of the data) after each hundred updates.
         let drift = |weight: Option<f64>| -> Result<Vec<f64>> {
             let group = || Group::new(Renoising::new(Uniform::FULL));
             let engine = CfgAugmentation::new(Guidance::new(2.0)?);

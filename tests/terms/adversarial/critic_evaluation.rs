@@ -72,7 +72,7 @@ fn r1_has_its_value_where_the_caller_wants_no_graph() -> Result<()> {
     let without = {
         let _no_grad = tch::no_grad_guard();
         let loss = gan.critic_loss_at(&batch, &half(), &noise, &noise)?;
-        // The caller's wish holds afterwards.
+        // The caller's no_grad still holds.
         assert!(!(&weight * 2.0).requires_grad());
         loss
     };

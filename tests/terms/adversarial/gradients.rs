@@ -32,7 +32,7 @@ fn pitfall_11_each_step_leaves_the_other_player_alone() -> Result<()> {
         loss_of(&gan, &batch)?.backward();
         assert!(value(&x.grad().abs().max()) > 1e-3, "{gan_loss:?}");
         assert!(!trunk.grad().defined() && !head.grad().defined(), "{gan_loss:?}");
-        // The gradient is that of the chain through the trunk.
+        // The gradient is the gradient of the chain through the trunk.
         let logits = |t: &Tensor| {
             let noised: Tensor = 0.5 * t + 0.5 * wave(&[3, 4], 5.0, Kind::Double);
             noised.matmul(&trunk).tanh().matmul(&head)
