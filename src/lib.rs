@@ -14,7 +14,7 @@
 //! - [`Engine::direction`]: the direction in which the samples get better; [`CfgAugmentation`],
 //!   [`Consistency`].
 //! - [`Regularizer::loss`]: a loss that keeps the samples in place; [`DistributionMatching`],
-//!   [`MeanVariance`], [`MaximumMeanDiscrepancy`], [`Adversarial`].
+//!   [`MeanVariance`], [`MaximumMeanDiscrepancy`], [`Adversarial`] and others.
 //! - [`Objective`]: [`Group`]s of terms, each group with one [`Probe`] of the samples. [`Schedule`] has the
 //!   paper's four arrangements.
 //!
@@ -27,6 +27,12 @@
 //! | KL of means and variances | [`MeanVariance`] | Decoupled DMD, Eq. 7 |
 //! | `E k(x, x') + E k(y, y') - 2 E k(x, y)` | [`MaximumMeanDiscrepancy`] | Gretton et al. 2012 |
 //! | `softplus(-D(x_t))` and other games | [`Adversarial`] | DMD2, LADD, APT |
+//! | a game of the teacher's step and the fake score's | [`AdversarialDistributionMatching`] | ADM |
+//! | divergences other than the reverse one | [`Divergence`] | f-distill |
+//! | Fisher divergence, through both networks | [`ScoreIdentity`] | SiD, SIM |
+//! | distance of x and its target | [`PairedRegression`], [`Distance`] | DMD, Diffusion2GAN, SenseFlow |
+//! | `- mean score(x)` | [`Reward`] | DMDR, JDM |
+//! | `x - (r - t) u(x; t -> r)` | [`FlowMap`], [`MeanFlow`] | MeanFlow, AlphaFlow |
 //! | n | [`Normalizer`] | DMD2, FastGen, FastVideo, CDM |
 //! | `null + alpha (cond - null)` | [`Guidance`] | Eq. 4 |
 //! | `x_t = a x0 + s eps` | [`NoisePath`], [`Prediction`] | four families, five predictions |
