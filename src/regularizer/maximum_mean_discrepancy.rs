@@ -177,6 +177,7 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
     /// # Errors
     /// As the term.
     pub fn between(&self, x: &Tensor, real: &Tensor) -> Result<Tensor> {
+        check_samples("x", x, 2)?;
         check_samples("real samples", real, 2)?;
         check_device("real samples", real, x)?;
         self.discrepancy(x, Some(real))
