@@ -3,6 +3,7 @@
 
 mod common;
 
+use common::reference::{float32_bound, relative};
 use common::{
     Calls, DOUBLE, counting_teacher, gaussian_denoiser, gaussian_teacher, gradient, max_difference,
     paths, sdxl, value, values, wave,
@@ -270,7 +271,7 @@ fn pitfall_7_the_normaliser_is_bounded_per_sample_and_wide() -> Result<()> {
     let difference = direction * distance;
     let time = probe_narrow.tau();
     let fake = gaussian_denoiser(probe_narrow.noised(), time.tensor(), &narrow.cond[0], 0.8);
-    assert!(max_difference(&difference, &(cond - fake)) < 1e-6);
+    assert!(relative("difference", &difference, &(cond - fake)) <= float32_bound(0.0));
 
     // One NaN sample is its own matter, unless the mean is over the batch.
     let bad = s.x.detach().copy();

@@ -4,7 +4,8 @@
 mod common;
 
 use common::reference::{
-    FAKE_GAIN, PATHS, PREDICTIONS, Reference, TEACHER_GAIN, denoiser, reaches_noise, relative,
+    BFLOAT16, FAKE_GAIN, FLOAT64, PATHS, PREDICTIONS, Reference, TEACHER_GAIN, denoiser,
+    reaches_noise, relative,
 };
 use common::{gradient, value};
 use decoupled_dmd::{
@@ -121,30 +122,32 @@ impl Case<'_> {
     /// Compares loss and gradient with the reference's case `name`.
     fn compare(&self, reference: &Reference, name: &str) -> Result<()> {
         let mut errors = Vec::new();
-        for (kind, what, tolerance) in [
-            (Kind::Double, ["loss f64", "gradient f64"], 1e-12),
-            (Kind::Float, ["loss f32", "gradient f32"], 1e-6),
+        for (kind, what) in [
+            (Kind::Double, ["loss f64", "gradient f64"]),
+            (Kind::Float, ["loss f32", "gradient f32"]),
         ] {
             let (evaluation, x) = self.run(reference, kind)?;
             let slope = gradient(&evaluation.loss, &x);
             let loss = reference.error(&format!("{name}:loss"), &evaluation.loss);
             let slope = reference.error(&format!("{name}:gradient"), &slope);
-            errors.extend([(what[0], loss, tolerance), (what[1], slope, tolerance)]);
+            let bound = |values| reference.bound(values, kind);
+            errors.extend([(what[0], loss, bound("loss")), (what[1], slope, bound("gradient"))]);
         }
         reference.report(name, &errors);
         Ok(())
     }
 
-    /// The same with x and noise in bfloat16; `tolerance` bounds the error of the gradient.
-    fn compare_narrow(&self, reference: &Reference, name: &str, tolerance: f64) -> Result<()> {
+    /// The same with x and noise in bfloat16.
+    fn compare_narrow(&self, reference: &Reference, name: &str) -> Result<()> {
         let (evaluation, x) = self.run(reference, Kind::BFloat16)?;
         assert_eq!(evaluation.loss.kind(), Kind::Float);
         let loss = reference.error(&format!("{name}:loss"), &evaluation.loss);
         let slope = gradient(&evaluation.loss, &x);
         assert_eq!(slope.kind(), Kind::BFloat16);
         let slope = reference.error(&format!("{name}:gradient"), &slope);
-        // All but the gradient is float32.
-        reference.report(name, &[("loss bf16", loss, 1e-6), ("gradient bf16", slope, tolerance)]);
+        // All but the gradient is float32, and that is rounded once.
+        let bound = reference.bound("loss", Kind::Float);
+        reference.report(name, &[("loss bf16", loss, bound), ("gradient bf16", slope, BFLOAT16)]);
         Ok(())
     }
 }
@@ -179,7 +182,7 @@ fn normalizers(reference: &Reference) -> Result<()> {
 fn dmd2(reference: &Reference) -> Result<()> {
     let (evaluation, x) = Case { normalizer: "dmd2", ..USUAL }.run(reference, Kind::Double)?;
     let error = reference.error("dmd2:gradient", &gradient(&evaluation.loss, &x));
-    reference.report("dmd2", &[("gradient f64", error, 1e-12)]);
+    reference.report("dmd2", &[("gradient f64", error, FLOAT64)]);
     Ok(())
 }
 
@@ -213,31 +216,31 @@ fn paths_and_predictions(reference: &Reference) -> Result<()> {
                     case.compare(reference, &format!("{path}/{name}/{times}"))?;
                 }
             }
-            scores(reference, &usual, &format!("{path}/{name}"), 1e-6)?;
+            scores(reference, &usual, &format!("{path}/{name}"))?;
             // Next to the clean end a velocity is the small difference x_t - (a + s) x0, 1/50 of x_t and on
             // EDM 1/400, and a gap is the difference of two velocities: float32 has two digits less.
             let clean = Case { times: "bounds", ..usual };
-            scores(reference, &clean, &format!("{path}/{name}"), 5e-5)?;
+            scores(reference, &clean, &format!("{path}/{name}"))?;
             // A fake score of another prediction type than the teacher's.
             let (other, fake) = PREDICTIONS[(index + 1) % PREDICTIONS.len()];
             let mixed = Case { fake, ..usual };
             let name = format!("{path}/{name}_{other}");
             mixed.compare(reference, &format!("{name}/coupled"))?;
-            scores(reference, &mixed, &name, 1e-6)?;
+            scores(reference, &mixed, &name)?;
         }
     }
     Ok(())
 }
 
-/// Relative gap, cosine and ratio of the scores of teacher and fake, a row each; `tolerance` is that in
-/// float32.
-fn scores(reference: &Reference, case: &Case<'_>, name: &str, tolerance: f64) -> Result<()> {
-    let name = format!("{name}/scores_{}", case.times);
+/// Relative gap, cosine and ratio of the scores of teacher and fake, a row each.
+fn scores(reference: &Reference, case: &Case<'_>, name: &str) -> Result<()> {
+    let values = format!("scores_{}", case.times);
+    let name = format!("{name}/{values}");
     let expected = reference.get(&name);
     let mut errors = Vec::new();
-    for (kind, what, tolerance) in [
-        (Kind::Double, ["rel_gap f64", "cos f64", "mag_ratio f64"], 1e-12),
-        (Kind::Float, ["rel_gap f32", "cos f32", "mag_ratio f32"], tolerance),
+    for (kind, what) in [
+        (Kind::Double, ["rel_gap f64", "cos f64", "mag_ratio f64"]),
+        (Kind::Float, ["rel_gap f32", "cos f32", "mag_ratio f32"]),
     ] {
         let (evaluation, _) = case.run(reference, kind)?;
         let all = evaluation.diagnostics.expect("an observed objective");
@@ -245,7 +248,7 @@ fn scores(reference: &Reference, case: &Case<'_>, name: &str, tolerance: f64) ->
         for (row, found) in [&found.rel_gap, &found.cos, &found.mag_ratio].into_iter().enumerate() {
             assert_eq!(value(&found.defined().all()), 1.0, "{name}");
             let error = relative(&name, found.values(), &expected.get(row as i64));
-            errors.push((what[row], error, tolerance));
+            errors.push((what[row], error, reference.bound(&values, kind)));
         }
     }
     reference.report(&name, &errors);
@@ -258,8 +261,7 @@ fn bfloat16(reference: &Reference) -> Result<()> {
     for normalizer in NORMALIZERS {
         for terms in ["ca", "dm"] {
             let case = Case { terms, normalizer, ..USUAL };
-            // One rounding to eight bits, by half a unit of the last.
-            case.compare_narrow(reference, &format!("bf16/{terms}/{normalizer}"), 1.0 / 256.0)?;
+            case.compare_narrow(reference, &format!("bf16/{terms}/{normalizer}"))?;
         }
     }
     for (path, prediction) in [
@@ -273,9 +275,7 @@ fn bfloat16(reference: &Reference) -> Result<()> {
             for normalizer in ["guided", "cdm"] {
                 let usual = Case { path, teacher: prediction, fake: prediction, ..USUAL };
                 let case = Case { times, normalizer, ..usual };
-                // The sum of the terms is rounded once.
-                let name = format!("bf16/{path}/{times}/{normalizer}");
-                case.compare_narrow(reference, &name, 4e-3)?;
+                case.compare_narrow(reference, &format!("bf16/{path}/{times}/{normalizer}"))?;
             }
         }
     }
@@ -284,9 +284,8 @@ fn bfloat16(reference: &Reference) -> Result<()> {
 
 fn diagnostics(reference: &Reference) -> Result<()> {
     let case = Case { terms: "decoupled", normalizer: "cdm", ..USUAL };
-    for (kind, what, tolerance) in
-        [(Kind::Double, "diagnostics f64", 1e-12), (Kind::Float, "diagnostics f32", 1e-6)]
-    {
+    for (kind, what) in [(Kind::Double, "diagnostics f64"), (Kind::Float, "diagnostics f32")] {
+        let bound = reference.bound("diagnostics", kind);
         let (evaluation, _) = case.run(reference, kind)?;
         let all = evaluation.diagnostics.expect("an observed objective");
         let term = |name: &str| all.term(name).expect("the term");
@@ -316,13 +315,13 @@ fn diagnostics(reference: &Reference) -> Result<()> {
             scalars.map(|(name, found)| (name, Tensor::from_slice(&[found.expect(name)])));
         for (name, found) in per_sample.into_iter().chain(scalars) {
             let name = format!("diagnostics/{name}");
-            reference.report(&name, &[(what, reference.error(&name, &found), tolerance)]);
+            reference.report(&name, &[(what, reference.error(&name, &found), bound)]);
         }
         let named = all.report()?;
         let found = named.iter().find(|(name, _)| name == "dm_cos").map(|(_, value)| *value);
         let mean = value(&reference.get("diagnostics/dm_cos").mean(None));
         let error = (found.expect("dm_cos") - mean).abs() / mean.abs();
-        reference.report("diagnostics/report", &[(what, error, tolerance)]);
+        reference.report("diagnostics/report", &[(what, error, bound)]);
     }
     Ok(())
 }

@@ -30,11 +30,12 @@ fn finite_rows(expected: &Tensor) -> Tensor {
     finite.nonzero().flatten(0, -1)
 }
 
-/// Prints the errors of a case of `kind` and requires the first to be within the tolerance.
+/// Prints the errors of a case of `kind` and requires the first to be within the bound.
 fn report(reference: &Reference, kind: &str, case: &str, (to_terms, to_result): (f64, f64)) {
-    let tolerance = if kind == "f64" { 1e-12 } else { 1e-6 };
+    let computed = if kind == "f64" { Kind::Double } else { Kind::Float };
+    let bound = reference.bound("f32", computed);
     let what = ["terms", "result"].map(|of| format!("{kind} to {of}"));
-    let errors = [(what[0].as_str(), to_terms, tolerance), (&what[1], to_result, f64::INFINITY)];
+    let errors = [(what[0].as_str(), to_terms, bound), (&what[1], to_result, f64::INFINITY)];
     reference.report(&format!("{kind} {case}"), &errors);
 }
 

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use common::reference::{assert_float32, assert_float64, relative};
 use common::{gradient, max_difference, wave};
 use tch::{Device, Kind, Tensor};
 use tempfile::{TempDir, tempdir};
@@ -24,24 +25,14 @@ fn values(model: &str) -> Result<Parameters> {
     read_tensors(&reference(model).join("values.safetensors"))
 }
 
-/// Asserts that `found` has the values of the reference. In float32 each channel as a whole, since single
-/// elements of diffusers' own float32 results are off by up to 3e-5; in float64 each element, but for
-/// the rounding of the file to float32.
-fn assert_equal(found: &Tensor, expected: &Tensor, what: &str) {
-    assert_eq!(found.size(), expected.size(), "{what}");
-    let is_double = found.kind() == Kind::Double;
-    let expected = expected.to_kind(Kind::Double);
-    let difference = found.to_kind(Kind::Double) - &expected;
-    let (error, limit) = if is_double {
-        (difference / expected.abs().maximum(&expected.abs().median()), 1e-6)
-    } else {
-        let norm =
-            |x: &Tensor| x.square().sum_dim_intlist([0, 2, 3].as_slice(), false, None).sqrt();
-        (norm(&difference) / norm(&expected), 1e-5)
-    };
-    let error = error.abs().max().double_value(&[]);
-    println!("{what}, {:?}: {error:.1e}", found.kind());
-    assert!(error < limit, "{what}, {:?}: {error:.1e}", found.kind());
+/// Asserts that `found` has the values of the reference, which are float64's, rounded to float32.
+fn assert_equal(found: &Tensor, values: &Parameters, name: &str) {
+    if found.kind() == Kind::Float {
+        return assert_float32(found, values, name);
+    }
+    let error = relative(name, found, &values[name]);
+    println!("{name}, float64: {error:.1e}");
+    assert!(error <= f64::from(f32::EPSILON) / 2.0, "{name}: {error:e}");
 }
 
 #[test]
@@ -54,7 +45,7 @@ fn encodings_equal_those_of_diffusers() -> Result<()> {
             let mean = autoencoder.encode(of("image"), None)?;
             let sample = autoencoder.encode(of("image"), Some(of("noise")))?;
             for (name, found) in [("mean", mean), ("sample", sample)] {
-                assert_equal(&found, of(name), &format!("{model}, encode {i}, {name}"));
+                assert_equal(&found, &values, &format!("encode.{i}.{name}"));
             }
         }
     }
@@ -73,7 +64,7 @@ fn decoded_images_and_gradients_equal_those_of_diffusers() -> Result<()> {
             let loss = (&image * of("cotangent")).sum(kind);
             let gradient = gradient(&loss, &latents);
             for (name, found) in [("image", image.detach()), ("gradient", gradient)] {
-                assert_equal(&found, of(name), &format!("{model}, decode {i}, {name}"));
+                assert_equal(&found, &values, &format!("decode.{i}.{name}"));
             }
         }
     }
@@ -97,12 +88,12 @@ fn the_released_config_has_the_released_parameters() -> Result<()> {
 
 #[test]
 fn parts_of_a_batch_decode_as_the_whole() -> Result<()> {
-    let autoencoder = Autoencoder::load(&reference("two_levels"), Kind::Float, Device::Cpu)?;
-    let latents = wave(&[5, 4, 3, 4], 0.3, Kind::Float);
+    let autoencoder = Autoencoder::load(&reference("two_levels"), Kind::Double, Device::Cpu)?;
+    let latents = wave(&[5, 4, 3, 4], 0.3, Kind::Double);
     let whole = autoencoder.decode(&latents)?;
     for part in [1, 2, 7] {
         let parts = autoencoder.decoder.decode_in_parts(&latents, part)?;
-        assert!(max_difference(&parts, &whole) < 1e-5, "{part}");
+        assert_float64(&format!("parts of {part}"), &parts, &whole);
     }
     let error = autoencoder.decoder.decode_in_parts(&latents, 0).unwrap_err().to_string();
     assert!(error.contains("must be positive, found 0"), "{error}");

@@ -5,6 +5,7 @@ mod common;
 mod small_model;
 
 use anyhow::Result;
+use common::reference::{assert_float64, assert_rounding};
 use common::{max_difference, seeded, value, wave};
 use small_model::{config, double, every_linear, fill, inputs, merged_by_hand, model, settings};
 use tch::{Device, Kind, Tensor};
@@ -38,18 +39,14 @@ fn an_adapter_equals_merged_weights() -> Result<()> {
         fill(&lora)?;
         let base = inputs.run(&model, Role::BASE)?;
         let adapted = inputs.run(&model, Role::adapted(&lora))?;
-        let error =
-            max_difference(&adapted, &inputs.run(&merged_by_hand(&model, &lora)?, Role::BASE)?);
-        // Rounding alone: each of the two is up to 2e-5 away from float64.
-        assert!(error < 5e-5, "float32: {error}");
+        let merged = inputs.run(&merged_by_hand(&model, &lora)?, Role::BASE)?;
         assert!(max_difference(&adapted, &base) > 1e-2);
 
         let (model, lora) = (model.cast(Kind::Double)?, double(&lora)?);
-        let adapted = inputs.run(&model, Role::adapted(&lora))?;
-        let error =
-            max_difference(&adapted, &inputs.run(&merged_by_hand(&model, &lora)?, Role::BASE)?);
-        assert!(error < 1e-12, "float64: {error}");
-        println!("{} pairs: float64 error {error:.1e}", lora.pairs().len());
+        let exact = inputs.run(&model, Role::adapted(&lora))?;
+        let what = format!("{} pairs", lora.pairs().len());
+        assert_float64(&what, &inputs.run(&merged_by_hand(&model, &lora)?, Role::BASE)?, &exact);
+        assert_rounding(&what, &adapted, &merged, &exact);
     }
     Ok(())
 }

@@ -7,8 +7,11 @@ mod small_model;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use common::reference::{assert_float32, assert_rounding};
 use common::{max_difference, seeded};
-use small_model::{Inputs, config, every_linear, fill, inputs, merged_by_hand, model, settings};
+use small_model::{
+    Inputs, config, double, every_linear, fill, inputs, merged_by_hand, model, settings,
+};
 use tch::{Device, Kind, Tensor};
 use zimage::lora::Lora;
 use zimage::parameters::Parameters;
@@ -23,6 +26,11 @@ fn folder(name: &str) -> Result<PathBuf> {
     }
     std::fs::create_dir_all(&folder)?;
     Ok(folder)
+}
+
+/// The output of an adapted model in float64.
+fn exact(model: &ZImageTransformer, lora: &Lora) -> Result<Tensor> {
+    inputs().run(&model.cast(Kind::Double)?, Role::adapted(&double(lora)?))
 }
 
 const REFERENCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/reference/zimage_lora");
@@ -42,13 +50,10 @@ fn a_file_of_diffusers_gives_the_outputs_of_diffusers() -> Result<()> {
     let lora = Lora::load(&path, model.config(), Device::Cpu)?;
     assert_eq!(lora.pairs().len(), 28);
     for (role, name) in [(Role::BASE, "base"), (Role::adapted(&lora), "adapted")] {
-        let error = max_difference(&inputs.run(&model, role)?, &case[name]);
-        println!("{name}: {error:.1e}");
-        assert!(error < 1e-5, "{name}: {error}");
+        assert_float32(&inputs.run(&model, role)?, &case, name);
     }
     let merged = lora.merge(&model, Device::Cpu)?;
-    let error = max_difference(&inputs.run(&merged, Role::BASE)?, &case["adapted"]);
-    assert!(error < 1e-5, "merged: {error}");
+    assert_float32(&inputs.run(&merged, Role::BASE)?, &case, "adapted");
     assert!(max_difference(&case["adapted"], &case["base"]) > 0.1);
     Ok(())
 }
@@ -78,7 +83,8 @@ fn a_saved_adapter_and_a_merged_model_give_the_same_outputs() -> Result<()> {
 
     let loaded = Lora::load(&path, model.config(), Device::Cpu)?;
     let again = inputs.run(&model, Role::adapted(&loaded))?;
-    assert!(max_difference(&again, &adapted) < 1e-6);
+    let exact = exact(&model, &lora)?;
+    assert_rounding("loaded", &adapted, &again, &exact);
     assert!(loaded.parameters().iter().all(|(_, tensor)| tensor.requires_grad()));
 
     let merged = lora.merge(&model, Device::Cpu)?;
@@ -90,7 +96,7 @@ fn a_saved_adapter_and_a_merged_model_give_the_same_outputs() -> Result<()> {
     merged.save(&folder.join("merged"))?;
     model.save(&folder.join("base"))?;
     let merged = ZImageTransformer::load(&folder.join("merged"), Kind::Float, Device::Cpu)?;
-    assert!(max_difference(&inputs.run(&merged, Role::BASE)?, &adapted) < 1e-5);
+    assert_rounding("merged", &adapted, &inputs.run(&merged, Role::BASE)?, &exact);
 
     let case = [
         ("latents", inputs.latents),
@@ -130,11 +136,12 @@ fn files_of_other_programs_load_with_their_scale() -> Result<()> {
     let lora = Lora::new(model.config(), &settings(), Device::Cpu)?;
     fill(&lora)?;
     let expected = inputs.run(&model, Role::adapted(&lora))?;
+    let exact = exact(&model, &lora)?;
     let path = folder.join("other.safetensors");
-    let error = |tensors: &Parameters| -> Result<f64> {
+    let output = |tensors: &Parameters| -> Result<Tensor> {
         write_tensors(&path, tensors)?;
         let loaded = Lora::load(&path, model.config(), Device::Cpu)?;
-        Ok(max_difference(&inputs.run(&model, Role::adapted(&loaded))?, &expected))
+        inputs.run(&model, Role::adapted(&loaded))
     };
     for prefix in ["diffusion_model.", "transformer."] {
         for shape in [&[][..], &[1]] {
@@ -145,13 +152,14 @@ fn files_of_other_programs_load_with_their_scale() -> Result<()> {
                 tensors.insert(format!("{name}.lora_B.weight"), pair.up.detach());
                 tensors.insert(format!("{name}.alpha"), Tensor::from(6.0f32).reshape(shape));
             }
-            assert!(error(&tensors)? < 1e-5, "{prefix} {shape:?}");
+            assert_rounding(&format!("{prefix} {shape:?}"), &expected, &output(&tensors)?, &exact);
         }
     }
 
     // Rank and alpha in the metadata, as diffusers writes them.
     let tensors = lora.parameters().into_iter().map(|(name, t)| (name, t.detach())).collect();
-    assert!(error(&tensors)? > 1e-2, "the scale must matter");
+    let moved = max_difference(&output(&tensors)?, &expected);
+    assert!(moved > 1e-2, "the scale must matter");
     let plain = std::fs::read(&path)?;
     let with_metadata = |settings: &str| -> Result<Lora> {
         let (length, rest) = plain.split_at(8);
@@ -168,7 +176,8 @@ fn files_of_other_programs_load_with_their_scale() -> Result<()> {
         Lora::load(&path, model.config(), Device::Cpu)
     };
     let loaded = with_metadata(r#"{"transformer.r": 3, "transformer.lora_alpha": 6}"#)?;
-    assert!(max_difference(&inputs.run(&model, Role::adapted(&loaded))?, &expected) < 1e-5);
+    let found = inputs.run(&model, Role::adapted(&loaded))?;
+    assert_rounding("metadata", &expected, &found, &exact);
     for (settings, part) in [
         (r#"{"transformer.r": 3}"#, "lora_alpha"),
         (r#"{"transformer.r": 0, "transformer.lora_alpha": 6}"#, "positive r"),

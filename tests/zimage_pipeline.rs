@@ -9,6 +9,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use common::max_difference;
+use common::reference::{assert_float32, bound_of, relative};
 use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
 use small_pipeline::Workplace;
 use tch::{Device, Kind, Tensor};
@@ -20,19 +21,10 @@ use zimage::weights::read_tensors;
 
 const PROMPTS: usize = 3;
 const STEPS: usize = 8;
-/// Relative to the largest value.
-const LIMIT: f64 = 1e-4;
 
 /// [-1, 1] and a little beyond to what pipelines return.
 fn pixels(images: &Tensor) -> Tensor {
     (images / 2 + 0.5).clamp(0.0, 1.0)
-}
-
-fn assert_equal(found: &Tensor, expected: &Tensor, what: &str) {
-    assert_eq!(found.size(), expected.size(), "{what}");
-    let error = max_difference(found, expected) / expected.abs().max().double_value(&[]);
-    println!("{what}: {error:.1e}");
-    assert!(error < LIMIT, "{what}: {error:.1e}");
 }
 
 #[test]
@@ -59,7 +51,7 @@ fn images_equal_those_of_diffusers() -> Result<()> {
     for (name, guidance) in [("unguided", Guidance::NEUTRAL), ("guided", Guidance::from_w(3.0)?)] {
         let run = Sampling { steps: STEPS, guidance, transition: Transition::Ddim };
         let single = pixels(&studio.render(&base.transformer, run)?);
-        assert_equal(&single, &expected[name], &format!("{name}, one by one"));
+        assert_float32(&single, &expected, name);
 
         // What is of one padded length, as training batches it.
         let batches = prompts.batches(&[0, 1, 2], PROMPTS)?;
@@ -73,8 +65,11 @@ fn images_equal_those_of_diffusers() -> Result<()> {
             let sampler = Sampler::new(&denoiser, grid, Transition::Ddim).guided(guidance, &null);
             let images =
                 decoder.decode(&sampler.sample(&latents.index_select(0, &index), &cond)?)?;
-            let what = format!("{name}, {batch:?} together");
-            assert_equal(&pixels(&images), &expected[name].index_select(0, &index), &what);
+            let expected_images = expected[name].index_select(0, &index);
+            let (error, bound) =
+                (relative(name, &pixels(&images), &expected_images), bound_of(&expected, name));
+            println!("{name}, {batch:?} together: {error:.1e} of {bound:.1e}");
+            assert!(error <= bound, "{name}, {batch:?} together: {error:e} > {bound:e}");
         }
     }
     // A picture is the same whatever was drawn before.

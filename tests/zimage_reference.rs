@@ -5,7 +5,8 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use common::{max_difference, value, wave, worse};
+use common::reference::{FLOAT64, assert_float32, assert_float64, relative};
+use common::{value, wave};
 use tch::{Device, Kind, Tensor};
 use zimage::parameters::Parameters;
 use zimage::tape::Tape;
@@ -72,12 +73,6 @@ impl Case {
     }
 }
 
-/// Largest error over the largest value.
-fn relative(found: &Tensor, expected: &Tensor) -> f64 {
-    assert_eq!(found.size(), expected.size());
-    max_difference(found, expected) / value(&expected.abs().max())
-}
-
 /// Root of the mean square error over that of the values.
 fn relative_mean(found: &[Tensor], expected: &[Tensor]) -> f64 {
     let sums = |tensors: Vec<Tensor>| {
@@ -101,11 +96,10 @@ fn assert_case(
     let latents: Vec<Tensor> = case.all("latents")?.into_iter().map(leaf).collect();
     let captions: Vec<Tensor> = case.all("captions")?.into_iter().map(leaf).collect();
     let outputs = model.forward_items(&latents, &case.one("t")?, &captions, role)?;
-    let mut worst = [0f64; 2];
-    for (output, expected) in outputs.iter().zip(case.all("output")?) {
-        worst[0] = worse(worst[0], relative(output, &expected));
-    }
     assert_eq!(outputs.len(), latents.len());
+    for (item, output) in outputs.iter().enumerate() {
+        assert_float32(output, &case.tensors, &format!("{name}/output/{item}"));
+    }
 
     let cotangents = case.all("cotangent")?;
     let terms: Vec<Tensor> =
@@ -117,7 +111,7 @@ fn assert_case(
     }
     let mut compared = 0;
     let prefix = format!("{name}/gradient/");
-    for (key, expected) in &case.tensors {
+    for key in case.tensors.keys().filter(|key| !key.ends_with(":distance")) {
         let Some(part) = key.strip_prefix(&prefix) else { continue };
         let index = |leaves: &[Tensor], item: &str| {
             Ok::<_, anyhow::Error>(leaves[item.parse::<usize>()?].grad())
@@ -128,17 +122,10 @@ fn assert_case(
             Some(("parameters", parameter)) => model.parameters()[parameter].grad(),
             _ => anyhow::bail!("{key} is no gradient"),
         };
-        let error = relative(&gradient, expected);
-        assert!(error < 1e-5, "gradient of {part}: relative error {error}");
-        worst[1] = worse(worst[1], error);
+        assert_float32(&gradient, &case.tensors, key);
         compared += 1;
     }
     assert!(compared >= 2 * latents.len());
-    println!(
-        "{file} {name}: outputs within {:.1e}, {compared} gradients within {:.1e}",
-        worst[0], worst[1]
-    );
-    assert!(worst[0] < 1e-5, "relative error {}", worst[0]);
     Ok(())
 }
 
@@ -195,7 +182,8 @@ fn bfloat16_is_as_close_to_float32_as_diffusers_is() -> Result<()> {
     Ok(())
 }
 
-/// Every item of a batch against its own batch of one; returns the outputs.
+/// Every item of a batch against its own batch of one; returns the outputs. Inputs are taken in the type of
+/// the model.
 fn assert_items_alone(
     model: &ZImageTransformer,
     latents: &[Tensor],
@@ -203,13 +191,15 @@ fn assert_items_alone(
     captions: &[Tensor],
     tolerance: f64,
 ) -> Result<Vec<Tensor>> {
-    let together = model.forward_items(latents, t, captions, Role::BASE)?;
+    let latents: Vec<_> = latents.iter().map(|latent| latent.to_kind(model.kind())).collect();
+    let together = model.forward_items(&latents, t, captions, Role::BASE)?;
     for (item, output) in together.iter().enumerate() {
         let range = item..item + 1;
         let t = t.narrow(0, item as i64, 1);
         let (latents, captions) = (&latents[range.clone()], &captions[range]);
         let alone = model.forward_items(latents, &t, captions, Role::BASE)?;
-        let error = relative(&alone[0], output);
+        let error = relative(&format!("item {item}"), &alone[0], output);
+        println!("item {item} in {:?}: {error:.1e}", model.kind());
         assert!(error < tolerance, "item {item}: {error}");
     }
     Ok(together)
@@ -221,12 +211,12 @@ fn items_of_a_batch_equal_their_own_batches() -> Result<()> {
     let _guard = tch::no_grad_guard();
     let case = Case::new("computed", "unequal")?;
     let (latents, captions, t) = (case.all("latents")?, case.all("captions")?, case.one("t")?);
-    let model = computed_model()?;
-    let together = assert_items_alone(&model, &latents, &t, &captions, 1e-5)?;
+    let model = computed_model()?.cast(Kind::Double)?;
+    let together = assert_items_alone(&model, &latents, &t, &captions, FLOAT64)?;
     // Images of one size take the way of `forward` too.
-    let still = latents[0].squeeze_dim(1).unsqueeze(0);
+    let still = latents[0].squeeze_dim(1).unsqueeze(0).to_kind(Kind::Double);
     let single = model.forward(&still, &t.narrow(0, 0, 1), &captions[..1], Role::BASE)?;
-    assert!(relative(&single.squeeze_dim(0), &together[0].squeeze_dim(1)) < 1e-5);
+    assert_float64("forward", &single.squeeze_dim(0), &together[0].squeeze_dim(1));
     Ok(())
 }
 
@@ -241,7 +231,7 @@ fn long_sequences_equal_their_own_batches() -> Result<()> {
     let latents = [[4, 1, 50, 48], [4, 1, 6, 8]].map(|shape| wave(&shape, 0.4, Kind::Float));
     let captions = [[40, 20], [5, 20]].map(|shape| wave(&shape, 1.3, Kind::Float));
     let t = Tensor::from_slice(&[0.3f32, 0.8]);
-    assert_items_alone(&model, &latents, &t, &captions, 1e-5)?;
+    assert_items_alone(&model.cast(Kind::Double)?, &latents, &t, &captions, FLOAT64)?;
     assert_items_alone(&model.cast(Kind::BFloat16)?, &latents, &t, &captions, 0.05)?;
     Ok(())
 }

@@ -12,6 +12,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use common::reference::{bound_of, relative};
 use common::{max_difference, seeded};
 use small_pipeline::{SIDE, Workplace, copy};
 use tch::{Device, Kind, Tensor};
@@ -154,17 +155,22 @@ fn a_killed_training_ends_in_the_same_student_whose_files_draw_what_it_drew() ->
     // Read back, the adapter draws what the student in memory drew at the last update.
     let adapted = images(&place, &[])?;
     let drawn = first_picture(&place.out().join("sample.png"), 0)?;
-    // Under the heading.
-    assert_eq!(drawn, first_picture(&place.out().join("preview-000004.png"), 16)?);
-    // And so does the merged transformer, but for rounding.
+    // Under the heading. The preview was drawn in a batch of another size: a value may lie on the other side
+    // of a step of the 255.
+    let preview = first_picture(&place.out().join("preview-000004.png"), 16)?;
+    assert_eq!(drawn.len(), preview.len());
+    let apart = drawn.iter().zip(&preview).map(|(one, other)| one.abs_diff(*other)).max();
+    assert!(apart <= Some(1), "{apart:?} steps");
+    // And so does the merged transformer, but for rounding: as the pictures of the untrained model.
     let merged = place.0.path().join("merged");
     for part in ["transformer", "scheduler"] {
         copy(&place.out().join("student").join(part), &merged.join(part))?;
     }
     let whole = images(&place, &["--student", &merged.display().to_string()])?;
-    let difference = max_difference(&whole, &adapted);
-    println!("merged against adapter: {difference:.1e}");
-    assert!(difference < 1e-4, "{difference:.1e}");
+    let reference = read_tensors(Path::new("tests/reference/pipeline/expected.safetensors"))?;
+    let (error, bound) = (relative("merged", &whole, &adapted), bound_of(&reference, "unguided"));
+    println!("merged against adapter: {error:.1e} of {bound:.1e}");
+    assert!(error <= bound, "{error:.1e}");
     // An adapter that does nothing would have passed.
     let zero: Parameters = found.iter().map(|(n, t)| (n.clone(), t.zeros_like())).collect();
     let none = place.0.path().join("none");

@@ -2,9 +2,9 @@
 """Reference values for the autoencoder, from diffusers' own AutoencoderKL.
 
 Writes two small random models as diffusers folders under tests/reference/autoencoder/, each with a file
-of inputs, outputs and gradients, which tests/zimage_autoencoder.rs compares the example with. Inputs and
-results are computed in float64, and the weights are stored in bfloat16 to keep the files small: the
-values used are the rounded ones.
+of inputs, outputs and gradients, which tests/zimage_autoencoder.rs compares the example with. Results
+are computed in float64, with the distance of diffusers' float32 from them, and the weights are stored in
+bfloat16 to keep the files small: the values used are the rounded ones.
 
 Run: python3 scripts/reference/autoencoder.py      (torch 2.13, diffusers 0.42; takes a few seconds)
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from precision import distances
 from safetensors.torch import load_file, save_file
 
 OUT = Path(__file__).resolve().parents[2] / "tests/reference/autoencoder"
@@ -68,34 +69,36 @@ def build(config, seed):
     return model.to(torch.bfloat16)
 
 
-def references(model, images, latents):
-    """Names as in the tests: `encode.{i}.image` and so on."""
-    scaling, shift = model.config.scaling_factor, model.config.shift_factor
+def draw(model, images, latents):
+    """Inputs, by the names that they have in the tests: `encode.{i}.image` and so on."""
+    channels, factor = model.config.latent_channels, 2 ** (len(model.config.block_out_channels) - 1)
     tensors = {}
     for i, (batch, height, width) in enumerate(images):
         image = torch.rand(batch, 3, height, width, dtype=torch.float64) * 2 - 1
-        image = image.float().double()
-        posterior = model.encode(image).latent_dist
-        noise = torch.randn(posterior.mean.shape).double()
-        sample = posterior.mean + posterior.std * noise
-        tensors |= {
-            f"encode.{i}.image": image,
-            f"encode.{i}.noise": noise,
-            f"encode.{i}.mean": (posterior.mean - shift) * scaling,
-            f"encode.{i}.sample": (sample - shift) * scaling,
-        }
+        noise = torch.randn(batch, channels, height // factor, width // factor)
+        tensors |= {f"encode.{i}.image": image.float(), f"encode.{i}.noise": noise}
     for i, (batch, height, width) in enumerate(latents):
-        z = torch.randn(batch, model.config.latent_channels, height, width).double().requires_grad_()
+        z = torch.randn(batch, channels, height, width)
+        cotangent = torch.randn(batch, 3, height * factor, width * factor)
+        tensors |= {f"decode.{i}.latents": z, f"decode.{i}.cotangent": cotangent}
+    return tensors
+
+
+def answers(model, inputs):
+    """What the model makes of the inputs, in its own type."""
+    scaling, shift = model.config.scaling_factor, model.config.shift_factor
+    of = {name: tensor.to(model.dtype) for name, tensor in inputs.items()}
+    tensors = {}
+    for i in range(2):
+        posterior = model.encode(of[f"encode.{i}.image"]).latent_dist
+        sample = posterior.mean + posterior.std * of[f"encode.{i}.noise"]
+        tensors[f"encode.{i}.mean"] = (posterior.mean - shift) * scaling
+        tensors[f"encode.{i}.sample"] = (sample - shift) * scaling
+        z = of[f"decode.{i}.latents"].requires_grad_()
         image = model.decode(z / scaling + shift).sample
-        cotangent = torch.randn(image.shape).double()
-        (gradient,) = torch.autograd.grad(image, z, cotangent)
-        tensors |= {
-            f"decode.{i}.latents": z,
-            f"decode.{i}.image": image,
-            f"decode.{i}.cotangent": cotangent,
-            f"decode.{i}.gradient": gradient,
-        }
-    return {name: t.detach().float().contiguous() for name, t in tensors.items()}
+        (gradient,) = torch.autograd.grad(image, z, of[f"decode.{i}.cotangent"])
+        tensors |= {f"decode.{i}.image": image, f"decode.{i}.gradient": gradient}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def main():
@@ -104,8 +107,13 @@ def main():
         shutil.rmtree(folder, ignore_errors=True)
         build(case["config"], seed).save_pretrained(folder / "vae")
         # As any user would read it, then in float64.
-        model = AutoencoderKL.from_pretrained(folder / "vae").double()
-        save_file(references(model, case["images"], case["latents"]), folder / "values.safetensors")
+        model = AutoencoderKL.from_pretrained(folder / "vae")
+        inputs = draw(model, case["images"], case["latents"])
+        rough = answers(model.float(), inputs)
+        exact = answers(model.double(), inputs)
+        tensors = inputs | exact | distances(rough, exact)
+        tensors = {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, folder / "values.safetensors")
         weights = load_file(folder / "vae/diffusion_pytorch_model.safetensors")
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         print(f"{name}: {len(weights)} tensors, {size / 1000:.0f} kB")

@@ -7,14 +7,15 @@ the square of that quantity, converted. Needs torch and safetensors; from the ro
 
 writes tests/reference/fake_score.safetensors, which tests/reference_fake_score.rs compares with. Each
 tensor has a row for each weighting that is finite, in the order of WEIGHTINGS: the loss, and its gradient
-in the gains of the network.
+in the gains of the network. Beside them are the largest distances from the same in float32.
 """
 
 import torch
 
 from noise_paths import PATHS, PREDICTIONS, clean, target
+from precision import worst_distances
 from setting import (
-    COND, EPS, FAKE_GAIN, MASKS, SHAPE, X, coefficients, narrow, network, reaches_noise, save,
+    COND, EPS, FAKE_GAIN, MASKS, SHAPE, X, coefficients, float32, narrow, network, reaches_noise, save,
 )
 
 WEIGHTINGS = ["uniform", "min_snr", "as_sample", "edm"] + ["as_" + p for p in PREDICTIONS[1:]]
@@ -64,17 +65,38 @@ def weightings(prediction, path, times):
     return ["uniform", "min_snr"] if prediction == "noise" and reaches_noise(path, times) else MILD
 
 
-for kind, cast in [("exact", None), ("bf16", narrow)]:
-    for path in PATHS:
-        for prediction in PREDICTIONS:
-            for times in ["middle", "bounds", "near", "ends"]:
-                rows = [loss(weighting, prediction, path, times, cast)
-                        for weighting in weightings(prediction, path, times)]
-                if rows:
-                    OUT[f"{kind}/{path}/{prediction}/{times}"] = torch.stack(rows)
-for which, mask in MASKS.items():
-    value = loss("min_snr", "flow_velocity", "rectified_flow", "middle", mask=mask)
-    OUT[f"mask_{which}/min_snr"] = value.reshape(1, -1)
+def every_case():
+    """All values, by the names that they have in the file."""
+    OUT.clear()
+    for kind, cast in [("exact", None), ("bf16", narrow)]:
+        for path in PATHS:
+            for prediction in PREDICTIONS:
+                for times in ["middle", "bounds", "near", "ends"]:
+                    rows = [loss(weighting, prediction, path, times, cast)
+                            for weighting in weightings(prediction, path, times)]
+                    if rows:
+                        OUT[f"{kind}/{path}/{prediction}/{times}"] = torch.stack(rows)
+    for which, mask in MASKS.items():
+        value = loss("min_snr", "flow_velocity", "rectified_flow", "middle", mask=mask)
+        OUT[f"mask_{which}/min_snr"] = value.reshape(1, -1)
+    return dict(OUT)
 
+
+def parts(cases):
+    """Losses and gradients apart, under names that end in their kind. At the bounds, with the weightings
+    that are left out nearer to the ends, an error is a difference of two large numbers."""
+    tensors = {}
+    for name, case in cases.items():
+        kind = "_at_bounds" if name.endswith("/bounds") else ""
+        for index, row in enumerate(case):
+            tensors[f"{name}/{index}:loss{kind}"] = row[:1]
+            tensors[f"{name}/{index}:gradient{kind}"] = row[1:]
+    return tensors
+
+
+exact = every_case()
+with float32():
+    found = every_case()
+exact |= worst_distances(lambda name: name.rsplit(":", 1)[1], parts(found), parts(exact))
 times = [f"times_{name}" for name in ("middle", "bounds", "near", "ends")]
-save("fake_score", OUT, ["x", "noise", "cond", *times, *(f"mask_{name}" for name in MASKS)])
+save("fake_score", exact, ["x", "noise", "cond", *times, *(f"mask_{name}" for name in MASKS)])

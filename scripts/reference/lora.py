@@ -5,7 +5,8 @@
     python3 scripts/reference/lora.py --check DIR    # reads what the Rust test wrote into DIR
 
 The first form makes a small ZImageTransformer2DModel, adds a random adapter on the seven linear layers of
-every block, and saves the adapter (through diffusers' own `save_lora_weights`), inputs and outputs.
+every block, and saves the adapter (through diffusers' own `save_lora_weights`), inputs, outputs and their
+distance from float64.
 
 The second loads `DIR/lora.safetensors` by diffusers' own loader onto `DIR/base/transformer`, counts the
 pairs that arrived, and compares the outputs, and those of `DIR/merged/transformer`, with the outputs that
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from precision import SUFFIX, distances, double, float64
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -64,15 +66,23 @@ def write():
         "t": torch.tensor([0.25, 0.9]),
         "captions": torch.randn(2, 5, 8),
     }
-    case["base"] = forward(model, **case)
+    inputs = dict(case)
+
+    def record(name):
+        case[name] = forward(model, **inputs)
+        with float64():
+            exact = forward(double(model), **{name: value.double() for name, value in inputs.items()})
+        case.update(distances({name: case[name]}, {name: exact}))
+        print(f"{name}: {case[name + SUFFIX].item():.1e} from float64")
+
+    record("base")
     # The scale is that of the file: rank 3 and alpha 3, as files without alpha mean it.
     model.add_adapter(LoraConfig(r=3, lora_alpha=3, init_lora_weights=False, target_modules=TARGETS))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0.0, 0.1)
-    inputs = {name: case[name] for name in ["latents", "t", "captions"]}
-    case["adapted"] = forward(model, **inputs)
+    record("adapted")
     ZImagePipeline.save_lora_weights(OUT, transformer_lora_layers=get_peft_model_state_dict(model))
     save_file(case, OUT / "case.safetensors")
     moved = (case["adapted"] - case["base"]).abs().max()

@@ -5,15 +5,17 @@ gradients come from autograd. Needs torch and safetensors; from the root of the 
 
     python3 scripts/reference/objective.py
 
-writes tests/reference/objective.safetensors, which tests/reference_objective.rs compares with.
+writes tests/reference/objective.safetensors, which tests/reference_objective.rs compares with: all values,
+and the largest distance of each kind from the same in float32.
 """
 
 import torch
 
 from noise_paths import PATHS, PREDICTIONS, clean
+from precision import worst_distances
 from setting import (
-    COND, EPS, EPS_DM, FAKE_GAIN, MASKS, NULL, SHAPE, TEACHER_GAIN, TIMES, X, coefficients, narrow,
-    network, reaches_noise, save,
+    COND, EPS, EPS_DM, FAKE_GAIN, MASKS, NULL, SHAPE, TEACHER_GAIN, TIMES, X, coefficients, float32,
+    narrow, network, reaches_noise, save,
 )
 
 ALPHA = 4.0
@@ -150,38 +152,59 @@ def diagnostics():
     OUT.update({"diagnostics/" + name: value for name, value in values.items()})
 
 
-for norm in NORMALISERS:
-    for terms in ["ca", "dm", "coupled"]:
-        student(f"{terms}/{norm}", terms, norm)
-    for terms in ["ca", "dm"]:
-        student(f"bf16/{terms}/{norm}", terms, norm, cast=narrow)
-for norm in ["off", "cdm", "port"]:
-    student(f"decoupled/{norm}", "decoupled", norm)
-dmd2()
-for which, mask in MASKS.items():
-    for norm in ["cdm", "fastvideo"]:
-        student(f"mask_{which}/{norm}", norm=norm, mask=mask)
-diagnostics()
-for path in PATHS:
-    for prediction in PREDICTIONS:
-        networks = dict(path=path, teacher=prediction)
-        for terms in ["coupled", "decoupled"]:
+def every_case():
+    """All values, by the names that they have in the file."""
+    OUT.clear()
+    for norm in NORMALISERS:
+        for terms in ["ca", "dm", "coupled"]:
+            student(f"{terms}/{norm}", terms, norm)
+        for terms in ["ca", "dm"]:
+            student(f"bf16/{terms}/{norm}", terms, norm, cast=narrow)
+    for norm in ["off", "cdm", "port"]:
+        student(f"decoupled/{norm}", "decoupled", norm)
+    dmd2()
+    for which, mask in MASKS.items():
+        for norm in ["cdm", "fastvideo"]:
+            student(f"mask_{which}/{norm}", norm=norm, mask=mask)
+    diagnostics()
+    for path in PATHS:
+        for prediction in PREDICTIONS:
+            networks = dict(path=path, teacher=prediction)
+            for terms in ["coupled", "decoupled"]:
+                for norm in ["guided", "cdm"]:
+                    student(f"{path}/{prediction}/{terms}/{norm}", terms, norm, **networks)
+            for times in ["bounds", "near", "ends"]:
+                if not (reaches_noise(path, times) and prediction in ("noise", "score")):
+                    student(f"{path}/{prediction}/{times}", times=times, **networks)
+            for times in ["middle", "bounds"]:
+                OUT[f"{path}/{prediction}/scores_{times}"] = scores(times, EPS, **networks)
+        for teacher, fake in MIXED:
+            networks = dict(path=path, teacher=teacher, fake=fake)
+            student(f"{path}/{teacher}_{fake}/coupled", **networks)
+            OUT[f"{path}/{teacher}_{fake}/scores_middle"] = scores("middle", EPS, **networks)
+        for times in ["middle", "bounds", "near", "ends"]:
             for norm in ["guided", "cdm"]:
-                student(f"{path}/{prediction}/{terms}/{norm}", terms, norm, **networks)
-        for times in ["bounds", "near", "ends"]:
-            if not (reaches_noise(path, times) and prediction in ("noise", "score")):
-                student(f"{path}/{prediction}/{times}", times=times, **networks)
-        for times in ["middle", "bounds"]:
-            OUT[f"{path}/{prediction}/scores_{times}"] = scores(times, EPS, **networks)
-    for teacher, fake in MIXED:
-        networks = dict(path=path, teacher=teacher, fake=fake)
-        student(f"{path}/{teacher}_{fake}/coupled", **networks)
-        OUT[f"{path}/{teacher}_{fake}/scores_middle"] = scores("middle", EPS, **networks)
-    for times in ["middle", "bounds", "near", "ends"]:
-        for norm in ["guided", "cdm"]:
-            networks = dict(path=path, teacher=USUAL[path], cast=narrow)
-            student(f"bf16/{path}/{times}/{norm}", norm=norm, times=times, **networks)
+                networks = dict(path=path, teacher=USUAL[path], cast=narrow)
+                student(f"bf16/{path}/{times}/{norm}", norm=norm, times=times, **networks)
+    return dict(OUT)
 
+
+def parts(cases):
+    """The numbers of each case that are compared by themselves, under names that end in their kind."""
+    tensors = {}
+    for name, value in cases.items():
+        if "/scores_" in name:
+            kind = name.rsplit("/", 1)[1]
+            tensors |= {f"{name}/{row}:{kind}": value[row] for row in range(3)}
+        else:
+            tensors[name if ":" in name else name + ":diagnostics"] = value
+    return tensors
+
+
+exact = every_case()
+with float32():
+    found = every_case()
+exact |= worst_distances(lambda name: name.rsplit(":", 1)[1], parts(found), parts(exact))
 times = [f"times_{name}" for name in TIMES]
 masks = [f"mask_{name}" for name in MASKS]
-save("objective", OUT, ["x", "noise", "noise_dm", "cond", "null", *times, *masks])
+save("objective", exact, ["x", "noise", "noise_dm", "cond", "null", *times, *masks])

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Reference values for the noise paths and prediction types, in float64 PyTorch.
 
-Writes tests/reference/paths.safetensors, which tests/reference_paths.rs compares the crate with. The
-formulas are in noise_paths.py.
+Writes tests/reference/paths.safetensors, which tests/reference_paths.rs compares the crate with, and how
+far PyTorch's float32 is off. The formulas are in noise_paths.py.
 
 Run: python3 scripts/reference/paths.py      (torch 2.13, safetensors; takes a second)
 """
@@ -21,7 +21,30 @@ KINDS = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16}
 TIMES = [0.0, 0.001, 0.02, 0.25, 0.5, 0.75, 0.98, 1.0]
 
 
+def distance(tensors, key, a, s, inputs):
+    """The largest error of the same in float32, relative to the largest term."""
+    x0, eps, out, noised = (inputs[name] for name in ("x0", "eps", "out", "noised"))
+    samples = torch.maximum(x0.double().abs(), eps.double().abs())
+    terms = (a * x0.double()).abs() + (s * eps.double()).abs()
+    # Coefficients are rounded once.
+    a, s = a.float(), s.float()
+    pairs = [(a * x0 + s * eps, tensors[f"{key}.noised"], terms)]
+    for prediction, (p, q) in prediction_rows(a, s).items():
+        target = tensors[f"{key}.{prediction}.target"]
+        pairs.append((p * x0 + q * eps, target, torch.maximum(samples, target.abs())))
+        first, second = clean_terms(prediction, a, s, noised, out)
+        exact, size = (tensors[f"{key}.{prediction}.{what}"] for what in ("x0", "size"))
+        pairs.append((first + second, exact, size[:, None]))
+    errors = []
+    for found, exact, terms in pairs:
+        error = (found.double() - exact).abs().amax(1) / terms.amax(1)
+        # Singular rows are refused.
+        errors.append(error[exact.isfinite().all(1)].max())
+    return torch.stack(errors).max()
+
+
 def main():
+    distances = []
     torch.manual_seed(0)
     base = {name: torch.randn(len(TIMES), 3, dtype=torch.float64) for name in ("x0", "eps", "out")}
     tensors = {}
@@ -49,6 +72,10 @@ def main():
                 # The largest term is what rounding errors are relative to.
                 x0_hat, size = first + second, (first.abs() + second.abs()).amax(1)
                 tensors[f"{name}.x0"], tensors[f"{name}.size"] = x0_hat, size
+            if kind != "f64":
+                found = {what: tensor.float() for what, tensor in [*inputs.items(), ("noised", noised)]}
+                distances.append(distance(tensors, key, a, s, found))
+    tensors["f32:distance"] = torch.stack(distances).max().float().reshape(1)
 
     t = tensors["f64.t"]
     tensors["sdxl.timestep"] = sdxl_timestep(t)

@@ -7,7 +7,8 @@
 
 Text encoder, tokenizer and autoencoder are those that text_encoder.py and autoencoder.py have made, the
 transformer is made here. `make` also stores, in DIR/expected.safetensors, prompts, initial latents and the
-images of the real ZImagePipeline in 8 steps, without guidance and with, all in float32.
+images of the real ZImagePipeline in 8 steps, without guidance and with, in float32 with their distance from
+float64.
 
 `check` takes a RUN of `zimage_8step --checkpoint DIR --merge --out RUN` and a
 `--sample PROMPT --tensors --out RUN` after it. It loads the student by `load_lora_weights`, counts the
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from precision import SUFFIX, distances, float64
 from parameters import randomise
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3Model
@@ -56,9 +58,9 @@ def transformer():
     return model.bfloat16()
 
 
-def load(folder):
-    """The pipeline of a folder in float32."""
-    pipeline = ZImagePipeline.from_pretrained(folder, dtype=torch.float32)
+def load(folder, dtype=torch.float32):
+    """The pipeline of a folder."""
+    pipeline = ZImagePipeline.from_pretrained(folder, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -99,6 +101,10 @@ def expected(folder):
         print(f"{name}: mean {images.mean():.3f}, deviation {images.std():.3f}, {100 * cut:.1f} % cut off")
         print(f"{name}: one by one differs from the batch by {(torch.stack(single) - images).abs().max():.1e}")
         tensors[name] = images.contiguous()
+        with float64():
+            exact, _ = draw(load(folder, torch.float64), PROMPTS, latents.double(), guidance, STEPS)
+        tensors |= distances(tensors, {name: exact})
+        print(f"{name}: {tensors[name + SUFFIX].item():.1e} from float64")
     other, _ = draw(pipeline, PROMPTS[::-1], latents, 0.0, STEPS)
     for name, images in [("guidance", tensors["guided"]), ("another prompt", other)]:
         print(f"{name} moves the images by {(images - tensors['unguided']).abs().max():.3f}")

@@ -1,5 +1,7 @@
-"""The samples and networks of which objective.py and fake_score.py compute losses, in float64."""
+"""The samples and networks of which objective.py and fake_score.py compute losses, in float64 and, to see
+how far that is off, in float32."""
 
+import contextlib
 import math
 import pathlib
 
@@ -38,7 +40,8 @@ def column(values):
 
 
 def coefficients(path, times):
-    return PATHS[path](column(TIMES[times]))
+    """Computed in float64, whatever is computed with them: near an end they are small differences."""
+    return [value.to(torch.get_default_dtype()) for value in PATHS[path](column(TIMES[times]))]
 
 
 def network(path, times, x, c, gain):
@@ -46,12 +49,12 @@ def network(path, times, x, c, gain):
     input, which is of size sigma up to 80; in float32 the sine of such a number has lost two digits."""
     if path == "edm":
         x = x / (coefficients(path, times)[1] ** 2 + 0.25).sqrt()
-    return gain * torch.sin(x + c) * (0.5 + column(TIMES[times])) + 0.1 * x
+    return gain * torch.sin(x + c) * (0.5 + column(TIMES[times]).to(x.dtype)) + 0.1 * x
 
 
 def narrow(tensor):
     """As bfloat16 has it."""
-    return tensor.bfloat16().double()
+    return tensor.bfloat16().to(tensor.dtype)
 
 
 def reaches_noise(path, times):
@@ -65,6 +68,21 @@ MASKS = {
     "samples": torch.tensor([True, False, True]).reshape(-1, 1, 1, 1).expand(SHAPE).contiguous(),
     "elements": wave(0.0, 2.1) > -0.2,
 }
+
+
+@contextlib.contextmanager
+def float32():
+    """Everything is computed in float32 here."""
+    inputs = [X, EPS, EPS_DM, COND, NULL]
+    torch.set_default_dtype(torch.float32)
+    for tensor in inputs:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float64)
+        for tensor in inputs:
+            tensor.data = tensor.data.double()
 
 
 def save(name, tensors, inputs):

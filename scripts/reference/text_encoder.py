@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import ZImagePipeline
+from precision import distances, float64
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
@@ -145,15 +146,22 @@ def main():
     model(len(made) + 5).save_pretrained(OUT / "text_encoder", max_shard_size="60KB")
 
     tokens = AutoTokenizer.from_pretrained(OUT / "tokenizer")
-    tensors, records = {}, []
-    for suffix, dtype in [("", torch.float32), ("/bfloat16", torch.bfloat16)]:
+    records = []
+
+    def encode(suffix, dtype):
         encoder = Qwen3Model.from_pretrained(OUT / "text_encoder", dtype=dtype).eval()
         parts = SimpleNamespace(tokenizer=tokens, text_encoder=encoder)
         with torch.no_grad():
             features = ZImagePipeline._encode_prompt(parts, list(PROMPTS), device="cpu")
-        # The long prompt in bfloat16 would tell nothing new.
-        for index, feature in enumerate(features if dtype == torch.float32 else features[:-1]):
-            tensors[f"{index}{suffix}"] = feature.contiguous()
+        return {f"{index}{suffix}": feature.contiguous() for index, feature in enumerate(features)}
+
+    found = encode("", torch.float32)
+    with float64():
+        exact = encode("", torch.float64)
+    rough = encode("/bfloat16", torch.bfloat16)
+    # The long prompt in bfloat16 would tell nothing new.
+    rough.popitem()
+    tensors = found | distances(found, exact) | rough
 
     for index, prompt in enumerate(PROMPTS):
         records.append(record(tokens, prompt))

@@ -4,7 +4,7 @@
     python3 scripts/reference/zimage.py
 
 Two small models run on batches of unequal sizes, caption lengths and frame counts, with the gradients of
-sum(output * cotangent). One has parameters that the test computes too (so no weights need to be kept) and
+sum(output * cotangent), and the distance of both from float64. One has parameters that the test computes too (so no weights need to be kept) and
 is float32; the other is a folder in bfloat16 as `save_pretrained` writes it, in several shards.
 With a folder as argument, the first is saved there as well, in a single file.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from diffusers import ZImageTransformer2DModel
+from precision import distances, double, float64
 from parameters import randomise
 from safetensors.torch import save_file
 
@@ -70,31 +71,42 @@ def draw(*shape):
     return torch.randn(shape, generator=GENERATOR).bfloat16().float()
 
 
+def answer(case, model, latents, t, captions, cotangents, call):
+    """Outputs and gradients, by the names that they have in the file."""
+    latents, captions = ([x.detach().requires_grad_() for x in group] for group in (latents, captions))
+    outputs = model(latents, t, captions, **call)[0]
+    loss = sum((output * cotangent).sum() for output, cotangent in zip(outputs, cotangents))
+    leaves = {f"latents/{i}": latent for i, latent in enumerate(latents)}
+    leaves |= {f"captions/{i}": caption for i, caption in enumerate(captions)}
+    if case == "unequal":
+        leaves |= {f"parameters/{name}": dict(model.named_parameters())[name] for name in PARTS}
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    tensors = {f"{case}/gradient/{name}": gradient for name, gradient in zip(leaves, gradients)}
+    return tensors | {f"{case}/output/{i}": output.detach().clone() for i, output in enumerate(outputs)}
+
+
 def record(model, cases):
-    """Inputs, outputs and gradients of cases, in float32; outputs in bfloat16 beside them."""
+    """Inputs, outputs and gradients of cases, in float32, with their distance from float64; outputs in
+    bfloat16 beside them."""
     tensors = {}
     (patch,), channels, width = (model.config[key] for key in ["all_patch_size", "in_channels", "cap_feat_dim"])
     for case, items in cases.items():
-        latents = [draw(channels, f, h * patch, w * patch).requires_grad_() for f, h, w, _, _ in items]
-        captions = [draw(words, width).requires_grad_() for *_, words, _ in items]
+        latents = [draw(channels, f, h * patch, w * patch) for f, h, w, _, _ in items]
+        captions = [draw(words, width) for *_, words, _ in items]
         cotangents = [draw(*latent.shape) for latent in latents]
         t = torch.tensor([item[-1] for item in items])
         call = dict(patch_size=patch, f_patch_size=1, return_dict=False)
-        outputs = model(latents, t, captions, **call)[0]
-        loss = sum((output * cotangent).sum() for output, cotangent in zip(outputs, cotangents))
-        leaves = {f"latents/{i}": latent for i, latent in enumerate(latents)}
-        leaves |= {f"captions/{i}": caption for i, caption in enumerate(captions)}
-        if case == "unequal":
-            leaves |= {f"parameters/{name}": dict(model.named_parameters())[name] for name in PARTS}
-        for name, gradient in zip(leaves, torch.autograd.grad(loss, list(leaves.values()))):
-            tensors[f"{case}/gradient/{name}"] = gradient
+        found = answer(case, model, latents, t, captions, cotangents, call)
+        with float64():
+            inputs = [[x.double() for x in group] for group in (latents, captions, cotangents)]
+            exact = answer(case, double(model), inputs[0], t.double(), *inputs[1:], call)
+        tensors |= found | distances(found, exact)
         with torch.no_grad():
             rough = copy.deepcopy(model).bfloat16()
             rough = rough([x.bfloat16() for x in latents], t, [c.bfloat16() for c in captions], **call)[0]
         tensors[f"{case}/t"] = t
         for part, values in [
-            ("latents", latents), ("captions", captions), ("cotangent", cotangents), ("output", outputs),
-            ("bfloat16", rough),
+            ("latents", latents), ("captions", captions), ("cotangent", cotangents), ("bfloat16", rough),
         ]:
             tensors |= {f"{case}/{part}/{i}": value.detach().clone() for i, value in enumerate(values)}
     return tensors
