@@ -2,6 +2,7 @@
 
 mod critic_evaluation;
 mod gradients;
+mod heads;
 mod training;
 
 use std::cell::RefCell;

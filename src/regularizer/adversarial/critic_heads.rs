@@ -51,6 +51,14 @@ struct Head {
     offset: Tensor,
     read: Tensor,
     constant: Tensor,
+    attention: Option<Attention>,
+}
+
+/// The query of a pooling by attention, and the map from features to keys.
+#[derive(Debug)]
+struct Attention {
+    query: Tensor,
+    keys: Tensor,
 }
 
 impl CriticHeads {
@@ -76,12 +84,37 @@ impl CriticHeads {
                 offset: path.f_zeros("offset", &[width])?,
                 read: path.f_uniform("read", &[1, width, 1], -bound, bound)?,
                 constant: path.f_zeros("constant", &[1])?,
+                attention: None,
             });
         }
         // At least 8 channels a group: a group of one channel at one position is always zero.
         let fits = |groups: &i64| width.checked_rem(groups.saturating_mul(8)) == Some(0);
         let groups = [32, 16, 8, 4, 2].into_iter().find(fits).unwrap_or(1);
         Ok(Self { heads, groups })
+    }
+
+    /// Pools the positions of each level by attention in place of their plain mean, so that a head may look
+    /// at the few positions that give a sample away. The parameters are `0.query`, `0.keys`, .. under `path`.
+    ///
+    /// ```text
+    /// logit = sum over positions of  weight x logit there,    weight = softmax(<query, keys h> / sqrt(width))
+    /// ```
+    /// The query is zero at first: the weights are equal and the logits those of the plain mean. This form is
+    /// ours. Hierarchical Distillation (arXiv 2511.08930) has an adaptive weighting of tokens in its
+    /// discriminator, whose formula could not be found.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if a parameter cannot be created.
+    pub fn pooled_by_attention(mut self, path: &nn::Path) -> Result<Self> {
+        for (level, head) in self.heads.iter_mut().enumerate() {
+            let path = path.sub(level.to_string());
+            let width = head.bias.size().first().copied().unwrap_or(1);
+            head.attention = Some(Attention {
+                query: path.f_zeros("query", &[1, width, 1])?,
+                keys: path.f_kaiming_uniform("keys", &[width, head.channels, 1])?,
+            });
+        }
+        Ok(self)
     }
 
     /// Logits `[B, K]` for K levels of features, each `[B, C]` or `[B, C, ..]`; tokens `[B, T, C]`
@@ -122,10 +155,18 @@ impl Head {
         check_size("features of the critic", &features, &expected)?;
         let pointwise =
             |x: &Tensor, weight: &Tensor, bias: &Tensor| x.f_conv1d(weight, Some(bias), 1, 0, 1, 1);
-        let hidden = pointwise(&features.f_to_kind(self.mix.f_kind()?)?, &self.mix, &self.bias)?
+        let features = features.f_to_kind(self.mix.f_kind()?)?;
+        let hidden = pointwise(&features, &self.mix, &self.bias)?
             .f_group_norm(groups, Some(&self.scale), Some(&self.offset), 1e-5, true)?
             .f_silu()?;
         let logits = pointwise(&hidden, &self.read, &self.constant)?;
-        Ok(logits.f_mean_dim(&[2i64][..], false, None::<Kind>)?)
+        let Some(Attention { query, keys }) = &self.attention else {
+            return Ok(logits.f_mean_dim(&[2i64][..], false, None::<Kind>)?);
+        };
+        let keys = features.f_conv1d(keys, None::<&Tensor>, 1, 0, 1, 1)?;
+        let width = query.numel() as f64;
+        let scores = keys.f_mul(query)?.f_sum_dim_intlist(&[1i64][..], true, None::<Kind>)?;
+        let weights = scores.f_div_scalar(width.sqrt())?.f_softmax(2, None::<Kind>)?;
+        Ok(logits.f_mul(&weights)?.f_sum_dim_intlist(&[2i64][..], false, None::<Kind>)?)
     }
 }
