@@ -14,6 +14,7 @@ mod maximum_mean_discrepancy;
 mod mean_variance;
 mod own_losses;
 mod paired_regression;
+mod rcm;
 mod score_identity;
 mod training;
 
