@@ -7,9 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use common::{max_difference, value, wave, worse};
 use tch::{Device, Kind, Tensor};
-use zimage::parameters::Parameters;
-use zimage::tape::Tape;
-use zimage::weights::read_tensors;
+use tch_training::safetensors::read_tensors;
+use tch_training::{Parameters, Tape};
 use zimage::{Config, Role, ZImageTransformer};
 
 fn folder() -> PathBuf {

@@ -7,10 +7,10 @@ use anyhow::Result;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
+use tch_training::Parameters;
+use tch_training::safetensors::{read_tensors, write_tensors};
 use tempfile::{TempDir, tempdir};
-use zimage::parameters::Parameters;
 use zimage::text::{MAX_TOKENS, PromptTokenizer, Qwen3Encoder, TextEncoder, frame};
-use zimage::weights::{read_tensors, write_tensors};
 
 /// The reference's tokens and features of one prompt.
 #[derive(Deserialize)]
