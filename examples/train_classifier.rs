@@ -14,15 +14,35 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use tch::{Device, Kind, Reduction, Tensor};
+use tch_training::seed::begin;
+use tch_training::{AdamW, AdamWSettings};
 use zimage::emoji::{Classifier, EmojiData, Judge};
-use zimage::optimizer::{AdamW, AdamWSettings};
 use zimage::options::set_threads;
-use zimage::seed::step_seed;
 
 /// Steps between two progress lines.
 const REPORT_EVERY: u64 = 100;
 /// Luminance of red, green and blue.
 const LUMINANCE: [f32; 3] = [0.299, 0.587, 0.114];
+
+/// Streams of random numbers; the stored classifier depends on their numbers.
+enum Stream {
+    /// All that is drawn at a step.
+    Step(u64),
+    /// The initial weights.
+    Weights,
+    /// The noise and the changes of the pictures that are judged at the end.
+    Report,
+}
+
+impl From<Stream> for u64 {
+    fn from(stream: Stream) -> Self {
+        match stream {
+            Stream::Step(step) => step,
+            Stream::Weights => u64::MAX - 1,
+            Stream::Report => u64::MAX - 2,
+        }
+    }
+}
 
 /// Trains the classifier that judges generated emoji.
 #[derive(Parser)]
@@ -82,7 +102,7 @@ fn main() -> Result<()> {
 }
 
 fn train(arguments: &Arguments, data: &EmojiData) -> Result<Classifier> {
-    tch::manual_seed(step_seed(arguments.seed, u64::MAX - 1));
+    begin(arguments.seed, Stream::Weights);
     let count = data.items.len() as i64;
     let classifier = Classifier::init(count, Device::Cpu)?;
     let parameters: Vec<(String, Tensor)> = classifier
@@ -102,7 +122,7 @@ fn train(arguments: &Arguments, data: &EmojiData) -> Result<Classifier> {
 
     let (mut start, mut sums) = (Instant::now(), [0.0, 0.0]);
     for step in 0..arguments.steps {
-        tch::manual_seed(step_seed(arguments.seed, step));
+        begin(arguments.seed, Stream::Step(step));
         optimizer.settings.learning_rate = arguments.learning_rate(step);
         let targets = Tensor::f_randint(count, [arguments.batch], (Kind::Int64, Device::Cpu))?;
         let images = augment(&data.images.f_index_select(0, &targets)?)?;
@@ -139,7 +159,7 @@ fn train(arguments: &Arguments, data: &EmojiData) -> Result<Classifier> {
 /// where it takes away noise stronger than any in training (0.4).
 fn report(arguments: &Arguments, classifier: Classifier, data: &EmojiData) -> Result<()> {
     let _guard = tch::no_grad_guard();
-    tch::manual_seed(step_seed(arguments.seed, u64::MAX - 2));
+    begin(arguments.seed, Stream::Report);
     let clean = &data.images;
     let noise = clean.f_randn_like()?;
     let noisy = |deviation: f64| -> Result<Tensor> {

@@ -14,21 +14,19 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use decoupled_dmd::{Condition, FewStepGrid, Guidance, Sampler, Shift, Transition};
 use tch::{Device, Kind, Tensor};
+use tch_training::ema::update_average;
+use tch_training::files::{create_folder, read_json};
+use tch_training::parameters::{prefixed, restore};
+use tch_training::run::{INTERRUPTED, Interrupt, Lock, Progress, StateFolder, fingerprint};
+use tch_training::seed::begin;
+use tch_training::{AdamW, AdamWSettings, Parameters};
 use zimage::distil::{SHIFT, denoiser, flow_matching_loss};
-use zimage::ema::update_average;
 use zimage::emoji::EmojiData;
-use zimage::files::{create_folder, read_json};
-use zimage::fingerprint::fingerprint;
-use zimage::interrupt::{INTERRUPTED, Interrupt};
-use zimage::lock::Lock;
+use zimage::failure::{described, is_other_run};
 use zimage::model::Pipeline;
-use zimage::optimizer::{AdamW, AdamWSettings};
 use zimage::options::set_threads;
-use zimage::parameters::{Parameters, prefixed, restore};
 use zimage::picture::write_grid;
-use zimage::seed::step_seed;
 use zimage::teacher_options::TeacherOptions;
-use zimage::training_state::{Progress, StateFolder};
 use zimage::{Config, Role, ZImageTransformer};
 
 /// Steps between two progress lines.
@@ -44,7 +42,40 @@ const PLAIN_CAPTION: f64 = 0.1;
 
 const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
 
-fn main() -> Result<ExitCode> {
+/// Streams of random numbers; stored results depend on their numbers.
+enum Stream {
+    /// All that is drawn at a step.
+    Step(u64),
+    /// The initial weights.
+    Weights,
+    /// Noise and times of the losses that a preview prints.
+    PreviewLoss,
+    /// The noise that pictures of a preview start from.
+    PreviewNoise,
+}
+
+impl From<Stream> for u64 {
+    fn from(stream: Stream) -> Self {
+        match stream {
+            Stream::Step(step) => step,
+            Stream::Weights => u64::MAX - 1,
+            Stream::PreviewLoss => u64::MAX - 2,
+            Stream::PreviewNoise => u64::MAX - 3,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    work().unwrap_or_else(|error| {
+        eprintln!("error: {}", described(&error));
+        if is_other_run(&error) {
+            eprintln!("Use its options, another --out, or --fresh, which forgets it");
+        }
+        ExitCode::FAILURE
+    })
+}
+
+fn work() -> Result<ExitCode> {
     let arguments = TeacherOptions::parse();
     ensure!(arguments.batch > 0, "--batch must be positive");
     ensure!(
@@ -98,7 +129,7 @@ struct Trainer<'a> {
 
 impl<'a> Trainer<'a> {
     fn new(arguments: &'a TeacherOptions, config: Config, data: &'a EmojiData) -> Result<Self> {
-        tch::manual_seed(step_seed(arguments.seed, u64::MAX - 1));
+        begin(arguments.seed, Stream::Weights);
         let model = match &arguments.from {
             Some(folder) => Pipeline::load(folder, Kind::Float, Device::Cpu)?.transformer,
             None => ZImageTransformer::init(config, Device::Cpu)?,
@@ -169,7 +200,7 @@ impl<'a> Trainer<'a> {
 
     /// One optimizer step; returns loss and gradient norm as scalar tensors.
     fn train_step(&mut self) -> Result<(Tensor, Tensor)> {
-        tch::manual_seed(step_seed(self.arguments.seed, self.step));
+        begin(self.arguments.seed, Stream::Step(self.step));
         self.optimizer.settings.learning_rate = self.arguments.learning_rate(self.step);
         let (images, captions) = self.draw_batch()?;
         let loss = if self.arguments.bf16 {
@@ -200,7 +231,7 @@ impl<'a> Trainer<'a> {
 
     /// Runs the steps that are left; whether none was left out because the user stopped it.
     fn run(&mut self, states: &mut StateFolder) -> Result<bool> {
-        let interrupt = Interrupt::install()?;
+        let interrupt = Interrupt::install("Saving after this step; Ctrl-C again leaves at once")?;
         let (mut start, mut since) = (Instant::now(), self.step);
         let mut sums = [0.0, 0.0];
         while self.step < self.arguments.steps {
@@ -253,7 +284,7 @@ impl<'a> Trainer<'a> {
         for (name, indices) in [("trained on", &self.train), ("held out", &held_out)] {
             let count = indices.len().min(256);
             let mut total = 0.0;
-            tch::manual_seed(step_seed(self.arguments.seed, u64::MAX - 2));
+            begin(self.arguments.seed, Stream::PreviewLoss);
             let spread: Vec<i64> = (0..count).map(|i| indices[i * indices.len() / count]).collect();
             for chunk in spread.chunks(64) {
                 let images = self.data.images.f_index_select(0, &Tensor::f_from_slice(chunk)?)?;
@@ -275,7 +306,7 @@ impl<'a> Trainer<'a> {
         let empty = model.encode_captions(std::slice::from_ref(&self.empty), Role::BASE)?;
         let null = Condition::from(empty.f_expand([picks.len() as i64, -1, -1], false)?);
         let real = self.data.images.f_index_select(0, &Tensor::f_from_slice(&picks)?)?;
-        tch::manual_seed(step_seed(self.arguments.seed, u64::MAX - 3));
+        begin(self.arguments.seed, Stream::PreviewNoise);
         let noise = real.f_randn_like()?;
         let denoiser = denoiser(&model, Shift::new(SHIFT)?);
         let grid = FewStepGrid::even(30)?;
@@ -316,7 +347,7 @@ impl<'a> Trainer<'a> {
         // The model first: a run that goes on from the state of the last step does not write it again.
         Pipeline { transformer: self.average.duplicate()?, shift: Shift::new(SHIFT)? }
             .save(&self.arguments.out.join("teacher"))?;
-        states.save(&self.state(), Progress::default())
+        Ok(states.save(&self.state(), Progress::default())?)
     }
 
     fn resume(&mut self, states: &StateFolder) -> Result<()> {
@@ -340,5 +371,10 @@ fn open_states(arguments: &TeacherOptions, config: &Config) -> Result<StateFolde
             "initial weights": arguments.from.as_deref().map(fingerprint).transpose()?,
         },
     });
-    StateFolder::open(&arguments.out.join("state"), &identity, arguments.fresh)
+    let folder = arguments.out.join("state");
+    Ok(if arguments.fresh {
+        StateFolder::open_fresh(&folder, &identity)?
+    } else {
+        StateFolder::open(&folder, &identity)?
+    })
 }

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
-use zimage::failure::{described, is_out_of_memory};
+use zimage::failure::{described, is_other_run, is_out_of_memory};
 use zimage::options::{Options, TEACHER, set_threads};
 use zimage::{distil, emoji};
 
@@ -25,6 +25,9 @@ fn main() -> ExitCode {
                     "A smaller --batch needs less memory; with a released model a smaller --size or --rank too, \
                      and --plan says what each takes"
                 );
+            }
+            if is_other_run(&error) {
+                eprintln!("Use its options, another --out, or --fresh, which forgets it");
             }
             ExitCode::FAILURE
         }

@@ -27,12 +27,12 @@ use decoupled_dmd::{
 use made_up_results::made_up;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
+use tch_training::files::read_json;
 use tempfile::tempdir;
 use tiny::{prompts, teacher};
 use zimage::ZImageTransformer;
 use zimage::distil::{Prompts, denoiser};
 use zimage::emoji::{Classifier, EmojiData, Judge, mean_variance};
-use zimage::files::read_json;
 
 const DM: Shield = Shield::DistributionMatching(Tau::Full);
 
@@ -202,7 +202,7 @@ struct Sample {
 }
 
 fn numbers() -> Result<Numbers> {
-    read_json("tests/reference/ablation.json".as_ref())
+    Ok(read_json("tests/reference/ablation.json".as_ref())?)
 }
 
 #[test]

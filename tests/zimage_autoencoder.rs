@@ -9,10 +9,10 @@ use anyhow::Result;
 use common::reference::{assert_float32, assert_float64, relative};
 use common::{gradient, max_difference, wave};
 use tch::{Device, Kind, Tensor};
+use tch_training::Parameters;
+use tch_training::safetensors::{read_tensors, write_tensors};
 use tempfile::{TempDir, tempdir};
 use zimage::autoencoder::{Autoencoder, AutoencoderConfig, Decoder, Half};
-use zimage::parameters::Parameters;
-use zimage::weights::{read_tensors, write_tensors};
 
 const MODELS: [&str; 2] = ["two_levels", "four_levels"];
 const WEIGHTS: &str = "vae/diffusion_pytorch_model.safetensors";
@@ -22,7 +22,7 @@ fn reference(model: &str) -> PathBuf {
 }
 
 fn values(model: &str) -> Result<Parameters> {
-    read_tensors(&reference(model).join("values.safetensors"))
+    Ok(read_tensors(&reference(model).join("values.safetensors"))?)
 }
 
 /// Asserts that `found` has the values of the reference, which are float64's, rounded to float32.
@@ -267,7 +267,7 @@ impl Folder {
         let path = self.0.path().join(WEIGHTS);
         let mut tensors = read_tensors(&path)?;
         change(&mut tensors);
-        write_tensors(&path, &tensors)
+        Ok(write_tensors(&path, &tensors)?)
     }
 
     fn load(&self) -> Result<Autoencoder> {

@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
+use tch_training::safetensors::write_tensors;
 use tempfile::{TempDir, tempdir};
 use zimage::emoji::EmojiData;
-use zimage::weights::write_tensors;
 
 /// A picture set of two tiles: the first red, the second blue but for one white corner pixel.
 fn write_set() -> Result<TempDir> {

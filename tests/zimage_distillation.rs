@@ -11,13 +11,13 @@ use common::reference::assert_float64;
 use common::{max_difference, seeded, wave};
 use decoupled_dmd::{Condition, PostShift, Shift};
 use tch::{Device, Kind, Tensor};
+use tch_training::lora::LoraSettings;
 use tempfile::tempdir;
 use tiny::{prompts, teacher};
 use zimage::distil::{Distillation, Preset, Recipe, Record, denoiser};
 use zimage::emoji::Vocabulary;
 use zimage::failure::{described, is_out_of_memory};
-use zimage::lora::LoraSettings;
-use zimage::model::{Pipeline, is_caption_side};
+use zimage::model::{BLOCK_LINEARS, Pipeline, is_caption_side};
 use zimage::options::Options;
 use zimage::{Role, ZImageTransformer, emoji};
 
@@ -90,7 +90,8 @@ fn adapters_are_trained_over_one_base_and_the_same_with_checkpointing() -> Resul
     let before = parameters(&teacher)?;
     let prompts = prompts(&teacher)?;
     let run = |checkpointing: bool, dropout: f64| -> Result<(Vec<Record>, Parameters)> {
-        let settings = LoraSettings { rank: 2, alpha: 4.0, dropout, ..Default::default() };
+        let settings =
+            LoraSettings { rank: 2, alpha: 4.0, dropout, ..LoraSettings::on(BLOCK_LINEARS) };
         let recipe = Recipe { adapter: Some(settings), checkpointing, ..recipe() };
         let mut distillation =
             Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], size, None)?;

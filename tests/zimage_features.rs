@@ -14,20 +14,13 @@ use common::{max_difference, seeded, wave};
 use decoupled_dmd::{PostShift, Shift};
 use narrow::narrow;
 use tch::{Device, Kind, Tensor};
+use tch_training::run::Hash;
+use tch_training::safetensors::{read_tensors, write_tensors};
 use tempfile::tempdir;
-use zimage::Config;
-use zimage::Role;
-use zimage::ZImageTransformer;
-use zimage::distil::Prompts;
-use zimage::distil::denoiser;
-use zimage::fingerprint::Hash;
+use zimage::distil::{Prompts, denoiser};
 use zimage::model::padded;
-use zimage::text::FeatureCache;
-use zimage::text::TextEncoder;
-use zimage::text::encoder_key;
-use zimage::text::read_prompts;
-use zimage::weights::read_tensors;
-use zimage::weights::write_tensors;
+use zimage::text::{FeatureCache, TextEncoder, encoder_key, read_prompts};
+use zimage::{Config, Role, ZImageTransformer};
 
 const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 

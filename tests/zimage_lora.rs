@@ -9,7 +9,8 @@ use common::reference::{assert_float64, assert_rounding};
 use common::{max_difference, seeded, value, wave};
 use small_model::{config, double, every_linear, fill, inputs, merged_by_hand, model, settings};
 use tch::{Device, Kind, Tensor};
-use zimage::lora::{Lora, LoraSettings};
+use tch_training::lora::{Lora, LoraSettings};
+use zimage::model::BLOCK_LINEARS;
 use zimage::{Config, Role, ZImageTransformer};
 
 #[test]
@@ -18,7 +19,7 @@ fn a_new_adapter_is_the_base_bit_for_bit() -> Result<()> {
     let inputs = inputs();
     for kind in [Kind::Float, Kind::BFloat16, Kind::Double] {
         let model = model(kind)?;
-        let lora = Lora::new(model.config(), &settings(), Device::Cpu)?;
+        let lora = Lora::new(&model.config().linears(), &settings(), Device::Cpu)?;
         let base = inputs.run(&model, Role::BASE)?;
         assert_eq!(inputs.run(&model, Role::adapted(&lora))?, base, "{kind:?}");
         fill(&lora)?;
@@ -35,7 +36,7 @@ fn an_adapter_equals_merged_weights() -> Result<()> {
     let inputs = inputs();
     let model = model(Kind::Float)?;
     for settings in [settings(), every_linear()] {
-        let lora = Lora::new(model.config(), &settings, Device::Cpu)?;
+        let lora = Lora::new(&model.config().linears(), &settings, Device::Cpu)?;
         fill(&lora)?;
         let base = inputs.run(&model, Role::BASE)?;
         let adapted = inputs.run(&model, Role::adapted(&lora))?;
@@ -56,7 +57,7 @@ fn bfloat16_base_trains_float32_pairs() -> Result<()> {
     let _guard = seeded(3);
     let inputs = inputs();
     let model = model(Kind::BFloat16)?;
-    let lora = Lora::new(model.config(), &settings(), Device::Cpu)?;
+    let lora = Lora::new(&model.config().linears(), &settings(), Device::Cpu)?;
     fill(&lora)?;
     let rough = inputs.run(&model, Role::adapted(&lora))?;
     let exact = inputs.run(&model.cast(Kind::Float)?, Role::adapted(&lora))?;
@@ -81,7 +82,7 @@ fn three_roles_share_one_frozen_base() -> Result<()> {
         model.parameters().values().map(|tensor| tensor.data_ptr() as usize).collect()
     };
     let addresses = address(&model);
-    let new = || Lora::new(model.config(), &settings(), Device::Cpu);
+    let new = || Lora::new(&model.config().linears(), &settings(), Device::Cpu);
     let (student, fake) = (new()?, new()?);
     fill(&student)?;
     fill(&fake)?;
@@ -111,7 +112,7 @@ fn gradients_equal_central_differences() -> Result<()> {
     let _guard = seeded(5);
     let inputs = inputs();
     let model = model(Kind::Double)?;
-    let lora = Lora::new(model.config(), &every_linear(), Device::Cpu)?;
+    let lora = Lora::new(&model.config().linears(), &every_linear(), Device::Cpu)?;
     fill(&lora)?;
     let lora = double(&lora)?;
     let loss = || -> Result<Tensor> {
@@ -147,7 +148,7 @@ fn dropout_acts_in_training_alone_and_follows_the_generator() -> Result<()> {
     let inputs = inputs();
     let model = model(Kind::Float)?;
     let settings = LoraSettings { dropout: 0.5, ..settings() };
-    let lora = Lora::new(model.config(), &settings, Device::Cpu)?;
+    let lora = Lora::new(&model.config().linears(), &settings, Device::Cpu)?;
     fill(&lora)?;
     let still = inputs.run(&model, Role::adapted(&lora))?;
     assert_eq!(inputs.run(&model, Role::adapted(&lora))?, still);
@@ -180,11 +181,11 @@ fn targets_are_names_or_whole_parts_of_them() -> Result<()> {
     let config = config();
     let modules = |targets: &[&str]| -> Result<Vec<String>> {
         let targets = targets.iter().map(|target| (*target).to_owned()).collect();
-        let settings = LoraSettings { targets, ..LoraSettings::default() };
-        Ok(settings.modules(&config)?.into_iter().map(|(name, _)| name).collect())
+        let settings = LoraSettings { targets, ..LoraSettings::on(BLOCK_LINEARS) };
+        Ok(settings.adapted(&config.linears())?.into_iter().map(|(name, _)| name).collect())
     };
     // Four blocks, three of them modulated.
-    assert_eq!(LoraSettings::default().modules(&config)?.len(), 28);
+    assert_eq!(LoraSettings::on(BLOCK_LINEARS).adapted(&config.linears())?.len(), 28);
     assert_eq!(modules(&["layers.1.attention.to_q"])?, ["layers.1.attention.to_q"]);
     assert_eq!(modules(&["to_q"])?.len(), 4);
     assert_eq!(modules(&["to_q", "attention.to_q", "to_q"])?.len(), 4);
@@ -197,14 +198,18 @@ fn targets_are_names_or_whole_parts_of_them() -> Result<()> {
         assert!(error.contains("matches no linear layer"), "{error}");
     }
     assert!(modules(&[]).is_err());
-    assert_eq!(LoraSettings::default().modules(&Config::default())?.len(), 7 * 34);
+    assert_eq!(
+        LoraSettings::on(BLOCK_LINEARS).adapted(&Config::default().linears())?.len(),
+        7 * 34
+    );
     Ok(())
 }
 
 #[test]
 fn settings_are_checked() {
     let refused = |settings: LoraSettings, name: &str| {
-        let error = Lora::new(&config(), &settings, Device::Cpu).expect_err(name).to_string();
+        let error =
+            Lora::new(&config().linears(), &settings, Device::Cpu).expect_err(name).to_string();
         assert!(error.contains(name), "{error}");
     };
     for rank in [i64::MIN, -1, 0, 65_537, i64::MAX] {
@@ -216,7 +221,4 @@ fn settings_are_checked() {
     for dropout in [-0.1, 1.0, f64::NAN] {
         refused(LoraSettings { dropout, ..settings() }, "dropout");
     }
-    let parsed: LoraSettings = serde_json::from_str(r#"{"rank": 8}"#).expect("settings");
-    assert_eq!(parsed, LoraSettings { rank: 8, ..LoraSettings::default() });
-    assert!(serde_json::from_str::<LoraSettings>(r#"{"ranks": 8}"#).is_err());
 }

@@ -13,9 +13,10 @@ use small_model::{
     Inputs, config, double, every_linear, fill, inputs, merged_by_hand, model, settings,
 };
 use tch::{Device, Kind, Tensor};
-use zimage::lora::Lora;
-use zimage::parameters::Parameters;
-use zimage::weights::{read_tensors, write_tensors};
+use tch_training::Parameters;
+use tch_training::lora::Lora;
+use tch_training::safetensors::{read_tensors, write_tensors};
+use zimage::model::ADAPTER_PREFIXES;
 use zimage::{Config, Role, ZImageTransformer};
 
 /// An empty folder below the build's own.
@@ -47,12 +48,12 @@ fn a_file_of_diffusers_gives_the_outputs_of_diffusers() -> Result<()> {
     };
     let model = model(Kind::Float)?;
     let path = reference.join("pytorch_lora_weights.safetensors");
-    let lora = Lora::load(&path, model.config(), Device::Cpu)?;
+    let lora = Lora::load(&path, &model.config().linears(), &ADAPTER_PREFIXES, Device::Cpu)?;
     assert_eq!(lora.pairs().len(), 28);
     for (role, name) in [(Role::BASE, "base"), (Role::adapted(&lora), "adapted")] {
         assert_float32(&inputs.run(&model, role)?, &case, name);
     }
-    let merged = lora.merge(&model, Device::Cpu)?;
+    let merged = model.merged(&lora, Device::Cpu)?;
     assert_float32(&inputs.run(&merged, Role::BASE)?, &case, "adapted");
     assert!(max_difference(&case["adapted"], &case["base"]) > 0.1);
     Ok(())
@@ -65,10 +66,10 @@ fn a_saved_adapter_and_a_merged_model_give_the_same_outputs() -> Result<()> {
     let folder = folder("zimage_lora")?;
     let inputs = inputs();
     let model = model(Kind::Float)?;
-    let lora = Lora::new(model.config(), &every_linear(), Device::Cpu)?;
+    let lora = Lora::new(&model.config().linears(), &every_linear(), Device::Cpu)?;
     fill(&lora)?;
     let path = folder.join("lora.safetensors");
-    lora.save(&path)?;
+    lora.save(&path, ADAPTER_PREFIXES[0])?;
     let (base, adapted) =
         (inputs.run(&model, Role::BASE)?, inputs.run(&model, Role::adapted(&lora))?);
 
@@ -81,13 +82,13 @@ fn a_saved_adapter_and_a_merged_model_give_the_same_outputs() -> Result<()> {
     assert_eq!(max_difference(up, &(&pair.up * 2.0)), 0.0);
     assert_eq!(tensors[&format!("{module}.lora_A.weight")], pair.down.detach());
 
-    let loaded = Lora::load(&path, model.config(), Device::Cpu)?;
+    let loaded = Lora::load(&path, &model.config().linears(), &ADAPTER_PREFIXES, Device::Cpu)?;
     let again = inputs.run(&model, Role::adapted(&loaded))?;
     let exact = exact(&model, &lora)?;
     assert_rounding("loaded", &adapted, &again, &exact);
     assert!(loaded.parameters().iter().all(|(_, tensor)| tensor.requires_grad()));
 
-    let merged = lora.merge(&model, Device::Cpu)?;
+    let merged = model.merged(&lora, Device::Cpu)?;
     for module in ["layers.0.attention_norm1", "cap_embedder.0"] {
         let name = format!("{module}.weight");
         assert_eq!(merged.parameters()[&name].data_ptr(), model.parameters()[&name].data_ptr());
@@ -106,24 +107,25 @@ fn a_saved_adapter_and_a_merged_model_give_the_same_outputs() -> Result<()> {
         ("adapted", adapted),
     ];
     let case = case.map(|(name, tensor)| (name.to_owned(), tensor)).into();
-    write_tensors(&folder.join("case.safetensors"), &case)
+    Ok(write_tensors(&folder.join("case.safetensors"), &case)?)
 }
 
 #[test]
 fn a_merge_keeps_the_dtype_and_adds_in_float32() -> Result<()> {
     let _guard = seeded(8);
     let model = model(Kind::BFloat16)?;
-    let lora = Lora::new(model.config(), &settings(), Device::Cpu)?;
+    let lora = Lora::new(&model.config().linears(), &settings(), Device::Cpu)?;
     fill(&lora)?;
-    let merged = lora.merge(&model, Device::Cpu)?;
+    let merged = model.merged(&lora, Device::Cpu)?;
     let exact = merged_by_hand(&model.cast(Kind::Float)?, &lora)?;
     for (name, tensor) in merged.parameters() {
         assert_eq!(tensor.kind(), Kind::BFloat16, "{name}");
         assert_eq!(tensor, &exact.parameters()[name].to_kind(Kind::BFloat16), "{name}");
     }
     let other = ZImageTransformer::init(Config { n_layers: 1, ..config() }, Device::Cpu)?;
-    let error = lora.merge(&other, Device::Cpu).expect_err("a model with fewer layers").to_string();
-    assert!(error.contains("no linear layer layers.1."), "{error}");
+    let error =
+        other.merged(&lora, Device::Cpu).expect_err("a model with fewer layers").to_string();
+    assert!(error.contains("layers.1.attention.to_k belongs to no linear layer"), "{error}");
     Ok(())
 }
 
@@ -133,14 +135,14 @@ fn files_of_other_programs_load_with_their_scale() -> Result<()> {
     let folder = folder("zimage_lora_other")?;
     let inputs = inputs();
     let model = model(Kind::Float)?;
-    let lora = Lora::new(model.config(), &settings(), Device::Cpu)?;
+    let lora = Lora::new(&model.config().linears(), &settings(), Device::Cpu)?;
     fill(&lora)?;
     let expected = inputs.run(&model, Role::adapted(&lora))?;
     let exact = exact(&model, &lora)?;
     let path = folder.join("other.safetensors");
     let output = |tensors: &Parameters| -> Result<Tensor> {
         write_tensors(&path, tensors)?;
-        let loaded = Lora::load(&path, model.config(), Device::Cpu)?;
+        let loaded = Lora::load(&path, &model.config().linears(), &ADAPTER_PREFIXES, Device::Cpu)?;
         inputs.run(&model, Role::adapted(&loaded))
     };
     for prefix in ["diffusion_model.", "transformer."] {
@@ -157,7 +159,8 @@ fn files_of_other_programs_load_with_their_scale() -> Result<()> {
     }
 
     // Rank and alpha in the metadata, as diffusers writes them.
-    let tensors = lora.parameters().into_iter().map(|(name, t)| (name, t.detach())).collect();
+    let named = |(name, t): (String, Tensor)| (format!("transformer.{name}"), t.detach());
+    let tensors = lora.parameters().into_iter().map(named).collect();
     let moved = max_difference(&output(&tensors)?, &expected);
     assert!(moved > 1e-2, "the scale must matter");
     let plain = std::fs::read(&path)?;
@@ -173,14 +176,14 @@ fn files_of_other_programs_load_with_their_scale() -> Result<()> {
             [&length, &header[..], &rest[u64::from_le_bytes(plain[..8].try_into()?) as usize..]]
                 .concat(),
         )?;
-        Lora::load(&path, model.config(), Device::Cpu)
+        Ok(Lora::load(&path, &model.config().linears(), &ADAPTER_PREFIXES, Device::Cpu)?)
     };
     let loaded = with_metadata(r#"{"transformer.r": 3, "transformer.lora_alpha": 6}"#)?;
     let found = inputs.run(&model, Role::adapted(&loaded))?;
     assert_rounding("metadata", &expected, &found, &exact);
     for (settings, part) in [
         (r#"{"transformer.r": 3}"#, "lora_alpha"),
-        (r#"{"transformer.r": 0, "transformer.lora_alpha": 6}"#, "positive r"),
+        (r#"{"transformer.r": 0, "transformer.lora_alpha": 6}"#, "r must be positive"),
         (
             r#"{"transformer.r": 3, "transformer.lora_alpha": 6, "transformer.use_rslora": true}"#,
             "use_rslora",
@@ -204,8 +207,9 @@ fn files_that_do_not_fit_are_refused() -> Result<()> {
     let config = config();
     let path = folder.join("broken.safetensors");
     let whole = || -> Result<Parameters> {
-        let parameters = Lora::new(&config, &settings(), Device::Cpu)?.parameters();
-        Ok(parameters.into_iter().map(|(name, tensor)| (name, tensor.detach())).collect())
+        let parameters = Lora::new(&config.linears(), &settings(), Device::Cpu)?.parameters();
+        let named = |(name, t): (String, Tensor)| (format!("transformer.{name}"), t.detach());
+        Ok(parameters.into_iter().map(named).collect())
     };
     let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
     let module = "transformer.layers.0.attention.to_q";
@@ -235,14 +239,26 @@ fn files_that_do_not_fit_are_refused() -> Result<()> {
         let mut parameters = whole()?;
         change(&mut parameters);
         write_tensors(&path, &parameters)?;
-        let error = Lora::load(&path, &config, Device::Cpu).expect_err(expected);
-        let error = format!("{error:#}");
+        let error = Lora::load(&path, &config.linears(), &ADAPTER_PREFIXES, Device::Cpu)
+            .expect_err(expected);
+        let error = format!("{:#}", anyhow::Error::from(error));
         assert!(error.contains(expected) && error.contains("broken.safetensors"), "{error}");
     }
     write_tensors(&path, &Parameters::new())?;
-    assert!(Lora::load(&path, &config, Device::Cpu).is_err(), "an empty file");
+    assert!(
+        Lora::load(&path, &config.linears(), &ADAPTER_PREFIXES, Device::Cpu).is_err(),
+        "an empty file"
+    );
     std::fs::write(&path, "not a safetensors file")?;
-    assert!(Lora::load(&path, &config, Device::Cpu).is_err());
-    assert!(Lora::load(&folder.join("absent.safetensors"), &config, Device::Cpu).is_err());
+    assert!(Lora::load(&path, &config.linears(), &ADAPTER_PREFIXES, Device::Cpu).is_err());
+    assert!(
+        Lora::load(
+            &folder.join("absent.safetensors"),
+            &config.linears(),
+            &ADAPTER_PREFIXES,
+            Device::Cpu
+        )
+        .is_err()
+    );
     Ok(())
 }

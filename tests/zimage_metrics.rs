@@ -9,16 +9,11 @@ use anyhow::Result;
 use approx::assert_relative_eq;
 use common::reference::float32_bound;
 use tch::{Device, Kind, Tensor};
-use zimage::emoji::Classifier;
-use zimage::emoji::EmojiData;
-use zimage::emoji::FEATURES;
-use zimage::emoji::Judge;
-use zimage::emoji::frechet_distance;
-use zimage::emoji::saturation;
-use zimage::emoji::variance_drift;
-use zimage::parameters::Parameters;
-use zimage::weights::read_tensors;
-use zimage::weights::write_tensors;
+use tch_training::Parameters;
+use tch_training::safetensors::{read_tensors, write_tensors};
+use zimage::emoji::{
+    Classifier, EmojiData, FEATURES, Judge, frechet_distance, saturation, variance_drift,
+};
 
 fn data() -> Result<EmojiData> {
     EmojiData::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/emoji"))

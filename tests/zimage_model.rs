@@ -4,22 +4,18 @@ mod common;
 #[path = "common/narrow.rs"]
 mod narrow;
 
+use std::fs;
+
 use anyhow::Result;
 use approx::assert_abs_diff_eq;
 use common::reference::{assert_float64, float32_bound};
 use narrow::narrow;
+use serde_json::json;
 use tch::{Device, Kind, Tensor};
+use tch_training::safetensors::{read_tensors, write_tensors};
 use tempfile::tempdir;
-use zimage::Config;
-use zimage::Role;
-use zimage::ZImageTransformer;
-use zimage::model::Grid;
-use zimage::model::patchify;
-use zimage::model::rotary_factors;
-use zimage::model::time_features;
-use zimage::model::unpatchify;
-use zimage::weights::read_tensors;
-use zimage::weights::write_tensors;
+use zimage::model::{Grid, patchify, rotary_factors, time_features, unpatchify};
+use zimage::{Config, Role, ZImageTransformer};
 
 /// `f(i)` for i = 0, 1, .. in row-major order, rounded to float32.
 fn filled(shape: &[i64], f: impl Fn(f64) -> f64) -> Tensor {
@@ -221,5 +217,50 @@ fn a_duplicate_does_not_share_storage() -> Result<()> {
     let copy = model.duplicate()?;
     let _ = model.parameters()["x_pad_token"].shallow_clone().fill_(7.0);
     assert_ne!(copy.parameters()["x_pad_token"], model.parameters()["x_pad_token"]);
+    Ok(())
+}
+
+#[test]
+fn configs_of_strangers_are_checked() -> Result<()> {
+    let folder = tempdir()?;
+    fs::create_dir(folder.path().join("transformer"))?;
+    let path = folder.path().join("transformer/config.json");
+    let class = "ZImageTransformer2DModel";
+    let cases = [
+        (json!({"_class_name": class, "dim": 1e15}).to_string(), "parsing"),
+        (json!({"_class_name": class, "dim": 1_000_000_000_000_000i64}).to_string(), "dim must be"),
+        (json!({"_class_name": class, "dim": i64::MAX}).to_string(), "dim must be in"),
+        (json!({"_class_name": class, "dim": -3840}).to_string(), "dim must be in"),
+        (json!({"_class_name": class, "n_heads": 0}).to_string(), "n_heads must be in"),
+        (json!({"_class_name": class, "n_layers": i64::MAX}).to_string(), "n_layers must be in"),
+        (json!({"_class_name": class, "in_channels": 1i64 << 62}).to_string(), "in_channels must"),
+        (json!({"_class_name": class, "all_patch_size": [i64::MAX]}).to_string(), "all_patch_size"),
+        (json!({"_class_name": class, "all_patch_size": [2, 4]}).to_string(), "all_patch_size"),
+        (json!({"_class_name": class, "all_patch_size": []}).to_string(), "all_patch_size"),
+        (json!({"_class_name": class, "all_f_patch_size": [2]}).to_string(), "all_f_patch_size"),
+        (json!({"_class_name": class, "axes_dims": [i64::MAX - 1, 2, 2]}).to_string(), "axes_dims"),
+        (json!({"_class_name": class, "axes_lens": [i64::MAX, 1, 1]}).to_string(), "axes_lens"),
+        (json!({"_class_name": class, "n_kv_heads": 10}).to_string(), "n_kv_heads (10)"),
+        (json!({"_class_name": class, "siglip_feat_dim": 1152}).to_string(), "Omni"),
+        (
+            json!({"_class_name": "FluxTransformer2DModel"}).to_string(),
+            "of a FluxTransformer2DModel",
+        ),
+        (json!({}).to_string(), "_class_name"),
+        (format!("{{\"_class_name\": \"{class}\", \"norm_eps\": 1e999}}"), "parsing"),
+        (format!("{{\"_class_name\": \"{class}\", \"dim\": {}", "[".repeat(1_000_000)), "parsing"),
+        (format!("{{\"_class_name\": \"{class}\", \"x\": {}", "[".repeat(1_000_000)), "parsing"),
+        (String::new(), "parsing"),
+    ];
+    for (text, expected) in cases {
+        fs::write(&path, &text)?;
+        let found = ZImageTransformer::load(folder.path(), Kind::Float, Device::Cpu);
+        let found = format!("{:#}", found.expect_err(expected));
+        let start: String = text.chars().take(80).collect();
+        assert!(found.contains(expected) && found.contains("config.json"), "{start}: {found}");
+    }
+    let plain = json!({"_class_name": class, "siglip_feat_dim": null, "something_new": [1]});
+    fs::write(&path, plain.to_string())?;
+    assert_eq!(Config::load(&path)?, Config::default());
     Ok(())
 }

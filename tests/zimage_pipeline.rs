@@ -13,11 +13,11 @@ use common::reference::{assert_float32, bound_of, relative};
 use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
 use small_pipeline::Workplace;
 use tch::{Device, Kind, Tensor};
+use tch_training::safetensors::read_tensors;
 use zimage::autoencoder::Decoder;
 use zimage::distil::{Prompts, Renderer, Sampling, denoiser};
 use zimage::model::Pipeline;
 use zimage::text::TextEncoder;
-use zimage::weights::read_tensors;
 
 const PROMPTS: usize = 3;
 const STEPS: usize = 8;

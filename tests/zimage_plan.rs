@@ -9,10 +9,9 @@ use anyhow::Result;
 use common::seeded;
 use live_bytes::live_bytes;
 use tch::{Device, Kind, Tensor};
-use zimage::lora::{Lora, LoraSettings};
-use zimage::model::{MemoryPlan, TrainingSetup};
-use zimage::parameters::Parameters;
-use zimage::tape::Tape;
+use tch_training::lora::{Lora, LoraSettings};
+use tch_training::{Parameters, Tape};
+use zimage::model::{BLOCK_LINEARS, MemoryPlan, TrainingSetup};
 use zimage::{Config, Role, ZImageTransformer};
 
 /// Large enough that activations outweigh what a graph node takes, and that attention is the fused one.
@@ -77,7 +76,7 @@ fn measured(model: &ZImageTransformer, setup: &TrainingSetup<'_>, role: Role<'_>
 fn activations_are_predicted_within_a_tenth() -> Result<()> {
     let _guard = seeded(1);
     let config = config();
-    let default = LoraSettings { rank: 8, ..LoraSettings::default() };
+    let default = LoraSettings { rank: 8, ..LoraSettings::on(BLOCK_LINEARS) };
     let few = LoraSettings { targets: vec!["to_q".into(), "w2".into()], ..default.clone() };
     let modulated = LoraSettings {
         targets: [&default.targets[..], &["adaLN_modulation.0".into()]].concat(),
@@ -108,7 +107,7 @@ fn activations_are_predicted_within_a_tenth() -> Result<()> {
                 let predicted = part(&MemoryPlan::new(&setup)?, ACTIVATIONS);
                 let found = match lora {
                     Some(settings) => {
-                        let lora = Lora::new(&config, settings, Device::Cpu)?;
+                        let lora = Lora::new(&config.linears(), settings, Device::Cpu)?;
                         measured(&model, &setup, Role::adapted(&lora))?
                     }
                     None => {
@@ -154,7 +153,7 @@ fn released(lora: Option<&LoraSettings>, size: i64, checkpointing: bool) -> Resu
 /// Counts of the released model, worked out from its table of parameters.
 #[test]
 fn weights_and_moments_of_the_released_model_are_exact() -> Result<()> {
-    let lora = LoraSettings::default();
+    let lora = LoraSettings::on(BLOCK_LINEARS);
     let plan = released(Some(&lora), 1024, false)?;
     // Rank 64 on four square layers and three of the feed-forward, in 34 blocks.
     let count = 34.0 * 64.0 * f64::from(4 * (3840 + 3840) + 3 * (3840 + 10_240));
@@ -178,7 +177,7 @@ fn weights_and_moments_of_the_released_model_are_exact() -> Result<()> {
 /// Two adapters fit on one GPU of 80 GB where two copies of the model do not.
 #[test]
 fn the_released_model_fits_with_adapters_alone() -> Result<()> {
-    let lora = LoraSettings::default();
+    let lora = LoraSettings::on(BLOCK_LINEARS);
     let total = |plan: MemoryPlan| plan.total() as f64 / 1e9;
     let (kept, recomputed) =
         (total(released(Some(&lora), 1024, false)?), total(released(Some(&lora), 1024, true)?));
@@ -194,7 +193,7 @@ fn the_released_model_fits_with_adapters_alone() -> Result<()> {
 #[test]
 fn a_real_block_keeps_what_the_reference_keeps_but_for_its_norms() -> Result<()> {
     let config = Config { n_layers: 1, n_refiner_layers: 0, ..Config::default() };
-    let lora = LoraSettings::default();
+    let lora = LoraSettings::on(BLOCK_LINEARS);
     let frozen = LoraSettings { targets: vec!["all_x_embedder.2-1".into()], ..lora.clone() };
     for (settings, reference) in [(&frozen, 231e3), (&lora, 268e3)] {
         let kept = |rows: i64| -> Result<f64> {
@@ -228,8 +227,8 @@ fn a_real_block_is_predicted_within_a_tenth() -> Result<()> {
     let _guard = seeded(2);
     let config = Config { n_layers: 1, n_refiner_layers: 0, ..Config::default() };
     let model = model(&config, Kind::BFloat16)?;
-    let settings = LoraSettings::default();
-    let lora = Lora::new(&config, &settings, Device::Cpu)?;
+    let settings = LoraSettings::on(BLOCK_LINEARS);
+    let lora = Lora::new(&config.linears(), &settings, Device::Cpu)?;
     for checkpointing in [false, true] {
         let setup = TrainingSetup {
             config: &config,
@@ -252,7 +251,7 @@ fn a_real_block_is_predicted_within_a_tenth() -> Result<()> {
 
 #[test]
 fn setups_are_checked() -> Result<()> {
-    let (config, lora) = (config(), LoraSettings::default());
+    let (config, lora) = (config(), LoraSettings::on(BLOCK_LINEARS));
     let setup = || TrainingSetup {
         config: &config,
         size: (48, 48),

@@ -8,9 +8,8 @@ use anyhow::{Context, Result};
 use common::reference::{FLOAT64, assert_float32, assert_float64, relative};
 use common::{value, wave};
 use tch::{Device, Kind, Tensor};
-use zimage::parameters::Parameters;
-use zimage::tape::Tape;
-use zimage::weights::read_tensors;
+use tch_training::safetensors::read_tensors;
+use tch_training::{Parameters, Tape};
 use zimage::{Config, Role, ZImageTransformer};
 
 fn folder() -> PathBuf {

@@ -16,14 +16,14 @@ use common::reference::{bound_of, relative};
 use common::{max_difference, seeded};
 use small_pipeline::{SIDE, Workplace, copy};
 use tch::{Device, Kind, Tensor};
+use tch_training::Parameters;
+use tch_training::lora::LoraSettings;
+use tch_training::run::Progress;
+use tch_training::safetensors::{read_tensors, write_tensors};
 use zimage::Config;
 use zimage::distil::{ADAPTER, Preset, RoleWeights, SavedRecipe, open_states, run, save_student};
-use zimage::lora::LoraSettings;
 use zimage::model::Pipeline;
 use zimage::options::Options;
-use zimage::parameters::Parameters;
-use zimage::training_state::Progress;
-use zimage::weights::{read_tensors, write_tensors};
 
 /// Arguments for [`process`], one a line.
 const ARGUMENTS: &str = "ZIMAGE_RELEASED_ARGUMENTS";
@@ -117,7 +117,7 @@ fn first_picture(path: &Path, top: u32) -> Result<Vec<u8>> {
 }
 
 fn student(place: &Workplace) -> Result<Parameters> {
-    read_tensors(&place.out().join("student").join(ADAPTER))
+    Ok(read_tensors(&place.out().join("student").join(ADAPTER))?)
 }
 
 #[test]
@@ -130,7 +130,7 @@ fn a_killed_training_ends_in_the_same_student_whose_files_draw_what_it_drew() ->
     let config = Config::load(&place.model().join("transformer/config.json"))?;
     let targets = ["to_q", "to_k", "to_v", "w1", "w2", "w3"].map(str::to_owned).to_vec();
     let settings = LoraSettings { rank: 2, alpha: 3.0, targets, dropout: 0.0 };
-    let modules = settings.modules(&config)?;
+    let modules = settings.adapted(&config.linears())?;
     assert_eq!(modules.len(), 24);
     assert_eq!(found.len(), 2 * modules.len());
     for (module, [rows, columns]) in modules {

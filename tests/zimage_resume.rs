@@ -17,16 +17,16 @@ use clap::Parser as _;
 use common::seeded;
 use decoupled_dmd::Shift;
 use serde_json::Value;
+use tch_training::run::INTERRUPTED;
+use tch_training::run::StateFolder;
+use tch_training::safetensors::read_tensors;
+use tch_training::safetensors::write_tensors;
 use tempfile::{TempDir, tempdir};
 use zimage::distil::Distillation;
 use zimage::distil::Outcome;
 use zimage::distil::Preset;
 use zimage::distil::train_student;
-use zimage::interrupt::INTERRUPTED;
 use zimage::options::Options;
-use zimage::training_state::StateFolder;
-use zimage::weights::read_tensors;
-use zimage::weights::write_tensors;
 
 /// Tells [`process`] where to write.
 const OUT: &str = "ZIMAGE_RESUME_OUT";
@@ -74,7 +74,7 @@ fn process() -> Result<()> {
     let recipe = options.recipe(Preset::Embedded, Shift::new(3.0)?)?;
     let teacher = tiny::teacher()?;
     let prompts = tiny::prompts(&teacher)?;
-    let mut states = StateFolder::open(&out.join("state"), &recipe, options.fresh)?;
+    let mut states = StateFolder::open(&out.join("state"), &recipe)?;
     let mut distillation =
         Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], [3, 16, 16], None)?;
     let outcome = train_student(&options, &mut distillation, &mut states, |_| {
@@ -84,7 +84,7 @@ fn process() -> Result<()> {
     match outcome {
         Outcome::Interrupted => std::process::exit(i32::from(INTERRUPTED)),
         Outcome::Finished { .. } => {
-            write_tensors(&out.join("result.safetensors"), &distillation.state())
+            Ok(write_tensors(&out.join("result.safetensors"), &distillation.state())?)
         }
     }
 }

@@ -10,10 +10,10 @@ use common::reference::{assert_float32, assert_float64};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
+use tch_training::Parameters;
+use tch_training::safetensors::{read_tensors, write_tensors};
 use tempfile::{TempDir, tempdir};
-use zimage::parameters::Parameters;
 use zimage::text::{MAX_TOKENS, PromptTokenizer, Qwen3Encoder, TextEncoder, frame};
-use zimage::weights::{read_tensors, write_tensors};
 
 /// The reference's tokens and features of one prompt.
 #[derive(Deserialize)]

@@ -5,11 +5,11 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use decoupled_dmd::Shift;
 use tch::{Device, Kind, Tensor};
+use tch_training::lora::{Lora, LoraSettings};
+use tch_training::{AdamW, AdamWSettings};
 use zimage::distil::{Distillation, Preset, Recipe};
 use zimage::emoji::EmojiData;
-use zimage::lora::{Lora, LoraSettings};
-use zimage::model::Pipeline;
-use zimage::optimizer::{AdamW, AdamWSettings};
+use zimage::model::{BLOCK_LINEARS, Pipeline};
 use zimage::{Config, Role, ZImageTransformer};
 
 use super::Work;
@@ -47,8 +47,8 @@ pub fn random_transformer(
 /// The gradient of an adapter of a random model as in [`random_transformer`].
 pub fn adapter(width: i64, rank: i64, batch: i64, size: i64, device: Device) -> Result<Work> {
     let model = random_model(width, 4, (Kind::Float, device))?;
-    let settings = LoraSettings { rank, alpha: rank as f64, ..LoraSettings::default() };
-    let lora = Lora::new(model.config(), &settings, device)?;
+    let settings = LoraSettings { rank, alpha: rank as f64, ..LoraSettings::on(BLOCK_LINEARS) };
+    let lora = Lora::new(&model.config().linears(), &settings, device)?;
     let trained = lora.parameters();
     let first = trained.iter().map(|(_, tensor)| tensor.shallow_clone()).next();
     for (_, tensor) in trained {

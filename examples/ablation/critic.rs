@@ -4,9 +4,9 @@ use anyhow::{Result, ensure};
 use decoupled_dmd::Condition;
 use tch::{Kind, Tensor};
 
+use tch_training::AdamWSettings;
 use zimage::ZImageTransformer;
 use zimage::distil::{Network, RoleTrainer};
-use zimage::optimizer::AdamWSettings;
 
 /// The network and its readout.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
-use zimage::files::read_json;
+use tch_training::files::read_json;
 
 use super::arm::Arm;
 use super::bench::{Measurement, Observation};

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use zimage::files::read_json;
+use tch_training::files::read_json;
 
 use super::experiments::Experiment;
 use super::record::{Reference, RunRecord, reference_path, run_path};

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use decoupled_dmd::Guidance;
 use tch::Tensor;
-use zimage::files::{read_json, write_json};
+use tch_training::files::{read_json, write_json};
 use zimage::picture::write_grid;
 
 use super::arm::Arm;
@@ -51,7 +51,7 @@ pub fn write_reference(folder: &Path, material: &Material<'_>, bench: &Bench<'_>
         unguided,
         real: measure(&bench.real(material)?)?,
     };
-    write_json(&path, &reference)
+    Ok(write_json(&path, &reference)?)
 }
 
 /// Trains one arm with one seed unless its file is there. The strip of seed 0, rows of captions
@@ -152,7 +152,7 @@ pub fn run(
         broken_after,
         seconds: start.elapsed().as_secs_f64().round(),
     };
-    write_json(&path, &record)
+    Ok(write_json(&path, &record)?)
 }
 
 fn picture(folder: &Path, name: &str) -> Result<std::path::PathBuf> {

@@ -7,13 +7,13 @@ use decoupled_dmd::{
     RectifiedFlow, Sampler, Shift, Statistics, Transition,
 };
 use tch::{Kind, Tensor};
+use tch_training::ema::update_average;
+use tch_training::seed::begin;
 use zimage::ZImageTransformer;
 use zimage::distil::{
-    Buckets, FakeScore, Network, Prompts, RoleTrainer, RoleWeights, Rollout, denoiser,
+    Buckets, FakeScore, Network, Prompts, RoleTrainer, RoleWeights, Rollout, Stream, denoiser,
     embedded_optimizer,
 };
-use zimage::ema::update_average;
-use zimage::seed::step_seed;
 
 use super::arm::{Arm, Shield, Tau};
 use super::critic::Critic;
@@ -69,7 +69,7 @@ impl<'a> Trainer<'a> {
             "arm {} has neither engine nor shield",
             arm.name
         );
-        tch::manual_seed(step_seed(seed, 2_000_000_000));
+        begin(seed, Stream::Critic);
         let teacher = material.teacher;
         let student =
             RoleTrainer::new(teacher, None, embedded_optimizer(arm.student_learning_rate), None)?;
@@ -103,7 +103,7 @@ impl<'a> Trainer<'a> {
         }
         let updates: Vec<u64> = (0..self.arm.fake_warmup).collect();
         for chunk in updates.chunks(self.arm.fake_updates.max(1) as usize) {
-            tch::manual_seed(step_seed(self.seed, 1_000_000_000 + chunk[0]));
+            begin(self.seed, Stream::WarmUp(chunk[0]));
             let (rollout, _) = self.roll_out()?;
             for _ in chunk {
                 self.train_fake(&rollout)?;
@@ -120,7 +120,7 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// If libtorch fails.
     pub fn step(&mut self) -> Result<Vec<(String, f64)>> {
-        tch::manual_seed(step_seed(self.seed, self.update));
+        begin(self.seed, Stream::Update(self.update));
         self.student.optimizer.settings.learning_rate =
             self.arm.student_learning_rate * self.learning_rate_factor();
         let (rollout, real) = self.roll_out()?;

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use tch_training::files::write_json;
 use tempfile::{TempDir, tempdir};
-use zimage::files::write_json;
 
 use crate::ablation::arm::{Arm, Tau};
 use crate::ablation::bench::{Measurement, Observation};

@@ -7,12 +7,10 @@ mod narrow;
 use anyhow::Result;
 use narrow::narrow;
 use tch::{Kind, Tensor};
-use zimage::Config;
-use zimage::Role;
-use zimage::ZImageTransformer;
-use zimage::lora::Lora;
-use zimage::lora::LoraSettings;
-use zimage::parameters::Parameters;
+use tch_training::Parameters;
+use tch_training::lora::{Lora, LoraSettings};
+use zimage::model::BLOCK_LINEARS;
+use zimage::{Config, Role, ZImageTransformer};
 
 use crate::common::wave;
 
@@ -43,7 +41,7 @@ pub fn model(kind: Kind) -> Result<ZImageTransformer> {
 
 /// Rank 3 on the seven linear layers of every block, at twice the plain scale.
 pub fn settings() -> LoraSettings {
-    LoraSettings { rank: 3, alpha: 6.0, ..LoraSettings::default() }
+    LoraSettings { rank: 3, alpha: 6.0, ..LoraSettings::on(BLOCK_LINEARS) }
 }
 
 /// Fills B, so that the adapter acts.
@@ -104,5 +102,5 @@ pub fn double(lora: &Lora) -> Result<Lora> {
         .zip(scales)
         .map(|((name, tensor), scale)| (name, tensor.to_kind(Kind::Double) * scale))
         .collect();
-    Lora::from_parameters(&config(), &parameters)
+    Ok(Lora::from_parameters(&config().linears(), &parameters)?)
 }

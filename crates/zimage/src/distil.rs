@@ -14,6 +14,7 @@ mod rollout;
 pub mod run;
 mod sampling;
 mod saved_student;
+mod stream;
 mod training_loop;
 mod weights;
 
@@ -30,5 +31,6 @@ pub use role_trainer::RoleTrainer;
 pub use rollout::Rollout;
 pub use sampling::Sampling;
 pub use saved_student::{ADAPTER, REPORT, SavedRecipe, open_states, save_student, student_folder};
+pub use stream::Stream;
 pub use training_loop::{History, Outcome, Preview, report_interruption, train_student};
 pub use weights::{Network, RoleWeights};

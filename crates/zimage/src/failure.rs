@@ -24,3 +24,11 @@ pub fn is_out_of_memory(error: &Error) -> bool {
     let text = described(error);
     ["out of memory", "tried to allocate"].iter().any(|words| text.contains(words))
 }
+
+/// Whether a folder holds the state of another run.
+pub fn is_other_run(error: &Error) -> bool {
+    let is_other = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(tch_training::Error::OtherRun { .. }))
+    };
+    error.chain().any(is_other)
+}

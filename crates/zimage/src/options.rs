@@ -7,9 +7,10 @@ use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use decoupled_dmd::{Guidance, Schedule, Shift, Transition};
 use serde::de::DeserializeOwned;
 use tch::Device;
+use tch_training::lora::LoraSettings;
 
 use crate::distil::{Preset, Recipe};
-use crate::lora::LoraSettings;
+use crate::model::BLOCK_LINEARS;
 
 /// The model of this repository.
 pub const TEACHER: &str = "assets/teacher";
@@ -354,7 +355,8 @@ impl Options {
         set(&mut recipe.checkpointing, &self.checkpointing);
         if let Some(rank) = self.rank {
             ensure!(rank >= 0, "--rank must not be negative, found {rank}");
-            let settings = recipe.adapter.take().unwrap_or_default();
+            let default = || LoraSettings::on(BLOCK_LINEARS);
+            let settings = recipe.adapter.take().unwrap_or_else(default);
             let adapter = LoraSettings { rank, alpha: rank as f64, ..settings };
             recipe.adapter = (rank > 0).then_some(adapter);
         }

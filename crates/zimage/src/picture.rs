@@ -4,8 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor};
-
-use crate::files::write_atomically;
+use tch_training::files::write_atomically;
 
 /// Writes `[N, 3, H, W]` images in [-1, 1] as one picture, row-major with `columns` images to a row,
 /// every pixel `zoom` times as large, one pixel of white between.
@@ -51,9 +50,9 @@ fn save(path: &Path, picture: &Tensor) -> Result<()> {
     let pixels = picture.f_permute([1, 2, 0])?.f_contiguous()?.f_reshape([-1])?;
     let buffer = image::RgbImage::from_raw(width as u32, height as u32, Vec::try_from(&pixels)?)
         .context("picture size")?;
-    write_atomically(path, |temporary| {
-        Ok(buffer.save_with_format(temporary, image::ImageFormat::Png)?)
-    })
+    Ok(write_atomically(path, |temporary| {
+        buffer.save_with_format(temporary, image::ImageFormat::Png)
+    })?)
 }
 
 /// Side of a letter of scale 1.

@@ -2,10 +2,11 @@
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
+use tch_training::Parameters;
+use tch_training::parameters::parameter;
 
 use crate::autoencoder::config::{AutoencoderConfig, Half, Stage};
 use crate::model::{Linear, Role};
-use crate::parameters::{Parameters, parameter};
 
 /// Epsilon of every group normalisation; no config states it.
 const NORM_EPS: f64 = 1e-6;

@@ -4,8 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
-
-use crate::files::read_json;
+use tch_training::files::read_json;
 
 /// Bounds against sizes that no model has and whose products would overflow.
 const MAX_CHANNELS: i64 = 1 << 16;

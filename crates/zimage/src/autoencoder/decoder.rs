@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
+use tch_training::Parameters;
+use tch_training::parameters::check_shapes;
+use tch_training::safetensors::Weights;
 
 use crate::autoencoder::blocks::Network;
 use crate::autoencoder::config::{AutoencoderConfig, Half};
-use crate::parameters::{Parameters, check_shapes};
-use crate::weights::Weights;
 
 const WEIGHTS: &str = "diffusion_pytorch_model";
 /// Limits of the encoder's log-variance, those of diffusers' `DiagonalGaussianDistribution`.
@@ -162,8 +163,9 @@ fn read(
     let weights = Weights::open(&folder, WEIGHTS)?;
     let is_wanted = |name: &str| halves.contains(&Half::Encoder) || !name.starts_with("encoder.");
     let expected = halves.iter().flat_map(|half| config.parameters(*half)).collect::<Vec<_>>();
-    check_shapes(&expected, weights.shapes().filter(|(name, _)| is_wanted(name)))
-        .with_context(|| folder.join(WEIGHTS).display().to_string())?;
+    let place = folder.join(WEIGHTS);
+    let found = weights.shapes().filter(|(name, _)| is_wanted(name));
+    check_shapes(place.display(), &expected, found)?;
     let parameters = expected
         .into_iter()
         .map(|(name, _)| {

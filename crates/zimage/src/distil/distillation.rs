@@ -3,6 +3,10 @@
 use anyhow::{Context, Result, ensure};
 use decoupled_dmd::{Batch, Denoiser, DistributionMatching, FewStepGrid, Sampler, Shifts};
 use tch::{Kind, Tensor};
+use tch_training::ema::update_average;
+use tch_training::parameters::{prefixed, restore};
+use tch_training::seed::begin;
+use tch_training::{Parameters, Tape};
 
 use crate::distil::adapter::denoiser;
 use crate::distil::fake_score::FakeScore;
@@ -10,12 +14,9 @@ use crate::distil::prompts::{Buckets, Prompts};
 use crate::distil::recipe::Recipe;
 use crate::distil::role_trainer::RoleTrainer;
 use crate::distil::rollout::Rollout;
+use crate::distil::stream::Stream;
 use crate::distil::weights::{Network, RoleWeights};
-use crate::ema::update_average;
 use crate::model::ZImageTransformer;
-use crate::parameters::{Parameters, prefixed, restore};
-use crate::seed::step_seed;
-use crate::tape::Tape;
 
 /// Names of the counts in the state.
 const WARMED: &str = "fake_warmup_updates";
@@ -60,7 +61,7 @@ impl<'a> Distillation<'a> {
         data_variance: Option<f64>,
     ) -> Result<Self> {
         // What is random in new adapters.
-        tch::manual_seed(step_seed(recipe.seed, u64::MAX - 2));
+        begin(recipe.seed, Stream::Adapters);
         let adapter = recipe.adapter.as_ref();
         let student = RoleTrainer::new(teacher, adapter, recipe.student, None)?;
         Ok(Self {
@@ -142,7 +143,7 @@ impl<'a> Distillation<'a> {
     /// If libtorch fails.
     pub fn warm_up(&mut self) -> Result<()> {
         let end = (self.warmed + self.recipe.fake_updates.max(1)).min(self.recipe.fake_warmup);
-        tch::manual_seed(step_seed(self.recipe.seed, 1_000_000_000 + self.warmed));
+        begin(self.recipe.seed, Stream::WarmUp(self.warmed));
         let rollout = self.roll_out()?;
         while self.warmed < end {
             self.train_fake(&rollout)?;
@@ -157,7 +158,7 @@ impl<'a> Distillation<'a> {
     /// # Errors
     /// If libtorch fails.
     pub fn step(&mut self, observe: bool) -> Result<Record> {
-        tch::manual_seed(step_seed(self.recipe.seed, self.update));
+        begin(self.recipe.seed, Stream::Update(self.update));
         self.student.optimizer.settings.learning_rate =
             self.recipe.student.learning_rate * self.learning_rate_factor();
         let rollout = self.roll_out()?;

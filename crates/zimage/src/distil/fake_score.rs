@@ -3,14 +3,13 @@
 use anyhow::Result;
 use decoupled_dmd::{Batch, Denoiser, DistributionMatching, Shift};
 use tch::{Kind, Tensor};
+use tch_training::lora::LoraSettings;
+use tch_training::{AdamWSettings, Tape};
 
 use crate::distil::adapter::fake_denoiser;
 use crate::distil::role_trainer::RoleTrainer;
 use crate::distil::rollout::Rollout;
-use crate::lora::LoraSettings;
 use crate::model::ZImageTransformer;
-use crate::optimizer::AdamWSettings;
-use crate::tape::Tape;
 
 /// A fake score that is told the student's step: its condition is that of [`Rollout::cond_at`].
 #[derive(Debug)]

@@ -5,10 +5,10 @@ use std::path::Path;
 
 use anyhow::Result;
 use decoupled_dmd::Transition;
+use tch_training::files::write_atomically;
 
 use crate::distil::recipe::Recipe;
 use crate::distil::saved_student::ADAPTER;
-use crate::files::write_atomically;
 
 /// Writes `README.md`: how the student was made, from pictures of `size` pixels to a side, and how to
 /// use it.
@@ -49,5 +49,5 @@ The scheduler is that of the base model, shift {shift}: the grid that the studen
         },
         json = serde_json::to_string_pretty(recipe)?,
     );
-    write_atomically(&folder.join("README.md"), |path| Ok(fs::write(path, text)?))
+    Ok(write_atomically(&folder.join("README.md"), |path| fs::write(path, text))?)
 }

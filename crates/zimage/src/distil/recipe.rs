@@ -5,10 +5,10 @@ use std::fmt::Write as _;
 use anyhow::{Result, ensure};
 use decoupled_dmd::{Guidance, Schedule, Shift, Transition};
 use serde::{Deserialize, Serialize};
+use tch_training::AdamWSettings;
+use tch_training::lora::LoraSettings;
 
-use crate::lora::LoraSettings;
 use crate::model::{Config, is_caption_side};
-use crate::optimizer::AdamWSettings;
 
 /// The recipe of a distillation.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -50,7 +50,7 @@ impl Recipe {
     pub fn check_adapter(&self, config: &Config) -> Result<()> {
         let Some(adapter) = &self.adapter else { return Ok(()) };
         ensure!(
-            adapter.modules(config)?.iter().any(|(name, _)| !is_caption_side(name)),
+            adapter.adapted(&config.linears())?.iter().any(|(name, _)| !is_caption_side(name)),
             "--targets name layers of the caption side alone, which is encoded once and stays as it is"
         );
         Ok(())

@@ -5,17 +5,15 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 use decoupled_dmd::{FewStepGrid, Sampler, Shift};
 use tch::{Device, Kind, Tensor};
+use tch_training::seed::begin;
 
 use crate::autoencoder::{AutoencoderConfig, Decoder};
 use crate::distil::adapter::denoiser;
 use crate::distil::prompts::Prompts;
 use crate::distil::sampling::Sampling;
+use crate::distil::stream::Stream;
 use crate::distil::weights::Network;
 use crate::model::{Config, Pipeline};
-use crate::seed::step_seed;
-
-/// Apart from the numbers of updates, whose seeds are made in the same way.
-const RENOISING_SEED: u64 = 3_000_000_000;
 
 /// Draws prompts, always from the same noise.
 #[derive(Debug)]
@@ -63,7 +61,7 @@ impl<'a> Renderer<'a> {
         let latents = (0..self.noise.size()[0])
             .map(|item| {
                 // Of the noise between steps, where there is some: that of a resumed run is the same.
-                tch::manual_seed(step_seed(self.seed, RENOISING_SEED + item as u64));
+                begin(self.seed, Stream::Picture(item as u64));
                 let (cond, null) = self.prompts.conditions(&[item])?;
                 let noise = self.noise.f_narrow(0, item, 1)?.f_to_device(self.device)?;
                 let sampler = Sampler::new(&denoiser, grid.clone(), transition);

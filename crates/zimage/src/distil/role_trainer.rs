@@ -2,13 +2,12 @@
 
 use anyhow::Result;
 use tch::Tensor;
+use tch_training::lora::LoraSettings;
+use tch_training::parameters::prefixed;
+use tch_training::{AdamW, AdamWSettings, Tape};
 
 use crate::distil::weights::RoleWeights;
-use crate::lora::LoraSettings;
 use crate::model::ZImageTransformer;
-use crate::optimizer::{AdamW, AdamWSettings};
-use crate::parameters::prefixed;
-use crate::tape::Tape;
 
 /// Weights that are trained, and their optimizer.
 #[derive(Debug)]
@@ -55,6 +54,6 @@ impl RoleTrainer {
             Some(tape) => tape.backward(loss)?,
             None => loss.f_backward()?,
         }
-        self.optimizer.step()
+        Ok(self.optimizer.step()?)
     }
 }

@@ -8,6 +8,11 @@ use anyhow::{Result, bail, ensure};
 use decoupled_dmd::{Guidance, Shift, Transition};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
+use tch_training::Parameters;
+use tch_training::files::{create_folder, write_json};
+use tch_training::lora::Lora;
+use tch_training::run::{INTERRUPTED, fingerprint};
+use tch_training::safetensors::write_tensors;
 
 use crate::autoencoder::{AutoencoderConfig, Decoder};
 use crate::distil::curves::write_curves;
@@ -22,19 +27,13 @@ use crate::distil::saved_student::{
 };
 use crate::distil::training_loop::{Outcome, Preview, report_interruption, train_student};
 use crate::distil::weights::{Network, RoleWeights};
-use crate::files::{create_folder, write_json};
-use crate::fingerprint::fingerprint;
-use crate::interrupt::INTERRUPTED;
-use crate::lora::Lora;
 use crate::model::{
-    MemoryPlan, Pipeline, Role, TrainingSetup, ZImageTransformer, fingerprint_model, loading_bar,
-    read_config, read_shift,
+    ADAPTER_PREFIXES, MemoryPlan, Pipeline, Role, TrainingSetup, ZImageTransformer,
+    fingerprint_model, loading_bar, read_config, read_shift,
 };
 use crate::options::Options;
-use crate::parameters::Parameters;
 use crate::picture::{Sheet, write_comparison, write_grid};
 use crate::text::{FeatureCache, MAX_TOKENS, TextEncoder, read_prompts};
-use crate::weights::write_tensors;
 
 /// Prompts in samples.png.
 const PICTURED: usize = 4;
@@ -239,7 +238,9 @@ pub fn sample(options: &Options, device: Device, prompt: &str) -> Result<()> {
     ZImageTransformer::check(source)?;
     let saved = SavedRecipe::load(&folder, options, PRESET, read_shift(&options.checkpoint)?)?;
     let size = latent_size(&options.checkpoint, &config, saved.size.unwrap_or(SIZE))?;
-    let lora = is_adapter.then(|| Lora::load(&adapter, &config, device)).transpose()?;
+    let lora = is_adapter
+        .then(|| Lora::load(&adapter, &config.linears(), &ADAPTER_PREFIXES, device))
+        .transpose()?;
     let features = {
         // Gone before the transformer comes, as both do not fit on every device.
         let encoder = TextEncoder::load(&options.checkpoint, kind(options), device)?;

@@ -8,14 +8,13 @@ use decoupled_dmd::Shift;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::Device;
+use tch_training::files::{create_folder, read_json, write_json};
+use tch_training::run::{Lock, StateFolder};
 
 use crate::distil::recipe::{Preset, Recipe};
 use crate::distil::weights::RoleWeights;
-use crate::files::{create_folder, read_json, write_json};
-use crate::lock::Lock;
-use crate::model::{INDEX, Pipeline};
+use crate::model::{ADAPTER_PREFIXES, INDEX, Pipeline};
 use crate::options::Options;
-use crate::training_state::StateFolder;
 
 /// The name that diffusers' `load_lora_weights` looks for.
 pub const ADAPTER: &str = "pytorch_lora_weights.safetensors";
@@ -78,7 +77,7 @@ pub fn save_student(
             model.duplicate()?
         }
         RoleWeights::Adapter(lora) => {
-            lora.save(&folder.join(ADAPTER))?;
+            lora.save(&folder.join(ADAPTER), ADAPTER_PREFIXES[0])?;
             if !merged {
                 for part in ["transformer", "scheduler"] {
                     remove(&folder.join(part), |path| fs::remove_dir_all(path))?;
@@ -87,7 +86,7 @@ pub fn save_student(
                 return Ok(());
             }
             // On the way to a file: the device may have no room for a second model.
-            lora.merge(&teacher.transformer, Device::Cpu)?
+            teacher.transformer.merged(lora, Device::Cpu)?
         }
     };
     Pipeline { transformer, shift: teacher.shift }.save(folder)
@@ -122,7 +121,12 @@ pub fn student_folder(options: &Options) -> Result<PathBuf> {
 /// that was not to be written over.
 pub fn open_states(options: &Options, identity: &Value) -> Result<(StateFolder, Lock)> {
     let lock = Lock::take(&options.out)?;
-    let states = StateFolder::open(&options.out.join("state"), identity, options.fresh)?;
+    let folder = options.out.join("state");
+    let states = if options.fresh {
+        StateFolder::open_fresh(&folder, identity)?
+    } else {
+        StateFolder::open(&folder, identity)?
+    };
     let report = options.out.join(REPORT);
     if options.fresh {
         remove(&report, |path| fs::remove_file(path))?;

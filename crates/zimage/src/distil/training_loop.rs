@@ -4,13 +4,11 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
+use tch_training::run::{Interrupt, Log, Progress, StateFolder};
 
 use crate::distil::distillation::{Distillation, Record};
-use crate::interrupt::Interrupt;
-use crate::log::Log;
 use crate::options::Options;
 use crate::progress::progress_bar;
-use crate::training_state::{Progress, StateFolder};
 
 /// What was observed, with the update it was observed at.
 pub type History = Vec<(u64, Record)>;
@@ -46,7 +44,7 @@ impl Session<'_> {
     fn save(&mut self, distillation: &Distillation<'_>) -> Result<()> {
         let log_bytes = self.log.sync()?;
         let progress = Progress { seconds: self.seconds(), log_bytes };
-        self.states.save(&distillation.state(), progress)
+        Ok(self.states.save(&distillation.state(), progress)?)
     }
 }
 
@@ -61,7 +59,7 @@ pub fn train_student(
     states: &mut StateFolder,
     evaluate: impl Fn(&Distillation<'_>) -> Result<Preview>,
 ) -> Result<Outcome> {
-    let interrupt = Interrupt::install()?;
+    let interrupt = Interrupt::install("Saving after this update; Ctrl-C again leaves at once")?;
     let updates = distillation.recipe().updates;
     let saved = states.load()?;
     let progress = saved.as_ref().map(|(_, progress)| *progress).unwrap_or_default();
@@ -75,6 +73,10 @@ pub fn train_student(
         );
     }
     let (log, lines) = Log::open(&options.out.join("metrics.jsonl"), progress.log_bytes)?;
+    let lines = lines.unwrap_or_else(|lost| {
+        eprintln!("warning: {lost}: the log starts anew, without what was observed before");
+        Vec::new()
+    });
     let mut history: History = lines.iter().filter_map(observed).collect();
     let mut session = Session { states, log, start: Instant::now(), before: progress.seconds };
 

@@ -2,10 +2,10 @@
 
 use anyhow::Result;
 use tch::Tensor;
+use tch_training::Tape;
+use tch_training::lora::{Lora, LoraSettings};
 
-use crate::lora::{Lora, LoraSettings};
 use crate::model::{Role, ZImageTransformer, is_caption_side};
-use crate::tape::Tape;
 
 /// A model in one of its roles: what is run.
 #[derive(Clone, Copy, Debug)]
@@ -36,7 +36,10 @@ impl RoleWeights {
     /// If the settings do not fit the model, or libtorch cannot allocate the weights.
     pub fn new(base: &ZImageTransformer, adapter: Option<&LoraSettings>) -> Result<Self> {
         Ok(match adapter {
-            Some(settings) => Self::Adapter(Lora::new(base.config(), settings, base.device())?),
+            Some(settings) => {
+                let layers = base.config().linears();
+                Self::Adapter(Lora::new(&layers, settings, base.device())?)
+            }
             None => Self::Copy(Box::new(base.duplicate()?)),
         })
     }

@@ -4,10 +4,11 @@ use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
+use tch_training::Parameters;
+use tch_training::parameters::{check_shapes, parameter};
+use tch_training::safetensors::{Weights, write_tensors};
 
 use crate::model::{Linear, Role};
-use crate::parameters::{Parameters, check_shapes, parameter};
-use crate::weights::{Weights, write_tensors};
 
 /// Width of a feature vector.
 pub const FEATURES: i64 = 64;
@@ -98,7 +99,7 @@ impl Classifier {
     /// Names tensors that are missing, unexpected or mis-shaped.
     pub fn from_parameters(parameters: Parameters) -> Result<Self> {
         let shapes = || parameters.iter().map(|(name, tensor)| (name.as_str(), tensor.size()));
-        check_shapes(&expected(shapes()), shapes())?;
+        check_shapes("the parameters", &expected(shapes()), shapes())?;
         let layers = (0..)
             .zip(STAGES)
             .map(|(index, stage)| {
@@ -131,7 +132,7 @@ impl Classifier {
     /// If the file cannot be written.
     pub fn save(&self, folder: &Path) -> Result<()> {
         let parameters = converted(&self.parameters, Kind::Half, Device::Cpu)?;
-        write_tensors(&folder.join(WEIGHTS), &parameters)
+        Ok(write_tensors(&folder.join(WEIGHTS), &parameters)?)
     }
 
     /// The same network in another dtype; gradients flow back to the tensors of this one.

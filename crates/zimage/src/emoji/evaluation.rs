@@ -11,6 +11,8 @@ use crate::emoji::scores::{Judge, Scores};
 
 /// Seed of the noise that every generator starts from.
 const NOISE_SEED: i64 = 20_251_127;
+/// Seed of the noise between steps, where a transition draws some: the same for a run that was resumed.
+const STEP_NOISE_SEED: i64 = NOISE_SEED + 1;
 /// Samples generated at once.
 const CHUNK: usize = 64;
 
@@ -66,8 +68,7 @@ impl<'a> Evaluator<'a> {
         let device = network.model.device();
         let denoiser = denoiser(network, self.shift);
         let grid = FewStepGrid::even(run.steps)?;
-        // Of the noise between steps, where there is some: that of a resumed run is the same.
-        tch::manual_seed(NOISE_SEED + 1);
+        tch::manual_seed(STEP_NOISE_SEED);
         let (mut samples, mut order) = (Vec::new(), Vec::new());
         for positions in self.prompts.batches(&self.items, CHUNK)? {
             let items: Vec<i64> =

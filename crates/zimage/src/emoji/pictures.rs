@@ -5,9 +5,9 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 use tch::{Kind, Tensor};
+use tch_training::files::read_json;
 
 use crate::emoji::words::Vocabulary;
-use crate::files::read_json;
 
 /// Side of a tile in the atlas.
 const TILE: i64 = 32;

@@ -8,6 +8,8 @@ use anyhow::{Result, ensure};
 use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
+use tch_training::files::{create_folder, write_json};
+use tch_training::run::{INTERRUPTED, fingerprint};
 
 use crate::distil::{
     ADAPTER, Distillation, Network, Outcome, Preset, Preview, REPORT, Recipe, Sampling,
@@ -19,9 +21,6 @@ use crate::emoji::evaluation::{Evaluator, Row};
 use crate::emoji::pictures::{EmojiData, Item};
 use crate::emoji::report::{Report, Summary, table};
 use crate::emoji::scores::{Judge, Scores, mean_variance};
-use crate::files::{create_folder, write_json};
-use crate::fingerprint::fingerprint;
-use crate::interrupt::INTERRUPTED;
 use crate::model::{Pipeline, fingerprint_model, loading_bar, read_config, read_shift};
 use crate::options::Options;
 use crate::picture::{Sheet, write_comparison, write_grid};

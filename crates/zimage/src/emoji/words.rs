@@ -6,10 +6,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
+use tch_training::safetensors::Weights;
 
 use crate::distil::Prompts;
 use crate::model::ZImageTransformer;
-use crate::weights::Weights;
 
 const START: &str = "<start>";
 const END: &str = "<end>";

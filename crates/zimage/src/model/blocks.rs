@@ -2,12 +2,13 @@
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
+use tch_training::Parameters;
+use tch_training::parameters::parameter;
 
 use crate::model::config::{Config, TIME_FEATURES};
 use crate::model::layout::{Sequence, first_rows};
 use crate::model::role::Role;
 use crate::model::rope::rotate;
-use crate::parameters::{Parameters, parameter};
 
 /// Longest sequence for which attention scores are kept whole on the CPU.
 const SHORT_SEQUENCE: i64 = 512;

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
-
-use crate::files::read_json;
+use tch_training::files::read_json;
+use tch_training::lora::LinearLayer;
 
 /// The class that diffusers names in the file.
 pub const CLASS_NAME: &str = "ZImageTransformer2DModel";
@@ -15,6 +15,17 @@ pub const SEQUENCE_MULTIPLE: i64 = 32;
 
 /// Width of the sinusoidal time features.
 pub const TIME_FEATURES: i64 = 256;
+
+/// The linear layers of a block that an adapter is put on where nothing else is said.
+pub const BLOCK_LINEARS: [&str; 7] = [
+    "attention.to_q",
+    "attention.to_k",
+    "attention.to_v",
+    "attention.to_out.0",
+    "feed_forward.w1",
+    "feed_forward.w2",
+    "feed_forward.w3",
+];
 
 /// Hidden width of the time MLP; it does not grow with the model.
 const TIME_HIDDEN: i64 = 1024;
@@ -275,7 +286,7 @@ impl Config {
     }
 
     /// Names and shapes `[out, in]` of the linear layers, sorted by name.
-    pub fn linears(&self) -> Vec<(String, [i64; 2])> {
+    pub fn linears(&self) -> Vec<LinearLayer> {
         let linear = |(name, shape): (String, Vec<i64>)| match shape[..] {
             [rows, columns] => Some((name.strip_suffix(".weight")?.to_owned(), [rows, columns])),
             _ => None,

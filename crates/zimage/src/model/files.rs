@@ -6,12 +6,15 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 use tch::{Device, Kind, Tensor};
+use tch_training::files::write_json;
+use tch_training::safetensors::{Weights, write_tensors};
 
-use crate::files::write_json;
 use crate::model::config::{CLASS_NAME, Config};
 use crate::model::pipeline::read_config;
 use crate::model::transformer::ZImageTransformer;
-use crate::weights::{Weights, write_tensors};
+
+/// The starts of layer names in files of adapters: as diffusers writes them, and as others do.
+pub const ADAPTER_PREFIXES: [&str; 2] = ["transformer.", "diffusion_model."];
 
 /// Stem of the weight files in a diffusers folder.
 const WEIGHTS: &str = "diffusion_pytorch_model";
@@ -71,7 +74,7 @@ impl ZImageTransformer {
     /// As [`Self::load`].
     pub fn check(folder: &Path) -> Result<()> {
         let parameters = read_config(folder)?.parameters();
-        Weights::open(&folder.join("transformer"), WEIGHTS)?.check(&parameters)
+        Ok(Weights::open(&folder.join("transformer"), WEIGHTS)?.check(&parameters)?)
     }
 
     /// Writes `transformer/` of a diffusers folder.
@@ -84,7 +87,7 @@ impl ZImageTransformer {
         let mut config = serde_json::to_value(self.config())?;
         config["_class_name"] = CLASS_NAME.into();
         write_json(&folder.join("config.json"), &config)?;
-        write_tensors(&folder.join(format!("{WEIGHTS}.safetensors")), self.parameters())
+        Ok(write_tensors(&folder.join(format!("{WEIGHTS}.safetensors")), self.parameters())?)
     }
 }
 

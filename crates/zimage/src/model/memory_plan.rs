@@ -5,8 +5,8 @@ use std::fmt;
 
 use anyhow::{Result, ensure};
 use tch::Kind;
+use tch_training::lora::LoraSettings;
 
-use crate::lora::LoraSettings;
 use crate::model::config::{Config, is_caption_side};
 use crate::model::grid::padded;
 
@@ -143,7 +143,7 @@ impl TrainingSetup<'_> {
 
 /// Numbers in the pairs of an adapter.
 fn pairs(config: &Config, settings: &LoraSettings) -> Result<u64> {
-    let modules = settings.modules(config)?;
+    let modules = settings.adapted(&config.linears())?;
     Ok(modules.iter().map(|(_, [rows, columns])| (settings.rank * (rows + columns)) as u64).sum())
 }
 
@@ -168,7 +168,8 @@ impl<'a> Activations<'a> {
     fn new(setup: &'a TrainingSetup<'a>) -> Result<Self> {
         setup.config.validate()?;
         let (image, caption) = setup.tokens()?;
-        let modules = setup.lora.map(|settings| settings.modules(setup.config)).transpose()?;
+        let modules =
+            setup.lora.map(|settings| settings.adapted(&setup.config.linears())).transpose()?;
         let refiners = setup.config.n_refiner_layers;
         let captions = if setup.encodes_captions { refiners } else { 0 };
         let stacks = [

@@ -8,9 +8,9 @@ use decoupled_dmd::Shift;
 use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
+use tch_training::files::{read_json, write_json};
+use tch_training::run::{Hash, fingerprint};
 
-use crate::files::{read_json, write_json};
-use crate::fingerprint::{Hash, fingerprint};
 use crate::model::config::Config;
 use crate::model::transformer::ZImageTransformer;
 use crate::progress::progress_bar;

@@ -1,40 +1,23 @@
 //! The role of a model in one forward pass: its weights alone, or with an adapter.
 
 use anyhow::Result;
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
+use tch_training::Tape;
+use tch_training::lora::{Dropout, Lora};
 
-use crate::lora::Lora;
-use crate::tape::Tape;
-
-/// What a model is in one forward pass: its weights alone, or its weights and an adapter.
+/// A model's weights alone, or its weights and an adapter, in one forward pass.
 ///
 /// Teacher, student and fake score are three roles of one model, which none of them changes.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Role<'a> {
     lora: Option<&'a Lora>,
-    training: bool,
-    /// Seed of the dropout masks of one forward pass.
-    seed: Option<i64>,
+    dropout: Dropout,
     tape: Option<&'a Tape>,
-}
-
-/// A role that a tape keeps.
-#[derive(Debug)]
-pub(crate) struct OwnedRole {
-    lora: Option<Lora>,
-    seed: Option<i64>,
-}
-
-impl OwnedRole {
-    /// The role of the same forward pass, off the tape.
-    pub(crate) fn role(&self) -> Role<'_> {
-        Role { lora: self.lora.as_ref(), seed: self.seed, ..Role::BASE }
-    }
 }
 
 impl<'a> Role<'a> {
     /// The model's own weights.
-    pub const BASE: Role<'static> = Role { lora: None, training: false, seed: None, tape: None };
+    pub const BASE: Role<'static> = Role { lora: None, dropout: Dropout::Off, tape: None };
 
     /// The model with an adapter, without dropout.
     pub fn adapted(lora: &'a Lora) -> Self {
@@ -43,7 +26,7 @@ impl<'a> Role<'a> {
 
     /// The model with an adapter and the adapter's dropout.
     pub fn training(lora: &'a Lora) -> Self {
-        Self { training: true, ..Self::adapted(lora) }
+        Self { dropout: Dropout::On, ..Self::adapted(lora) }
     }
 
     /// The same role with gradient checkpointing: gradients come from [`Tape::backward`].
@@ -52,29 +35,33 @@ impl<'a> Role<'a> {
         Self { tape: Some(tape), ..self }
     }
 
-    pub(crate) fn tape(self) -> Option<&'a Tape> {
+    pub(super) fn tape(self) -> Option<&'a Tape> {
         self.tape
     }
 
-    /// What a tape keeps of the role.
-    pub(crate) fn owned(self) -> OwnedRole {
-        OwnedRole { lora: self.lora.cloned(), seed: self.seed }
+    pub(super) fn lora(self) -> Option<&'a Lora> {
+        self.lora
     }
 
-    /// The role for one forward pass: with dropout, a seed is drawn, and each layer's mask follows from it.
-    pub(crate) fn begin(self) -> Result<Self> {
-        if !self.training || self.lora.is_none_or(|lora| lora.dropout == 0.0) {
-            return Ok(self);
-        }
-        let seed = Tensor::f_randint(i64::MAX, [1], (Kind::Int64, Device::Cpu))?;
-        Ok(Self { seed: Some(seed.f_int64_value(&[0])?), ..self })
+    pub(super) fn dropout(self) -> Dropout {
+        self.dropout
     }
 
-    /// Adds the pair of the layer `module`, if there is one, to what the layer makes of `x`.
-    pub(crate) fn add_to(self, output: Tensor, module: &str, x: &Tensor) -> Result<Tensor> {
-        let Some((lora, pair)) = self.lora.and_then(|lora| Some((lora, lora.pair(module)?))) else {
-            return Ok(output);
-        };
-        pair.add_to(output, x, self.seed.map(|seed| (lora.dropout, seed)))
+    /// The same role off its tape, with another handle on its adapter.
+    pub(super) fn off_tape(lora: Option<&'a Lora>, dropout: Dropout) -> Self {
+        Self { lora, dropout, tape: None }
+    }
+
+    /// Whether a pass draws random numbers.
+    pub(super) fn draws(self) -> bool {
+        self.dropout == Dropout::On && self.lora.is_some_and(Lora::has_dropout)
+    }
+
+    /// Adds the pair of a layer, if there is one, to what the layer makes of `x`.
+    pub(super) fn add_to(self, output: Tensor, layer: &str, x: &Tensor) -> Result<Tensor> {
+        Ok(match self.lora {
+            Some(lora) => lora.add_to(output, layer, x, self.dropout)?,
+            None => output,
+        })
     }
 }

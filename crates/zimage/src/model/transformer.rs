@@ -4,6 +4,9 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
+use tch_training::Parameters;
+use tch_training::lora::Lora;
+use tch_training::parameters::{check_shapes, parameter};
 
 use crate::model::blocks::{Block, Linear, RmsNorm, TimeEmbedder};
 use crate::model::config::Config;
@@ -13,8 +16,7 @@ use crate::model::layout::{
 };
 use crate::model::role::Role;
 use crate::model::rope::RotaryCache;
-use crate::parameters::{Parameters, check_shapes, parameter};
-use crate::tape::run_blocks;
+use crate::model::stack::run_blocks;
 
 /// Epsilon of the final layer norm; the other norms take theirs from the config.
 const FINAL_NORM_EPS: f64 = 1e-6;
@@ -46,7 +48,7 @@ impl ZImageTransformer {
     pub fn from_parameters(config: Config, parameters: Parameters) -> Result<Self> {
         config.validate()?;
         let shapes = parameters.iter().map(|(name, tensor)| (name.as_str(), tensor.size()));
-        check_shapes(&config.parameters(), shapes)?;
+        check_shapes("the parameters", &config.parameters(), shapes)?;
         Self::assemble(config, parameters, Rc::default())
     }
 
@@ -133,6 +135,15 @@ impl ZImageTransformer {
         Self::assemble(self.config.clone(), parameters, self.rotary.clone())
     }
 
+    /// The model with the adapter's pairs added to its weights, in its dtype and on `device`. Tensors without a
+    /// pair are shared with this one.
+    ///
+    /// # Errors
+    /// If the adapter was made for a model of another shape.
+    pub fn merged(&self, lora: &Lora, device: Device) -> Result<Self> {
+        Self::from_parameters(self.config.clone(), lora.merged(&self.parameters, device)?)
+    }
+
     /// Makes every parameter trainable, or none.
     ///
     /// # Errors
@@ -172,7 +183,6 @@ impl ZImageTransformer {
         counts: &[i64],
         role: Role<'_>,
     ) -> Result<Tensor> {
-        let role = role.begin()?;
         let features =
             stack_tokens(captions)?.f_to_device(self.device())?.f_to_kind(self.kind())?;
         let normed = self.caption_norm.forward(&features)?;
@@ -183,7 +193,7 @@ impl ZImageTransformer {
             .map(|count| self.rotary.get(&self.config, padded(*count), Grid::POINT, self.device()))
             .collect::<Result<Vec<_>>>()?;
         let sequence = Sequence::new(&tables, |table| &table.caption)?;
-        run_blocks(&self.context_refiner, hidden, &sequence, None, role)
+        run_blocks(&self.context_refiner, hidden, sequence, None, role)
     }
 
     /// The numbers of tokens of captions, whose shapes are checked.
@@ -309,7 +319,6 @@ impl ZImageTransformer {
             items.len(),
             t.size()
         );
-        let role = role.begin()?;
         let tables = items
             .iter()
             .map(|(grid, length)| self.rotary.get(&self.config, *length, *grid, self.device()))
@@ -320,7 +329,7 @@ impl ZImageTransformer {
         let embedded = self.patch_embedder.forward(patches, role)?;
         let image = fill_padding(&embedded, &counts, &self.patch_padding)?;
         let sequence = Sequence::new(&tables, |table| &table.image)?;
-        let image = run_blocks(&self.noise_refiner, image, &sequence, Some(&time), role)?;
+        let image = run_blocks(&self.noise_refiner, image, sequence, Some(&time), role)?;
 
         let lengths: Vec<_> =
             items.iter().map(|(grid, length)| (padded(grid.tokens()), *length)).collect();
@@ -328,7 +337,7 @@ impl ZImageTransformer {
         // The tokens of padding and caption would be dropped after the final layer.
         let kept = longest(&counts);
         let sequence = Sequence { kept, ..Sequence::new(&tables, |table| &table.unified)? };
-        let stream = run_blocks(&self.layers, stream, &sequence, Some(&time), role)?;
+        let stream = run_blocks(&self.layers, stream, sequence, Some(&time), role)?;
         self.final_layer(&first_rows(&stream, 1, kept)?, &time, role)
     }
 

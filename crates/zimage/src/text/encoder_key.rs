@@ -5,8 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use tch::Kind;
-
-use crate::fingerprint::{Hash, add_file};
+use tch_training::run::Hash;
 
 /// Names the text encoder of a diffusers folder that computes in `kind`.
 ///
@@ -35,7 +34,7 @@ pub fn encoder_key(folder: &Path, kind: Kind) -> Result<String> {
     files.sort();
     for path in &files {
         hash.add(path.file_name().unwrap_or_default().as_encoded_bytes());
-        add_file(&mut hash, path).with_context(|| format!("reading {}", path.display()))?;
+        hash.add_file(path)?;
     }
     Ok(hash.hex())
 }

@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
+use tch_training::Parameters;
+use tch_training::files::{read_json, write_json};
+use tch_training::run::Hash;
+use tch_training::safetensors::{read_tensors, write_tensors};
 
-use crate::files::{read_json, write_json};
-use crate::fingerprint::Hash;
-use crate::parameters::Parameters;
 use crate::progress::progress_bar;
 use crate::text::encoder::TextEncoder;
 use crate::text::encoder_key::encoder_key;
 use crate::text::tokenizer::{MAX_TOKENS, frame};
-use crate::weights::{read_tensors, write_tensors};
 
 /// Says what a cache folder holds.
 const MANIFEST: &str = "features.json";
@@ -189,7 +189,7 @@ impl FeatureCache {
             ("features".to_owned(), features.f_to_device(Device::Cpu)?),
             ("prompt".to_owned(), text),
         ]);
-        write_tensors(&self.path(prompt), &tensors)
+        Ok(write_tensors(&self.path(prompt), &tensors)?)
     }
 
     fn read(&self, path: &Path, prompt: &str) -> Result<Tensor> {

@@ -5,11 +5,12 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
+use tch_training::Parameters;
+use tch_training::files::read_json;
+use tch_training::parameters::{check_shapes, parameter};
+use tch_training::safetensors::Weights;
 
-use crate::files::read_json;
 use crate::model::RmsNorm;
-use crate::parameters::{Parameters, check_shapes, parameter};
-use crate::weights::Weights;
 
 /// `text_encoder/config.json`. Fields that are not listed are ignored.
 #[derive(Clone, Debug, Deserialize)]
@@ -290,8 +291,8 @@ impl Qwen3Encoder {
         let used = |name: &str| !unused.iter().any(|start| name.starts_with(start));
 
         let expected = config.parameters(prefix);
-        check_shapes(&expected, weights.shapes().filter(|(name, _)| used(name)))
-            .with_context(|| format!("weights in {}", folder.display()))?;
+        let place = format!("weights in {}", folder.display());
+        check_shapes(place, &expected, weights.shapes().filter(|(name, _)| used(name)))?;
         let parameters = expected
             .into_iter()
             .map(|(name, _)| {

@@ -1,12 +1,29 @@
 //! Ctrl-C and SIGTERM: the first asks the run to save and leave, the second leaves at once.
+//!
+//! ```no_run
+//! use tch_training::run::Interrupt;
+//!
+//! # fn main() -> tch_training::Result<()> {
+//! let interrupt = Interrupt::install("Saving after this step; Ctrl-C again leaves at once")?;
+//! for step in 0..1000 {
+//!     // .. train ..
+//!     if interrupt.is_requested() {
+//!         // .. save ..
+//!         break;
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use anyhow::{Context, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+
+use crate::error::{Error, Result};
 
 /// Exit status of a program that was interrupted, as shells have it.
 pub const INTERRUPTED: u8 = 130;
@@ -16,25 +33,26 @@ pub const INTERRUPTED: u8 = 130;
 pub struct Interrupt(Arc<AtomicBool>);
 
 impl Interrupt {
-    /// Takes over Ctrl-C and SIGTERM for the rest of the program.
+    /// Takes over Ctrl-C and SIGTERM for the rest of the program. `message` is printed on the first, to say
+    /// what comes next.
     ///
     /// # Errors
-    /// If the system refuses.
-    pub fn install() -> Result<Self> {
-        let mut signals =
-            Signals::new([SIGINT, SIGTERM]).context("listening for Ctrl-C and SIGTERM")?;
+    /// [`Error::Signals`] if the system refuses.
+    pub fn install(message: &'static str) -> Result<Self> {
+        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(Error::Signals)?;
         let interrupt = Self(Arc::default());
         let seen = interrupt.clone();
         // A thread of its own may print, which a signal handler may not.
-        thread::Builder::new().name("interrupt".into()).spawn(move || {
+        let listen = move || {
             for _ in signals.forever() {
                 if seen.0.swap(true, Ordering::SeqCst) {
                     // Without destructors: another thread may be inside libtorch.
                     signal_hook::low_level::exit(i32::from(INTERRUPTED));
                 }
-                eprintln!("\nSaving after this update; Ctrl-C again leaves at once");
+                eprintln!("\n{message}");
             }
-        })?;
+        };
+        thread::Builder::new().name("interrupt".into()).spawn(listen).map_err(Error::Signals)?;
         Ok(interrupt)
     }
 

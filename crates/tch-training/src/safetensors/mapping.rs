@@ -3,52 +3,57 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
 use memmap2::Mmap;
 use tch::{Device, Kind, Tensor};
 
-use crate::safetensors::Entry;
+use super::format::{Entry, FormatError};
+use crate::error::{Error, Result};
 
 /// The bytes of a file, which the system reads when they are looked at.
 #[derive(Debug)]
-pub struct Mapping(Mmap);
+pub(super) struct Mapping {
+    path: PathBuf,
+    map: Mmap,
+}
 
 impl Mapping {
     /// Maps a file, reading nothing yet. The file must not be cut short or rewritten while it is in use;
     /// files of this program are replaced as a whole, which is no danger.
     ///
     /// # Errors
-    /// If the file cannot be opened or mapped.
-    pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    /// [`Error::File`] if the file cannot be opened or mapped.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::file("opening", path))?;
         // SAFETY: the mapping is read-only, and that nobody changes the file is the condition above.
-        let map =
-            unsafe { Mmap::map(&file) }.with_context(|| format!("mapping {}", path.display()))?;
-        Ok(Self(map))
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::file("mapping", path))?;
+        Ok(Self { path: path.to_owned(), map })
     }
 
     /// The whole file.
-    pub fn bytes(&self) -> &[u8] {
-        &self.0
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.map
     }
 
     /// A tensor of the file, cast and moved, without a copy in between.
     ///
     /// # Errors
-    /// If the entry does not fit this file, or libtorch cannot allocate the tensor.
-    pub fn copy_tensor(&self, entry: &Entry, kind: Kind, device: Device) -> Result<Tensor> {
+    /// [`Error::Safetensors`] if the entry does not fit this file, [`Error::Torch`] if the tensor cannot be
+    /// allocated.
+    pub(super) fn copy_tensor(&self, entry: &Entry, kind: Kind, device: Device) -> Result<Tensor> {
         let count = entry
             .shape
             .iter()
             .try_fold(1, |count: usize, axis| count.checked_mul(usize::try_from(*axis).ok()?));
         let width = entry.kind.elt_size_in_bytes();
         let bytes = self
-            .0
+            .map
             .get(entry.bytes.clone())
             .filter(|bytes| count.and_then(|count| count.checked_mul(width)) == Some(bytes.len()))
-            .with_context(|| format!("{entry:?} does not fit a file of {} bytes", self.0.len()))?;
+            .ok_or_else(|| {
+                self.broken(FormatError::Entry { entry: entry.clone(), bytes: self.map.len() })
+            })?;
         if bytes.as_ptr().align_offset(width) != 0 {
             // Rare: files of today are aligned.
             let aligned = Tensor::f_from_data_size(bytes, &entry.shape, entry.kind)?;
@@ -64,15 +69,20 @@ impl Mapping {
         Ok(copy)
     }
 
+    /// The error of a fault in this file.
+    pub(super) fn broken(&self, source: FormatError) -> Error {
+        Error::Safetensors { path: self.path.clone(), source }
+    }
+
     /// Gives the memory of a range back to the system. Its bytes stay valid: they are read from the file
     /// again if looked at again.
-    pub fn release(&self, range: Range<usize>) {
+    pub(super) fn release(&self, range: Range<usize>) {
         #[cfg(unix)]
-        if !range.is_empty() && range.end <= self.0.len() {
+        if !range.is_empty() && range.end <= self.map.len() {
             // SAFETY: the pages are those of an unchanged file and were never written to, so reading
             // them again gives the same bytes. A refusal costs memory only.
             let _ = unsafe {
-                self.0.unchecked_advise_range(
+                self.map.unchecked_advise_range(
                     memmap2::UncheckedAdvice::DontNeed,
                     range.start,
                     range.len(),

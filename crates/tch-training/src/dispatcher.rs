@@ -5,8 +5,9 @@
 
 use std::ffi::{CStr, c_char, c_void};
 
-use anyhow::{Result, bail, ensure};
-use tch::Tensor;
+use tch::{TchError, Tensor};
+
+use crate::error::{Error, Result};
 
 unsafe extern "C" {
     fn torch_call_dispatcher(
@@ -25,47 +26,46 @@ unsafe extern "C" {
 
 /// Numbers of one AdamW update.
 #[derive(Clone, Copy, Debug)]
-pub struct AdamWStep {
-    pub learning_rate: f64,
-    pub betas: (f64, f64),
-    pub weight_decay: f64,
-    pub eps: f64,
+pub(crate) struct AdamWStep {
+    pub(crate) learning_rate: f64,
+    pub(crate) betas: (f64, f64),
+    pub(crate) weight_decay: f64,
+    pub(crate) eps: f64,
 }
 
-/// `aten::_fused_adamw_`: updates parameters and moments in place. `steps` are float32 scalars that
-/// the caller has already advanced.
+/// The tensors of one parameter in an update.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moments<'a> {
+    pub(crate) parameter: &'a Tensor,
+    pub(crate) gradient: &'a Tensor,
+    pub(crate) first: &'a Tensor,
+    pub(crate) second: &'a Tensor,
+    /// A float32 scalar, already advanced.
+    pub(crate) step: &'a Tensor,
+}
+
+/// `aten::_fused_adamw_`: updates parameters and moments in place.
 ///
 /// # Errors
-/// If the lists differ in length or shape, or libtorch refuses them.
-pub fn fused_adamw(
-    parameters: &[&Tensor],
-    gradients: &[&Tensor],
-    first_moments: &[&Tensor],
-    second_moments: &[&Tensor],
-    steps: &[&Tensor],
-    numbers: AdamWStep,
-) -> Result<()> {
-    for list in [gradients, first_moments, second_moments] {
-        ensure!(
-            list.len() == parameters.len()
-                && list.iter().zip(parameters).all(|(a, b)| a.size() == b.size()),
-            "parameters, gradients and moments must have the same shapes"
-        );
+/// [`Error::Shape`] if tensors of one parameter differ in shape, [`Error::Torch`] if libtorch refuses them.
+pub(crate) fn fused_adamw(slots: &[Moments<'_>], numbers: AdamWStep) -> Result<()> {
+    for slot in slots {
+        let size = slot.parameter.size();
+        same_shape("gradient", &size, slot.gradient)?;
+        same_shape("first moment", &size, slot.first)?;
+        same_shape("second moment", &size, slot.second)?;
+        same_shape("step count", &[], slot.step)?;
     }
-    ensure!(
-        steps.len() == parameters.len() && steps.iter().all(|step| step.numel() == 1),
-        "there must be one step count for each parameter"
-    );
-    if parameters.is_empty() {
+    if slots.is_empty() {
         return Ok(());
     }
     let mut stack = [
-        tensor_list(parameters)?,
-        tensor_list(gradients)?,
-        tensor_list(first_moments)?,
-        tensor_list(second_moments)?,
-        tensor_list(&[])?,
-        tensor_list(steps)?,
+        tensor_list(slots.iter().map(|slot| slot.parameter))?,
+        tensor_list(slots.iter().map(|slot| slot.gradient))?,
+        tensor_list(slots.iter().map(|slot| slot.first))?,
+        tensor_list(slots.iter().map(|slot| slot.second))?,
+        tensor_list(std::iter::empty())?,
+        tensor_list(slots.iter().map(|slot| slot.step))?,
         numbers.learning_rate.to_bits(),
         numbers.betas.0.to_bits(),
         numbers.betas.1.to_bits(),
@@ -82,40 +82,51 @@ pub fn fused_adamw(
 /// `aten::_foreach_mul_.Tensor`: multiplies every tensor by a scalar tensor in place.
 ///
 /// # Errors
-/// If `factor` is not a scalar tensor.
-pub fn multiply_all(tensors: &[&Tensor], factor: &Tensor) -> Result<()> {
-    ensure!(factor.numel() == 1, "the factor must hold one number");
+/// [`Error::Shape`] if `factor` is not a scalar tensor.
+pub(crate) fn multiply_all(tensors: &[&Tensor], factor: &Tensor) -> Result<()> {
+    same_shape("factor", &[], factor)?;
     if tensors.is_empty() {
         return Ok(());
     }
-    let mut stack = [tensor_list(tensors)?, tensor_handle(factor)?];
+    let mut stack = [tensor_list(tensors.iter().copied())?, tensor_handle(factor)?];
     call(c"aten::_foreach_mul_", c"Tensor", &mut stack)
 }
 
 /// `aten::_backward`: adds to the `grad` of every leaf that `output` depends on, from the gradient in
-/// `output`, or from 1 if it is a scalar. With `retain`, the graph can be passed again.
+/// `output`, or from 1 if it is a scalar. With [`Graph::Kept`], the graph can be passed again.
 ///
 /// # Errors
-/// If `gradient` does not have the shape of `output`, or `output` requires no gradient.
-pub fn backward(output: &Tensor, gradient: Option<&Tensor>, retain: bool) -> Result<()> {
-    let size = gradient.map_or_else(Vec::new, Tensor::size);
-    ensure!(
-        output.size() == size,
-        "the gradient of an output {:?} must have its shape, found {size:?}",
-        output.size()
-    );
+/// [`Error::Shape`] if `gradient` does not have the shape of `output`, [`Error::Torch`] if `output` requires no
+/// gradient.
+pub(crate) fn backward(output: &Tensor, gradient: Option<&Tensor>, graph: Graph) -> Result<()> {
+    same_shape("output", &gradient.map_or_else(Vec::new, Tensor::size), output)?;
     let gradient = match gradient {
         None => 0,
         Some(gradient) => some(tensor_handle(gradient)?)?,
     };
     let mut stack = [
         tensor_handle(output)?,
-        tensor_list(&[])?, // inputs: all leaves
+        tensor_list(std::iter::empty())?, // inputs: all leaves
         gradient,
-        some(u64::from(retain))?,
+        some(u64::from(graph == Graph::Kept))?,
         0, // create_graph
     ];
     call(c"aten::_backward", c"", &mut stack)
+}
+
+/// What becomes of a graph that a backward pass has gone through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Graph {
+    Kept,
+    Freed,
+}
+
+fn same_shape(what: &'static str, expected: &[i64], tensor: &Tensor) -> Result<()> {
+    let found = tensor.size();
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::Shape { what, expected: expected.to_vec(), found })
 }
 
 /// Calls an operator. The stack holds every argument of its schema, whose handles the call takes over.
@@ -136,7 +147,9 @@ fn call(name: &CStr, overload: &CStr, stack: &mut [u64]) -> Result<()> {
 
 /// A new handle on a tensor, as a stack slot.
 fn tensor_handle(tensor: &Tensor) -> Result<u64> {
-    ensure!(tensor.defined(), "an undefined tensor cannot be passed to an operator");
+    if !tensor.defined() {
+        return Err(refusal("an undefined tensor cannot be passed to an operator"));
+    }
     let mut handle = std::ptr::null_mut();
     // SAFETY: a defined `Tensor` holds a live `at::Tensor`, which the call copies (sharing storage).
     check(unsafe {
@@ -146,7 +159,7 @@ fn tensor_handle(tensor: &Tensor) -> Result<u64> {
 }
 
 /// A list of tensor handles, as a stack slot.
-fn tensor_list(tensors: &[&Tensor]) -> Result<u64> {
+fn tensor_list<'a>(tensors: impl ExactSizeIterator<Item = &'a Tensor>) -> Result<u64> {
     let mut list = std::ptr::null_mut();
     // SAFETY: writes a new list to a valid place.
     check(unsafe { torch_new_list_reserve_size(tensors.len(), &raw mut list) })?;
@@ -163,7 +176,9 @@ fn some(value: u64) -> Result<u64> {
     let mut slot = std::ptr::null_mut();
     // SAFETY: writes a pointer to a new slot to a valid place.
     check(unsafe { torch_new_stable_ivalue(&raw mut slot) })?;
-    ensure!(!slot.is_null(), "libtorch made no slot for an optional value");
+    if slot.is_null() {
+        return Err(refusal("no slot for an optional value was made"));
+    }
     // SAFETY: the slot is ours until an operator takes it over.
     unsafe { slot.write(value) };
     Ok(slot as u64)
@@ -178,5 +193,9 @@ fn check(code: i32) -> Result<()> {
         let what = torch_exception_get_what_without_backtrace();
         if what.is_null() { c"no message" } else { CStr::from_ptr(what) }
     };
-    bail!("libtorch: {}", text.to_string_lossy())
+    Err(refusal(&text.to_string_lossy()))
+}
+
+fn refusal(text: &str) -> Error {
+    TchError::Torch(text.to_owned()).into()
 }

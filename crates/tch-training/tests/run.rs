@@ -5,16 +5,14 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
-use common::{max_difference, wave};
+use common::{Result, chain, max_difference, wave};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
+use tch_training::files::write_atomically;
+use tch_training::parameters::restore;
+use tch_training::run::{Log, LostLines, Progress, StateFolder, fingerprint};
+use tch_training::{Error, Parameters};
 use tempfile::{TempDir, tempdir};
-use zimage::files::write_atomically;
-use zimage::fingerprint::fingerprint;
-use zimage::log::Log;
-use zimage::parameters::{Parameters, restore};
-use zimage::training_state::{Progress, StateFolder};
 
 /// A folder of its own for each test.
 struct Folder(TempDir);
@@ -49,7 +47,7 @@ fn progress(log_bytes: u64) -> Progress {
 
 /// Opens the folder and checks that it holds the tensors of one phase.
 fn assert_holds(folder: &Path, phase: f64, log_bytes: u64) -> Result<StateFolder> {
-    let states = StateFolder::open(folder, &identity(), false)?;
+    let states = StateFolder::open(folder, &identity())?;
     assert!(states.is_unfinished());
     let (found, at) = states.load()?.expect("a state");
     assert_eq!(at.log_bytes, log_bytes);
@@ -64,7 +62,7 @@ fn assert_holds(folder: &Path, phase: f64, log_bytes: u64) -> Result<StateFolder
 #[test]
 fn the_newest_state_is_kept_alone() -> Result<()> {
     let folder = Folder(tempdir()?);
-    let mut states = StateFolder::open(&folder.states(), &identity(), false)?;
+    let mut states = StateFolder::open(&folder.states(), &identity())?;
     assert!(!states.is_unfinished() && states.load()?.is_none());
     for (phase, bytes) in [(0.1, 10), (0.2, 20), (0.3, 30)] {
         states.save(&tensors(phase), progress(bytes))?;
@@ -77,14 +75,14 @@ fn the_newest_state_is_kept_alone() -> Result<()> {
     assert_eq!(folder.names()?, ["000004"]);
     states.remove()?;
     assert!(!folder.states().exists() && !states.is_unfinished());
-    states.remove()
+    Ok(states.remove()?)
 }
 
 #[test]
 fn a_crash_at_any_moment_leaves_one_state_and_its_leftovers_go() -> Result<()> {
     let folder = Folder(tempdir()?);
     let path = |name: &str| folder.states().join(name);
-    let mut states = StateFolder::open(&folder.states(), &identity(), false)?;
+    let mut states = StateFolder::open(&folder.states(), &identity())?;
     states.save(&tensors(0.1), progress(1))?;
 
     // While the next one is written.
@@ -122,12 +120,12 @@ fn a_crash_at_any_moment_leaves_one_state_and_its_leftovers_go() -> Result<()> {
 #[test]
 fn a_save_that_fails_keeps_the_state_before() -> Result<()> {
     let folder = Folder(tempdir()?);
-    let mut states = StateFolder::open(&folder.states(), &identity(), false)?;
+    let mut states = StateFolder::open(&folder.states(), &identity())?;
     states.save(&tensors(0.1), progress(1))?;
     // A file where the new folder would be.
     fs::write(folder.states().join("000002.partial"), "")?;
-    let error = format!("{:#}", states.save(&tensors(0.2), progress(2)).unwrap_err());
-    assert!(error.contains("saving the training state to"), "{error}");
+    let error = chain(&states.save(&tensors(0.2), progress(2)).unwrap_err());
+    assert!(error.contains("saving the state to"), "{error}");
     fs::remove_file(folder.states().join("000002.partial"))?;
     drop(assert_holds(&folder.states(), 0.1, 1)?);
     states.save(&tensors(0.2), progress(2))?;
@@ -138,7 +136,7 @@ fn a_save_that_fails_keeps_the_state_before() -> Result<()> {
 #[test]
 fn the_state_of_another_run_is_refused_with_what_differs() -> Result<()> {
     let folder = Folder(tempdir()?);
-    let mut states = StateFolder::open(&folder.states(), &identity(), false)?;
+    let mut states = StateFolder::open(&folder.states(), &identity())?;
     states.save(&tensors(0.1), progress(1))?;
     for (other, complaint) in [
         (
@@ -154,12 +152,13 @@ fn the_state_of_another_run_is_refused_with_what_differs() -> Result<()> {
             "recipe.rate is 0.30000000000000004 there and null here; new is null there and 1 here",
         ),
     ] {
-        let error = StateFolder::open(&folder.states(), &other, false).unwrap_err().to_string();
-        assert!(error.contains(complaint) && error.contains("--fresh"), "{error}");
+        let error = StateFolder::open(&folder.states(), &other).unwrap_err();
+        assert!(matches!(error, Error::OtherRun { .. }), "{error}");
+        assert!(error.to_string().contains(complaint), "{error}");
         drop(assert_holds(&folder.states(), 0.1, 1)?);
     }
     let other = json!({ "recipe": "another" });
-    assert!(!StateFolder::open(&folder.states(), &other, true)?.is_unfinished());
+    assert!(!StateFolder::open_fresh(&folder.states(), &other)?.is_unfinished());
     assert!(!folder.states().exists());
     Ok(())
 }
@@ -167,7 +166,7 @@ fn the_state_of_another_run_is_refused_with_what_differs() -> Result<()> {
 #[test]
 fn damaged_states_are_refused_by_file() -> Result<()> {
     let folder = Folder(tempdir()?);
-    let mut states = StateFolder::open(&folder.states(), &identity(), false)?;
+    let mut states = StateFolder::open(&folder.states(), &identity())?;
     states.save(&tensors(0.1), progress(1))?;
     let description = folder.states().join("000001/state.json");
     let text = fs::read_to_string(&description)?;
@@ -177,16 +176,15 @@ fn damaged_states_are_refused_by_file() -> Result<()> {
         (text.replace("log_bytes", "bytes"), "missing field `log_bytes`"),
     ] {
         fs::write(&description, &damaged)?;
-        let error = StateFolder::open(&folder.states(), &identity(), false).unwrap_err();
-        let error = format!("{error:#}");
+        let error = chain(&StateFolder::open(&folder.states(), &identity()).unwrap_err());
         assert!(error.contains(complaint) && error.contains("state.json"), "{error}");
     }
     fs::write(&description, &text)?;
     let file = folder.states().join("000001/tensors.safetensors");
     let bytes = fs::read(&file)?;
     fs::write(&file, &bytes[..bytes.len() - 3])?;
-    let states = StateFolder::open(&folder.states(), &identity(), false)?;
-    let error = format!("{:#}", states.load().unwrap_err());
+    let states = StateFolder::open(&folder.states(), &identity())?;
+    let error = chain(&states.load().unwrap_err());
     assert!(error.contains("tensors.safetensors"), "{error}");
     Ok(())
 }
@@ -232,9 +230,11 @@ fn a_file_that_cannot_be_written_leaves_the_old_one_alone() -> Result<()> {
     fs::write(&path, "old")?;
     let full = write_atomically(&path, |path| {
         fs::write(path, "ne")?;
-        anyhow::bail!("no space left")
+        Err(std::io::Error::other("no space left"))
     });
-    assert!(format!("{:#}", full.unwrap_err()).contains("no space left"));
+    let error = full.unwrap_err();
+    assert!(matches!(error, Error::Writing { .. }), "{error}");
+    assert!(chain(&error).contains("no space left"), "{error}");
     assert_eq!(fs::read(&path)?, b"old");
     assert_eq!(fs::read_dir(folder.path())?.count(), 1);
     Ok(())
@@ -245,7 +245,7 @@ fn a_log_goes_on_where_it_was_saved() -> Result<()> {
     let folder = tempdir()?;
     let path = folder.path().join("metrics.jsonl");
     let (mut log, lines) = Log::open(&path, 0)?;
-    assert!(lines.is_empty());
+    assert!(lines?.is_empty());
     log.write(&json!({ "update": 1 }))?;
     let saved = log.sync()?;
     log.write(&json!({ "update": 2 }))?;
@@ -254,21 +254,21 @@ fn a_log_goes_on_where_it_was_saved() -> Result<()> {
     fs::write(&path, fs::read_to_string(&path)? + "{\"upd")?;
 
     let (mut log, lines) = Log::open(&path, saved)?;
-    assert_eq!(lines, [json!({ "update": 1 })]);
+    assert_eq!(lines?, [json!({ "update": 1 })]);
     log.write(&json!({ "update": 2, "again": true }))?;
     drop(log);
     assert_eq!(fs::read_to_string(&path)?, "{\"update\":1}\n{\"again\":true,\"update\":2}\n");
 
     // A log that is not the one of the state any more does not keep the run from going on.
     let (_, lines) = Log::open(&path, 1000)?;
-    assert!(lines.is_empty());
+    assert!(matches!(lines, Err(LostLines::Short { expected: 1000, .. })), "{lines:?}");
     assert_eq!(fs::read(&path)?, b"");
     fs::remove_file(&path)?;
-    assert!(Log::open(&path, 1000)?.1.is_empty());
+    assert!(matches!(Log::open(&path, 1000)?.1, Err(LostLines::Short { found: 0, .. })));
     // Nor does one that was begun anew and has grown beyond what was saved.
     fs::write(&path, "{\"update\":1}\n{\"update\":2}\n")?;
     let (_, lines) = Log::open(&path, 16)?;
-    assert!(lines.is_empty());
+    assert!(matches!(lines, Err(LostLines::Unreadable { .. })), "{lines:?}");
     assert_eq!(fs::read(&path)?, b"");
     Ok(())
 }
@@ -281,7 +281,7 @@ fn fingerprints_tell_names_lengths_and_contents_apart() -> Result<()> {
         let mut bytes = vec![7; 3 << 20];
         change(&mut bytes);
         fs::write(&file, bytes)?;
-        fingerprint(folder.path())
+        Ok(fingerprint(folder.path())?)
     };
     let original = long(&|_| {})?;
     assert_eq!(original, long(&|_| {})?);
@@ -301,7 +301,7 @@ fn fingerprints_tell_names_lengths_and_contents_apart() -> Result<()> {
     all.sort();
     all.dedup();
     assert_eq!(all.len(), count);
-    let error = format!("{:#}", fingerprint(&folder.path().join("absent")).unwrap_err());
+    let error = chain(&fingerprint(&folder.path().join("absent")).unwrap_err());
     assert!(error.contains("absent"), "{error}");
     Ok(())
 }
