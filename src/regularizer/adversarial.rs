@@ -148,13 +148,12 @@ impl<'a> Adversarial<'a> {
     }
 
     /// An estimate of ln p_real / p_student at the noised samples of a probe, `[B]`, without a graph: the mean
-    /// logit of each sample, which a non-saturating critic at its optimum makes that. For
+    /// logit of each sample, which is this ratio for a non-saturating critic at its optimum. For
     /// [`DistributionMatching::divergence`](crate::DistributionMatching::divergence), real samples have to be
     /// the teacher's.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] for another form of the losses, whose logits are no such ratio; as those of the
-    /// term.
+    /// [`Error::OutOfRange`] for another form of the losses, whose logits are no such ratio; as the term.
     pub fn log_ratio(&self, probe: &Probe<'_>) -> Result<Tensor> {
         let estimates = self.gan_loss == GanLoss::NonSaturating;
         let requirement = "1: logits of hinge and relativistic critics are no log ratios";

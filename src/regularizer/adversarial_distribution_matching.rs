@@ -37,12 +37,12 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 ///
 /// Both steps differ by kappa (x0_teacher - x0_fake), kappa = a' - a s'/s: 0.016 at sigma 0.98 on
 /// rectified flow. They are formed in float32 or wider; a critic in bfloat16 sees little of it near the
-/// noise. With a critic near zero the first updates are those of Distribution Matching.
+/// noise. With a critic near zero the first updates are the updates of Distribution Matching.
 ///
 /// | parameter | meaning | default and its source |
 /// |---|---|---|
 /// | `dm` | the term whose fake score steps; its `denoising_loss` trains it | |
-/// | `teacher` | the teacher, for the critic's turn, where no objective lends it | |
+/// | `teacher` | the teacher, for the critic's loss, which has no objective | |
 /// | `critic` | D(x', t', condition) to logits `[B, K]` | |
 /// | [`step`](Self::step) | t' - t | 1/64 |
 /// | [`guided`](Self::guided) | guidance of the teacher's step alone | neutral |
@@ -53,7 +53,7 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 /// x `[B, ..]` to a scalar in float32 or wider.
 ///
 /// # Forwards
-/// Generator: fake score 1 with a graph, critic 1, and its backward to x; the relativistic form asks teacher
+/// Generator: fake score 1 with a graph, critic 1, and its backward to x; the relativistic form runs teacher
 /// and critic once more. Critic: teacher 1 (2 with guidance), fake score 1, critic 2.
 ///
 /// **Gradients.** The generator's ends in x: critic, fake score and teacher receive none. The critic's
@@ -63,7 +63,7 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 /// [`Error::OutOfRange`] if a time may be at the clean end, where there is no step to take, if fake score
 /// and teacher are on different paths, or, with a detached fake score, if t' may be the clean end;
 /// [`Error::Missing`] without the null condition under guidance; [`Error::Shape`] unless the logits start
-/// with B; [`Error::NoGradient`] if the critic cuts the graph; whatever the networks return.
+/// with B; [`Error::NoGradient`] if the critic cuts the graph; errors of the networks.
 ///
 /// # Example
 /// ```
@@ -150,7 +150,7 @@ impl<'a> AdversarialDistributionMatching<'a> {
     /// The loss that trains the critic, a scalar; times from [`renoising`](Self::renoising), fresh noise.
     ///
     /// # Errors
-    /// As those of the term.
+    /// As the term.
     pub fn critic_loss(&self, batch: &Batch<'_>) -> Result<Tensor> {
         let (path, x, student) = (self.teacher.path(), batch.x(), batch.student_time());
         let time = match &self.renoising {
@@ -163,7 +163,7 @@ impl<'a> AdversarialDistributionMatching<'a> {
     /// [`critic_loss`](Self::critic_loss) at given times (B of them) and noise (shaped like x).
     ///
     /// # Errors
-    /// As those of the term, and [`Error::Shape`] and the like if times or noise do not fit.
+    /// As the term, and [`Error::Shape`] and the like if times or noise do not fit.
     pub fn critic_loss_at(
         &self,
         batch: &Batch<'_>,

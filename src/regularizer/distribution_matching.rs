@@ -98,8 +98,8 @@ impl<'a> DistributionMatching<'a> {
     }
 
     /// Descends another divergence than the reverse one of Kullback and Leibler: the direction of each
-    /// sample is multiplied by its h(r), where r is the exponential of `log_ratio`, `[B]`, kept in [0.1, 20].
-    /// The closure estimates ln p_teacher / p_student at the noised samples of the probe, such as
+    /// sample is multiplied by its h(r), where r is the exponential of `log_ratio`, `[B]`, clamped to
+    /// [0.1, 20]. The closure estimates ln p_teacher / p_student at the noised samples of the probe, such as
     /// [`Adversarial::log_ratio`](crate::Adversarial::log_ratio) of a critic whose real samples are the
     /// teacher's. It is not called for [`Divergence::ReverseKl`].
     #[must_use]
@@ -131,7 +131,7 @@ impl<'a> DistributionMatching<'a> {
         &self.fake
     }
 
-    /// Refuses a fake score on another path than the teacher's, the first time that it is asked.
+    /// Refuses a fake score on another path than the teacher's, on the first call.
     pub(crate) fn check_path(&self, probe: &Probe<'_>) -> Result<()> {
         let (fake, teacher) = (self.fake.path(), probe.teacher().path());
         once(&self.shares_path, || check_same_path(fake, teacher)).map(|_| ())

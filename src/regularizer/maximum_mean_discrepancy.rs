@@ -54,7 +54,7 @@ pub enum Estimator {
 /// | `kernel` | [`Kernel`] with its bandwidth | [`Kernel::gaussian`]: DAN's mixture, median heuristic |
 /// | [`estimator`](Self::estimator) | over which pairs | unbiased; the biased one shrinks small batches |
 /// | [`features`](Self::features) | f, a frozen network or a pooling | the sample itself, flattened |
-/// | [`prior`](Self::prior), [`independence`](Self::independence) | what x is compared with in place of real samples | real samples |
+/// | [`prior`](Self::prior), [`independence`](Self::independence) | samples to compare x with in place of real ones | real samples |
 ///
 /// Choose features for anything but small vectors: in the tens of thousands of dimensions of a
 /// latent all distances are nearly equal, and the kernel tells nothing apart. Pooled latents, or the
@@ -132,8 +132,8 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
     }
 
     /// Compares the features with samples of a chosen prior in place of real ones: the closure gets the
-    /// features of x as vectors `[m, D]`, for their size, type and device, and returns `[n, D]`, drawn anew
-    /// at each call. The programmable priors of arXiv 2510.11953, of which the abstract and reviews alone
+    /// features of x as vectors `[m, D]`, for their size, type and device, and returns `[n, D]`, drawn again
+    /// at each call. The programmable priors of arXiv 2510.11953, of which only the abstract and reviews
     /// could be read.
     #[must_use]
     pub fn prior<O: IntoOutput<Tensor>>(mut self, samples: impl Fn(&Tensor) -> O + 'a) -> Self {
@@ -150,7 +150,7 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         self
     }
 
-    /// The vectors that those of x `[m, D]` are compared with, without a graph.
+    /// The vectors to compare the features of x `[m, D]` with, without a graph.
     fn target(&self, vectors: &Tensor, real: Option<&Tensor>) -> Result<Tensor> {
         let _no_grad = no_grad_guard();
         match (&self.against, real) {

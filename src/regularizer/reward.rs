@@ -24,7 +24,7 @@ type Score<'a> = dyn Fn(&Tensor, &Condition) -> Result<Tensor> + 'a;
 ///
 /// | use | score | source |
 /// |---|---|---|
-/// | reward beside Distribution Matching | an image reward model | DMDR, which ramps its weight |
+/// | reward next to Distribution Matching | an image reward model | DMDR, which ramps its weight |
 /// | a control that the teacher has never seen | log q(c given x) of a recogniser | JDM, arXiv 2503.06652, of which only the abstract could be read; the derivation is ours |
 ///
 /// **A new control, as in JDM.** The reverse divergence of the joint law of samples and controls is
@@ -44,7 +44,7 @@ type Score<'a> = dyn Fn(&Tensor, &Condition) -> Result<Tensor> + 'a;
 ///
 /// # Errors
 /// [`Error::NoGradient`](crate::Error::NoGradient) if the score has no graph to x;
-/// [`Error::Shape`](crate::Error::Shape) and the like unless it is `[B]`; whatever the closure returns. A
+/// [`Error::Shape`](crate::Error::Shape) and the like unless it is `[B]`; errors of the closure. A
 /// clamp of pixels stops the gradient on those that are outside, which should come back: clamp softly.
 ///
 /// # Example

@@ -26,7 +26,7 @@ use crate::value::{Positive, checked, is_finite};
 /// whose parameters receive none. With the predictions detached, SiD would be Distribution Matching for
 /// every alpha. The value may be negative: with an exact fake score it is (1 - alpha) E |delta|^2.
 ///
-/// The fake score is that of a [`DistributionMatching`], whose
+/// The fake score belongs to a [`DistributionMatching`], whose
 /// [`denoising_loss`](DistributionMatching::denoising_loss) trains it; that term need not be part of the
 /// objective.
 ///

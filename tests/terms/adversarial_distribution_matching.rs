@@ -13,7 +13,7 @@ use super::common::{max_difference, sdxl, seeded, value, wave};
 
 const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
 
-/// A denoiser with the clean prediction `gain x + shift`, whatever the time.
+/// A denoiser with the clean prediction `gain x + shift` at every time.
 fn linear<'a>(path: &'a dyn NoisePath, gain: f64, shift: f64) -> Denoiser<'a> {
     let network = move |x: &Tensor, _: &Tensor, c: &Condition| x * gain + shift + &c[0];
     Denoiser::new(path, Prediction::Sample, network)

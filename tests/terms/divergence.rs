@@ -43,7 +43,7 @@ fn weights_are_the_second_derivatives_of_f() -> Result<()> {
 }
 
 /// Teacher N(0, 1) and student N(0.3, 0.8) at a = 0.6, s = 0.4: the gradient of the term in the student's
-/// mean is that of D_f between the noised laws, times s^2 / a^2.
+/// mean is the gradient of D_f between the noised laws, times s^2 / a^2.
 #[test]
 fn the_direction_descends_the_divergence() -> Result<()> {
     let (a, s) = (0.6, 0.4);

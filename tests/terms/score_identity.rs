@@ -172,7 +172,7 @@ fn the_contract_is_kept_and_networks_get_no_gradient() -> Result<()> {
         testing::check_regularizer(&sid, &teacher, &batch).expect("the contract");
         testing::check_independence(&sid, &teacher, &batch).expect("samples do not meet");
     }
-    // Without a normaliser, which is detached, the gradient is that of the value.
+    // Without a normaliser, which is detached, the gradient is the gradient of the value.
     let sim = ScoreIdentity::pseudo_huber(&dm, 0.1)?;
     testing::check_gradient(&sim, &teacher, &batch).expect("the gradient of the value");
     for weight in &weights {

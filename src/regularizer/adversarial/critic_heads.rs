@@ -93,13 +93,13 @@ impl CriticHeads {
         Ok(Self { heads, groups })
     }
 
-    /// Pools the positions of each level by attention in place of their plain mean, so that a head may look
-    /// at the few positions that give a sample away. The parameters are `0.query`, `0.keys`, .. under `path`.
+    /// Pools the positions of each level by attention in place of their plain mean, so that a head may weight
+    /// the few positions that give a sample away. The parameters are `0.query`, `0.keys`, .. under `path`.
     ///
     /// ```text
     /// logit = sum over positions of  weight x logit there,    weight = softmax(<query, keys h> / sqrt(width))
     /// ```
-    /// The query is zero at first: the weights are equal and the logits those of the plain mean. This form is
+    /// The query is zero at first: the weights are equal and the pooling is the plain mean. This form is
     /// ours. Hierarchical Distillation (arXiv 2511.08930) has an adaptive weighting of tokens in its
     /// discriminator, whose formula could not be found.
     ///
