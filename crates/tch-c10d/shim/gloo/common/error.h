@@ -1,0 +1,3 @@
+// See ../algorithm.h.
+#pragma once
+#include <chrono>
