@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use tch::Device;
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 const LIBRARY: &str = "libtorch_cuda.so";
 

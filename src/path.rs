@@ -6,7 +6,7 @@ mod rectified_flow;
 mod trig_flow;
 mod variance_preserving;
 
-pub(crate) use angle::{Angle, Derivatives};
+pub(crate) use angle::Angle;
 pub use edm::{Edm, Preconditioning};
 pub use rectified_flow::RectifiedFlow;
 pub use trig_flow::TrigFlow;

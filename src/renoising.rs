@@ -160,8 +160,8 @@ mod config {
             pub(super) struct $type { $($field: f64),+ }
 
             impl TryFrom<$type> for super::$type {
-                type Error = crate::Error;
-                fn try_from(raw: $type) -> crate::Result<Self> {
+                type Error = crate::error::Error;
+                fn try_from(raw: $type) -> crate::error::Result<Self> {
                     Self::new($(raw.$field),+)
                 }
             }

@@ -1,5 +1,6 @@
 //! Consistency: the student's prediction should not change along the teacher's ODE.
 
+mod derivatives;
 mod tangent;
 
 use std::cell::{Cell, OnceCell};

@@ -2,10 +2,10 @@
 
 use tch::Tensor;
 
+use super::derivatives::Derivatives;
 use crate::denoiser::Denoiser;
 use crate::error::Result;
 use crate::numeric::per_sample;
-use crate::path::Derivatives;
 use crate::probe::Probe;
 use crate::time::PostShift;
 
