@@ -2,9 +2,10 @@
 //!
 //! Data: four narrow Gaussians on the corners of a square; class 0 owns the left two, class 1 the
 //! right two. The teacher is known in closed form. The student, a small network that starts from
-//! random weights, learns to draw from a class in two steps. Expected, in about five seconds: the
-//! energy distance to the data falls from 0.76 to below 0.1 (guidance keeps it from zero), and nearly
-//! nine of ten samples end within three standard deviations of a corner of their own class.
+//! random weights, learns to draw from a class in two steps. Expected, in some seconds: the energy distance to
+//! the data falls from 0.76 to 0.06 (guidance keeps it from zero), and 82 % of the samples end within three
+//! standard deviations of a corner of their own class. Over the seeds 0 to 9 the energy distance ends between 0.05
+//! and 0.16, and 79 % to 89 % are at home.
 
 use decoupled_dmd::{
     Batch, Condition, Denoiser, DistributionMatching, FewStepGrid, Guidance, Prediction,
@@ -16,6 +17,7 @@ use tch::{Device, Kind, Tensor};
 const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 const BATCH: i64 = 256;
 const SPREAD: f64 = 0.2;
+const STEPS: i32 = 3000;
 
 fn corners() -> Tensor {
     Tensor::from_slice(&[-1.0f32, -1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0]).view([4, 2])
@@ -63,8 +65,9 @@ fn main() -> anyhow::Result<()> {
     let dm = DistributionMatching::new(fake);
     let objective = Schedule::DecoupledHybrid.objective(teacher, Guidance::new(1.5)?, &dm);
     let sampler = Sampler::new(&student, FewStepGrid::even(2)?, Transition::Renoise);
-    let mut student_optimizer = nn::Adam::default().build(&student_vs, 3e-3)?;
-    let mut fake_optimizer = nn::Adam::default().build(&fake_vs, 6e-3)?;
+    let (student_rate, fake_rate) = (3e-3, 6e-3);
+    let mut student_optimizer = nn::Adam::default().build(&student_vs, student_rate)?;
+    let mut fake_optimizer = nn::Adam::default().build(&fake_vs, fake_rate)?;
     let classes = Tensor::from_slice(&[0.5f32, 0.5, 0.0, 0.0, 0.0, 0.0, 0.5, 0.5]).view([2, 4]);
     let null = Condition::from(Tensor::full([BATCH, 4], 0.25, CPU));
     let left = Condition::from(classes.get(0).repeat([BATCH, 1]));
@@ -74,7 +77,11 @@ fn main() -> anyhow::Result<()> {
         Ok(())
     };
     report("before")?;
-    for step in 0..3000 {
+    for step in 0..STEPS {
+        // Both rates fall to zero, or the last student is one of those that circle around the best.
+        let remaining = 1.0 - f64::from(step) / f64::from(STEPS);
+        student_optimizer.set_lr(student_rate * remaining);
+        fake_optimizer.set_lr(fake_rate * remaining);
         let labels = Tensor::randint(2, [BATCH], (Kind::Int64, Device::Cpu));
         let cond = Condition::from(classes.index_select(0, &labels));
         let noise = Tensor::randn([BATCH, 2], CPU);
