@@ -69,7 +69,7 @@ pub struct TeacherOptions {
     #[arg(long)]
     #[serde(skip)]
     pub config: Option<PathBuf>,
-    /// Sampling this many steps, print their mean time, and save nothing
+    /// Run this many steps, print their mean time, and save nothing
     #[arg(long)]
     #[serde(skip)]
     pub measure: Option<u64>,

@@ -38,7 +38,7 @@ impl RoleTrainer {
         Ok(Self { weights, optimizer: AdamW::new(trainable, settings)? })
     }
 
-    /// RoleWeights parameters and the optimizer's moments; storage is shared.
+    /// The trained parameters and the optimizer's moments; storage is shared.
     pub fn state(&self) -> impl Iterator<Item = (String, Tensor)> {
         prefixed("weights", self.optimizer.parameters())
             .chain(prefixed("adamw", self.optimizer.state()))
