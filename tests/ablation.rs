@@ -17,7 +17,7 @@ use ablation::record::{Reference, RunRecord, reference_path, run_path};
 use ablation::results::Field;
 use ablation::run::{run, write_reference};
 use ablation::statistics::{Interval, quantile};
-use ablation::training::{Material, Trainer};
+use ablation::training::{ArmTerms, Material, named, training};
 use ablation::{experiments, record, report};
 use anyhow::Result;
 use common::{gradient, max_difference, seeded, wave, worse};
@@ -31,7 +31,7 @@ use tch_training::files::read_json;
 use tempfile::tempdir;
 use tiny::{prompts, teacher};
 use zimage::ZImageTransformer;
-use zimage::distil::{Prompts, denoiser};
+use zimage::distil::{Prompts, Terms, denoiser};
 use zimage::emoji::{Classifier, EmojiData, Judge, mean_variance};
 
 const DM: Shield = Shield::DistributionMatching(Tau::Full);
@@ -50,11 +50,13 @@ type Record = Vec<(String, f64)>;
 
 /// Two updates; the diagnostics of the last and the raw weights of the average.
 fn train(arm: &Arm, material: &Material<'_>) -> Result<(Record, Vec<Tensor>)> {
-    let mut trainer = Trainer::new(arm, 3, material)?;
-    trainer.warm_up()?;
-    let _first = trainer.step()?;
-    let record = trainer.step()?;
-    let student = trainer.averaged_student().model.duplicate()?;
+    let mut training = training(arm, 3, material)?;
+    while !training.is_warm() {
+        training.warm_up()?;
+    }
+    let _first = training.step(true)?;
+    let record = named(training.step(true)?);
+    let student = training.student().model.duplicate()?;
     Ok((record, student.named_parameters().into_iter().map(|(_, tensor)| tensor).collect()))
 }
 
@@ -138,8 +140,8 @@ fn arms_of_the_schedules_are_the_presets() -> Result<()> {
     assert_eq!(experiment.arms.len(), presets.len());
     for (arm, (name, schedule)) in experiment.arms.iter().zip(presets) {
         assert_eq!(arm.name, name);
-        let trainer = Trainer::new(arm, 0, &material)?;
-        let fake = trainer.fake.as_ref().expect("a fake score");
+        let training = training(arm, 0, &material)?;
+        let fake = training.fake_score().expect("a fake score");
         let dm = DistributionMatching::new(fake.denoiser(&teacher, material.shift));
         let (captions, null) = prompts.conditions(&[0, 1, 2])?;
         let step = Tensor::from_slice(&[0i64, 1, 3]);
@@ -150,6 +152,7 @@ fn arms_of_the_schedules_are_the_presets() -> Result<()> {
         let guidance = Guidance::new(arm.guidance)?;
         let preset = schedule.objective(denoiser(&teacher, material.shift), guidance, &dm);
         let groups = preset.draw(&batch)?.len();
+        let terms = ArmTerms::new(arm, 0, &material)?;
         let draws = || -> Vec<Draw> {
             (0..groups)
                 .map(|group| Draw {
@@ -158,7 +161,9 @@ fn arms_of_the_schedules_are_the_presets() -> Result<()> {
                 })
                 .collect()
         };
-        let ours = trainer.objective(Some(&dm), None)?.evaluate_at(&batch, draws())?;
+        let ours = terms
+            .objective(denoiser(&teacher, material.shift), Some(&dm))?
+            .evaluate_at(&batch, draws())?;
         let theirs = preset.evaluate_at(&batch, draws())?;
         assert_eq!(common::value(&ours.loss), common::value(&theirs.loss), "{name}");
         let gradients = [&ours, &theirs].map(|evaluation| gradient(&evaluation.loss, &x));
@@ -174,13 +179,13 @@ fn arms_without_terms_or_partner_are_refused() -> Result<()> {
     let teacher = teacher()?;
     let prompts = prompts(&teacher)?;
     let material = material(&teacher, &prompts)?;
-    let error = Trainer::new(&Arm::new("nothing", 1), 0, &material).unwrap_err().to_string();
+    let error = training(&Arm::new("nothing", 1), 0, &material).err().expect("no term").to_string();
     assert!(error.contains("arm nothing has neither engine nor shield"), "{error}");
     let alone = Arm::new("alone", 1).engine(Tau::Full).coupled().quick();
-    let error = format!("{:#}", Trainer::new(&alone, 0, &material)?.step().unwrap_err());
+    let error = format!("{:#}", training(&alone, 0, &material)?.step(true).unwrap_err());
     assert!(error.contains("a coupled arm needs distribution matching"), "{error}");
     let range = Arm::new("range", 1).engine(Tau::Between(0.7, 0.3)).quick();
-    let error = format!("{:#}", Trainer::new(&range, 0, &material)?.step().unwrap_err());
+    let error = format!("{:#}", training(&range, 0, &material)?.step(true).unwrap_err());
     assert!(error.contains("upper bound of the time"), "{error}");
     Ok(())
 }

@@ -46,7 +46,7 @@ fn parameters(model: &ZImageTransformer) -> Result<Parameters> {
 fn run(teacher: &ZImageTransformer) -> Result<(Vec<Record>, Parameters)> {
     let prompts = prompts(teacher)?;
     let mut distillation =
-        Distillation::new(recipe(), teacher, &prompts, &[0, 1, 2], SIZE, Some(0.3))?;
+        Distillation::new(recipe(), teacher, &prompts, &[0, 1, 2], SIZE)?.with_data_variance(0.3);
     while !distillation.is_warm() {
         distillation.warm_up()?;
     }
@@ -93,8 +93,7 @@ fn adapters_are_trained_over_one_base_and_the_same_with_checkpointing() -> Resul
         let settings =
             LoraSettings { rank: 2, alpha: 4.0, dropout, ..LoraSettings::on(BLOCK_LINEARS) };
         let recipe = Recipe { adapter: Some(settings), checkpointing, ..recipe() };
-        let mut distillation =
-            Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], size, None)?;
+        let mut distillation = Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], size)?;
         distillation.warm_up()?;
         let records = (0..2).map(|_| distillation.step(true)).collect::<Result<_>>()?;
         assert!(std::ptr::eq(distillation.student().model, &teacher));
@@ -131,12 +130,12 @@ fn captions_of_several_lengths_are_trained_on() -> Result<()> {
     assert!(prompts.conditions(&[0, 1]).is_err(), "the captions are of one length");
     // The null caption is short: once as long as the caption, once not.
     for items in [[0, 0], [1, 1], [0, 1]] {
-        let mut distillation = Distillation::new(recipe(), &teacher, &prompts, &items, SIZE, None)?;
+        let mut distillation = Distillation::new(recipe(), &teacher, &prompts, &items, SIZE)?;
         distillation.warm_up()?;
         let record = distillation.step(true)?;
         assert!(record.iter().all(|(_, value)| value.is_finite()), "{record:?}");
     }
-    let none = Distillation::new(recipe(), &teacher, &prompts, &[], SIZE, None);
+    let none = Distillation::new(recipe(), &teacher, &prompts, &[], SIZE);
     assert!(none.err().expect("a refusal").to_string().contains("no captions to draw from"));
     Ok(())
 }
@@ -301,8 +300,9 @@ fn a_training_that_breaks_down_says_so() -> Result<()> {
     let prompts = prompts(&teacher)?;
     let mut recipe = recipe();
     recipe.student.learning_rate = 1e30;
-    let mut distillation = Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], SIZE, None)?;
-    let error = (0..3).find_map(|_| distillation.step(false).err()).expect("weights beyond bounds");
+    let mut distillation = Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], SIZE)?;
+    let mut update = || distillation.step(false).and_then(|_| distillation.check_gradients());
+    let error = (0..3).find_map(|_| update().err()).expect("weights beyond bounds");
     assert!(error.to_string().contains("training broke down"), "{error:#}");
     Ok(())
 }

@@ -75,8 +75,7 @@ fn process() -> Result<()> {
     let teacher = tiny::teacher()?;
     let prompts = tiny::prompts(&teacher)?;
     let mut states = StateFolder::open(&out.join("state"), &recipe)?;
-    let mut distillation =
-        Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], [3, 16, 16], None)?;
+    let mut distillation = Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], [3, 16, 16])?;
     let outcome = train_student(&options, &mut distillation, &mut states, |_| {
         sleep(PATIENCE);
         bail!("was to be interrupted")

@@ -167,7 +167,7 @@ pub fn training_step(batch: usize, steps: usize, device: Device) -> Result<Work>
     let recipe = Recipe { batch, steps, ..Preset::Embedded.recipe(Shift::new(shift.get())?)? };
     let size = [channels, height, width];
     let indices = data.indices(false);
-    let mut distillation = Distillation::new(recipe, teacher, prompts, &indices, size, None)?;
+    let mut distillation = Distillation::new(recipe, teacher, prompts, &indices, size)?;
     Ok(Box::new(move || {
         let _record = distillation.step(false)?;
         Ok(Vec::new())

@@ -66,18 +66,15 @@ impl<'a> Bench<'a> {
             distance >= 2 && count >= 2,
             "--captions must be from 2 to half of all, not {count}"
         );
-        let mut evaluator = Evaluator::new(judge, material.prompts, data, material.shift, count)?;
-        if !selection {
-            for item in &mut evaluator.items {
-                *item += distance as i64 / 2;
-            }
-        }
+        let offset = if selection { 0 } else { distance / 2 };
+        let evaluator =
+            Evaluator::new(judge, material.prompts, data, material.shift, count, offset)?;
         Ok(Self { evaluator, is_selection: selection })
     }
 
     /// Indices of the captions measured on.
     pub fn items(&self) -> &[i64] {
-        &self.evaluator.items
+        self.evaluator.items()
     }
 
     /// Whether the captions are those for choosing hyper-parameters.
@@ -87,7 +84,7 @@ impl<'a> Bench<'a> {
 
     /// How many captions are measured on.
     pub fn captions(&self) -> usize {
-        self.evaluator.items.len()
+        self.evaluator.items().len()
     }
 
     /// Samples of a student without guidance, one a caption.
@@ -133,7 +130,7 @@ impl<'a> Bench<'a> {
     /// # Errors
     /// If libtorch fails.
     pub fn real(&self, material: &Material<'_>) -> Result<Tensor> {
-        Ok(material.pictures(&self.evaluator.items)?.f_to_device(tch::Device::Cpu)?)
+        Ok(material.pictures(self.evaluator.items())?.f_to_device(tch::Device::Cpu)?)
     }
 
     /// Positions, at even distances, of the samples that are drawn.
@@ -162,7 +159,7 @@ impl<'a> Bench<'a> {
         let x =
             samples.f_index_select(0, &Tensor::f_from_slice(&positions)?)?.f_to_device(device)?;
         let items: Vec<i64> =
-            positions.iter().map(|position| self.evaluator.items[*position as usize]).collect();
+            positions.iter().map(|position| self.evaluator.items()[*position as usize]).collect();
         let (cond, _) = material.prompts.conditions(&items)?;
         let step = Tensor::f_full([count as i64], last_step as i64, (Kind::Int64, device))?;
         let fake_cond = Condition::from(vec![cond[0].shallow_clone(), step]);

@@ -11,7 +11,7 @@ use zimage::distil::{Network, RoleTrainer};
 /// The network and its readout.
 #[derive(Debug)]
 pub struct Critic {
-    pub learner: RoleTrainer,
+    pub trainer: RoleTrainer,
     /// `[1, C, p, p]`: what is looked for in the network's output at each patch.
     readout: Tensor,
 }
@@ -27,8 +27,8 @@ impl Critic {
         let options = (Kind::Float, teacher.device());
         let readout =
             Tensor::f_randn([1, channels, patch, patch], options)?.f_mul_scalar(deviation)?;
-        let learner = RoleTrainer::new(teacher, None, settings, Some(("readout", &readout)))?;
-        Ok(Self { learner, readout })
+        let trainer = RoleTrainer::new(teacher, None, settings, Some(("readout", &readout)))?;
+        Ok(Self { trainer, readout })
     }
 
     /// One logit a patch, `[B, P]`, of noised images `[B, C, H, W]` at times `[B]`; `base` is the
@@ -44,7 +44,7 @@ impl Critic {
         condition: &Condition,
     ) -> Result<Tensor> {
         ensure!(!condition.is_empty(), "expected encoded captions");
-        let Network { model, role } = self.learner.weights.network(base);
+        let Network { model, role } = self.trainer.weights.network(base);
         let output = model.forward_encoded(x, t, &condition[0], role)?;
         let patch = model.config().patch_size();
         let logits = output.f_conv2d(&self.readout, None::<&Tensor>, patch, 0, 1, 1)?;

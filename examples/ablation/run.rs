@@ -14,7 +14,7 @@ use zimage::picture::write_grid;
 use super::arm::Arm;
 use super::bench::{Bench, Measurement, radial_spectrum};
 use super::record::{Point, Reference, RunRecord, reference_path, rounded, run_path};
-use super::training::{Material, Trainer};
+use super::training::{Material, named, training};
 
 /// Steps and guidance of the teacher that students are compared with.
 const TEACHER_STEPS: usize = 50;
@@ -75,26 +75,29 @@ pub fn run(
         return Ok(());
     }
     let start = Instant::now();
-    let mut trainer = Trainer::new(arm, seed, material)?;
+    let mut training = training(arm, seed, material)?;
     let mut strip = Vec::new();
     let mut points = Vec::new();
     let mut broken_after = None;
     let mut means = Means::default();
     let mut first: Option<Tensor> = None;
     let picks = Tensor::f_from_slice(&bench.pictured())?;
-    trainer.warm_up()?;
+    while !training.is_warm() {
+        training.warm_up()?;
+    }
     loop {
-        if trainer.update.is_multiple_of(arm.measure_every) || trainer.update == arm.updates {
-            let samples = bench.samples(trainer.averaged_student(), arm.steps)?;
+        if training.updates().is_multiple_of(arm.measure_every) || training.updates() == arm.updates
+        {
+            let samples = bench.samples(training.student(), arm.steps)?;
             if !bool::try_from(samples.f_isfinite()?.f_all()?)? {
-                broken_after = Some(trainer.update);
+                broken_after = Some(training.updates());
                 break;
             }
             let mut observations = Vec::new();
-            if let Some(fake) = trainer.fake.as_ref().filter(|_| arm.observer) {
+            if let Some(fake) = training.fake_score().filter(|_| arm.observer) {
                 let (seen, rows) = bench.observe(material, fake, &samples, arm.steps - 1)?;
                 observations = seen;
-                if seed == 0 && trainer.update == arm.updates {
+                if seed == 0 && training.updates() == arm.updates {
                     let columns = rows.size()[1];
                     let rows = rows.f_flatten(0, 1)?;
                     write_grid(
@@ -109,7 +112,7 @@ pub fn run(
             eprintln!(
                 "{} seed {seed} update {}: alignment {:.3}, Fréchet {:.4}, variance {:.4}, {:.0} s",
                 arm.name,
-                trainer.update,
+                training.updates(),
                 measurement.alignment,
                 measurement.frechet_distance,
                 measurement.variance,
@@ -120,7 +123,7 @@ pub fn run(
                 None => Vec::new(),
             };
             points.push(Point {
-                update: trainer.update,
+                update: training.updates(),
                 measurement,
                 diagnostics: means.take(),
                 observations,
@@ -129,12 +132,12 @@ pub fn run(
             strip.push(samples.f_index_select(0, &picks)?);
             first.get_or_insert(samples);
         }
-        if trainer.update == arm.updates {
+        if training.updates() == arm.updates {
             break;
         }
-        let record = trainer.step()?;
+        let record = named(training.step(true)?);
         if record.iter().any(|(_, value)| !value.is_finite()) {
-            broken_after = Some(trainer.update);
+            broken_after = Some(training.updates());
             break;
         }
         means.add(record);

@@ -1,7 +1,7 @@
 //! Decoupled DMD on a Z-Image model: the teacher stays, a student and a fake score start equal to it.
 
 use anyhow::{Context, Result, ensure};
-use decoupled_dmd::{Batch, Denoiser, DistributionMatching, FewStepGrid, Sampler, Shifts};
+use decoupled_dmd::{Batch, Denoiser, DistributionMatching, FewStepGrid, Sampler};
 use tch::{Kind, Tensor};
 use tch_training::ema::update_average;
 use tch_training::parameters::{prefixed, restore};
@@ -11,10 +11,11 @@ use tch_training::{Parameters, Tape};
 use crate::distil::adapter::denoiser;
 use crate::distil::fake_score::FakeScore;
 use crate::distil::prompts::{Buckets, Prompts};
-use crate::distil::recipe::Recipe;
+use crate::distil::recipe::{Decay, Recipe};
 use crate::distil::role_trainer::RoleTrainer;
 use crate::distil::rollout::Rollout;
 use crate::distil::stream::Stream;
+use crate::distil::terms::{ScheduledTerms, Terms};
 use crate::distil::weights::{Network, RoleWeights};
 use crate::model::ZImageTransformer;
 
@@ -26,7 +27,7 @@ const UPDATES: &str = "updates";
 pub type Record = Vec<(String, f64)>;
 
 /// A distillation under way.
-pub struct Distillation<'a> {
+pub struct Distillation<'a, T = ScheduledTerms> {
     recipe: Recipe,
     teacher: &'a ZImageTransformer,
     prompts: &'a Prompts,
@@ -36,47 +37,76 @@ pub struct Distillation<'a> {
     data_variance: Option<f64>,
     /// Size of one sample, `[C, H, W]`.
     size: [i64; 3],
+    terms: T,
     student: RoleTrainer,
-    fake: FakeScore,
+    fake: Option<FakeScore>,
     average: RoleWeights,
     /// Updates of the fake score before the first of the student, so far.
     warmed: u64,
     update: u64,
+    /// The largest norm of a gradient in the last update, NaN if one was.
+    gradient_norm: f64,
 }
 
 impl<'a> Distillation<'a> {
-    /// Student and fake score, both equal to `teacher` to begin with, to be trained on the captions
-    /// `items` of `prompts` with samples of `size` `[C, H, W]`. `data_variance`, the mean variance of
-    /// a real sample, is the reference of the variance drift and used for nothing else.
+    /// A distillation with the terms of the recipe's schedule; see [`Self::with_terms`].
     ///
     /// # Errors
-    /// If there are no captions to draw from, the adapter's settings do not fit, or libtorch cannot
-    /// allocate the weights.
+    /// As [`Self::with_terms`].
     pub fn new(
         recipe: Recipe,
         teacher: &'a ZImageTransformer,
         prompts: &'a Prompts,
         items: &[i64],
         size: [i64; 3],
-        data_variance: Option<f64>,
     ) -> Result<Self> {
-        // What is random in new adapters.
+        let terms = ScheduledTerms::from(&recipe);
+        Self::with_terms(recipe, teacher, prompts, items, size, terms)
+    }
+}
+
+impl<'a, T: Terms> Distillation<'a, T> {
+    /// Student and fake score, both equal to `teacher` to begin with, to be trained by `terms` on the captions
+    /// `items` of `prompts` with samples of `size` `[C, H, W]`.
+    ///
+    /// # Errors
+    /// If there are no captions to draw from, the adapter's settings do not fit, or libtorch cannot
+    /// allocate the weights.
+    pub fn with_terms(
+        recipe: Recipe,
+        teacher: &'a ZImageTransformer,
+        prompts: &'a Prompts,
+        items: &[i64],
+        size: [i64; 3],
+        terms: T,
+    ) -> Result<Self> {
         begin(recipe.seed, Stream::Adapters);
         let adapter = recipe.adapter.as_ref();
         let student = RoleTrainer::new(teacher, adapter, recipe.student, None)?;
+        let fake = || FakeScore::new(teacher, adapter, recipe.fake, recipe.steps);
         Ok(Self {
             teacher,
             prompts,
             buckets: prompts.buckets(items)?,
-            data_variance,
+            data_variance: None,
             size,
-            fake: FakeScore::new(teacher, adapter, recipe.fake, recipe.steps)?,
+            fake: terms.has_fake_score().then(fake).transpose()?,
             average: student.weights.duplicate()?,
             student,
+            terms,
             warmed: 0,
             update: 0,
+            gradient_norm: 0.0,
             recipe,
         })
+    }
+
+    /// Takes the mean variance of a real sample as the reference of the variance drift in the records, and for
+    /// nothing else.
+    #[must_use]
+    pub fn with_data_variance(mut self, variance: f64) -> Self {
+        self.data_variance = Some(variance);
+        self
     }
 
     /// The moving average of the student: what to sample with and to keep.
@@ -87,6 +117,11 @@ impl<'a> Distillation<'a> {
     /// The weights behind [`Self::student`].
     pub fn student_weights(&self) -> &RoleWeights {
         &self.average
+    }
+
+    /// The fake score, where one is trained.
+    pub fn fake_score(&self) -> Option<&FakeScore> {
+        self.fake.as_ref()
     }
 
     /// The recipe.
@@ -100,13 +135,14 @@ impl<'a> Distillation<'a> {
     }
 
     /// Everything that training changes, by name: the trained parameters, moments and step counts of
-    /// both roles, the moving average, and how far training is. Storage is shared, but for the counts.
+    /// all roles, the moving average, and how far training is. Storage is shared, but for the counts.
     /// What an update draws depends on the seed and its number alone, so that this is all there is.
     pub fn state(&self) -> Parameters {
         let role = |name, trainer: &RoleTrainer| prefixed(name, trainer.state().collect());
         let count = |count: u64| Tensor::from(count as i64);
         role("student", &self.student)
-            .chain(role("fake", &self.fake.trainer))
+            .chain(self.fake.iter().flat_map(|fake| role("fake", &fake.trainer)))
+            .chain(prefixed("terms", self.terms.state()))
             .chain(prefixed("average", self.average.parameters().into_iter().collect()))
             .chain([
                 (WARMED.to_owned(), count(self.warmed)),
@@ -131,9 +167,9 @@ impl<'a> Distillation<'a> {
         Ok(())
     }
 
-    /// Whether the fake score is ready for the first update of the student.
+    /// Whether the student's first update may come: there is no fake score, or it has had its updates alone.
     pub fn is_warm(&self) -> bool {
-        self.warmed >= self.recipe.fake_warmup
+        self.fake.is_none() || self.warmed >= self.recipe.fake_warmup
     }
 
     /// Trains the fake score alone on one rollout of the student, as often as in an update, as long
@@ -144,6 +180,7 @@ impl<'a> Distillation<'a> {
     pub fn warm_up(&mut self) -> Result<()> {
         let end = (self.warmed + self.recipe.fake_updates.max(1)).min(self.recipe.fake_warmup);
         begin(self.recipe.seed, Stream::WarmUp(self.warmed));
+        self.gradient_norm = 0.0;
         let rollout = self.roll_out()?;
         while self.warmed < end {
             self.train_fake(&rollout)?;
@@ -152,66 +189,90 @@ impl<'a> Distillation<'a> {
         Ok(())
     }
 
-    /// One update of the student and those of the fake score that go with it. With `observe`, the
+    /// One update of the student and those of the other networks that go with it. With `observe`, the
     /// record holds the diagnostics of the terms besides the losses.
     ///
+    /// What the student draws does not depend on which other networks are trained: distillations of one seed
+    /// start from the same captions and noise at each update.
+    ///
     /// # Errors
-    /// If libtorch fails.
+    /// If libtorch fails. Numbers that are not finite are no error: see [`Self::check_gradients`].
     pub fn step(&mut self, observe: bool) -> Result<Record> {
         begin(self.recipe.seed, Stream::Update(self.update));
+        self.gradient_norm = 0.0;
         self.student.optimizer.settings.learning_rate =
             self.recipe.student.learning_rate * self.learning_rate_factor();
         let rollout = self.roll_out()?;
         let mut record = self.train_student(&rollout, observe)?;
-        let mut fake_loss = 0.0;
-        for _ in 0..self.recipe.fake_updates {
-            fake_loss += self.train_fake(&rollout)?;
+        if self.fake.is_some() {
+            let mut loss = 0.0;
+            for _ in 0..self.recipe.fake_updates {
+                loss += self.train_fake(&rollout)?;
+            }
+            record.push(("fake".into(), loss / self.recipe.fake_updates.max(1) as f64));
         }
-        record.push(("fake".into(), fake_loss / self.recipe.fake_updates.max(1) as f64));
+        record.extend(self.terms.train(&rollout)?);
         self.update += 1;
         let current = self.student.weights.parameters();
         update_average(&self.average.parameters(), &current, self.recipe.ema, self.update)?;
         Ok(record)
     }
 
-    /// Linear warm-up, constant, and in the last third linear decay, which takes the noise of single
-    /// updates out of the result.
+    /// Refuses weights that the last update has spoilt. The losses show the damage one update later, after
+    /// a spoilt state could have been saved.
+    ///
+    /// # Errors
+    /// If the norm of a gradient was not finite.
+    pub fn check_gradients(&self) -> Result<()> {
+        let norm = self.gradient_norm;
+        ensure!(norm.is_finite(), "training broke down: the norm of a gradient is {norm}");
+        Ok(())
+    }
+
+    /// Linear warm-up, constant, and the decay of the recipe.
     fn learning_rate_factor(&self) -> f64 {
-        let Recipe { warmup, updates, .. } = self.recipe;
+        let Recipe { warmup, updates, decay, .. } = self.recipe;
         let warm = (self.update + 1) as f64 / warmup.max(1) as f64;
-        let left = updates.saturating_sub(self.update) as f64 / (updates / 3).max(1) as f64;
+        let left = match decay {
+            Decay::LastThird => {
+                updates.saturating_sub(self.update) as f64 / (updates / 3).max(1) as f64
+            }
+            Decay::None => 1.0,
+        };
         warm.min(left).min(1.0)
     }
 
     fn train_student(&mut self, rollout: &Rollout, observe: bool) -> Result<Record> {
-        let Rollout { trajectory, cond, .. } = rollout;
-        let Recipe { schedule, guidance, shift, dm_shift, .. } = self.recipe;
-        let teacher = denoiser(self.teacher, shift);
-        let dm = DistributionMatching::new(self.fake.denoiser(self.teacher, shift));
-        let shifts = Shifts { regularizer: Some(dm_shift), ..Shifts::default() };
-        let mut objective = schedule.objective_with_shifts(teacher, guidance, &dm, shifts);
+        let Rollout { trajectory, cond, null, real } = rollout;
+        let (base, shift) = (self.teacher, self.recipe.shift);
+        let dm =
+            self.fake.as_ref().map(|fake| DistributionMatching::new(fake.denoiser(base, shift)));
+        let mut objective = self.terms.objective(denoiser(base, shift), dm.as_ref())?;
         if observe {
             objective = objective.observed();
         }
 
         let steps = trajectory.draw_steps()?;
         let tape = self.tape();
-        let made = {
-            let network = self.student.weights.training(self.teacher, tape.as_ref());
-            let student = denoiser(network, shift);
-            self.sampler(&student)?.simulate_on(trajectory, cond, &steps)?
+        let simulation = {
+            let network = self.student.weights.training(base, tape.as_ref());
+            self.sampler(&denoiser(network, shift))?.simulate_on(trajectory, cond, &steps)?
         };
         let cond = rollout.cond_at(&steps);
-        let batch = Batch::of(&made, &cond)?.with_null(&rollout.null);
+        let mut batch = Batch::of(&simulation, &cond)?.with_null(null);
+        if let Some(real) = real {
+            batch = batch.with_real(real)?;
+        }
         let evaluation = objective.evaluate(&batch)?;
         let mut record = evaluation.report()?;
-        if let Some(diagnostics) = &evaluation.diagnostics {
-            if let Some(variance) = self.data_variance {
-                let drift = diagnostics.variance_drift(variance)?;
-                record.extend(drift.map(|drift| ("variance_drift".to_owned(), drift)));
-            }
+        if let (Some(diagnostics), Some(variance)) = (&evaluation.diagnostics, self.data_variance) {
+            let drift = diagnostics.variance_drift(variance)?;
+            record.extend(drift.map(|drift| ("variance_drift".to_owned(), drift)));
         }
-        let norm = finite(&self.student.descend(&evaluation.loss, tape.as_ref())?)?;
+        drop(objective);
+        drop(dm);
+        let norm = f64::try_from(self.student.descend(&evaluation.loss, tape.as_ref())?)?;
+        self.note_norm(norm);
         if observe {
             record.push(("student_gradient".into(), norm));
         }
@@ -220,21 +281,29 @@ impl<'a> Distillation<'a> {
 
     fn train_fake(&mut self, rollout: &Rollout) -> Result<f64> {
         let tape = self.tape();
-        let (loss, norm) =
-            self.fake.train(self.teacher, rollout, self.recipe.shift, tape.as_ref())?;
-        finite(&norm)?;
+        let Some(fake) = &mut self.fake else { return Ok(0.0) };
+        let (loss, norm) = fake.train(self.teacher, rollout, self.recipe.shift, tape.as_ref())?;
+        self.note_norm(f64::try_from(&norm)?);
         Ok(f64::try_from(&loss)?)
+    }
+
+    /// Keeps the largest norm; NaN is above all.
+    fn note_norm(&mut self, norm: f64) {
+        if norm.is_nan() || norm > self.gradient_norm {
+            self.gradient_norm = norm;
+        }
     }
 
     /// The student's way from fresh noise over its whole grid, for fresh captions.
     fn roll_out(&self) -> Result<Rollout> {
-        let (cond, null) = self.prompts.conditions(&self.buckets.draw(self.recipe.batch)?)?;
+        let items = self.buckets.draw(self.recipe.batch)?;
+        let (cond, null) = self.prompts.conditions(&items)?;
         let [channels, height, width] = self.size;
         let shape = [self.recipe.batch as i64, channels, height, width];
         let noise = Tensor::f_randn(shape, (Kind::Float, self.teacher.device()))?;
         let student = denoiser(self.student.weights.network(self.teacher), self.recipe.shift);
         let trajectory = self.sampler(&student)?.trajectory(&noise, &cond)?;
-        Ok(Rollout { trajectory, cond, null })
+        Ok(Rollout { trajectory, cond, null, real: self.terms.real(&items)? })
     }
 
     /// What the forward passes of one loss are kept on, if they are to be computed again.
@@ -246,12 +315,4 @@ impl<'a> Distillation<'a> {
         let grid = FewStepGrid::even(self.recipe.steps)?;
         Ok(Sampler::new(student, grid, self.recipe.transition))
     }
-}
-
-/// The norm of a gradient. Losses are finite a step longer than the weights that such a gradient spoils, and
-/// the state of those is not to be saved.
-fn finite(norm: &Tensor) -> Result<f64> {
-    let norm = f64::try_from(norm)?;
-    ensure!(norm.is_finite(), "training broke down: the norm of a gradient is {norm}");
-    Ok(norm)
 }

@@ -10,6 +10,24 @@ use tch_training::lora::LoraSettings;
 
 use crate::model::{Config, is_caption_side};
 
+/// How the learning rate of the student ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Decay {
+    /// It falls linearly to zero over the last third of the updates, which takes the noise of single updates
+    /// out of the result.
+    #[default]
+    LastThird,
+    /// It stays.
+    None,
+}
+
+impl Decay {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// The recipe of a distillation.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Recipe {
@@ -33,6 +51,9 @@ pub struct Recipe {
     pub fake: AdamWSettings,
     /// Updates over which the student's learning rate rises from zero.
     pub warmup: u64,
+    /// How that learning rate ends.
+    #[serde(default, skip_serializing_if = "Decay::is_default")]
+    pub decay: Decay,
     /// Decay of the moving average of the student's weights, which is the result.
     pub ema: f64,
     /// Student and fake score as adapters of the teacher, or else as copies of it.
@@ -178,6 +199,7 @@ fn embedded(shift: Shift) -> Result<Recipe> {
         student: embedded_optimizer(5e-5),
         fake: embedded_optimizer(2e-4),
         warmup: 20,
+        decay: Decay::LastThird,
         ema: 0.95,
         adapter: None,
         checkpointing: false,
@@ -212,6 +234,7 @@ fn released(shift: Shift, steps: usize) -> Result<Recipe> {
         student,
         fake: AdamWSettings { learning_rate: 1e-5, ..student }, // V
         warmup: 100,                                            // G
+        decay: Decay::LastThird,                                // G
         ema: 0.99,                                              // Self-Forcing
         adapter: Some(LoraSettings {
             rank: 128,    // V

@@ -9,6 +9,8 @@ pub struct Rollout {
     pub trajectory: Trajectory,
     pub cond: Condition,
     pub null: Condition,
+    /// Real samples of the same captions, where the terms want them.
+    pub real: Option<Tensor>,
 }
 
 impl Rollout {

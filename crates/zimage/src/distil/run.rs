@@ -163,7 +163,7 @@ pub fn train(options: &Options, device: Device, threads: i32) -> Result<ExitCode
 
     let items: Vec<i64> = (0..prompts.len() as i64).collect();
     let base = &teacher.transformer;
-    let mut distillation = Distillation::new(recipe.clone(), base, &encoded, &items, size, None)?;
+    let mut distillation = Distillation::new(recipe.clone(), base, &encoded, &items, size)?;
     let saved = SavedRecipe { recipe: recipe.clone(), size: Some(side) };
     let keep = |folder: &Path, weights: &RoleWeights, merged: bool| -> Result<()> {
         save_student(folder, &teacher, weights, merged, &saved)?;

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use tch_training::run::{Interrupt, Log, Progress, StateFolder};
 
 use crate::distil::distillation::{Distillation, Record};
+use crate::distil::terms::Terms;
 use crate::options::Options;
 use crate::progress::progress_bar;
 
@@ -41,7 +42,7 @@ impl Session<'_> {
         self.before + self.start.elapsed().as_secs_f64()
     }
 
-    fn save(&mut self, distillation: &Distillation<'_>) -> Result<()> {
+    fn save<T: Terms>(&mut self, distillation: &Distillation<'_, T>) -> Result<()> {
         let log_bytes = self.log.sync()?;
         let progress = Progress { seconds: self.seconds(), log_bytes };
         Ok(self.states.save(&distillation.state(), progress)?)
@@ -53,11 +54,11 @@ impl Session<'_> {
 ///
 /// # Errors
 /// If training breaks down, a file cannot be written, or the saved state does not fit.
-pub fn train_student(
+pub fn train_student<T: Terms>(
     options: &Options,
-    distillation: &mut Distillation<'_>,
+    distillation: &mut Distillation<'_, T>,
     states: &mut StateFolder,
-    evaluate: impl Fn(&Distillation<'_>) -> Result<Preview>,
+    evaluate: impl Fn(&Distillation<'_, T>) -> Result<Preview>,
 ) -> Result<Outcome> {
     let interrupt = Interrupt::install("Saving after this update; Ctrl-C again leaves at once")?;
     let updates = distillation.recipe().updates;
@@ -86,6 +87,7 @@ pub fn train_student(
     while !distillation.is_warm() {
         bar.set_message("the fake score alone");
         distillation.warm_up()?;
+        distillation.check_gradients()?;
         if interrupt.is_requested() {
             session.save(distillation)?;
             return Ok(Outcome::Interrupted);
@@ -95,6 +97,7 @@ pub fn train_student(
     while distillation.updates() < updates {
         let observe = is_due(distillation.updates() + 1, options.observe_every);
         let record = distillation.step(observe)?;
+        distillation.check_gradients()?;
         let update = distillation.updates();
         let of = |name: &str| record.iter().find(|(n, _)| n == name).map_or(f64::NAN, |(_, v)| *v);
         ensure!(
@@ -136,7 +139,7 @@ fn is_due(update: u64, every: u64) -> bool {
 }
 
 /// Says where an interrupted training is, and how to go on.
-pub fn report_interruption(options: &Options, distillation: &Distillation<'_>) {
+pub fn report_interruption<T: Terms>(options: &Options, distillation: &Distillation<'_, T>) {
     println!(
         "\nStopped after update {} of {}; the state is in {}. The same command goes on from there, \
          and starts anew with --fresh",

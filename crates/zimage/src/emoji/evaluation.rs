@@ -1,6 +1,6 @@
 //! Teacher and student side by side, on the same captions and noise.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use decoupled_dmd::{FewStepGrid, Sampler, Shift};
 use serde::Serialize;
 use tch::{Kind, Tensor};
@@ -33,30 +33,40 @@ pub struct Evaluator<'a> {
     judge: Judge,
     prompts: &'a Prompts,
     shift: Shift,
-    /// Indices of the captions.
-    pub items: Vec<i64>,
+    items: Vec<i64>,
     noise: Tensor,
 }
 
 impl<'a> Evaluator<'a> {
-    /// Compares on `count` captions at even distances among all, those held out of training included.
+    /// Compares on `count` captions at even distances among all, those held out of training included, the first
+    /// of them that at `offset`.
     ///
     /// # Errors
-    /// If libtorch fails.
+    /// If the last one is behind the end.
     pub fn new(
         judge: Judge,
         prompts: &'a Prompts,
         data: &EmojiData,
         shift: Shift,
         count: usize,
+        offset: usize,
     ) -> Result<Self> {
         let (all, count) = (data.items.len(), count.min(data.items.len()));
-        let items: Vec<i64> = (0..count).map(|i| (i * all / count) as i64).collect();
+        let items: Vec<i64> = (0..count).map(|i| (offset + i * all / count) as i64).collect();
+        ensure!(
+            items.last().is_none_or(|last| *last < all as i64),
+            "{count} captions from {offset} on do not fit among {all}"
+        );
         tch::manual_seed(NOISE_SEED);
         let (_, channels, height, width) = data.images.size4()?;
         let shape = [items.len() as i64, channels, height, width];
         let noise = Tensor::f_randn(shape, (Kind::Float, tch::Device::Cpu))?;
         Ok(Self { judge, prompts, shift, items, noise })
+    }
+
+    /// Indices of the captions.
+    pub fn items(&self) -> &[i64] {
+        &self.items
     }
 
     /// Samples `[N, C, H, W]` on the CPU, one a caption.

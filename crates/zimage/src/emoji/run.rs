@@ -86,7 +86,7 @@ pub fn train(options: &Options, device: Device, threads: i32) -> Result<ExitCode
     let captions = || data.items.iter().map(|item| item.caption.as_str());
     let prompts = data.vocabulary.encode_prompts(&teacher.transformer, captions())?;
     let judge = Judge::new(Classifier::load(options.classifier(), Kind::Float, device)?, &data)?;
-    let evaluator = Evaluator::new(judge, &prompts, &data, teacher.shift, count)?;
+    let evaluator = Evaluator::new(judge, &prompts, &data, teacher.shift, count, 0)?;
     create_folder(&options.out)?;
     let identity = json!({
         "recipe": recipe,
@@ -111,8 +111,8 @@ pub fn train(options: &Options, device: Device, threads: i32) -> Result<ExitCode
         &prompts,
         &train,
         [channels, height, width],
-        Some(mean_variance(&data.images)?),
-    )?;
+    )?
+    .with_data_variance(mean_variance(&data.images)?);
     let few = run(recipe.steps, Guidance::NEUTRAL, recipe.transition);
     let outcome = train_student(options, &mut distillation, &mut states, |distillation| {
         let samples = evaluator.generate(distillation.student(), few)?;
@@ -189,7 +189,7 @@ pub fn train(options: &Options, device: Device, threads: i32) -> Result<ExitCode
         threads,
         training_seconds,
         evaluation_seconds,
-        captions: evaluator.items.len(),
+        captions: evaluator.items().len(),
         rows,
         summary,
     };
@@ -226,7 +226,7 @@ fn write_pictures(
     recipe: &Recipe,
     samples: [&Tensor; 3],
 ) -> Result<()> {
-    let count = evaluator.items.len();
+    let count = evaluator.items().len();
     let shown = PICTURED.min(count);
     let picks: Vec<i64> = (0..shown).map(|i| (i * count / shown) as i64).collect();
     let index = Tensor::f_from_slice(&picks)?;
@@ -236,7 +236,7 @@ fn write_pictures(
         .collect::<Result<Vec<_>>>()?;
     let captions: Vec<&str> = picks
         .iter()
-        .map(|pick| items[evaluator.items[*pick as usize] as usize].caption.as_str())
+        .map(|pick| items[evaluator.items()[*pick as usize] as usize].caption.as_str())
         .collect();
     let (teacher, few) = (format!("teacher {TEACHER_STEPS}"), format!("teacher {}", recipe.steps));
     let student = format!("student {}", recipe.steps);

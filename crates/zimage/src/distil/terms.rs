@@ -1,0 +1,78 @@
+//! The terms that a student is trained with.
+
+use anyhow::{Context, Result};
+use decoupled_dmd::{Denoiser, DistributionMatching, Guidance, Objective, Schedule, Shift, Shifts};
+use tch::Tensor;
+use tch_training::Parameters;
+
+use crate::distil::distillation::Record;
+use crate::distil::recipe::Recipe;
+use crate::distil::rollout::Rollout;
+
+/// The objective of a [`Distillation`](super::Distillation), and the networks that its terms own.
+pub trait Terms {
+    /// The objective over `teacher`. `dm` is distribution matching with the fake score, where one is trained.
+    ///
+    /// # Errors
+    /// If a term lacks its network, or a setting is out of range.
+    fn objective<'o>(
+        &'o self,
+        teacher: Denoiser<'o>,
+        dm: Option<&'o DistributionMatching<'o>>,
+    ) -> Result<Objective<'o>>;
+
+    /// Whether a fake score is trained beside the student.
+    fn has_fake_score(&self) -> bool {
+        true
+    }
+
+    /// Real samples of the captions at `items`, for terms that compare with them.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    fn real(&self, items: &[i64]) -> Result<Option<Tensor>> {
+        let _ = items;
+        Ok(None)
+    }
+
+    /// One update of the networks of the terms, at the end of an update of the student; names and losses.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    fn train(&mut self, rollout: &Rollout) -> Result<Record> {
+        let _ = rollout;
+        Ok(Record::new())
+    }
+
+    /// All that training changes in the networks of the terms, by name; storage is shared.
+    fn state(&self) -> Parameters {
+        Parameters::new()
+    }
+}
+
+/// CFG Augmentation and distribution matching, arranged by one of the paper's schedules.
+#[derive(Clone, Copy, Debug)]
+pub struct ScheduledTerms {
+    schedule: Schedule,
+    guidance: Guidance,
+    dm_shift: Shift,
+}
+
+impl From<&Recipe> for ScheduledTerms {
+    fn from(recipe: &Recipe) -> Self {
+        let Recipe { schedule, guidance, dm_shift, .. } = *recipe;
+        Self { schedule, guidance, dm_shift }
+    }
+}
+
+impl Terms for ScheduledTerms {
+    fn objective<'o>(
+        &'o self,
+        teacher: Denoiser<'o>,
+        dm: Option<&'o DistributionMatching<'o>>,
+    ) -> Result<Objective<'o>> {
+        let dm = dm.context("a schedule needs a fake score")?;
+        let shifts = Shifts { regularizer: Some(self.dm_shift), ..Shifts::default() };
+        Ok(self.schedule.objective_with_shifts(teacher, self.guidance, dm, shifts))
+    }
+}
