@@ -160,11 +160,11 @@ mod config {
                 (Some(times), None) => Self::new(times)?,
                 (None, Some(steps)) => Self::even(steps)?,
                 (times, steps) => {
-                    let given = usize::from(times.is_some()) + usize::from(steps.is_some());
+                    let given = if times.is_some() && steps.is_some() { 2.0 } else { 0.0 };
                     return Err(Error::OutOfRange {
                         what: "number of `times` and `steps` of a grid",
                         requirement: "1: one of the two",
-                        value: given as f64,
+                        value: given,
                     });
                 }
             };
