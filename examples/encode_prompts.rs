@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Parser;
 use tch::Kind;
-use zimage::options::{DeviceChoice, parse_device, set_threads};
+use zimage::device::{DeviceChoice, set_threads};
 use zimage::text::{FeatureCache, read_prompts};
 
 /// Encodes prompts with the text encoder of a Z-Image model.
@@ -30,7 +30,7 @@ struct Arguments {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Where to compute: auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto", value_parser = parse_device)]
+    #[arg(long, default_value = "auto")]
     device: DeviceChoice,
     /// Compute in float32 instead of bfloat16
     #[arg(long)]

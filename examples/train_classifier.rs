@@ -16,8 +16,8 @@ use clap::Parser;
 use tch::{Device, Kind, Reduction, Tensor};
 use tch_training::seed::begin;
 use tch_training::{AdamW, AdamWSettings};
+use zimage::device::set_threads;
 use zimage::emoji::{Classifier, EmojiData, Judge};
-use zimage::options::set_threads;
 
 /// Steps between two progress lines.
 const REPORT_EVERY: u64 = 100;

@@ -6,6 +6,9 @@
 //! ```
 //! An interrupted run goes on from its last state in `--out`, with the same numbers.
 
+#[path = "train_teacher/options.rs"]
+mod options;
+
 use std::fs;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -13,6 +16,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use decoupled_dmd::{Condition, FewStepGrid, Guidance, Sampler, Shift, Transition};
+use options::Options;
 use tch::{Device, Kind, Tensor};
 use tch_training::ema::update_average;
 use tch_training::files::{create_folder, read_json};
@@ -20,13 +24,12 @@ use tch_training::parameters::{prefixed, restore};
 use tch_training::run::{INTERRUPTED, Interrupt, Lock, Progress, StateFolder, fingerprint};
 use tch_training::seed::begin;
 use tch_training::{AdamW, AdamWSettings, Parameters};
+use zimage::device::set_threads;
 use zimage::distil::{SHIFT, denoiser, flow_matching_loss};
 use zimage::emoji::EmojiData;
 use zimage::failure::{described, is_other_run};
 use zimage::model::Pipeline;
-use zimage::options::set_threads;
 use zimage::picture::write_grid;
-use zimage::teacher_options::TeacherOptions;
 use zimage::{Config, Role, ZImageTransformer};
 
 /// Steps between two progress lines.
@@ -76,7 +79,7 @@ fn main() -> ExitCode {
 }
 
 fn work() -> Result<ExitCode> {
-    let arguments = TeacherOptions::parse();
+    let arguments = Options::parse();
     ensure!(arguments.batch > 0, "--batch must be positive");
     ensure!(
         (0.0..=1.0).contains(&arguments.wrong_captions),
@@ -115,7 +118,7 @@ fn work() -> Result<ExitCode> {
 }
 
 struct Trainer<'a> {
-    arguments: &'a TeacherOptions,
+    arguments: &'a Options,
     data: &'a EmojiData,
     /// Features of every item's caption, with and without the vendor's name.
     captions: Vec<[Tensor; 2]>,
@@ -128,7 +131,7 @@ struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    fn new(arguments: &'a TeacherOptions, config: Config, data: &'a EmojiData) -> Result<Self> {
+    fn new(arguments: &'a Options, config: Config, data: &'a EmojiData) -> Result<Self> {
         begin(arguments.seed, Stream::Weights);
         let model = match &arguments.from {
             Some(folder) => Pipeline::load(folder, Kind::Float, Device::Cpu)?.transformer,
@@ -362,7 +365,7 @@ impl<'a> Trainer<'a> {
 }
 
 /// The folder of the run's state; finds an unfinished run of the same recipe and data.
-fn open_states(arguments: &TeacherOptions, config: &Config) -> Result<StateFolder> {
+fn open_states(arguments: &Options, config: &Config) -> Result<StateFolder> {
     let identity = serde_json::json!({
         "recipe": arguments,
         "config": config,

@@ -2,14 +2,22 @@
 
 mod common;
 
+#[allow(dead_code, reason = "the program uses all of it")]
+#[path = "../examples/zimage_8step/commands.rs"]
+mod commands;
+#[allow(dead_code, reason = "the program uses all of it")]
+#[path = "../examples/zimage_8step/options.rs"]
+mod options;
 #[path = "common/tiny.rs"]
 mod tiny;
 
 use anyhow::Result;
 use clap::Parser;
+use commands::run;
 use common::reference::assert_float64;
 use common::{max_difference, seeded, wave};
 use decoupled_dmd::{Condition, PostShift, Shift};
+use options::Options;
 use tch::{Device, Kind, Tensor};
 use tch_training::lora::LoraSettings;
 use tempfile::tempdir;
@@ -18,8 +26,7 @@ use zimage::distil::{Distillation, Preset, Recipe, Record, denoiser};
 use zimage::emoji::Vocabulary;
 use zimage::failure::{described, is_out_of_memory};
 use zimage::model::{BLOCK_LINEARS, Pipeline, is_caption_side};
-use zimage::options::Options;
-use zimage::{Role, ZImageTransformer, emoji};
+use zimage::{Role, ZImageTransformer};
 
 /// Of one sample.
 const SIZE: [i64; 3] = [3, 16, 16];
@@ -43,7 +50,7 @@ fn parameters(model: &ZImageTransformer) -> Result<Parameters> {
 }
 
 /// Three updates; the records and the student.
-fn run(teacher: &ZImageTransformer) -> Result<(Vec<Record>, Parameters)> {
+fn train(teacher: &ZImageTransformer) -> Result<(Vec<Record>, Parameters)> {
     let prompts = prompts(teacher)?;
     let mut distillation =
         Distillation::new(recipe(), teacher, &prompts, &[0, 1, 2], SIZE)?.with_data_variance(0.3);
@@ -59,7 +66,7 @@ fn updates_move_the_student_alone_and_repeat_under_a_seed() -> Result<()> {
     let _guard = seeded(0);
     let teacher = teacher()?;
     let before = parameters(&teacher)?;
-    let (records, student) = run(&teacher)?;
+    let (records, student) = train(&teacher)?;
     for ((name, start), (_, now)) in before.iter().zip(teacher.named_parameters()) {
         assert_eq!(max_difference(start, &now), 0.0, "the teacher's {name} moved");
     }
@@ -75,7 +82,7 @@ fn updates_move_the_student_alone_and_repeat_under_a_seed() -> Result<()> {
         assert!(found.is_some_and(|(_, value)| value.is_finite()), "{name}: {found:?}");
     }
 
-    let (again, same_student) = run(&teacher)?;
+    let (again, same_student) = train(&teacher)?;
     assert_eq!(records, again);
     for ((name, one), (_, two)) in student.iter().zip(&same_student) {
         assert_eq!(max_difference(one, two), 0.0, "{name}");
@@ -246,14 +253,15 @@ fn the_demonstration_looks_at_everything_before_it_begins() -> Result<()> {
     let folder = tempdir()?;
     let out = folder.path().join("out");
     let options = |arguments: &[&str]| -> Result<Options> {
-        let mut options = Options::try_parse_from([&["zimage_8step"], arguments].concat())?;
+        let mut options =
+            Options::try_parse_from([&["zimage_8step", "--device", "cpu"], arguments].concat())?;
         options.out.clone_from(&out);
         Ok(options)
     };
     // A transformer and a scheduler, as of a released folder that is not complete.
     let incomplete = "tests/reference/pipeline";
     for (arguments, complaint) in [
-        (&["--prompts", "1"][..], "--prompts must be at least 2, found 1"),
+        (&["--prompts", "1"][..], "at least 2 captions are needed to compare on, found 1"),
         (&["--rank", "4", "--targets", "to_x"], "\"to_x\" matches no linear layer"),
         (&["--rank", "4", "--targets", "cap_embedder.1"], "caption side alone"),
         (&["--rank", "4", "--alpha", "0"], "alpha must be positive, found 0"),
@@ -262,8 +270,7 @@ fn the_demonstration_looks_at_everything_before_it_begins() -> Result<()> {
         (&["--merge"], "--merge is for released checkpoints"),
         (&["--features", "x"], "--features is for released checkpoints"),
     ] {
-        let error =
-            emoji::run::train(&options(arguments)?, Device::Cpu, 1).unwrap_err().to_string();
+        let error = run(&options(arguments)?).unwrap_err().to_string();
         assert!(error.contains(complaint), "{arguments:?}: {error}");
         assert!(!out.exists(), "{arguments:?}");
     }
@@ -272,7 +279,7 @@ fn the_demonstration_looks_at_everything_before_it_begins() -> Result<()> {
         (incomplete, "it is not a model of pixels and word vectors"),
     ] {
         let options = options(&["--sample", "pizza", "--student", student])?;
-        let error = emoji::run::sample(&options, Device::Cpu, "pizza").unwrap_err().to_string();
+        let error = run(&options).unwrap_err().to_string();
         assert!(error.contains(complaint), "{student}: {error}");
     }
     Ok(())

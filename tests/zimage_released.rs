@@ -2,6 +2,12 @@
 
 mod common;
 
+#[allow(dead_code, reason = "the program uses all of it")]
+#[path = "../examples/zimage_8step/commands.rs"]
+mod commands;
+#[allow(dead_code, reason = "the program uses all of it")]
+#[path = "../examples/zimage_8step/options.rs"]
+mod options;
 #[path = "common/small_pipeline.rs"]
 mod small_pipeline;
 
@@ -12,8 +18,10 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use commands::{advice, run};
 use common::reference::{bound_of, relative};
 use common::{max_difference, seeded};
+use options::Options;
 use small_pipeline::{SIDE, Workplace, copy};
 use tch::{Device, Kind, Tensor};
 use tch_training::Parameters;
@@ -21,9 +29,8 @@ use tch_training::lora::LoraSettings;
 use tch_training::run::Progress;
 use tch_training::safetensors::{read_tensors, write_tensors};
 use zimage::Config;
-use zimage::distil::{ADAPTER, Preset, RoleWeights, SavedRecipe, open_states, run, save_student};
+use zimage::distil::{ADAPTER, Preset, RoleWeights, SavedRecipe, Start, open_states, save_student};
 use zimage::model::Pipeline;
-use zimage::options::Options;
 
 /// Arguments for [`process`], one a line.
 const ARGUMENTS: &str = "ZIMAGE_RELEASED_ARGUMENTS";
@@ -71,7 +78,7 @@ fn process() -> Result<()> {
     let arguments = std::env::var(ARGUMENTS).context("no arguments")?;
     let _guard = seeded(0);
     tch::set_num_threads(1);
-    let code = run::train(&Options::try_parse_from(arguments.lines())?, Device::Cpu, 1)?;
+    let code = run(&Options::try_parse_from(arguments.lines())?)?;
     ensure!(code == ExitCode::SUCCESS, "{code:?}");
     Ok(())
 }
@@ -96,13 +103,13 @@ fn train(place: &Workplace, more: &[&str]) -> Result<()> {
 /// Pictures of "A red fox" by a student, as `--tensors` stores them.
 fn images(place: &Workplace, more: &[&str]) -> Result<Tensor> {
     let sampling = ["--sample", "A red fox", "--count", "2", "--float32", "--tensors"];
-    let mut options = place.options(&[&sampling[..], more].concat())?;
+    let mut options = place.options::<Options>(&[&sampling[..], more].concat())?;
     if more.is_empty() {
         // The student's own is known.
         options.size = None;
     }
     let _guard = seeded(1);
-    run::sample(&options, Device::Cpu, "A red fox")?;
+    ensure!(run(&options)? == ExitCode::SUCCESS);
     let mut stored = read_tensors(&place.out().join("sample.safetensors"))?;
     ensure!(Vec::<u8>::try_from(&stored["prompt"])? == b"A red fox");
     ensure!(stored["noise"].size() == [2, 4, SIDE / 2, SIDE / 2]);
@@ -212,7 +219,8 @@ fn a_student_leaves_nothing_of_an_earlier_one() -> Result<()> {
     let place = Workplace::new()?;
     let _guard = seeded(3);
     let teacher = Pipeline::load(&place.model(), Kind::Float, Device::Cpu)?;
-    let recipe = place.options(&["--rank", "2"])?.recipe(Preset::ZImage8Step, teacher.shift)?;
+    let recipe =
+        place.options::<Options>(&["--rank", "2"])?.recipe(Preset::ZImage8Step, teacher.shift)?;
     let made = SavedRecipe { recipe, size: Some(SIDE) };
     let folder = place.out();
     let adapter = RoleWeights::new(&teacher.transformer, made.recipe.adapter.as_ref())?;
@@ -233,34 +241,37 @@ fn a_student_leaves_nothing_of_an_earlier_one() -> Result<()> {
 #[test]
 fn two_processes_do_not_share_a_folder() -> Result<()> {
     let place = Workplace::new()?;
-    let options = place.options(&[])?;
+    let options = place.options::<Options>(&[])?;
     fs::create_dir_all(&options.out)?;
     let identity = serde_json::json!({});
-    let (_states, lock) = open_states(&options, &identity)?;
-    let error = message(open_states(&options, &identity), "a second process");
+    let open = || open_states(&options.out, &identity, Start::Resume);
+    let (_states, lock) = open()?;
+    let error = message(open(), "a second process");
     assert!(error.contains("another process is at work in"), "{error}");
     drop(lock);
-    let _ = open_states(&options, &identity)?;
+    let _ = open()?;
     Ok(())
 }
 
 #[test]
 fn a_finished_run_is_not_written_over_by_its_own_command() -> Result<()> {
     let place = Workplace::new()?;
-    let options = place.options(&[])?;
+    let options = place.options::<Options>(&[])?;
     fs::create_dir_all(&options.out)?;
     let report = options.out.join("report.json");
     fs::write(&report, "{}")?;
     let identity = serde_json::json!({});
-    let error = message(open_states(&options, &identity), "a finished run");
-    assert!(error.contains("is finished") && error.contains("--fresh"), "{error}");
+    let open = |start| open_states(&options.out, &identity, start);
+    let error = open(Start::Resume).err().context("a finished run was accepted")?;
+    assert!(error.to_string().contains("is finished"), "{error}");
+    assert!(advice(&error).is_some_and(|advice| advice.contains("--fresh")));
     // Killed at its end, before the state was removed, a run goes on, and so does one begun anew.
-    let (mut states, lock) = open_states(&place.options(&["--fresh"])?, &identity)?;
+    let (mut states, lock) = open(place.options::<Options>(&["--fresh"])?.start())?;
     assert!(!report.exists());
     states.save(&Parameters::new(), Progress::default())?;
     fs::write(&report, "{}")?;
     drop(lock);
-    let _ = open_states(&options, &identity)?;
+    let _ = open(Start::Resume)?;
     Ok(())
 }
 
@@ -283,10 +294,10 @@ fn what_is_wrong_is_named() -> Result<()> {
         (&["--prompt-file", &missing], "missing.txt"),
         (
             &[&file[..], &["--size", "10"]].concat(),
-            "--size must be a positive multiple of 4, found 10",
+            "size must be a positive multiple of 4, found 10",
         ),
-        (&[&file[..], &["--size", "260"]].concat(), "--size must be at most 256"),
-        (&[&file[..], &["--rank", "0"]].concat(), "add --float32"),
+        (&[&file[..], &["--size", "260"]].concat(), "size must be at most 256"),
+        (&[&file[..], &["--rank", "0"]].concat(), "trained in float32"),
         (&[&file[..], &["--targets", "to_x"]].concat(), "\"to_x\" matches no linear layer"),
         (&[&file[..], &["--targets", "cap_embedder.1"]].concat(), "caption side alone"),
         (&[&file[..], &["--alpha", "0"]].concat(), "alpha must be positive, found 0"),
@@ -299,7 +310,7 @@ fn what_is_wrong_is_named() -> Result<()> {
         (&[&file[..], &["--prompts", "5"]].concat(), "--prompts is for the embedded model"),
     ];
     for (arguments, expected) in training {
-        let result = run::train(&place.options(arguments)?, Device::Cpu, 1);
+        let result = run(&place.options::<Options>(arguments)?);
         let message = message(result, expected);
         assert!(message.contains(expected), "{arguments:?}: {message}");
         // Found before any work.
@@ -309,9 +320,10 @@ fn what_is_wrong_is_named() -> Result<()> {
     let sampling = |student: Option<&Path>| {
         let student = student.map(|path| path.display().to_string());
         let more = student.iter().flat_map(|student| ["--student", student]).collect::<Vec<_>>();
-        let options = place.options(&[&["--sample", "A cat", "--float32"], &more[..]].concat())?;
+        let options =
+            place.options::<Options>(&[&["--sample", "A cat", "--float32"], &more[..]].concat())?;
         let _guard = seeded(2);
-        run::sample(&options, Device::Cpu, "A cat")
+        run(&options)
     };
     assert!(message(sampling(None), "no student").contains("there is no student in"));
     let student = place.0.path().join("another");
@@ -337,19 +349,17 @@ fn what_is_wrong_is_named() -> Result<()> {
     let config = place.model().join("transformer/config.json");
     let shape = fs::read_to_string(&config)?;
     fs::write(&config, shape.replace("\"n_layers\": 2", "\"n_layers\": 3"))?;
-    let fewer = message(run::train(&place.options(&file)?, Device::Cpu, 1), "a layer too few");
+    let fewer = message(run(&place.options::<Options>(&file)?), "a layer too few");
     assert!(fewer.contains("layers.2.attention.to_q.weight is missing"), "{fewer}");
     assert!(!place.out().join("features").exists());
     fs::write(&config, shape)?;
 
     let decoder = place.model().join("vae/diffusion_pytorch_model.safetensors");
     fs::remove_file(&decoder)?;
-    let missing =
-        message(run::train(&place.options(&file)?, Device::Cpu, 1), "half an autoencoder");
+    let missing = message(run(&place.options::<Options>(&file)?), "half an autoencoder");
     assert!(missing.contains(&decoder.display().to_string()), "{missing}");
     copy(Path::new("tests/reference/autoencoder/four_levels/vae"), &place.model().join("vae"))?;
-    let channels =
-        message(run::train(&place.options(&file)?, Device::Cpu, 1), "another autoencoder");
+    let channels = message(run(&place.options::<Options>(&file)?), "another autoencoder");
     assert!(channels.contains("has 3 channels and the transformer 4"), "{channels}");
     Ok(())
 }
@@ -360,18 +370,17 @@ fn the_plan_needs_the_config_of_the_transformer_alone() -> Result<()> {
     for part in ["text_encoder", "tokenizer", "vae", "scheduler"] {
         fs::remove_dir_all(place.model().join(part))?;
     }
-    let options = place.options(&["--plan", "--size", "64"])?;
-    let error = message(run::plan(&options), "the plan of a small model");
+    let options = place.options::<Options>(&["--plan", "--size", "64"])?;
+    let error = message(run(&options), "the plan of a small model");
     assert!(error.contains("released models") && error.contains("--checkpoint"), "{error}");
     let config = place.model().join("transformer/config.json");
     let shape = fs::read_to_string(&config)?;
     fs::write(&config, shape.replace("\"in_channels\": 4", "\"in_channels\": 16"))?;
-    run::plan(&options)?;
-    let other = place.options(&["--plan", "--size", "64", "--prompts", "5"])?;
-    assert!(
-        message(run::plan(&other), "--prompts").contains("--prompts is for the embedded model")
-    );
-    let error = message(run::plan(&place.options(&["--plan"])?), "a size for another autoencoder");
+    run(&options)?;
+    let other = place.options::<Options>(&["--plan", "--size", "64", "--prompts", "5"])?;
+    assert!(message(run(&other), "--prompts").contains("--prompts is for the embedded model"));
+    let error =
+        message(run(&place.options::<Options>(&["--plan"])?), "a size for another autoencoder");
     assert!(error.contains("multiple of 16, found 24"), "{error}");
     Ok(())
 }

@@ -13,7 +13,6 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::Parser as _;
 use common::seeded;
 use decoupled_dmd::Shift;
 use serde_json::Value;
@@ -23,10 +22,10 @@ use tch_training::safetensors::read_tensors;
 use tch_training::safetensors::write_tensors;
 use tempfile::{TempDir, tempdir};
 use zimage::distil::Distillation;
+use zimage::distil::Intervals;
 use zimage::distil::Outcome;
 use zimage::distil::Preset;
 use zimage::distil::train_student;
-use zimage::options::Options;
 
 /// Tells [`process`] where to write.
 const OUT: &str = "ZIMAGE_RESUME_OUT";
@@ -44,39 +43,16 @@ fn process() -> Result<()> {
     let slow = std::env::var_os(SLOW).is_some();
     let _guard = seeded(0);
     tch::set_num_threads(1);
-    let updates = UPDATES.to_string();
-    let mut options = Options::try_parse_from(
-        [
-            "zimage_8step",
-            "--updates",
-            &updates,
-            "--batch",
-            "2",
-            "--steps",
-            "2",
-            "--fake-warmup",
-            "4",
-            "--fake-updates",
-            "2",
-            "--save-every",
-            "1",
-            "--observe-every",
-            "2",
-            "--out",
-        ]
-        .map(std::ffi::OsString::from)
-        .into_iter()
-        .chain([out.clone().into()]),
-    )?;
-    if slow {
-        (options.evaluate_every, options.observe_every) = (1, 1);
-    }
-    let recipe = options.recipe(Preset::Embedded, Shift::new(3.0)?)?;
+    let every = if slow { 1 } else { 0 };
+    let intervals = Intervals { save: 1, observe: 2 - every, evaluate: every };
+    let mut recipe = Preset::Embedded.recipe(Shift::new(3.0)?)?;
+    (recipe.updates, recipe.batch, recipe.steps) = (UPDATES, 2, 2);
+    (recipe.fake_warmup, recipe.fake_updates) = (4, 2);
     let teacher = tiny::teacher()?;
     let prompts = tiny::prompts(&teacher)?;
     let mut states = StateFolder::open(&out.join("state"), &recipe)?;
     let mut distillation = Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], [3, 16, 16])?;
-    let outcome = train_student(&options, &mut distillation, &mut states, |_| {
+    let outcome = train_student(&out, intervals, &mut distillation, &mut states, |_| {
         sleep(PATIENCE);
         bail!("was to be interrupted")
     })?;

@@ -5,10 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use clap::Parser as _;
+use clap::Parser;
 use tempfile::{TempDir, tempdir};
-
-use zimage::options::Options;
 
 /// Parts of the folder, and where they come from.
 const PARTS: [(&str, &str); 5] = [
@@ -49,6 +47,7 @@ impl Workplace {
         for (option, value) in [("--checkpoint", folder("model")), ("--out", folder("out"))] {
             arguments.extend([option.to_owned(), value]);
         }
+        arguments.extend(["--device", "cpu", "--threads", "1"].map(str::to_owned));
         if !more.contains(&"--size") {
             arguments.extend(["--size".to_owned(), SIDE.to_string()]);
         }
@@ -56,7 +55,7 @@ impl Workplace {
         arguments
     }
 
-    pub fn options(&self, more: &[&str]) -> Result<Options> {
+    pub fn options<Options: Parser>(&self, more: &[&str]) -> Result<Options> {
         Ok(Options::try_parse_from(self.arguments(more))?)
     }
 }

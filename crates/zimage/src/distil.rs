@@ -31,8 +31,10 @@ pub use renderer::{Renderer, draw_noise, latent_size};
 pub use role_trainer::RoleTrainer;
 pub use rollout::Rollout;
 pub use sampling::Sampling;
-pub use saved_student::{ADAPTER, REPORT, SavedRecipe, open_states, save_student, student_folder};
+pub use saved_student::{
+    ADAPTER, FinishedRun, REPORT, SavedRecipe, Start, open_states, save_student,
+};
 pub use stream::Stream;
 pub use terms::{ScheduledTerms, Terms};
-pub use training_loop::{History, Outcome, Preview, report_interruption, train_student};
+pub use training_loop::{Ending, History, Intervals, Outcome, Preview, train_student};
 pub use weights::{Network, RoleWeights};

@@ -4,14 +4,13 @@
 #![allow(dead_code, unreachable_pub)]
 
 pub mod autoencoder;
+pub mod device;
 pub mod distil;
 pub mod emoji;
 pub mod failure;
 pub mod model;
-pub mod options;
 pub mod picture;
 pub mod progress;
-pub mod teacher_options;
 pub mod text;
 
 pub use model::{Config, Role, ZImageTransformer};

@@ -1,6 +1,7 @@
 //! The Z-Image transformer (S3-DiT), its files, and the memory that its training takes.
 
 mod blocks;
+mod checkpoint;
 mod config;
 mod files;
 mod grid;
@@ -14,13 +15,14 @@ mod transformer;
 
 pub use blocks::time_features;
 pub(crate) use blocks::{Linear, RmsNorm};
+pub use checkpoint::{Checkpoint, read_config};
 pub use config::{BLOCK_LINEARS, Config, is_caption_side};
 pub use files::ADAPTER_PREFIXES;
 pub use grid::{Grid, padded};
 pub use layout::{patchify, unpatchify};
 pub use memory_plan::{MemoryPlan, Part, TrainingSetup};
 pub(crate) use pipeline::INDEX;
-pub use pipeline::{Pipeline, fingerprint_model, loading_bar, read_config, read_shift};
+pub use pipeline::Pipeline;
 pub use role::Role;
 pub use rope::rotary_factors;
 pub use transformer::ZImageTransformer;

@@ -72,7 +72,7 @@ impl Recipe {
         let Some(adapter) = &self.adapter else { return Ok(()) };
         ensure!(
             adapter.adapted(&config.linears())?.iter().any(|(name, _)| !is_caption_side(name)),
-            "--targets name layers of the caption side alone, which is encoded once and stays as it is"
+            "targets name layers of the caption side alone, which is encoded once and stays as it is"
         );
         Ok(())
     }

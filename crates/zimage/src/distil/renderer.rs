@@ -107,13 +107,13 @@ pub fn latent_size(checkpoint: &Path, config: &Config, side: i64) -> Result<[i64
     let multiple = factor * config.patch_size();
     ensure!(
         side > 0 && side % multiple == 0,
-        "--size must be a positive multiple of {multiple}, found {side}"
+        "size must be a positive multiple of {multiple}, found {side}"
     );
     let rows = side / multiple;
     let most = config.axes_lens[1].min(config.axes_lens[2]);
     ensure!(
         rows <= most,
-        "--size must be at most {}, as the model has {most} positions to a side, found {side}",
+        "size must be at most {}, as the model has {most} positions to a side, found {side}",
         most * multiple
     );
     Ok([config.in_channels, side / factor, side / factor])

@@ -1,20 +1,19 @@
 //! The folder of a student, and the state that its training goes on from.
 
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
-use decoupled_dmd::Shift;
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::Device;
 use tch_training::files::{create_folder, read_json, write_json};
 use tch_training::run::{Lock, StateFolder};
 
-use crate::distil::recipe::{Preset, Recipe};
+use crate::distil::recipe::Recipe;
 use crate::distil::weights::RoleWeights;
 use crate::model::{ADAPTER_PREFIXES, INDEX, Pipeline};
-use crate::options::Options;
 
 /// The name that diffusers' `load_lora_weights` looks for.
 pub const ADAPTER: &str = "pytorch_lora_weights.safetensors";
@@ -22,10 +21,10 @@ pub const ADAPTER: &str = "pytorch_lora_weights.safetensors";
 /// What a run writes at its end.
 pub const REPORT: &str = "report.json";
 
-/// How a student was saved, beside it.
+/// File of the recipe beside a student.
 const RECIPE: &str = "recipe.json";
 
-/// What lies beside a student: its recipe, and the side of its pictures in pixels where that was chosen.
+/// The recipe beside a student, and the side of its pictures in pixels where that was chosen.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SavedRecipe {
     #[serde(flatten)]
@@ -35,25 +34,16 @@ pub struct SavedRecipe {
 }
 
 impl SavedRecipe {
-    /// What lies in the folder of a student, with what the command line says otherwise; `default` where
-    /// there is nothing.
+    /// What lies in the folder of a student, if anything does.
     ///
     /// # Errors
-    /// If the file or an option is not valid.
-    pub fn load(folder: &Path, options: &Options, default: Preset, shift: Shift) -> Result<Self> {
+    /// If the file is not valid.
+    pub fn read(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join(RECIPE);
-        let mut saved = if path.exists() {
-            ensure!(options.preset.is_none(), "--preset: {} says how it was made", path.display());
-            read_json(&path)?
-        } else {
-            Self { recipe: options.recipe(default, shift)?, size: None }
-        };
-        let Recipe { steps, transition, .. } = &mut saved.recipe;
-        *steps = options.steps.unwrap_or(*steps);
-        *transition = options.transition.unwrap_or(*transition);
-        ensure!(*steps > 0, "--steps must be at least 1");
-        saved.size = options.size.or(saved.size);
-        Ok(saved)
+        if !path.exists() {
+            return Ok(None);
+        }
+        Ok(Some(read_json(&path)?))
     }
 }
 
@@ -99,43 +89,45 @@ fn remove(path: &Path, remove: impl Fn(&Path) -> std::io::Result<()>) -> Result<
     Ok(())
 }
 
-/// The folder of the student to sample from.
-///
-/// # Errors
-/// If there is none.
-pub fn student_folder(options: &Options) -> Result<PathBuf> {
-    let folder = options.student.clone().unwrap_or_else(|| options.out.join("student"));
-    ensure!(
-        folder.exists(),
-        "there is no student in {}: run without --sample first, or name one with --student",
-        folder.display()
-    );
-    Ok(folder)
+/// What becomes of a run that a folder holds already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// It goes on from its state, if it is unfinished.
+    Resume,
+    /// It is forgotten, finished or not.
+    Fresh,
 }
 
-/// Where the state of the run is kept; finds an unfinished run of the same `identity`: the recipe, and
-/// whatever else decides the numbers.
+/// The error of a run that is finished and was not to be started anew.
+#[derive(Debug)]
+pub struct FinishedRun {
+    folder: PathBuf,
+}
+
+impl fmt::Display for FinishedRun {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the run in {} is finished", self.folder.display())
+    }
+}
+
+impl std::error::Error for FinishedRun {}
+
+/// Where the state of the run in the folder `out` is kept; finds an unfinished run of the same `identity`: the
+/// recipe, and whatever else decides the numbers.
 ///
 /// # Errors
-/// If the unfinished run there is another one, or one that is still going on, or if a finished one is there
-/// that was not to be written over.
-pub fn open_states(options: &Options, identity: &Value) -> Result<(StateFolder, Lock)> {
-    let lock = Lock::take(&options.out)?;
-    let folder = options.out.join("state");
-    let states = if options.fresh {
-        StateFolder::open_fresh(&folder, identity)?
-    } else {
-        StateFolder::open(&folder, identity)?
-    };
-    let report = options.out.join(REPORT);
-    if options.fresh {
+/// If the unfinished run there is another one, or one that is still going on; [`FinishedRun`].
+pub fn open_states(out: &Path, identity: &Value, start: Start) -> Result<(StateFolder, Lock)> {
+    let lock = Lock::take(out)?;
+    let (folder, report) = (out.join("state"), out.join(REPORT));
+    if start == Start::Fresh {
+        let states = StateFolder::open_fresh(&folder, identity)?;
         remove(&report, |path| fs::remove_file(path))?;
+        return Ok((states, lock));
     }
-    ensure!(
-        states.is_unfinished() || !report.exists(),
-        "the run in {} is finished: sample from it with --sample, name another --out, or write over it with \
-         --fresh",
-        options.out.display()
-    );
+    let states = StateFolder::open(&folder, identity)?;
+    if !states.is_unfinished() && report.exists() {
+        bail!(FinishedRun { folder: out.to_owned() });
+    }
     Ok((states, lock))
 }

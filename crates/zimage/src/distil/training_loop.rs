@@ -1,5 +1,6 @@
 //! The loop over the updates of a distillation: progress, metrics, saving and going on.
 
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
@@ -8,24 +9,50 @@ use tch_training::run::{Interrupt, Log, Progress, StateFolder};
 
 use crate::distil::distillation::{Distillation, Record};
 use crate::distil::terms::Terms;
-use crate::options::Options;
 use crate::progress::progress_bar;
 
 /// What was observed, with the update it was observed at.
 pub type History = Vec<(u64, Record)>;
 
-/// A look at the student on the way: a line for people, and what goes to metrics.jsonl.
+/// A look at the student on the way.
 pub struct Preview {
+    /// A line for people.
     pub message: String,
+    /// What goes to metrics.jsonl.
     pub entry: Value,
 }
 
-/// How a training ended.
+/// How often things happen in a training: after every so many updates, 0 for never.
+#[derive(Clone, Copy, Debug)]
+pub struct Intervals {
+    /// The state is saved; besides, it is when the run is interrupted and at the end.
+    pub save: u64,
+    /// The diagnostics go to metrics.jsonl.
+    pub observe: u64,
+    /// The student is looked at.
+    pub evaluate: u64,
+}
+
+/// How the updates of a training ended.
 pub enum Outcome {
-    /// All updates are done, in so many seconds of all sessions.
-    Finished { history: History, seconds: f64 },
+    /// All are done.
+    Finished {
+        /// What was observed.
+        history: History,
+        /// Seconds of all sessions.
+        seconds: f64,
+    },
     /// The user stopped it; the state is saved.
     Interrupted,
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Its student is there.
+    Finished,
+    /// The user stopped it after so many updates; its state is saved.
+    Interrupted(u64),
 }
 
 /// Where a training is written to while it goes on.
@@ -50,12 +77,13 @@ impl Session<'_> {
 }
 
 /// Runs all updates that are left, and shows the progress. Goes on from the state in `states` if there is
-/// one; what is observed goes to metrics.jsonl and is returned.
+/// one; what is observed goes to metrics.jsonl in the folder `out` and is returned.
 ///
 /// # Errors
 /// If training breaks down, a file cannot be written, or the saved state does not fit.
 pub fn train_student<T: Terms>(
-    options: &Options,
+    out: &Path,
+    intervals: Intervals,
     distillation: &mut Distillation<'_, T>,
     states: &mut StateFolder,
     evaluate: impl Fn(&Distillation<'_, T>) -> Result<Preview>,
@@ -67,13 +95,9 @@ pub fn train_student<T: Terms>(
     // Taken, so that a second copy of the state is not kept until the end.
     if let Some((tensors, _)) = saved {
         distillation.load_state(&tensors)?;
-        println!(
-            "Going on after update {} of {}; --fresh starts anew",
-            distillation.updates(),
-            updates
-        );
+        println!("Going on after update {} of {updates}", distillation.updates());
     }
-    let (log, lines) = Log::open(&options.out.join("metrics.jsonl"), progress.log_bytes)?;
+    let (log, lines) = Log::open(&out.join("metrics.jsonl"), progress.log_bytes)?;
     let lines = lines.unwrap_or_else(|lost| {
         eprintln!("warning: {lost}: the log starts anew, without what was observed before");
         Vec::new()
@@ -95,7 +119,7 @@ pub fn train_student<T: Terms>(
     }
     bar.reset_eta();
     while distillation.updates() < updates {
-        let observe = is_due(distillation.updates() + 1, options.observe_every);
+        let observe = is_due(distillation.updates() + 1, intervals.observe);
         let record = distillation.step(observe)?;
         distillation.check_gradients()?;
         let update = distillation.updates();
@@ -114,14 +138,14 @@ pub fn train_student<T: Terms>(
             session.log.write(&line.into())?;
             history.push((update, record));
         }
-        if is_due(update, options.evaluate_every) {
+        if is_due(update, intervals.evaluate) {
             let Preview { message, entry } = evaluate(distillation)?;
             bar.suspend(|| println!("update {update}: {message}"));
             session.log.write(&json!({ "update": update, "student": entry }))?;
         }
         let is_last = update == updates;
         let stop = interrupt.is_requested();
-        if is_last || stop || is_due(update, options.save_every) {
+        if is_last || stop || is_due(update, intervals.save) {
             session.save(distillation)?;
         }
         if stop {
@@ -136,17 +160,6 @@ pub fn train_student<T: Terms>(
 /// Whether something that happens every so many updates happens after this one; 0 is never.
 fn is_due(update: u64, every: u64) -> bool {
     every > 0 && update.is_multiple_of(every)
-}
-
-/// Says where an interrupted training is, and how to go on.
-pub fn report_interruption<T: Terms>(options: &Options, distillation: &Distillation<'_, T>) {
-    println!(
-        "\nStopped after update {} of {}; the state is in {}. The same command goes on from there, \
-         and starts anew with --fresh",
-        distillation.updates(),
-        distillation.recipe().updates,
-        options.out.display()
-    );
 }
 
 /// The record in a line of metrics.jsonl, if it holds one.

@@ -1,7 +1,6 @@
 //! Distillation of the small model of this repository, with everything measured against its teacher.
 
-use std::path::Path;
-use std::process::ExitCode;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
@@ -9,96 +8,127 @@ use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 use tch_training::files::{create_folder, write_json};
-use tch_training::run::{INTERRUPTED, fingerprint};
+use tch_training::run::fingerprint;
 
 use crate::distil::{
-    ADAPTER, Distillation, Network, Outcome, Preset, Preview, REPORT, Recipe, Sampling,
-    SavedRecipe, denoiser, open_states, report_interruption, save_student, student_folder,
-    train_student, write_curves,
+    Distillation, Ending, Intervals, Network, Outcome, Preview, REPORT, Recipe, Sampling,
+    SavedRecipe, Start, denoiser, open_states, save_student, train_student, write_curves,
 };
 use crate::emoji::classifier::Classifier;
 use crate::emoji::evaluation::{Evaluator, Row};
 use crate::emoji::pictures::{EmojiData, Item};
 use crate::emoji::report::{Report, Summary, table};
 use crate::emoji::scores::{Judge, Scores, mean_variance};
-use crate::model::{Pipeline, fingerprint_model, loading_bar, read_config, read_shift};
-use crate::options::Options;
+use crate::model::Checkpoint;
 use crate::picture::{Sheet, write_comparison, write_grid};
+
+/// Guidance scale of the teacher that a student is measured against where nothing else is said. It is not that
+/// of the recipe: students of several scales have one yardstick.
+pub const TEACHER_GUIDANCE: f64 = 3.0;
+/// Captions on which teacher and student are compared where nothing else is said.
+pub const CAPTIONS: usize = 256;
 
 /// Steps of the teacher that the student is measured against.
 const TEACHER_STEPS: usize = 50;
-/// Guidance scale of that teacher, not of the recipe: students of several scales have one yardstick.
-const TEACHER_GUIDANCE: f64 = 3.0;
 /// Captions in samples.png.
 const PICTURED: usize = 36;
-/// Captions on which teacher and student are compared.
-const PROMPTS: usize = 256;
 
-/// Makes pictures of one caption with a trained student.
+/// Pictures of one caption by a trained student.
+#[derive(Clone, Debug)]
+pub struct Pictures {
+    /// The caption.
+    pub caption: String,
+    /// How many pictures.
+    pub count: i64,
+    /// Of the noise that they start from.
+    pub seed: u64,
+    /// Where to compute.
+    pub device: Device,
+    /// The folder with captions and vocabulary.
+    pub data: PathBuf,
+    /// Where sample.png goes.
+    pub out: PathBuf,
+}
+
+/// Makes pictures of one caption with a trained student, run as the recipe says.
 ///
 /// # Errors
-/// If there is no student, a word is unknown, or a file cannot be read or written.
-pub fn sample(options: &Options, device: Device, caption: &str) -> Result<()> {
-    options.refuse_released()?;
-    let folder = student_folder(options)?;
-    ensure!(
-        folder.join("transformer").exists() || !folder.join(ADAPTER).exists(),
-        "{} is the adapter of a released model: name that with --checkpoint",
-        folder.display()
-    );
-    let data = EmojiData::load(options.data())?;
-    check_model(&folder, &data)?;
-    let student = Pipeline::load_observed(&folder, Kind::Float, device, &loading_bar()?)?;
-    let captions = std::iter::repeat_n(caption, options.count as usize);
+/// If a word is unknown, or a file cannot be read or written.
+pub fn sample(student: &Checkpoint, recipe: &Recipe, pictures: &Pictures) -> Result<()> {
+    let Pictures { caption, count, seed, device, data, out } = pictures;
+    let (count, device) = (*count, *device);
+    let data = EmojiData::load(data)?;
+    check_model(student, &data)?;
+    let student = student.load_observed(Kind::Float, device)?;
+    let captions = std::iter::repeat_n(caption.as_str(), count as usize);
     let prompts = data.vocabulary.encode_prompts(&student.transformer, captions)?;
-    let items: Vec<i64> = (0..options.count).collect();
+    let items: Vec<i64> = (0..count).collect();
     let (cond, _) = prompts.conditions(&items)?;
     let (_, channels, height, width) = data.images.size4()?;
-    tch::manual_seed(options.seed as i64);
-    let noise = Tensor::f_randn([options.count, channels, height, width], (Kind::Float, device))?;
+    tch::manual_seed(*seed as i64);
+    let noise = Tensor::f_randn([count, channels, height, width], (Kind::Float, device))?;
     let denoiser = denoiser(&student.transformer, student.shift);
-    let SavedRecipe { recipe, .. } =
-        SavedRecipe::load(&folder, options, Preset::Embedded, student.shift)?;
     let grid = FewStepGrid::even(recipe.steps)?;
     let images = Sampler::new(&denoiser, grid, recipe.transition).sample(&noise, &cond)?;
-    let path = options.out.join("sample.png");
-    create_folder(&options.out)?;
-    write_grid(&path, &images, options.count.min(8), 4)?;
-    println!("{} pictures of \"{caption}\" in {}", options.count, path.display());
+    let path = out.join("sample.png");
+    create_folder(out)?;
+    write_grid(&path, &images, count.min(8), 4)?;
+    println!("{count} pictures of \"{caption}\" in {}", path.display());
     Ok(())
+}
+
+/// A training of the small model, beside its recipe.
+#[derive(Clone, Debug)]
+pub struct Training {
+    /// The folder with pictures, captions and vocabulary.
+    pub data: PathBuf,
+    /// The folder of the classifier that judges the samples.
+    pub classifier: PathBuf,
+    /// Where results go.
+    pub out: PathBuf,
+    /// Where to compute.
+    pub device: Device,
+    /// Captions on which teacher and student are compared, at least two.
+    pub captions: usize,
+    /// Guidance scale of the teacher that the student is compared with.
+    pub teacher_guidance: Guidance,
+    /// How often the state is saved, and the student scored.
+    pub intervals: Intervals,
+    /// What becomes of a run that `out` holds already.
+    pub start: Start,
 }
 
 /// Trains a student and compares it with its teacher.
 ///
 /// # Errors
 /// If something cannot be read or written, or training breaks down.
-pub fn train(options: &Options, device: Device, threads: i32) -> Result<ExitCode> {
-    options.refuse_released()?;
-    let recipe = options.recipe(Preset::Embedded, read_shift(&options.checkpoint)?)?;
-    recipe.check_adapter(&read_config(&options.checkpoint)?)?;
+pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> Result<Ending> {
+    let Training { out, device, captions: count, .. } = training;
+    let (device, count) = (*device, *count);
+    recipe.check_adapter(checkpoint.config())?;
     // Scores compare covariances, which one sample has not.
-    let count = options.prompts.unwrap_or(PROMPTS);
-    ensure!(count >= 2, "--prompts must be at least 2, found {count}");
-    let data = EmojiData::load(options.data())?;
-    check_model(&options.checkpoint, &data)?;
-    let progress = loading_bar()?;
-    let teacher = Pipeline::load_observed(&options.checkpoint, Kind::Float, device, &progress)?;
-    let captions = || data.items.iter().map(|item| item.caption.as_str());
-    let prompts = data.vocabulary.encode_prompts(&teacher.transformer, captions())?;
-    let judge = Judge::new(Classifier::load(options.classifier(), Kind::Float, device)?, &data)?;
+    ensure!(count >= 2, "at least 2 captions are needed to compare on, found {count}");
+    let data = EmojiData::load(&training.data)?;
+    check_model(checkpoint, &data)?;
+    let teacher = checkpoint.load_observed(Kind::Float, device)?;
+    let captions = data.items.iter().map(|item| item.caption.as_str());
+    let prompts = data.vocabulary.encode_prompts(&teacher.transformer, captions)?;
+    let classifier = Classifier::load(&training.classifier, Kind::Float, device)?;
+    let judge = Judge::new(classifier, &data)?;
     let evaluator = Evaluator::new(judge, &prompts, &data, teacher.shift, count, 0)?;
-    create_folder(&options.out)?;
+    create_folder(out)?;
     let identity = json!({
         "recipe": recipe,
-        "teacher": fingerprint_model(&options.checkpoint)?,
-        "data": fingerprint(options.data())?,
+        "teacher": checkpoint.fingerprint()?,
+        "data": fingerprint(&training.data)?,
     });
-    let (mut states, _lock) = open_states(options, &identity)?;
+    let (mut states, _lock) = open_states(out, &identity, training.start)?;
 
-    println!("Distilling {} on {device:?}, {threads} threads", options.checkpoint.display());
+    let threads = tch::get_num_threads();
+    println!("Distilling {} on {device:?}, {threads} threads", checkpoint.folder().display());
     let start = Instant::now();
     let run = |steps, guidance, transition| Sampling { steps, guidance, transition };
-    let teacher_guidance = options.teacher_guidance.unwrap_or(Guidance::new(TEACHER_GUIDANCE)?);
+    let teacher_guidance = training.teacher_guidance;
     let guided = run(TEACHER_STEPS, teacher_guidance, Transition::Ddim);
     let reference = evaluator.generate(&teacher.transformer, guided)?;
     let mut evaluation_seconds = start.elapsed().as_secs_f64();
@@ -114,7 +144,7 @@ pub fn train(options: &Options, device: Device, threads: i32) -> Result<ExitCode
     )?
     .with_data_variance(mean_variance(&data.images)?);
     let few = run(recipe.steps, Guidance::NEUTRAL, recipe.transition);
-    let outcome = train_student(options, &mut distillation, &mut states, |distillation| {
+    let preview = |distillation: &Distillation<'_>| {
         let samples = evaluator.generate(distillation.student(), few)?;
         let row = evaluator.row("student", few, &samples, &reference)?;
         let Scores { alignment, frechet_distance, variance_drift, .. } = row.scores;
@@ -123,10 +153,10 @@ pub fn train(options: &Options, device: Device, threads: i32) -> Result<ExitCode
             100.0 * alignment
         );
         Ok(Preview { message, entry: serde_json::to_value(row)? })
-    })?;
+    };
+    let outcome = train_student(out, training.intervals, &mut distillation, &mut states, preview)?;
     let Outcome::Finished { history, seconds: training_seconds } = outcome else {
-        report_interruption(options, &distillation);
-        return Ok(ExitCode::from(INTERRUPTED));
+        return Ok(Ending::Interrupted(distillation.updates()));
     };
 
     let start = Instant::now();
@@ -162,14 +192,14 @@ pub fn train(options: &Options, device: Device, threads: i32) -> Result<ExitCode
 
     let summary = Summary::new(&rows[0].scores, &unguided.scores, &student.scores);
     write_pictures(
-        options,
+        out,
         &evaluator,
         &data.items,
-        &recipe,
+        recipe,
         [&reference, &unguided_samples, &student_samples],
     )?;
-    write_curves(&options.out.join("curves.svg"), &history)?;
-    let student_folder = options.out.join("student");
+    write_curves(&out.join("curves.svg"), &history)?;
+    let student_folder = out.join("student");
     let saved = SavedRecipe { recipe: recipe.clone(), size: None };
     save_student(&student_folder, &teacher, distillation.student_weights(), true, &saved)?;
     println!("\n{}", table(&rows));
@@ -182,9 +212,9 @@ pub fn train(options: &Options, device: Device, threads: i32) -> Result<ExitCode
         summary.variance_drift
     );
     println!("Training {training_seconds:.0} s, evaluation {evaluation_seconds:.0} s");
-    println!("Pictures, curves, report and student are in {}", options.out.display());
+    println!("Pictures, curves, report and student are in {}", out.display());
     let report = Report {
-        recipe,
+        recipe: recipe.clone(),
         device: format!("{device:?}"),
         threads,
         training_seconds,
@@ -193,9 +223,9 @@ pub fn train(options: &Options, device: Device, threads: i32) -> Result<ExitCode
         rows,
         summary,
     };
-    write_json(&options.out.join(REPORT), &report)?;
+    write_json(&out.join(REPORT), &report)?;
     states.remove()?;
-    Ok(ExitCode::SUCCESS)
+    Ok(Ending::Finished)
 }
 
 fn guided_suffix(run: Sampling) -> &'static str {
@@ -203,14 +233,14 @@ fn guided_suffix(run: Sampling) -> &'static str {
 }
 
 /// Refuses a model that the data are not for, before its weights are read.
-fn check_model(folder: &Path, data: &EmojiData) -> Result<()> {
-    let config = read_config(folder)?;
+fn check_model(checkpoint: &Checkpoint, data: &EmojiData) -> Result<()> {
+    let config = checkpoint.config();
     let (_, channels, _, _) = data.images.size4()?;
     ensure!(
         config.in_channels == channels && config.cap_feat_dim == data.vocabulary.width(),
         "{} takes {} channels and captions of width {}, the data have {channels} and {}: it is not a \
-         model of pixels and word vectors. A released one needs its text_encoder/ and vae/, in --checkpoint",
-        folder.display(),
+         model of pixels and word vectors. A released one needs its text_encoder/ and vae/ beside it",
+        checkpoint.folder().display(),
         config.in_channels,
         config.cap_feat_dim,
         data.vocabulary.width()
@@ -220,7 +250,7 @@ fn check_model(folder: &Path, data: &EmojiData) -> Result<()> {
 
 /// The same captions and noise side by side: guided teacher, unguided few-step teacher, student.
 fn write_pictures(
-    options: &Options,
+    out: &Path,
     evaluator: &Evaluator<'_>,
     items: &[Item],
     recipe: &Recipe,
@@ -241,7 +271,7 @@ fn write_pictures(
     let (teacher, few) = (format!("teacher {TEACHER_STEPS}"), format!("teacher {}", recipe.steps));
     let student = format!("student {}", recipe.steps);
     write_comparison(
-        &options.out.join("samples.png"),
+        &out.join("samples.png"),
         &[&teacher, &few, &student],
         &columns,
         &captions,

@@ -4,13 +4,12 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use indicatif::ProgressBar;
 use tch::{Device, Kind, Tensor};
 use tch_training::files::write_json;
 use tch_training::safetensors::{Weights, write_tensors};
 
+use crate::model::checkpoint::read_config;
 use crate::model::config::{CLASS_NAME, Config};
-use crate::model::pipeline::read_config;
 use crate::model::transformer::ZImageTransformer;
 
 /// The starts of layer names in files of adapters: as diffusers writes them, and as others do.
@@ -45,36 +44,7 @@ impl ZImageTransformer {
     /// # Errors
     /// If a file cannot be read, or parameters are missing, unexpected or mis-shaped.
     pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
-        Self::load_observed(folder, kind, device, &ProgressBar::hidden())
-    }
-
-    /// [`Self::load`] that shows on `progress` how many bytes have been read.
-    ///
-    /// # Errors
-    /// As [`Self::load`].
-    pub fn load_observed(
-        folder: &Path,
-        kind: Kind,
-        device: Device,
-        progress: &ProgressBar,
-    ) -> Result<Self> {
-        let config = read_config(folder)?;
-        let weights = Weights::open(&folder.join("transformer"), WEIGHTS)?;
-        let parameters = weights.load(&config.parameters(), kind, device, &mut |done, total| {
-            progress.set_length(total);
-            progress.set_position(done);
-        })?;
-        progress.finish_and_clear();
-        Self::from_parameters(config, parameters)
-    }
-
-    /// Looks for what [`Self::load`] would refuse in `transformer/` of a diffusers folder; reads no weights.
-    ///
-    /// # Errors
-    /// As [`Self::load`].
-    pub fn check(folder: &Path) -> Result<()> {
-        let parameters = read_config(folder)?.parameters();
-        Ok(Weights::open(&folder.join("transformer"), WEIGHTS)?.check(&parameters)?)
+        read_weights(folder, read_config(folder)?, kind, device, &mut |_, _| {})
     }
 
     /// Writes `transformer/` of a diffusers folder.
@@ -89,6 +59,26 @@ impl ZImageTransformer {
         write_json(&folder.join("config.json"), &config)?;
         Ok(write_tensors(&folder.join(format!("{WEIGHTS}.safetensors")), self.parameters())?)
     }
+}
+
+/// A transformer over the weights in `transformer/` of a folder. `progress` is told after each tensor how many
+/// bytes have been read, and of how many.
+pub(super) fn read_weights(
+    folder: &Path,
+    config: Config,
+    kind: Kind,
+    device: Device,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<ZImageTransformer> {
+    let weights = Weights::open(&folder.join("transformer"), WEIGHTS)?;
+    let parameters = weights.load(&config.parameters(), kind, device, progress)?;
+    ZImageTransformer::from_parameters(config, parameters)
+}
+
+/// Compares names and shapes of the weights in `transformer/` of a folder with a config.
+pub(super) fn check_weights(folder: &Path, config: &Config) -> Result<()> {
+    let weights = Weights::open(&folder.join("transformer"), WEIGHTS)?;
+    Ok(weights.check(&config.parameters())?)
 }
 
 /// Zero for what modulates and for the output, one for norms, Xavier-uniform for other matrices.

@@ -2,20 +2,20 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use decoupled_dmd::{Guidance, Schedule, Shift, Transition};
 use serde::de::DeserializeOwned;
-use tch::Device;
+use tch::Kind;
 use tch_training::lora::LoraSettings;
-
-use crate::distil::{Preset, Recipe};
-use crate::model::BLOCK_LINEARS;
+use zimage::device::DeviceChoice;
+use zimage::distil::{Intervals, Preset, Recipe, SavedRecipe, Start};
+use zimage::model::BLOCK_LINEARS;
 
 /// The model of this repository.
 pub const TEACHER: &str = "assets/teacher";
 
-/// What only training looks at.
+/// The options that only training looks at.
 const OF_TRAINING: [&str; 27] = [
     "classifier",
     "save_every",
@@ -70,7 +70,7 @@ pub struct Options {
     #[arg(long, value_name = "DIR", default_value = "runs/zimage_8step")]
     pub out: PathBuf,
     /// Where to compute: auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto", value_parser = parse_device)]
+    #[arg(long, default_value = "auto")]
     pub device: DeviceChoice,
     /// CPU threads of libtorch; all cores by default
     #[arg(long)]
@@ -201,63 +201,6 @@ pub struct Options {
     pub evaluate_every: u64,
 }
 
-/// What `--device` says.
-#[derive(Clone, Copy, Debug)]
-pub enum DeviceChoice {
-    Auto,
-    Named(Device),
-}
-
-impl DeviceChoice {
-    /// The device, where there is one.
-    ///
-    /// # Errors
-    /// If a GPU was asked for that libtorch cannot use.
-    pub fn resolve(self) -> Result<Device> {
-        let best = decoupled_dmd::default_device();
-        match self {
-            Self::Auto => Ok(best),
-            Self::Named(Device::Cuda(index)) => {
-                let devices = tch::Cuda::device_count();
-                ensure!(
-                    (index as i64) < devices,
-                    "--device cuda:{index}: libtorch sees {devices} CUDA devices here"
-                );
-                Ok(Device::Cuda(index))
-            }
-            Self::Named(device) => Ok(device),
-        }
-    }
-}
-
-/// The choice that a word on the command line names.
-///
-/// # Errors
-/// If it names none.
-pub fn parse_device(text: &str) -> Result<DeviceChoice> {
-    Ok(match text {
-        "auto" => DeviceChoice::Auto,
-        "cpu" => DeviceChoice::Named(Device::Cpu),
-        "cuda" => DeviceChoice::Named(Device::Cuda(0)),
-        _ => match text.strip_prefix("cuda:").and_then(|index| index.parse().ok()) {
-            Some(index) => DeviceChoice::Named(Device::Cuda(index)),
-            None => bail!("expected auto, cpu, cuda or cuda:N"),
-        },
-    })
-}
-
-/// Gives libtorch so many CPU threads, all cores if nothing is said, and returns how many.
-///
-/// # Errors
-/// If the number is not positive.
-pub fn set_threads(threads: Option<i32>) -> Result<i32> {
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as i32);
-    let threads = threads.unwrap_or(cores);
-    ensure!(threads > 0, "--threads must be at least 1");
-    tch::set_num_threads(threads);
-    Ok(threads)
-}
-
 /// A value by the name that it has in configuration files.
 fn by_name<T: DeserializeOwned>(name: &str) -> Result<T> {
     Ok(serde_json::from_value(name.into())?)
@@ -290,6 +233,66 @@ impl Options {
     /// The classifier that judges the samples of the embedded model.
     pub fn classifier(&self) -> &Path {
         self.classifier.as_deref().unwrap_or(Path::new("assets/classifier"))
+    }
+
+    /// The dtype of a released model.
+    pub fn kind(&self) -> Kind {
+        if self.float32 { Kind::Float } else { Kind::BFloat16 }
+    }
+
+    /// How often things happen in a training.
+    pub fn intervals(&self) -> Intervals {
+        Intervals {
+            save: self.save_every,
+            observe: self.observe_every,
+            evaluate: self.evaluate_every,
+        }
+    }
+
+    /// What becomes of a run that OUT holds already.
+    pub fn start(&self) -> Start {
+        if self.fresh { Start::Fresh } else { Start::Resume }
+    }
+
+    /// The folder of the student to sample from.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn student_folder(&self) -> Result<PathBuf> {
+        let folder = self.student.clone().unwrap_or_else(|| self.out.join("student"));
+        ensure!(
+            folder.exists(),
+            "there is no student in {}: run without --sample first, or name one with --student",
+            folder.display()
+        );
+        Ok(folder)
+    }
+
+    /// The recipe in the folder of a student, with what the command line says otherwise; that of `default`
+    /// where there is none.
+    ///
+    /// # Errors
+    /// If the file or an option is not valid.
+    pub fn saved_recipe(
+        &self,
+        folder: &Path,
+        default: Preset,
+        shift: Shift,
+    ) -> Result<SavedRecipe> {
+        let mut saved = match SavedRecipe::read(folder)? {
+            Some(saved) => {
+                let folder = folder.display();
+                ensure!(self.preset.is_none(), "--preset: {folder} says how its student was made");
+                saved
+            }
+            None => SavedRecipe { recipe: self.recipe(default, shift)?, size: None },
+        };
+        let Recipe { steps, transition, .. } = &mut saved.recipe;
+        *steps = self.steps.unwrap_or(*steps);
+        *transition = self.transition.unwrap_or(*transition);
+        ensure!(*steps > 0, "--steps must be at least 1");
+        saved.size = self.size.or(saved.size);
+        Ok(saved)
     }
 
     /// Refuses what the embedded model would not look at.

@@ -9,7 +9,7 @@ use tch::Kind;
 /// Trains the teacher by flow matching.
 // What is serialized decides the numbers of a run.
 #[derive(Debug, Parser, Serialize)]
-pub struct TeacherOptions {
+pub struct Options {
     /// Folder for checkpoints, previews and the finished model
     #[arg(long)]
     #[serde(skip)]
@@ -75,7 +75,7 @@ pub struct TeacherOptions {
     pub measure: Option<u64>,
 }
 
-impl TeacherOptions {
+impl Options {
     /// The dtype of forward passes.
     pub fn kind(&self) -> Kind {
         if self.bf16 { Kind::BFloat16 } else { Kind::Float }

@@ -1,0 +1,182 @@
+//! The work that the command line of `zimage_8step` asks for.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Error, Result, bail, ensure};
+use decoupled_dmd::{Guidance, Shift};
+use tch::Device;
+use tch_training::run::INTERRUPTED;
+use zimage::autoencoder::AutoencoderConfig;
+use zimage::device::set_threads;
+use zimage::distil::run as released;
+use zimage::distil::{ADAPTER, Ending, FinishedRun, Preset, Recipe};
+use zimage::emoji::run as embedded;
+use zimage::failure::{is_other_run, is_out_of_memory};
+use zimage::model::{Checkpoint, read_config};
+use zimage::text::MAX_TOKENS;
+
+use super::options::{Options, TEACHER};
+
+/// Does the work.
+///
+/// # Errors
+/// Says what is wrong with an option or a file, or what broke down.
+pub fn run(options: &Options) -> Result<ExitCode> {
+    ensure!(options.count > 0, "--count must be at least 1, found {}", options.count);
+    // A student of the embedded model is sampled without its teacher.
+    let is_needed = options.sample.is_none() || options.checkpoint != Path::new(TEACHER);
+    ensure!(
+        options.checkpoint.is_dir() || !is_needed,
+        "--checkpoint {}: there is no such folder",
+        options.checkpoint.display()
+    );
+    let is_released = Checkpoint::is_released(&options.checkpoint);
+    if options.plan {
+        return plan(options).map(|()| ExitCode::SUCCESS);
+    }
+    set_threads(options.threads)?;
+    let device = options.device.resolve()?;
+    match &options.sample {
+        Some(prompt) if is_released => sample_released(options, device, prompt)?,
+        Some(caption) => sample_embedded(options, device, caption)?,
+        None if is_released => return train_released(options, device),
+        None => return train_embedded(options, device),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the user can do about an error, where that is known.
+pub fn advice(error: &Error) -> Option<&'static str> {
+    if is_out_of_memory(error) {
+        return Some(
+            "A smaller --batch needs less memory; with a released model a smaller --size or --rank too, \
+             and --plan says what each takes",
+        );
+    }
+    if is_other_run(error) {
+        return Some("Use its options, another --out, or --fresh, which forgets it");
+    }
+    error.is::<FinishedRun>().then_some(
+        "Sample from it with --sample, name another --out, or write over it with --fresh",
+    )
+}
+
+/// Prints the memory that a training would take.
+fn plan(options: &Options) -> Result<()> {
+    let config = read_config(&options.checkpoint)?;
+    let channels = AutoencoderConfig::released().latent_channels;
+    ensure!(
+        Checkpoint::is_released(&options.checkpoint) || config.in_channels == channels,
+        "--plan is for released models, whose transformer takes {channels} channels; that of {} takes {}: \
+         name another with --checkpoint",
+        options.checkpoint.display(),
+        config.in_channels
+    );
+    options.refuse_embedded()?;
+    // No shift changes what is kept.
+    let recipe = options.recipe(Preset::ZImage8Step, Shift::NONE)?;
+    let side = options.size.unwrap_or(released::SIDE);
+    let plan = released::plan(&options.checkpoint, &config, &recipe, side, options.kind())?;
+    println!(
+        "Training at {side}x{side} pixels, {} samples an update, prompts of up to {MAX_TOKENS} tokens:\n{plan}",
+        recipe.batch
+    );
+    Ok(())
+}
+
+fn train_released(options: &Options, device: Device) -> Result<ExitCode> {
+    options.refuse_embedded()?;
+    let Some(prompt_file) = options.prompt_file.clone() else {
+        bail!(
+            "{} is a whole pipeline: name prompts to train on with --prompt-file",
+            options.checkpoint.display()
+        );
+    };
+    let checkpoint = Checkpoint::open(&options.checkpoint)?;
+    let recipe = options.recipe(Preset::ZImage8Step, checkpoint.shift())?;
+    let default = Guidance::new(released::TEACHER_GUIDANCE)?;
+    let training = released::Training {
+        prompt_file,
+        out: options.out.clone(),
+        features: options.features.clone().unwrap_or_else(|| options.out.join("features")),
+        side: options.size.unwrap_or(released::SIDE),
+        kind: options.kind(),
+        device,
+        teacher_guidance: options.teacher_guidance.unwrap_or(default),
+        merge: options.merge,
+        intervals: options.intervals(),
+        start: options.start(),
+    };
+    let ending = released::train(&checkpoint, &recipe, &training)?;
+    Ok(ended(ending, options, &recipe))
+}
+
+fn train_embedded(options: &Options, device: Device) -> Result<ExitCode> {
+    options.refuse_released()?;
+    let checkpoint = Checkpoint::open(&options.checkpoint)?;
+    let recipe = options.recipe(Preset::Embedded, checkpoint.shift())?;
+    let default = Guidance::new(embedded::TEACHER_GUIDANCE)?;
+    let training = embedded::Training {
+        data: options.data().to_owned(),
+        classifier: options.classifier().to_owned(),
+        out: options.out.clone(),
+        device,
+        captions: options.prompts.unwrap_or(embedded::CAPTIONS),
+        teacher_guidance: options.teacher_guidance.unwrap_or(default),
+        intervals: options.intervals(),
+        start: options.start(),
+    };
+    let ending = embedded::train(&checkpoint, &recipe, &training)?;
+    Ok(ended(ending, options, &recipe))
+}
+
+/// The exit status of a training. Says where an interrupted one is, and how to go on.
+fn ended(ending: Ending, options: &Options, recipe: &Recipe) -> ExitCode {
+    let Ending::Interrupted(updates) = ending else { return ExitCode::SUCCESS };
+    println!(
+        "\nStopped after update {updates} of {}; the state is in {}. The same command goes on from there, \
+         and starts anew with --fresh",
+        recipe.updates,
+        options.out.display()
+    );
+    ExitCode::from(INTERRUPTED)
+}
+
+fn sample_released(options: &Options, device: Device, prompt: &str) -> Result<()> {
+    options.refuse_embedded()?;
+    let student = options.student_folder()?;
+    let base = Checkpoint::open(&options.checkpoint)?;
+    let saved = options.saved_recipe(&student, Preset::ZImage8Step, base.shift())?;
+    let pictures = released::Pictures {
+        prompt: prompt.to_owned(),
+        count: options.count as usize,
+        seed: options.seed,
+        kind: options.kind(),
+        device,
+        out: options.out.clone(),
+        tensors: options.tensors,
+    };
+    released::sample(&base, &student, &saved, &pictures)
+}
+
+fn sample_embedded(options: &Options, device: Device, caption: &str) -> Result<()> {
+    options.refuse_released()?;
+    let folder = options.student_folder()?;
+    ensure!(
+        folder.join("transformer").exists() || !folder.join(ADAPTER).exists(),
+        "{} is the adapter of a released model: name that with --checkpoint",
+        folder.display()
+    );
+    let student = Checkpoint::open(&folder)?;
+    let saved = options.saved_recipe(&folder, Preset::Embedded, student.shift())?;
+    let pictures = embedded::Pictures {
+        caption: caption.to_owned(),
+        count: options.count,
+        seed: options.seed,
+        device,
+        data: options.data().to_owned(),
+        out: options.out.clone(),
+    };
+    embedded::sample(&student, &saved.recipe, &pictures)
+}
