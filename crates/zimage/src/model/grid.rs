@@ -46,7 +46,7 @@ impl Grid {
     }
 }
 
-/// Length after padding to the next multiple of [`SEQUENCE_MULTIPLE`].
+/// Length after padding to the next multiple of 32 tokens.
 pub fn padded(length: i64) -> i64 {
     (length + SEQUENCE_MULTIPLE - 1) / SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
 }
