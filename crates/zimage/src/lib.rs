@@ -1,6 +1,13 @@
-//! Z-Image (S3-DiT) over `tch`, with what it takes to train one.
+//! Z-Image (S3-DiT) over `tch`, with everything that it takes to distil one. Not published, and no part of what
+//! decoupled-dmd promises.
 //!
-//! No part of the promises of decoupled-dmd: what is public here is what its examples, tests and benchmarks use.
+//! | folder | what it holds |
+//! |---|---|
+//! | `model/` | the transformer: configuration, grid, rotary embedding, blocks, files, the memory it takes |
+//! | `autoencoder/` | the decoder from latents to pictures |
+//! | `text/` | the Qwen3 encoder, its tokenizer, a cache of features |
+//! | `distil/` | student and fake score as roles of one model, the training loop, recipes, saved students |
+//! | `emoji/` | the embedded text-to-image model: pictures, words, a classifier, scores |
 #![allow(dead_code, unreachable_pub)]
 
 pub mod autoencoder;
