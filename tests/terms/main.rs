@@ -10,6 +10,7 @@ mod consistency;
 mod distribution_matching;
 mod divergence;
 mod flow_map;
+mod guidance;
 mod maximum_mean_discrepancy;
 mod mean_variance;
 mod own_losses;
