@@ -4,9 +4,10 @@ use std::rc::Rc;
 
 use tch::{Reduction, Tensor};
 
-use crate::batch::Condition;
+use crate::batch::{Batch, Condition};
 use crate::checks::{check_like, check_per_sample, check_samples};
 use crate::error::{Error, Result};
+use crate::guidance::Guidance;
 use crate::network::IntoOutput;
 use crate::numeric::{finite_where_masked, masked, mean, widen, widen_like};
 use crate::output::ModelOutput;
@@ -168,6 +169,26 @@ impl<'a> Denoiser<'a> {
         self.check_input(noised, time)?;
         let (one, two) = paired(noised, &time.for_network(noised)?, one, two)?;
         Ok((self.checked(noised, time, &one)?, self.checked(noised, time, &two)?))
+    }
+
+    /// The network's guided output at `noised` `[B, ..]` for the conditions of `batch`; the null branch is
+    /// asked only where `guidance` acts at one of the times.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] if the guidance acts and the batch has no null condition; as
+    /// [`denoise`](Self::denoise).
+    pub fn predict_guided(
+        &self,
+        noised: &Tensor,
+        time: &PostShift,
+        batch: &Batch<'_>,
+        guidance: Guidance,
+    ) -> Result<ModelOutput> {
+        if !guidance.acts_within(time.range()) {
+            return self.predict(noised, time, batch.cond());
+        }
+        let (cond, null) = self.predict_pair(noised, time, batch.cond(), batch.null()?)?;
+        cond.guided(&null, guidance)
     }
 
     /// The network's output `[B, ..]` and its derivative while the noised sample moves by `velocity`

@@ -201,13 +201,7 @@ impl<'a> Consistency<'a> {
         let (input, time) = batch.student_input()?;
         let teacher = probe.teacher();
         once(&self.is_fit, || self.check_paths(teacher.path()))?;
-        let output = if self.guidance.acts_within(time.range()) {
-            let (cond, null) = teacher.predict_pair(input, time, batch.cond(), batch.null()?)?;
-            cond.guided(&null, self.guidance)?
-        } else {
-            teacher.predict(input, time, batch.cond())?
-        };
-        let clean = output.sample()?.shallow_clone();
+        let clean = teacher.predict_guided(input, time, batch, self.guidance)?.into_sample()?;
         let noise = teacher.path().implied_noise(input, &clean, time)?;
         Ok(Point { input, time, own: probe.x().f_detach()?, teacher: clean, noise })
     }

@@ -348,13 +348,7 @@ impl<'a> MeanFlow<'a> {
     /// The guided teacher's flow velocity, `[B, ..]`.
     fn velocity(&self, batch: &Batch<'_>, x: &Tensor, time: &PostShift) -> Result<Tensor> {
         self.teacher.prediction().check_velocity(self.teacher.path(), time)?;
-        let output = if self.guidance.acts_within(time.range()) {
-            let pair = self.teacher.predict_pair(x, time, batch.cond(), batch.null()?)?;
-            pair.0.guided(&pair.1, self.guidance)?
-        } else {
-            self.teacher.predict(x, time, batch.cond())?
-        };
-        output.flow_velocity()
+        self.teacher.predict_guided(x, time, batch, self.guidance)?.flow_velocity()
     }
 }
 

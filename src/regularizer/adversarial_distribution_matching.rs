@@ -202,12 +202,8 @@ impl<'a> AdversarialDistributionMatching<'a> {
         time: &PostShift,
         to: &PostShift,
     ) -> Result<Tensor> {
-        let clean = if self.guidance.acts_within(time.range()) {
-            let pair = self.teacher.predict_pair(noised, time, batch.cond(), batch.null()?)?;
-            pair.0.guided(&pair.1, self.guidance)?.into_sample()?
-        } else {
-            self.teacher.denoise(noised, time, batch.cond())?
-        };
+        let output = self.teacher.predict_guided(noised, time, batch, self.guidance)?;
+        let clean = output.into_sample()?;
         self.advance(noised, &clean, time, to)
     }
 

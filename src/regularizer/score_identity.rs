@@ -100,12 +100,7 @@ impl<'a> ScoreIdentity<'a> {
     fn predictions(&self, probe: &Probe<'_>, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let (batch, tau, teacher) = (probe.batch(), probe.tau(), probe.teacher());
         let noised = teacher.path().renoise(x, tau, probe.noise())?;
-        let real = if self.guidance.acts_within(tau.range()) {
-            let pair = teacher.predict_pair(&noised, tau, batch.cond(), batch.null()?)?;
-            pair.0.guided(&pair.1, self.guidance)?.into_sample()?
-        } else {
-            teacher.denoise(&noised, tau, batch.cond())?
-        };
+        let real = teacher.predict_guided(&noised, tau, batch, self.guidance)?.into_sample()?;
         Ok((real, self.dm.fake().denoise(&noised, tau, batch.cond())?))
     }
 }
