@@ -80,7 +80,7 @@ fn main() -> ExitCode {
 
 /// The experiments that were asked for.
 fn chosen(options: &Options) -> Result<Vec<Experiment>> {
-    let mut experiments = experiments::all();
+    let mut experiments = experiments::all()?;
     let names: Vec<_> = experiments.iter().map(|experiment| experiment.name).collect();
     for name in &options.experiment {
         ensure!(
@@ -165,7 +165,7 @@ fn work(options: &Options) -> Result<()> {
 
 /// The document from all result files that are there.
 fn write_report(options: &Options, results: &Path, document: &Path, figures: &Path) -> Result<()> {
-    let mut experiments = experiments::all();
+    let mut experiments = experiments::all()?;
     for experiment in &mut experiments {
         experiment.arms = experiment.arms.drain(..).map(|arm| adapted(arm, options)).collect();
     }

@@ -1,42 +1,41 @@
 //! One arm of an experiment: everything that a run depends on but its seed.
 
-use anyhow::Result;
-use decoupled_dmd::{AboveStudent, Renoising, Shift, Uniform};
+use decoupled_dmd::{
+    AboveStudent, FlowRule, Renoising, Shift, Tangent, Times, Transition, Uniform,
+};
 use serde::{Deserialize, Serialize};
 
-/// Where a term looks at the samples.
+/// The times at which a term renoising at the samples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Tau {
-    /// U(0, 1), then the model's shift.
-    Full,
-    /// U(t, 1) with the student's own t, then the shift.
-    AboveStudent,
-    /// Evenly between two times *as the network sees them*: no shift follows.
-    Between(f64, f64),
+pub struct RenoisingTimes {
+    pub times: Times,
+    /// The model's where none is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shift: Option<Shift>,
 }
 
-impl Tau {
+impl RenoisingTimes {
+    /// At all times.
+    pub const FULL: Self = Self { times: Times::Uniform(Uniform::FULL), shift: None };
+    /// At times above the student's own.
+    pub const ABOVE_STUDENT: Self =
+        Self { times: Times::AboveStudent(AboveStudent::FULL), shift: None };
+
     /// How these times are drawn.
-    ///
-    /// # Errors
-    /// If the range is not one within [0, 1].
-    pub fn renoising(self) -> Result<Renoising<'static>> {
-        Ok(match self {
-            Self::Full => Renoising::new(Uniform::FULL),
-            Self::AboveStudent => Renoising::new(AboveStudent::FULL),
-            Self::Between(low, high) => {
-                Renoising::new(Uniform::new(low, high)?).shifted(Shift::NONE)
-            }
-        })
+    pub fn renoising(self) -> Renoising<'static> {
+        let renoising = Renoising::new(self.times);
+        match self.shift {
+            Some(shift) => renoising.shifted(shift),
+            None => renoising,
+        }
     }
 }
 
 /// What keeps the samples in place.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Shield {
-    DistributionMatching(Tau),
+#[serde(rename_all = "snake_case")]
+pub enum Regularization {
+    DistributionMatching(RenoisingTimes),
     /// One mean and variance an image, measured on the training pictures.
     MeanVariance {
         weight: f64,
@@ -55,20 +54,48 @@ pub enum Shield {
     },
 }
 
+/// What trains the student on the real pictures of the captions, noised.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnData {
+    /// Consistency along the guided teacher's ODE, at noise levels of all sizes.
+    Consistency { form: ConsistencyForm, weight: f64 },
+    /// The student is a flow map.
+    MeanFlow { rule: FlowRule },
+}
+
+/// How neighbours on the teacher's ODE are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ConsistencyForm {
+    /// Over one step of the teacher.
+    Discrete {
+        step: f64,
+    },
+    Continuous(Tangent),
+}
+
 /// What a run depends on but its seed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Arm {
     /// Name of the result files.
     pub name: String,
-    /// Steps of the student, in training and in sampling.
-    pub steps: usize,
-    /// Where CFG Augmentation looks; `None` for an arm without it.
-    pub engine: Option<Tau>,
-    pub shields: Vec<Shield>,
+    /// Steps of the student in training, taken in turn from update to update, the most first.
+    pub steps: Vec<usize>,
+    /// How a student walks its grid, in training and in sampling.
+    pub transition: Transition,
+    /// Where CFG Augmentation renoising; `None` for an arm without it.
+    pub engine: Option<RenoisingTimes>,
+    pub regularizers: Vec<Regularization>,
     /// Engine and distribution matching at one tau with one noise, normalised by the guided
     /// prediction: DMD2.
     pub coupled: bool,
-    /// A fake score is trained although no shield uses it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_data: Option<OnData>,
+    /// Updates on data before the first on rollouts, after which data are not used any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_stage: Option<u64>,
+    /// A fake score is trained although no regularizer uses it.
     pub observer: bool,
     /// Guidance scale alpha.
     pub guidance: f64,
@@ -94,10 +121,13 @@ impl Arm {
     pub fn new(name: &str, steps: usize) -> Self {
         Self {
             name: name.to_owned(),
-            steps,
+            steps: vec![steps],
+            transition: Transition::Ddim,
             engine: None,
-            shields: Vec::new(),
+            regularizers: Vec::new(),
             coupled: false,
+            on_data: None,
+            first_stage: None,
             observer: false,
             guidance: 3.0,
             updates: 40,
@@ -113,20 +143,26 @@ impl Arm {
     }
 
     #[must_use]
-    pub fn engine(mut self, tau: Tau) -> Self {
-        self.engine = Some(tau);
+    pub fn engine(mut self, renoising: RenoisingTimes) -> Self {
+        self.engine = Some(renoising);
         self
     }
 
     #[must_use]
-    pub fn shield(mut self, shield: Shield) -> Self {
-        self.shields.push(shield);
+    pub fn regularizer(mut self, regularizer: Regularization) -> Self {
+        self.regularizers.push(regularizer);
         self
     }
 
     #[must_use]
     pub fn coupled(mut self) -> Self {
         self.coupled = true;
+        self
+    }
+
+    #[must_use]
+    pub fn on_data(mut self, loss: OnData) -> Self {
+        self.on_data = Some(loss);
         self
     }
 
@@ -143,15 +179,60 @@ impl Arm {
         self
     }
 
+    /// The largest number of steps.
+    pub fn most_steps(&self) -> usize {
+        self.steps.iter().copied().max().unwrap_or(1)
+    }
+
+    /// Whether anything is trained on rollouts.
+    pub fn has_objective(&self) -> bool {
+        self.engine.is_some() || !self.regularizers.is_empty()
+    }
+
     /// Whether a fake score is trained.
     pub fn has_fake(&self) -> bool {
-        let matches = |shield: &Shield| matches!(shield, Shield::DistributionMatching(_));
-        self.observer || self.shields.iter().any(matches)
+        let matches = |term: &Regularization| matches!(term, Regularization::DistributionMatching(_));
+        self.observer || self.regularizers.iter().any(matches)
     }
 
     /// Whether a critic is trained.
     pub fn has_critic(&self) -> bool {
-        self.shields.iter().any(|shield| matches!(shield, Shield::Adversarial { .. }))
+        let is_adversarial =
+            |term: &Regularization| matches!(term, Regularization::Adversarial { .. });
+        self.regularizers.iter().any(is_adversarial)
+    }
+
+    /// Forwards of a network on one sample for an update of the student, on average; a forward with its backward
+    /// counts as three.
+    pub fn forwards(&self) -> f64 {
+        let on_data = match self.on_data {
+            // The student with its graph, the guided teacher, the neighbours on its ODE.
+            Some(OnData::Consistency { form: ConsistencyForm::Discrete { .. }, .. }) => 6.0,
+            Some(_) => 7.0,
+            None => 0.0,
+        };
+        let has_dm = self.has_fake() && !self.regularizers.is_empty();
+        let terms = match (self.engine, has_dm) {
+            (Some(_), true) if self.coupled => 3.0,
+            (Some(_), true) => 4.0,
+            (Some(_), false) | (None, true) => 2.0,
+            (None, false) => 0.0,
+        };
+        let rollout = self.steps.iter().sum::<usize>() as f64 / self.steps.len() as f64;
+        let fake = if self.has_fake() { 3.0 * self.fake_updates as f64 } else { 0.0 };
+        let on_rollouts = if self.has_objective() { rollout + 3.0 + terms + fake } else { 0.0 };
+        match self.first_stage {
+            Some(first) => {
+                let share = first as f64 / self.updates as f64;
+                share * on_data + (1.0 - share) * on_rollouts
+            }
+            None => on_data + on_rollouts,
+        }
+    }
+
+    /// Whether the student is sampled by jumps between the times of its grid.
+    pub fn jumps(&self) -> bool {
+        matches!(self.on_data, Some(OnData::MeanFlow { .. })) && !self.has_objective()
     }
 
     /// The same arm for a smoke test.
@@ -159,6 +240,7 @@ impl Arm {
     pub fn quick(self) -> Self {
         self.with(|arm| {
             arm.updates = 2;
+            arm.first_stage = arm.first_stage.map(|_| 1);
             arm.batch = 4;
             arm.fake_updates = 1;
             arm.fake_warmup = 1;

@@ -1,17 +1,21 @@
 //! What is measured on a student: scores, contrast, spectrum, and what an observing fake score sees.
 
 use anyhow::{Result, ensure};
-use decoupled_dmd::{Condition, Guidance, PostShift, RectifiedFlow, Transition};
+use decoupled_dmd::{
+    Condition, Denoiser, FewStepGrid, FlowMap, Guidance, PostShift, RectifiedFlow, Sampler, Transition,
+};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 use zimage::ZImageTransformer;
-use zimage::distil::{FakeScore, Network, Sampling, denoiser};
+use zimage::distil::{FakeScore, Sampling, denoiser};
 use zimage::emoji::{EmojiData, Evaluator, Judge, mean_variance};
 
-use super::training::{Material, TRANSITION};
+use super::training::{Material, Training};
 
 /// Captions whose samples are drawn in the strips.
 pub const PICTURED: usize = 5;
+/// Captions that diversity is measured on.
+const DIVERSE: usize = 32;
 /// Samples that an observer looks at.
 const OBSERVED: usize = 32;
 /// Times at which it looks, as the networks see them.
@@ -87,13 +91,50 @@ impl<'a> Bench<'a> {
         self.evaluator.items().len()
     }
 
-    /// Samples of a student without guidance, one a caption.
+    /// Samples of the student of a training in so many steps, one a caption.
     ///
     /// # Errors
     /// If libtorch fails.
-    pub fn samples<'n>(&self, student: impl Into<Network<'n>>, steps: usize) -> Result<Tensor> {
-        let run = Sampling { steps, guidance: Guidance::NEUTRAL, transition: TRANSITION };
-        self.evaluator.generate(student, run)
+    pub fn samples(&self, training: &Training<'_>, steps: usize) -> Result<Tensor> {
+        let student = Sampled::new(training, steps)?;
+        self.evaluator.generate_by(student.device, |noise, cond, _| student.sample(noise, cond))
+    }
+
+    /// How different the student's samples of one caption are.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn diversity(&self, training: &Training<'_>, steps: usize) -> Result<f64> {
+        let student = Sampled::new(training, steps)?;
+        let sample =
+            |noise: &Tensor, cond: &Condition, _: &Condition| student.sample(noise, cond);
+        self.evaluator.diversity_by(DIVERSE, student.device, sample)
+    }
+
+    /// The same of the guided teacher.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn teacher_diversity(
+        &self,
+        material: &Material<'_>,
+        steps: usize,
+        guidance: Guidance,
+    ) -> Result<f64> {
+        let teacher = denoiser(material.teacher, material.shift);
+        let grid = FewStepGrid::even(steps)?;
+        self.evaluator.diversity_by(DIVERSE, material.teacher.device(), |noise, cond, null| {
+            let sampler = Sampler::new(&teacher, grid.clone(), Transition::Ddim);
+            Ok(sampler.guided(guidance, null).sample(noise, cond)?)
+        })
+    }
+
+    /// Samples of a teacher without guidance.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn unguided(&self, teacher: &ZImageTransformer, steps: usize) -> Result<Tensor> {
+        self.guided(teacher, steps, Guidance::NEUTRAL)
     }
 
     /// Samples of a guided teacher.
@@ -114,7 +155,7 @@ impl<'a> Bench<'a> {
     /// # Errors
     /// If a sample is not finite.
     pub fn measure(&self, samples: &Tensor) -> Result<Measurement> {
-        let run = Sampling { steps: 1, guidance: Guidance::NEUTRAL, transition: TRANSITION };
+        let run = Sampling { steps: 1, guidance: Guidance::NEUTRAL, transition: Transition::Ddim };
         let scores = self.evaluator.row("", run, samples, samples)?.scores;
         Ok(Measurement {
             alignment: scores.alignment,
@@ -190,6 +231,39 @@ impl<'a> Bench<'a> {
             }
         }
         Ok((observations, pictures.unwrap_or_else(|| x.shallow_clone())))
+    }
+}
+
+/// The student of a training as it is sampled: by jumps of its flow map, or along its grid.
+struct Sampled<'t> {
+    student: Denoiser<'t>,
+    flow_map: Option<FlowMap<'t>>,
+    grid: FewStepGrid,
+    transition: Transition,
+    device: tch::Device,
+}
+
+impl<'t> Sampled<'t> {
+    fn new(training: &'t Training<'_>, steps: usize) -> Result<Self> {
+        let (weights, teacher) = (training.student_weights(), training.teacher());
+        let (recipe, arm) = (training.recipe(), training.terms().arm());
+        let flow_map = weights.flow_map(teacher, recipe.shift).filter(|_| arm.jumps());
+        Ok(Self {
+            student: weights.denoiser(teacher, recipe.shift),
+            flow_map,
+            grid: FewStepGrid::even(steps)?,
+            transition: arm.transition,
+            device: teacher.device(),
+        })
+    }
+
+    fn sample(&self, noise: &Tensor, cond: &Condition) -> Result<Tensor> {
+        Ok(match &self.flow_map {
+            Some(map) => map.sample(noise, cond, &self.grid)?,
+            None => {
+                Sampler::new(&self.student, self.grid.clone(), self.transition).sample(noise, cond)?
+            }
+        })
     }
 }
 

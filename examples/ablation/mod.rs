@@ -5,6 +5,7 @@ pub mod arm;
 pub mod bench;
 pub mod critic;
 pub mod experiments;
+pub mod on_data;
 pub mod plots;
 pub mod record;
 pub mod report;

@@ -16,6 +16,9 @@ pub struct Point {
     pub update: u64,
     #[serde(flatten)]
     pub measurement: Measurement,
+    /// By the number of steps, for students that are trained to take several.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub at_steps: BTreeMap<usize, Measurement>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub diagnostics: BTreeMap<String, f64>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -34,6 +37,9 @@ pub struct RunRecord {
     pub captions: usize,
     /// From update 0, the teacher's weights, to the last.
     pub points: Vec<Point>,
+    /// How different the last samples of one caption are, by the number of steps.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub diversity: BTreeMap<usize, f64>,
     /// The update after which a number was not finite any more.
     pub broken_after: Option<u64>,
     pub seconds: f64,
@@ -65,6 +71,8 @@ pub struct Reference {
     pub guidance: f64,
     /// At 50 steps, with guidance.
     pub guided: Measurement,
+    /// How different its samples of one caption are.
+    pub diversity: f64,
     /// Without guidance, by the number of steps.
     pub unguided: BTreeMap<usize, Measurement>,
     pub real: Measurement,

@@ -9,6 +9,7 @@
 //! | `{{verdict ONE TWO FIELD}}` | whether that interval leaves out zero, and on which side |
 //! | `{{teacher guided FIELD}}`, `{{teacher 4 FIELD}}`, `{{teacher real FIELD}}` | guided teacher, unguided one at 4 steps, real pictures |
 //! | `{{table EXPERIMENT}}` | one row an arm |
+//! | `{{steps EXPERIMENT STEPS}}` | one row an arm, its student in so many steps after the last update |
 //! | `{{curves EXPERIMENT}}`, `{{spectra EXPERIMENT}}`, `{{observations EXPERIMENT}}` | a plot |
 //! | `{{strips EXPERIMENT}}` | pictures of seed 0 over training |
 //! | `{{when EXPERIMENT}}`, `{{unless EXPERIMENT}}` .. `{{end}}` | the text between, if every arm has a run, or if not |
@@ -22,7 +23,7 @@ use anyhow::{Context, Result, bail};
 
 use super::bench::Measurement;
 use super::plots;
-use super::results::{Field, Results};
+use super::results::{Field, Results, Score};
 use super::statistics::Interval;
 
 /// Stands where a picture would.
@@ -112,6 +113,7 @@ impl Report<'_> {
             }
             ["teacher", which, field] => self.teacher(which, Field::named(field)?),
             ["table", experiment] => self.table(experiment),
+            ["steps", experiment, steps] => self.steps(experiment, steps.parse()?),
             ["curves", name] => self.plot(name, "curves", plots::write_curves),
             ["spectra", name] => self.plot(name, "spectra", plots::write_spectra),
             ["observations", name] => self.plot(name, "observations", plots::write_observations),
@@ -196,7 +198,7 @@ impl Report<'_> {
             let note = if broken > 0 { format!(" ({broken} not finite)") } else { String::new() };
             writeln!(text, "{note} |")?;
         }
-        let mut steps: Vec<usize> = experiment.arms.iter().map(|arm| arm.steps).collect();
+        let mut steps: Vec<usize> = experiment.arms.iter().flat_map(|arm| arm.steps.clone()).collect();
         steps.sort_unstable();
         steps.dedup();
         let unguided = steps.iter().map(|steps| {
@@ -213,6 +215,34 @@ impl Report<'_> {
                 value(Field::Frechet)?,
                 value(Field::Drift)?,
                 value(Field::Saturation)?
+            )?;
+        }
+        Ok(text)
+    }
+
+    fn steps(&self, experiment: &str, steps: usize) -> Result<String> {
+        let mut text =
+            String::from("| arm | forwards an update | alignment, % | Fréchet distance | drift | diversity |\n|---|---|---|---|---|---|\n");
+        for arm in &self.results.experiment(experiment)?.arms {
+            write!(text, "| {} | {:.1}", arm.name, arm.forwards())?;
+            for (_, score) in Score::ALL {
+                let field = Field::AtSteps(steps, score);
+                let interval = self.results.interval(&arm.name, field)?;
+                write!(text, " | {}", shown(interval, field, field.is_signed()))?;
+            }
+            writeln!(text, " |")?;
+        }
+        for (name, which) in
+            [("unguided, as many steps", steps.to_string()), ("guided, 50 steps", "guided".into())]
+        {
+            let value = |field| self.teacher(&which, field);
+            let diversity = if which == "guided" { "1.00" } else { "" };
+            writeln!(
+                text,
+                "| *teacher, {name}* | | {} | {} | {} | {diversity} |",
+                value(Field::Alignment)?,
+                value(Field::Frechet)?,
+                value(Field::Drift)?
             )?;
         }
         Ok(text)

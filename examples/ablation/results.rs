@@ -40,6 +40,28 @@ pub enum Field {
     /// Percent of the change's power in waves of more than 8 periods, at the first measurement after
     /// the start.
     FinePower,
+    /// After the last update, of students that are trained to take several numbers of steps.
+    AtSteps(usize, Score),
+}
+
+/// A score at one number of steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Score {
+    /// In percent.
+    Alignment,
+    Frechet,
+    Drift,
+    /// Distance between samples of one caption, over that of the guided teacher.
+    Diversity,
+}
+
+impl Score {
+    pub const ALL: [(&'static str, Self); 4] = [
+        ("alignment", Self::Alignment),
+        ("frechet", Self::Frechet),
+        ("drift", Self::Drift),
+        ("diversity", Self::Diversity),
+    ];
 }
 
 impl Field {
@@ -60,11 +82,16 @@ impl Field {
         ("fine-power", Self::FinePower),
     ];
 
-    /// By the name that the template uses.
+    /// By the name that the template uses; `alignment@2` is one at two steps.
     ///
     /// # Errors
     /// If there is none of this name.
     pub fn named(name: &str) -> Result<Self> {
+        if let Some((score, steps)) = name.split_once('@') {
+            let found = Score::ALL.iter().find(|(known, _)| *known == score);
+            let (_, score) = found.with_context(|| format!("score {score} is not known"))?;
+            return Ok(Self::AtSteps(steps.parse()?, *score));
+        }
         let found = Self::ALL.iter().find(|(known, _)| *known == name);
         let names = || Self::ALL.map(|(name, _)| name).join(", ");
         found
@@ -75,14 +102,21 @@ impl Field {
     /// Digits after the point.
     pub fn digits(self) -> usize {
         match self {
-            Self::Alignment | Self::LateAlignment | Self::FinePower => 1,
-            Self::Drift | Self::HighestDrift | Self::DmToCa | Self::FirstCaSize => 2,
+            Self::Alignment
+            | Self::LateAlignment
+            | Self::FinePower
+            | Self::AtSteps(_, Score::Alignment) => 1,
+            Self::Drift
+            | Self::HighestDrift
+            | Self::DmToCa
+            | Self::FirstCaSize
+            | Self::AtSteps(_, Score::Drift | Score::Diversity) => 2,
             _ => 3,
         }
     }
 
     pub fn is_signed(self) -> bool {
-        matches!(self, Self::Drift | Self::HighestDrift)
+        matches!(self, Self::Drift | Self::HighestDrift | Self::AtSteps(_, Score::Drift))
     }
 }
 
@@ -166,6 +200,17 @@ impl Results {
             Field::FakeLoss => diagnostic("fake_loss"),
             Field::FirstCaSize => run.points.get(1)?.diagnostics.get("ca_update_rms").copied(),
             Field::FinePower => fine_power(&run.points.get(1)?.change_spectrum),
+            Field::AtSteps(steps, Score::Diversity) => {
+                Some(run.diversity.get(&steps)? / self.reference.diversity)
+            }
+            Field::AtSteps(steps, score) => {
+                let measurement = last.at_steps.get(&steps)?;
+                Some(match score {
+                    Score::Alignment => 100.0 * measurement.alignment,
+                    Score::Frechet => measurement.frechet_distance,
+                    _ => self.drift(measurement.variance),
+                })
+            }
         }
     }
 

@@ -20,7 +20,7 @@ use super::training::{Material, named, training};
 const TEACHER_STEPS: usize = 50;
 const TEACHER_GUIDANCE: f64 = 3.0;
 /// Steps of students, for which the unguided teacher is measured too.
-const FEW_STEPS: [usize; 3] = [1, 4, 8];
+const FEW_STEPS: [usize; 4] = [1, 2, 4, 8];
 
 /// Measures the teacher unless its file is there.
 ///
@@ -41,13 +41,14 @@ pub fn write_reference(folder: &Path, material: &Material<'_>, bench: &Bench<'_>
     let measure = |samples: &Tensor| Ok::<_, anyhow::Error>(tidy(bench.measure(samples)?));
     let unguided = FEW_STEPS
         .into_iter()
-        .map(|steps| Ok((steps, measure(&bench.samples(material.teacher, steps)?)?)))
+        .map(|steps| Ok((steps, measure(&bench.unguided(material.teacher, steps)?)?)))
         .collect::<Result<_>>()?;
     let reference = Reference {
         captions: bench.captions(),
         selection: bench.is_selection(),
         guidance: TEACHER_GUIDANCE,
         guided: measure(&bench.guided(material.teacher, TEACHER_STEPS, guidance)?)?,
+        diversity: rounded(bench.teacher_diversity(material, TEACHER_STEPS, guidance)?),
         unguided,
         real: measure(&bench.real(material)?)?,
     };
@@ -82,20 +83,17 @@ pub fn run(
     let mut means = Means::default();
     let mut first: Option<Tensor> = None;
     let picks = Tensor::f_from_slice(&bench.pictured())?;
-    while !training.is_warm() {
-        training.warm_up()?;
-    }
     loop {
         if training.updates().is_multiple_of(arm.measure_every) || training.updates() == arm.updates
         {
-            let samples = bench.samples(training.student(), arm.steps)?;
+            let samples = bench.samples(&training, arm.most_steps())?;
             if !bool::try_from(samples.f_isfinite()?.f_all()?)? {
                 broken_after = Some(training.updates());
                 break;
             }
             let mut observations = Vec::new();
             if let Some(fake) = training.fake_score().filter(|_| arm.observer) {
-                let (seen, rows) = bench.observe(material, fake, &samples, arm.steps - 1)?;
+                let (seen, rows) = bench.observe(material, fake, &samples, arm.most_steps() - 1)?;
                 observations = seen;
                 if seed == 0 && training.updates() == arm.updates {
                     let columns = rows.size()[1];
@@ -122,9 +120,14 @@ pub fn run(
                 Some(first) => radial_spectrum(&samples.f_sub(first)?)?,
                 None => Vec::new(),
             };
+            let fewer = arm.steps.iter().filter(|steps| arm.steps.len() > 1 && **steps > 0);
+            let at_steps = fewer
+                .map(|steps| Ok((*steps, tidy(bench.measure(&bench.samples(&training, *steps)?)?))))
+                .collect::<Result<_>>()?;
             points.push(Point {
                 update: training.updates(),
                 measurement,
+                at_steps,
                 diagnostics: means.take(),
                 observations,
                 change_spectrum: change_spectrum.into_iter().map(rounded).collect(),
@@ -134,6 +137,9 @@ pub fn run(
         }
         if training.updates() == arm.updates {
             break;
+        }
+        while !training.is_warm() {
+            training.warm_up()?;
         }
         let record = named(training.step(true)?);
         if record.iter().any(|(_, value)| !value.is_finite()) {
@@ -147,11 +153,16 @@ pub fn run(
         let strip = Tensor::f_stack(&strip, 1)?.f_flatten(0, 1)?;
         write_grid(&picture(pictures, &arm.name)?, &strip, columns, 2)?;
     }
+    let several = arm.steps.iter().filter(|_| arm.steps.len() > 1 && broken_after.is_none());
+    let diversity = several
+        .map(|steps| Ok((*steps, rounded(bench.diversity(&training, *steps)?))))
+        .collect::<Result<_>>()?;
     let record = RunRecord {
         arm: arm.clone(),
         seed,
         captions: bench.captions(),
         points,
+        diversity,
         broken_after,
         seconds: start.elapsed().as_secs_f64().round(),
     };

@@ -1,24 +1,24 @@
-//! The training of one arm: the distillation of `zimage::distil` with any engine and any shields.
+//! The training of one arm: the distillation of `zimage::distil` with any terms.
 
 use anyhow::{Context, Result, ensure};
 use decoupled_dmd::{
     Adversarial, Batch, CfgAugmentation, Denoiser, DistributionMatching, Group, Guidance, Kernel,
     MaximumMeanDiscrepancy, MeanVariance, NoisePath, Normalizer, Objective, RectifiedFlow,
-    Schedule, Shift, Statistics, Transition,
+    Schedule, Shift, Statistics,
 };
 use tch::Tensor;
 use tch_training::Parameters;
 use tch_training::seed::begin;
 use zimage::ZImageTransformer;
 use zimage::distil::{
-    Decay, Distillation, Prompts, Recipe, Record, Rollout, Stream, Terms, embedded_optimizer,
+    Captions, Decay, Distillation, Networks, Prompts, Recipe, Record, Rollout, Stream, Terms,
+    embedded_optimizer,
 };
 
-use super::arm::{Arm, Shield, Tau};
+use super::arm::{Arm, RenoisingTimes, OnData, Regularization};
 use super::critic::Critic;
+use super::on_data;
 
-/// How students walk their grid, in training and in sampling.
-pub const TRANSITION: Transition = Transition::Ddim;
 /// Side of the pictures that the maximum mean discrepancy compares.
 const SMALL_SIDE: i64 = 8;
 
@@ -54,8 +54,8 @@ pub fn training<'a>(arm: &'a Arm, seed: u64, material: &'a Material<'a>) -> Resu
         // The terms are those of the arm: no schedule arranges them.
         schedule: Schedule::DecoupledHybrid,
         guidance: Guidance::new(arm.guidance)?,
-        steps: arm.steps,
-        transition: TRANSITION,
+        steps: arm.most_steps(),
+        transition: arm.transition,
         shift: material.shift,
         dm_shift: material.shift,
         updates: arm.updates,
@@ -98,7 +98,7 @@ pub fn named(record: Record) -> Record {
     kept.map(renamed).collect()
 }
 
-/// The engine and the shields of an arm, over what all arms share.
+/// The terms of an arm, over what all arms share.
 #[derive(Debug)]
 pub struct ArmTerms<'a> {
     arm: &'a Arm,
@@ -107,20 +107,25 @@ pub struct ArmTerms<'a> {
 }
 
 impl<'a> ArmTerms<'a> {
-    /// The terms, and a critic where a shield needs one.
+    /// The terms, and a critic where a regularizer needs one.
     ///
     /// # Errors
     /// If the arm has no term, or libtorch cannot allocate the critic.
     pub fn new(arm: &'a Arm, seed: u64, material: &'a Material<'a>) -> Result<Self> {
         ensure!(
-            arm.engine.is_some() || !arm.shields.is_empty(),
-            "arm {} has neither engine nor shield",
+            arm.has_objective() || arm.on_data.is_some(),
+            "arm {} has no term",
             arm.name
         );
         begin(seed, Stream::Critic);
         let settings = embedded_optimizer(arm.fake_learning_rate);
         let critic = || Critic::new(material.teacher, settings);
         Ok(Self { arm, material, critic: arm.has_critic().then(critic).transpose()? })
+    }
+
+    /// The arm.
+    pub fn arm(&self) -> &Arm {
+        self.arm
     }
 
     fn adversarial(&self) -> Option<Adversarial<'_>> {
@@ -138,50 +143,69 @@ impl Terms for ArmTerms<'_> {
         teacher: Denoiser<'o>,
         dm: Option<&'o DistributionMatching<'o>>,
     ) -> Result<Objective<'o>> {
-        let group = |tau: Tau| -> Result<Group<'o>> { Ok(Group::new(tau.renoising()?)) };
+        let group = |renoising: RenoisingTimes| Group::new(renoising.renoising());
         let guidance = Guidance::new(self.arm.guidance)?;
         let engine = CfgAugmentation::new(guidance);
         let mut objective = Objective::new(teacher);
         // The group of the engine waits for distribution matching where the two are coupled.
         let mut coupled = None;
-        if let Some(tau) = self.arm.engine {
-            let with_engine = group(tau)?.engine("ca", 1.0, engine);
+        if let Some(renoising) = self.arm.engine {
+            let with_engine = group(renoising).engine("ca", 1.0, engine);
             if self.arm.coupled {
                 coupled = Some(with_engine.normalizer(Normalizer::guided(guidance)));
             } else {
                 objective = objective.with(with_engine);
             }
         }
-        for shield in &self.arm.shields {
-            let other = group(Tau::Full)?;
+        for term in &self.arm.regularizers {
+            let other = group(RenoisingTimes::FULL);
             let real = &self.material.images;
             let moments = |statistics| MeanVariance::measured(real, statistics);
-            objective = objective.with(match (*shield, dm) {
-                (Shield::DistributionMatching(tau), Some(dm)) => {
-                    let group = coupled.take().map_or_else(|| group(tau), Ok)?;
-                    group.regularizer("dm", 1.0, dm)
+            objective = objective.with(match (*term, dm) {
+                (Regularization::DistributionMatching(renoising), Some(dm)) => {
+                    coupled.take().unwrap_or_else(|| group(renoising)).regularizer("dm", 1.0, dm)
                 }
-                (Shield::MeanVariance { weight }, _) => {
+                (Regularization::MeanVariance { weight }, _) => {
                     other.regularizer("mean_variance", weight, moments(Statistics::PerSample)?)
                 }
-                (Shield::ChannelMeanVariance { weight }, _) => {
+                (Regularization::ChannelMeanVariance { weight }, _) => {
                     other.regularizer("mean_variance", weight, moments(Statistics::PerChannel)?)
                 }
-                (Shield::MaximumMeanDiscrepancy { weight }, _) => {
+                (Regularization::MaximumMeanDiscrepancy { weight }, _) => {
                     let small = |x: &Tensor| x.f_adaptive_avg_pool2d([SMALL_SIDE, SMALL_SIDE]);
                     let mmd = MaximumMeanDiscrepancy::new(Kernel::gaussian())?.features(small);
                     other.regularizer("mmd", weight, mmd)
                 }
-                (Shield::Adversarial { weight }, _) => {
-                    let gan =
-                        self.adversarial().context("the adversarial shield lacks its critic")?;
+                (Regularization::Adversarial { weight }, _) => {
+                    let gan = self.adversarial().context("the adversarial term lacks its critic")?;
                     other.regularizer("gan", weight, gan)
                 }
-                (shield, None) => anyhow::bail!("{shield:?} lacks its network"),
+                (term, None) => anyhow::bail!("{term:?} lacks its network"),
             });
         }
         ensure!(coupled.is_none(), "a coupled arm needs distribution matching");
         Ok(objective)
+    }
+
+    fn rollout_steps(&self, update: u64, _most: usize) -> Option<usize> {
+        let since = update.checked_sub(self.arm.first_stage.unwrap_or(0))?;
+        let steps = &self.arm.steps;
+        self.arm.has_objective().then(|| steps[since as usize % steps.len()])
+    }
+
+    fn is_flow_map(&self) -> bool {
+        matches!(self.arm.on_data, Some(OnData::MeanFlow { .. }))
+    }
+
+    fn loss_on_data(
+        &self,
+        update: u64,
+        networks: &Networks<'_>,
+        captions: &Captions,
+    ) -> Result<Option<(Tensor, Record)>> {
+        let is_over = self.arm.first_stage.is_some_and(|updates| update >= updates);
+        let Some(loss) = self.arm.on_data.filter(|_| !is_over) else { return Ok(None) };
+        on_data::loss(loss, self.arm, update, networks, captions).map(Some)
     }
 
     fn has_fake_score(&self) -> bool {
@@ -192,14 +216,14 @@ impl Terms for ArmTerms<'_> {
         Ok(Some(self.material.pictures(items)?))
     }
 
-    fn train(&mut self, rollout: &Rollout) -> Result<Record> {
+    fn train(&mut self, rollout: &Rollout<'_>) -> Result<Record> {
         let loss = {
-            let (Some(gan), Some(real)) = (self.adversarial(), &rollout.real) else {
+            let (Some(gan), Some(real)) = (self.adversarial(), &rollout.captions.real) else {
                 return Ok(Record::new());
             };
             let steps = rollout.trajectory.draw_steps()?;
             let x = rollout.trajectory.samples_at(&steps)?;
-            gan.critic_loss(&Batch::new(&x, &rollout.cond)?.with_real(real)?)?
+            gan.critic_loss(&Batch::new(&x, &rollout.captions.cond)?.with_real(real)?)?
         };
         let Some(critic) = &mut self.critic else { return Ok(Record::new()) };
         let _norm = critic.trainer.descend(&loss, None)?;

@@ -6,7 +6,7 @@ use anyhow::Result;
 use tch_training::files::write_json;
 use tempfile::{TempDir, tempdir};
 
-use crate::ablation::arm::{Arm, Tau};
+use crate::ablation::arm::{Arm, RenoisingTimes};
 use crate::ablation::bench::{Measurement, Observation};
 use crate::ablation::experiments::Experiment;
 use crate::ablation::record::{Point, Reference, RunRecord, reference_path, run_path};
@@ -25,13 +25,14 @@ fn measurement(alignment: f64, variance: f64) -> Measurement {
 /// Two arms with made-up runs: the second is better by 10 and by 12 points.
 pub fn made_up() -> Result<(TempDir, Results)> {
     let folder = tempdir()?;
-    let one = Arm::new("one", 4).engine(Tau::Full);
+    let one = Arm::new("one", 4).engine(RenoisingTimes::FULL);
     let two = one.clone().with(|arm| arm.name = "two".to_owned());
     for (arm, alignments) in [(&one, [0.5, 0.6]), (&two, [0.6, 0.72])] {
         for (seed, alignment) in (0..).zip(alignments) {
             let point = |update, alignment| Point {
                 update,
                 measurement: measurement(alignment, 1.0),
+                at_steps: BTreeMap::new(),
                 diagnostics: BTreeMap::new(),
                 observations: vec![Observation { time: 0.5, sample: 2.0, fake: 8.0, teacher: 1.0 }],
                 change_spectrum: vec![1.0, 2.0, 1.0],
@@ -41,6 +42,7 @@ pub fn made_up() -> Result<(TempDir, Results)> {
                 seed,
                 captions: 96,
                 points: vec![point(0, 0.2), point(arm.updates, alignment)],
+                diversity: BTreeMap::new(),
                 broken_after: None,
                 seconds: 1.0,
             };
@@ -52,6 +54,7 @@ pub fn made_up() -> Result<(TempDir, Results)> {
         selection: false,
         guidance: 3.0,
         guided: measurement(1.0, 2.0),
+        diversity: 0.1,
         unguided: [(4, measurement(0.8, 1.0))].into(),
         real: measurement(1.0, 1.5),
     };

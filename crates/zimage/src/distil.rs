@@ -15,6 +15,7 @@ pub mod run;
 mod sampling;
 mod saved_student;
 mod stream;
+mod student;
 mod terms;
 mod training_loop;
 mod weights;
@@ -29,12 +30,13 @@ pub use prompts::{Buckets, Prompts};
 pub use recipe::{Decay, Preset, Recipe, embedded_optimizer};
 pub use renderer::{Renderer, draw_noise, latent_size};
 pub use role_trainer::RoleTrainer;
-pub use rollout::Rollout;
+pub use rollout::{Captions, Rollout};
 pub use sampling::Sampling;
 pub use saved_student::{
     ADAPTER, FinishedRun, REPORT, SavedRecipe, Start, open_states, save_student,
 };
 pub use stream::Stream;
-pub use terms::{ScheduledTerms, Terms};
+pub use student::StudentWeights;
+pub use terms::{Networks, ScheduledTerms, Terms};
 pub use training_loop::{Ending, History, Intervals, Outcome, Preview, train_student};
 pub use weights::{Network, RoleWeights};

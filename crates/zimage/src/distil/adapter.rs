@@ -1,13 +1,17 @@
 //! Z-Image as the library sees it: the one place where its sign is turned.
 
 use anyhow::{Result, ensure};
-use decoupled_dmd::{Condition, Denoiser, NoisePath, Prediction, RectifiedFlow, Shift};
+use decoupled_dmd::{Condition, Denoiser, FlowMap, NoisePath, Prediction, RectifiedFlow, Shift};
 use tch::Tensor;
 
 use crate::distil::weights::Network;
+use crate::model::time_features;
 
-/// Makes the rows of a step table learn faster than the weights that they start beside.
+/// Makes the rows of a table of steps or lengths learn faster than the weights that they start beside.
 const STEP_SCALE: f64 = 10.0;
+/// The argument of the features of a jump's length, for a length of 1. Small, so that the network is smooth in
+/// it: losses of flow maps take derivatives.
+const LENGTH_SCALE: f64 = 10.0;
 
 /// `network` as a denoiser of `[B, C, H, W]` that is run with `shift`, and whose condition is one tensor
 /// of encoded captions `[B, L, D]`.
@@ -56,6 +60,26 @@ pub fn fake_denoiser<'a>(
             velocity(network, x, t, &captions.f_add(&step)?)
         },
     )
+}
+
+/// `network` as a flow map: `lengths` `[F, D]` holds what is added to the captions for each feature of the length
+/// of a jump.
+pub fn flow_map<'a>(
+    network: impl Into<Network<'a>>,
+    lengths: &'a Tensor,
+    shift: Shift,
+) -> FlowMap<'a> {
+    let network = network.into();
+    FlowMap::new(
+        move |x: &Tensor, from: &Tensor, to: &Tensor, condition: &Condition| -> Result<Tensor> {
+            let captions = captions(condition)?;
+            let length = to.f_sub(from)?.f_mul_scalar(LENGTH_SCALE)?;
+            let added = time_features(&length)?.f_matmul(lengths)?.f_mul_scalar(STEP_SCALE)?;
+            let added = added.f_unsqueeze(1)?.f_to_kind(captions.f_kind()?)?;
+            velocity(network, x, from, &captions.f_add(&added)?)
+        },
+    )
+    .shifted(shift)
 }
 
 /// The flow velocity eps - x0. The model's clock is the library's (0 noise, 1 image), but its raw

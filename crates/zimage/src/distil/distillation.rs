@@ -13,10 +13,11 @@ use crate::distil::fake_score::FakeScore;
 use crate::distil::prompts::{Buckets, Prompts};
 use crate::distil::recipe::{Decay, Recipe};
 use crate::distil::role_trainer::RoleTrainer;
-use crate::distil::rollout::Rollout;
+use crate::distil::rollout::{Captions, Rollout};
 use crate::distil::stream::Stream;
-use crate::distil::terms::{ScheduledTerms, Terms};
-use crate::distil::weights::{Network, RoleWeights};
+use crate::distil::student::{Student, StudentWeights};
+use crate::distil::terms::{Networks, ScheduledTerms, Terms};
+use crate::distil::weights::Network;
 use crate::model::ZImageTransformer;
 
 /// Names of the counts in the state.
@@ -38,9 +39,9 @@ pub struct Distillation<'a, T = ScheduledTerms> {
     /// Size of one sample, `[C, H, W]`.
     size: [i64; 3],
     terms: T,
-    student: RoleTrainer,
+    student: Student,
     fake: Option<FakeScore>,
-    average: RoleWeights,
+    average: StudentWeights,
     /// Updates of the fake score before the first of the student, so far.
     warmed: u64,
     update: u64,
@@ -82,7 +83,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
     ) -> Result<Self> {
         begin(recipe.seed, Stream::Adapters);
         let adapter = recipe.adapter.as_ref();
-        let student = RoleTrainer::new(teacher, adapter, recipe.student, None)?;
+        let student = Student::new(teacher, adapter, recipe.student, terms.is_flow_map())?;
         let fake = || FakeScore::new(teacher, adapter, recipe.fake, recipe.steps);
         Ok(Self {
             teacher,
@@ -91,7 +92,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
             data_variance: None,
             size,
             fake: terms.has_fake_score().then(fake).transpose()?,
-            average: student.weights.duplicate()?,
+            average: student.duplicate()?,
             student,
             terms,
             warmed: 0,
@@ -111,12 +112,22 @@ impl<'a, T: Terms> Distillation<'a, T> {
 
     /// The moving average of the student: what to sample with and to keep.
     pub fn student(&self) -> Network<'_> {
-        self.average.network(self.teacher)
+        self.average.role.network(self.teacher)
     }
 
     /// The weights behind [`Self::student`].
-    pub fn student_weights(&self) -> &RoleWeights {
+    pub fn student_weights(&self) -> &StudentWeights {
         &self.average
+    }
+
+    /// The teacher.
+    pub fn teacher(&self) -> &ZImageTransformer {
+        self.teacher
+    }
+
+    /// The terms.
+    pub fn terms(&self) -> &T {
+        &self.terms
     }
 
     /// The fake score, where one is trained.
@@ -140,7 +151,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
     pub fn state(&self) -> Parameters {
         let role = |name, trainer: &RoleTrainer| prefixed(name, trainer.state().collect());
         let count = |count: u64| Tensor::from(count as i64);
-        role("student", &self.student)
+        role("student", &self.student.trainer)
             .chain(self.fake.iter().flat_map(|fake| role("fake", &fake.trainer)))
             .chain(prefixed("terms", self.terms.state()))
             .chain(prefixed("average", self.average.parameters().into_iter().collect()))
@@ -167,9 +178,17 @@ impl<'a, T: Terms> Distillation<'a, T> {
         Ok(())
     }
 
-    /// Whether the student's first update may come: there is no fake score, or it has had its updates alone.
+    /// Whether the student's next update may come: it takes no rollout, there is no fake score, or the fake score
+    /// has had its updates alone.
     pub fn is_warm(&self) -> bool {
-        self.fake.is_none() || self.warmed >= self.recipe.fake_warmup
+        self.rollout_steps().is_none()
+            || self.fake.is_none()
+            || self.warmed >= self.recipe.fake_warmup
+    }
+
+    /// Steps of the student's rollout at the next update.
+    fn rollout_steps(&self) -> Option<usize> {
+        self.terms.rollout_steps(self.update, self.recipe.steps)
     }
 
     /// Trains the fake score alone on one rollout of the student, as often as in an update, as long
@@ -181,7 +200,8 @@ impl<'a, T: Terms> Distillation<'a, T> {
         let end = (self.warmed + self.recipe.fake_updates.max(1)).min(self.recipe.fake_warmup);
         begin(self.recipe.seed, Stream::WarmUp(self.warmed));
         self.gradient_norm = 0.0;
-        let rollout = self.roll_out()?;
+        let captions = self.draw_captions()?;
+        let rollout = self.roll_out(&captions, self.rollout_steps().unwrap_or(self.recipe.steps))?;
         while self.warmed < end {
             self.train_fake(&rollout)?;
             self.warmed += 1;
@@ -200,20 +220,24 @@ impl<'a, T: Terms> Distillation<'a, T> {
     pub fn step(&mut self, observe: bool) -> Result<Record> {
         begin(self.recipe.seed, Stream::Update(self.update));
         self.gradient_norm = 0.0;
-        self.student.optimizer.settings.learning_rate =
+        self.student.trainer.optimizer.settings.learning_rate =
             self.recipe.student.learning_rate * self.learning_rate_factor();
-        let rollout = self.roll_out()?;
-        let mut record = self.train_student(&rollout, observe)?;
-        if self.fake.is_some() {
-            let mut loss = 0.0;
-            for _ in 0..self.recipe.fake_updates {
-                loss += self.train_fake(&rollout)?;
+        let captions = self.draw_captions()?;
+        let roll_out = |steps| self.roll_out(&captions, steps);
+        let rollout = self.rollout_steps().map(roll_out).transpose()?;
+        let mut record = self.train_student(&captions, rollout.as_ref(), observe)?;
+        if let Some(rollout) = &rollout {
+            if self.fake.is_some() {
+                let mut loss = 0.0;
+                for _ in 0..self.recipe.fake_updates {
+                    loss += self.train_fake(rollout)?;
+                }
+                record.push(("fake".into(), loss / self.recipe.fake_updates.max(1) as f64));
             }
-            record.push(("fake".into(), loss / self.recipe.fake_updates.max(1) as f64));
+            record.extend(self.terms.train(rollout)?);
         }
-        record.extend(self.terms.train(&rollout)?);
         self.update += 1;
-        let current = self.student.weights.parameters();
+        let current = self.student.parameters();
         update_average(&self.average.parameters(), &current, self.recipe.ema, self.update)?;
         Ok(record)
     }
@@ -242,25 +266,60 @@ impl<'a, T: Terms> Distillation<'a, T> {
         warm.min(left).min(1.0)
     }
 
-    fn train_student(&mut self, rollout: &Rollout, observe: bool) -> Result<Record> {
-        let Rollout { trajectory, cond, null, real } = rollout;
+    fn train_student(
+        &mut self,
+        captions: &Captions,
+        rollout: Option<&Rollout<'_>>,
+        observe: bool,
+    ) -> Result<Record> {
+        let tape = self.tape();
+        let (student, flow_map) =
+            self.student.training(self.teacher, tape.as_ref(), self.recipe.shift);
+        let teacher = denoiser(self.teacher, self.recipe.shift);
+        let (mut losses, mut record) = (Vec::new(), Record::new());
+        if let Some(rollout) = rollout {
+            let (loss, seen) = self.loss_on_rollout(teacher.clone(), &student, rollout, observe)?;
+            losses.push(loss);
+            record.extend(seen);
+        }
+        let networks = Networks { teacher, student, flow_map };
+        if let Some((loss, seen)) = self.terms.loss_on_data(self.update, &networks, captions)? {
+            losses.push(loss);
+            record.extend(seen);
+        }
+        drop(networks);
+        let sum = losses.into_iter().map(Ok).reduce(|sum, loss| Ok(sum?.f_add(&loss?)?));
+        let loss: Result<Tensor> = sum.context("the student is trained by no loss")?;
+        let norm = f64::try_from(self.student.trainer.descend(&loss?, tape.as_ref())?)?;
+        self.note_norm(norm);
+        if observe {
+            record.push(("student_gradient".into(), norm));
+        }
+        Ok(record)
+    }
+
+    /// The objective's loss, and what it shows.
+    fn loss_on_rollout(
+        &self,
+        teacher: Denoiser<'_>,
+        student: &Denoiser<'_>,
+        rollout: &Rollout<'_>,
+        observe: bool,
+    ) -> Result<(Tensor, Record)> {
+        let Rollout { trajectory, captions, .. } = rollout;
         let (base, shift) = (self.teacher, self.recipe.shift);
         let dm =
             self.fake.as_ref().map(|fake| DistributionMatching::new(fake.denoiser(base, shift)));
-        let mut objective = self.terms.objective(denoiser(base, shift), dm.as_ref())?;
+        let mut objective = self.terms.objective(teacher, dm.as_ref())?;
         if observe {
             objective = objective.observed();
         }
-
         let steps = trajectory.draw_steps()?;
-        let tape = self.tape();
-        let simulation = {
-            let network = self.student.weights.training(base, tape.as_ref());
-            self.sampler(&denoiser(network, shift))?.simulate_on(trajectory, cond, &steps)?
-        };
-        let cond = rollout.cond_at(&steps);
-        let mut batch = Batch::of(&simulation, &cond)?.with_null(null);
-        if let Some(real) = real {
+        let sampler = self.sampler(student, trajectory.steps() as usize)?;
+        let simulation = sampler.simulate_on(trajectory, &captions.cond, &steps)?;
+        let cond = rollout.cond_at(&steps)?;
+        let mut batch = Batch::of(&simulation, &cond)?.with_null(&captions.null);
+        if let Some(real) = &captions.real {
             batch = batch.with_real(real)?;
         }
         let evaluation = objective.evaluate(&batch)?;
@@ -269,17 +328,10 @@ impl<'a, T: Terms> Distillation<'a, T> {
             let drift = diagnostics.variance_drift(variance)?;
             record.extend(drift.map(|drift| ("variance_drift".to_owned(), drift)));
         }
-        drop(objective);
-        drop(dm);
-        let norm = f64::try_from(self.student.descend(&evaluation.loss, tape.as_ref())?)?;
-        self.note_norm(norm);
-        if observe {
-            record.push(("student_gradient".into(), norm));
-        }
-        Ok(record)
+        Ok((evaluation.loss, record))
     }
 
-    fn train_fake(&mut self, rollout: &Rollout) -> Result<f64> {
+    fn train_fake(&mut self, rollout: &Rollout<'_>) -> Result<f64> {
         let tape = self.tape();
         let Some(fake) = &mut self.fake else { return Ok(0.0) };
         let (loss, norm) = fake.train(self.teacher, rollout, self.recipe.shift, tape.as_ref())?;
@@ -294,16 +346,24 @@ impl<'a, T: Terms> Distillation<'a, T> {
         }
     }
 
-    /// The student's way from fresh noise over its whole grid, for fresh captions.
-    fn roll_out(&self) -> Result<Rollout> {
+    /// Fresh captions.
+    fn draw_captions(&self) -> Result<Captions> {
         let items = self.buckets.draw(self.recipe.batch)?;
         let (cond, null) = self.prompts.conditions(&items)?;
+        Ok(Captions { cond, null, real: self.terms.real(&items)?, items })
+    }
+
+    /// The student's way from fresh noise over a whole grid of `steps`.
+    fn roll_out<'c>(&self, captions: &'c Captions, steps: usize) -> Result<Rollout<'c>> {
+        let most = self.recipe.steps;
+        let stride = most / steps.max(1);
+        ensure!(steps * stride == most, "a rollout of {steps} steps does not divide {most}");
         let [channels, height, width] = self.size;
         let shape = [self.recipe.batch as i64, channels, height, width];
         let noise = Tensor::f_randn(shape, (Kind::Float, self.teacher.device()))?;
-        let student = denoiser(self.student.weights.network(self.teacher), self.recipe.shift);
-        let trajectory = self.sampler(&student)?.trajectory(&noise, &cond)?;
-        Ok(Rollout { trajectory, cond, null, real: self.terms.real(&items)? })
+        let student = self.student.denoiser(self.teacher, self.recipe.shift);
+        let trajectory = self.sampler(&student, steps)?.trajectory(&noise, &captions.cond)?;
+        Ok(Rollout { trajectory, captions, stride: stride as i64 })
     }
 
     /// What the forward passes of one loss are kept on, if they are to be computed again.
@@ -311,8 +371,8 @@ impl<'a, T: Terms> Distillation<'a, T> {
         self.recipe.checkpointing.then(Tape::default)
     }
 
-    fn sampler<'d>(&self, student: &'d Denoiser<'d>) -> Result<Sampler<'d>> {
-        let grid = FewStepGrid::even(self.recipe.steps)?;
+    fn sampler<'d>(&self, student: &'d Denoiser<'d>, steps: usize) -> Result<Sampler<'d>> {
+        let grid = FewStepGrid::even(steps)?;
         Ok(Sampler::new(student, grid, self.recipe.transition))
     }
 }

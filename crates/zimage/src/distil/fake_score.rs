@@ -49,7 +49,7 @@ impl FakeScore {
     pub fn train(
         &mut self,
         base: &ZImageTransformer,
-        rollout: &Rollout,
+        rollout: &Rollout<'_>,
         shift: Shift,
         tape: Option<&Tape>,
     ) -> Result<(Tensor, Tensor)> {
@@ -58,7 +58,7 @@ impl FakeScore {
         let loss = {
             let network = self.trainer.weights.training(base, tape);
             let dm = DistributionMatching::new(fake_denoiser(network, &self.steps, shift));
-            dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps))?)?
+            dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps)?)?)?
         };
         let norm = self.trainer.descend(&loss, tape)?;
         Ok((loss, norm))

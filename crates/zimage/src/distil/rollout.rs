@@ -1,21 +1,37 @@
-//! A rollout of the student.
+//! Captions and a rollout of the student for them.
 
+use anyhow::Result;
 use decoupled_dmd::{Condition, Trajectory};
 use tch::Tensor;
 
-/// A rollout of the student and the conditions that it was made for.
+/// The captions of an update.
 #[derive(Debug)]
-pub struct Rollout {
-    pub trajectory: Trajectory,
+pub struct Captions {
+    /// Their indices among the prompts.
+    pub items: Vec<i64>,
     pub cond: Condition,
     pub null: Condition,
-    /// Real samples of the same captions, where the terms want them.
+    /// Real samples of the captions, where the terms want them.
     pub real: Option<Tensor>,
 }
 
-impl Rollout {
-    /// The condition for the fake score too, which wants to know the student's step.
-    pub fn cond_at(&self, steps: &Tensor) -> Condition {
-        Condition::from(vec![self.cond[0].shallow_clone(), steps.shallow_clone()])
+/// A rollout of the student for the captions.
+#[derive(Debug)]
+pub struct Rollout<'c> {
+    pub trajectory: Trajectory,
+    pub captions: &'c Captions,
+    /// Steps of the longest grid in one of this rollout.
+    pub(super) stride: i64,
+}
+
+impl Rollout<'_> {
+    /// The condition for the fake score too, which wants to know the student's step: its place on the longest
+    /// grid.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn cond_at(&self, steps: &Tensor) -> Result<Condition> {
+        let cond = self.captions.cond[0].shallow_clone();
+        Ok(Condition::from(vec![cond, steps.f_mul_scalar(self.stride)?]))
     }
 }

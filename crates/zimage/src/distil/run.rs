@@ -162,7 +162,7 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
     let preview = |distillation: &Distillation<'_>| {
         // The best student need not be the last, and the machine may be gone before that one.
         let update = distillation.updates();
-        keep(&out.join(format!("student-{update:06}")), distillation.student_weights(), false)?;
+        keep(&out.join(format!("student-{update:06}")), &distillation.student_weights().role, false)?;
         let path = out.join(format!("preview-{update:06}.png"));
         let images = renderer.render(distillation.student(), few_steps(recipe))?;
         let heading = format!("student {}", recipe.steps);
@@ -176,7 +176,7 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
     };
 
     let student = out.join("student");
-    keep(&student, distillation.student_weights(), training.merge)?;
+    keep(&student, &distillation.student_weights().role, training.merge)?;
     write_curves(&out.join("curves.svg"), &history)?;
     let report = json!({ "recipe": recipe, "training_seconds": seconds, "prompts": prompts.len() });
     write_json(&out.join(REPORT), &report)?;

@@ -1,17 +1,30 @@
 //! The terms that a student is trained with.
 
 use anyhow::{Context, Result};
-use decoupled_dmd::{Denoiser, DistributionMatching, Guidance, Objective, Schedule, Shift, Shifts};
+use decoupled_dmd::{
+    Denoiser, DistributionMatching, FlowMap, Guidance, Objective, Schedule, Shift, Shifts,
+};
 use tch::Tensor;
 use tch_training::Parameters;
 
 use crate::distil::distillation::Record;
 use crate::distil::recipe::Recipe;
-use crate::distil::rollout::Rollout;
+use crate::distil::rollout::{Captions, Rollout};
+
+/// The networks of an update, for losses on data.
+#[derive(Debug)]
+pub struct Networks<'n> {
+    pub teacher: Denoiser<'n>,
+    /// The student with its graph.
+    pub student: Denoiser<'n>,
+    /// The student with its graph, where it is a flow map.
+    pub flow_map: Option<FlowMap<'n>>,
+}
 
 /// The objective of a [`Distillation`](super::Distillation), and the networks that its terms own.
 pub trait Terms {
-    /// The objective over `teacher`. `dm` is distribution matching with the fake score, where one is trained.
+    /// The objective of the student's rollouts over `teacher`. `dm` is distribution matching with the fake score,
+    /// where one is trained.
     ///
     /// # Errors
     /// If a term lacks its network, or a setting is out of range.
@@ -20,6 +33,32 @@ pub trait Terms {
         teacher: Denoiser<'o>,
         dm: Option<&'o DistributionMatching<'o>>,
     ) -> Result<Objective<'o>>;
+
+    /// Steps of the student's rollout at an update, a divisor of `most`, those of the recipe; `None` where the
+    /// student is trained on data alone.
+    fn rollout_steps(&self, update: u64, most: usize) -> Option<usize> {
+        let _ = update;
+        Some(most)
+    }
+
+    /// Whether the student is a network of two times.
+    fn is_flow_map(&self) -> bool {
+        false
+    }
+
+    /// A loss of the student on data of the captions, which is added to that of its rollouts, and what it shows.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    fn loss_on_data(
+        &self,
+        update: u64,
+        networks: &Networks<'_>,
+        captions: &Captions,
+    ) -> Result<Option<(Tensor, Record)>> {
+        let _ = (update, networks, captions);
+        Ok(None)
+    }
 
     /// Whether a fake score is trained beside the student.
     fn has_fake_score(&self) -> bool {
@@ -39,7 +78,7 @@ pub trait Terms {
     ///
     /// # Errors
     /// If libtorch fails.
-    fn train(&mut self, rollout: &Rollout) -> Result<Record> {
+    fn train(&mut self, rollout: &Rollout<'_>) -> Result<Record> {
         let _ = rollout;
         Ok(Record::new())
     }

@@ -108,17 +108,19 @@ pub fn train_student<T: Terms>(
     let bar =
         progress_bar(Some(updates), "{pos}/{len} updates, {elapsed} gone, {eta} left  {msg}")?;
     bar.set_position(distillation.updates());
-    while !distillation.is_warm() {
-        bar.set_message("the fake score alone");
-        distillation.warm_up()?;
-        distillation.check_gradients()?;
-        if interrupt.is_requested() {
-            session.save(distillation)?;
-            return Ok(Outcome::Interrupted);
-        }
-    }
     bar.reset_eta();
     while distillation.updates() < updates {
+        if !distillation.is_warm() {
+            bar.set_message("the fake score alone");
+            distillation.warm_up()?;
+            distillation.check_gradients()?;
+            if interrupt.is_requested() {
+                session.save(distillation)?;
+                return Ok(Outcome::Interrupted);
+            }
+            bar.reset_eta();
+            continue;
+        }
         let observe = is_due(distillation.updates() + 1, intervals.observe);
         let record = distillation.step(observe)?;
         distillation.check_gradients()?;

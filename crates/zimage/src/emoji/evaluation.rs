@@ -1,9 +1,9 @@
 //! Teacher and student side by side, on the same captions and noise.
 
 use anyhow::{Result, ensure};
-use decoupled_dmd::{FewStepGrid, Sampler, Shift};
+use decoupled_dmd::{Condition, FewStepGrid, Sampler, Shift};
 use serde::Serialize;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::distil::{Network, Prompts, Sampling, denoiser};
 use crate::emoji::pictures::EmojiData;
@@ -13,6 +13,10 @@ use crate::emoji::scores::{Judge, Scores};
 const NOISE_SEED: i64 = 20_251_127;
 /// Seed of the noise between steps, where a transition draws some: the same for a run that was resumed.
 const STEP_NOISE_SEED: i64 = NOISE_SEED + 1;
+/// Seed of the first of the noises that diversity is measured with.
+const DIVERSITY_SEED: i64 = NOISE_SEED + 1000;
+/// Samples of a caption that diversity is measured on.
+const SAMPLES_A_CAPTION: i64 = 4;
 /// Samples generated at once.
 const CHUNK: usize = 64;
 
@@ -60,7 +64,7 @@ impl<'a> Evaluator<'a> {
         tch::manual_seed(NOISE_SEED);
         let (_, channels, height, width) = data.images.size4()?;
         let shape = [items.len() as i64, channels, height, width];
-        let noise = Tensor::f_randn(shape, (Kind::Float, tch::Device::Cpu))?;
+        let noise = Tensor::f_randn(shape, (Kind::Float, Device::Cpu))?;
         Ok(Self { judge, prompts, shift, items, noise })
     }
 
@@ -75,20 +79,68 @@ impl<'a> Evaluator<'a> {
     /// If libtorch fails.
     pub fn generate<'n>(&self, network: impl Into<Network<'n>>, run: Sampling) -> Result<Tensor> {
         let network = network.into();
-        let device = network.model.device();
         let denoiser = denoiser(network, self.shift);
         let grid = FewStepGrid::even(run.steps)?;
+        self.generate_by(network.model.device(), |noise, cond, null| {
+            let sampler =
+                Sampler::new(&denoiser, grid.clone(), run.transition).guided(run.guidance, null);
+            Ok(sampler.sample(noise, cond)?)
+        })
+    }
+
+    /// Samples `[N, C, H, W]` on the CPU, one a caption, each batch made on `device` from noise, the captions'
+    /// condition and the null condition.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn generate_by(
+        &self,
+        device: Device,
+        sample: impl Fn(&Tensor, &Condition, &Condition) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        self.generate_from(&self.items, &self.noise, device, &sample)
+    }
+
+    /// How different the samples of one caption are, as [`Judge::diversity`] has it: four from each of `count`
+    /// captions, made as by [`Self::generate_by`].
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn diversity_by(
+        &self,
+        count: usize,
+        device: Device,
+        sample: impl Fn(&Tensor, &Condition, &Condition) -> Result<Tensor>,
+    ) -> Result<f64> {
+        let stride = (self.items.len() / count.max(1)).max(1);
+        let items: Vec<i64> = self.items.iter().copied().step_by(stride).take(count).collect();
+        let mut shape = self.noise.size();
+        shape[0] = items.len() as i64;
+        let rounds = (0..SAMPLES_A_CAPTION).map(|round| {
+            tch::manual_seed(DIVERSITY_SEED + round);
+            let noise = Tensor::f_randn(&shape[..], (Kind::Float, Device::Cpu))?;
+            self.generate_from(&items, &noise, device, &sample)
+        });
+        let rounds = rounds.collect::<Result<Vec<_>>>()?;
+        self.judge.diversity(&Tensor::f_stack(&rounds, 0)?)
+    }
+
+    fn generate_from(
+        &self,
+        items: &[i64],
+        noise: &Tensor,
+        device: Device,
+        sample: &impl Fn(&Tensor, &Condition, &Condition) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         tch::manual_seed(STEP_NOISE_SEED);
         let (mut samples, mut order) = (Vec::new(), Vec::new());
-        for positions in self.prompts.batches(&self.items, CHUNK)? {
+        for positions in self.prompts.batches(items, CHUNK)? {
             let items: Vec<i64> =
-                positions.iter().map(|position| self.items[*position as usize]).collect();
+                positions.iter().map(|position| items[*position as usize]).collect();
             let (cond, null) = self.prompts.conditions(&items)?;
-            let noise = self.noise.f_index_select(0, &Tensor::f_from_slice(&positions)?)?;
-            let sampler =
-                Sampler::new(&denoiser, grid.clone(), run.transition).guided(run.guidance, &null);
-            let sample = sampler.sample(&noise.f_to_device(device)?, &cond)?;
-            samples.push(sample.f_to_device(tch::Device::Cpu)?);
+            let noise = noise.f_index_select(0, &Tensor::f_from_slice(&positions)?)?;
+            let sample = sample(&noise.f_to_device(device)?, &cond, &null)?;
+            samples.push(sample.f_to_device(Device::Cpu)?);
             order.extend(positions);
         }
         // Batches go by length; the samples are put back in the order of the captions.

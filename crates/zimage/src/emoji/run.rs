@@ -201,7 +201,7 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
     write_curves(&out.join("curves.svg"), &history)?;
     let student_folder = out.join("student");
     let saved = SavedRecipe { recipe: recipe.clone(), size: None };
-    save_student(&student_folder, &teacher, distillation.student_weights(), true, &saved)?;
+    save_student(&student_folder, &teacher, &distillation.student_weights().role, true, &saved)?;
     println!("\n{}", table(&rows));
     println!(
         "Student against the guided teacher: {:.1}% of its alignment, {:.0}% of the gap closed, \

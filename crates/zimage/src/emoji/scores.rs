@@ -108,6 +108,23 @@ impl Judge {
         Ok(frechet_distance(&generated, &real)? / self.radius.powi(2))
     }
 
+    /// Mean distance between the classifier's features of two images of one caption: `images`
+    /// `[K, N, 3, 32, 32]` are K samples for each of N captions. In units of the radius of all real features.
+    ///
+    /// # Errors
+    /// If there are fewer than two samples of a caption, or no caption.
+    pub fn diversity(&self, images: &Tensor) -> Result<f64> {
+        let _guard = tch::no_grad_guard();
+        let size = images.size();
+        ensure!(size.len() == 5 && size[0] > 1 && size[1] > 0, "no pairs of images in {size:?}");
+        let images = images.f_flatten(0, 1)?.f_to_device(self.classifier.device())?;
+        let features = chunked(&images, |chunk| features(&self.classifier, chunk))?;
+        let features = features.f_view([size[0], size[1], -1])?.f_transpose(0, 1)?;
+        let features = features.f_to_kind(Kind::Double)?.f_contiguous()?;
+        let sum = f64::try_from(Tensor::f_cdist(&features, &features, 2.0, 2)?.f_sum(None)?)?;
+        Ok(sum / (size[1] * size[0] * (size[0] - 1)) as f64 / self.radius)
+    }
+
     /// All scores of images `[M, 3, 32, 32]`, the variance against that of `reference`.
     ///
     /// # Errors
