@@ -24,13 +24,20 @@ use ablation::run::{run, write_reference};
 use ablation::training::Material;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use decoupled_dmd::{Guidance, Transition};
 use tch::Kind;
+use zimage::distil::{PairSettings, Pairs, Sampling};
 use zimage::emoji::{Classifier, EmojiData, Judge};
 use zimage::failure::described;
 use zimage::model::Pipeline;
 
 /// The document with placeholders in place of numbers.
 const TEMPLATE: &str = include_str!("ablation/reproduction.md");
+
+/// Pairs of noise and sample for arms that regress, and how the teacher makes them.
+const PAIRS: usize = 256;
+const PAIR_STEPS: usize = 25;
+const PAIR_GUIDANCE: f64 = 3.0;
 
 /// Runs experiments on the paper's claims.
 #[derive(Debug, Parser)]
@@ -131,11 +138,37 @@ fn work(options: &Options) -> Result<()> {
     let data = EmojiData::load("assets/emoji".as_ref())?;
     let captions = data.items.iter().map(|item| item.caption.as_str());
     let prompts = data.vocabulary.encode_prompts(&teacher.transformer, captions)?;
+    let classifier = Classifier::load("assets/classifier".as_ref(), Kind::Float, device)?;
+    let items = data.indices(false);
+    let pairs = |steps: usize, count: usize| {
+        let (_, channels, height, width) = data.images.size4()?;
+        let settings = PairSettings {
+            items: items
+                .iter()
+                .copied()
+                .step_by((items.len() / count).max(1))
+                .take(count)
+                .collect(),
+            size: [channels, height, width],
+            sampling: Sampling {
+                steps,
+                guidance: Guidance::new(PAIR_GUIDANCE)?,
+                transition: Transition::Ddim,
+            },
+            shift: teacher.shift,
+            seed: 0,
+        };
+        Pairs::make(&out.join("pairs"), &teacher.transformer, &prompts, &settings)
+    };
+    let has_pairs = experiments.iter().flat_map(|experiment| &experiment.arms).any(Arm::has_pairs);
+    let (steps, count) = if options.quick { (2, 4) } else { (PAIR_STEPS, PAIRS) };
     let material = Material {
+        classifier: &classifier,
+        pairs: has_pairs.then(|| pairs(steps, count)).transpose()?,
         teacher: &teacher.transformer,
         shift: teacher.shift,
         prompts: &prompts,
-        items: data.indices(false),
+        items: items.clone(),
         images: data.images.f_to_device(device)?,
     };
     let judge =

@@ -11,7 +11,7 @@ mod tiny;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ablation::arm::{Arm, RenoisingTimes, Regularization};
+use ablation::arm::{Arm, OnData, Regularization, RenoisingTimes};
 use ablation::bench::{Bench, radial_spectrum};
 use ablation::record::{Reference, RunRecord, reference_path, run_path};
 use ablation::results::Field;
@@ -22,7 +22,7 @@ use ablation::{experiments, record, report};
 use anyhow::Result;
 use common::{gradient, max_difference, seeded, wave, worse};
 use decoupled_dmd::{
-    Batch, Condition, DistributionMatching, Draw, Guidance, PreShift, Schedule, Shift,
+    Batch, Condition, DistributionMatching, Draw, Guidance, PreShift, Schedule, Shift, Transition,
 };
 use made_up_results::made_up;
 use serde::Deserialize;
@@ -31,19 +31,45 @@ use tch_training::files::read_json;
 use tempfile::tempdir;
 use tiny::{prompts, teacher};
 use zimage::ZImageTransformer;
-use zimage::distil::{Prompts, Terms, denoiser};
+use zimage::distil::{PairSettings, Pairs, Prompts, Sampling, Terms, denoiser};
 use zimage::emoji::{Classifier, EmojiData, Judge, mean_variance};
 
 const DM: Regularization = Regularization::DistributionMatching(RenoisingTimes::FULL);
 
-fn material<'a>(teacher: &'a ZImageTransformer, prompts: &'a Prompts) -> Result<Material<'a>> {
+fn material<'a>(
+    teacher: &'a ZImageTransformer,
+    prompts: &'a Prompts,
+    classifier: &'a Classifier,
+) -> Result<Material<'a>> {
     Ok(Material {
+        classifier,
+        pairs: Some(pairs(teacher, prompts)?),
         teacher,
         shift: Shift::new(3.0)?,
         prompts,
         items: vec![0, 1, 2],
         images: wave(&[3, 3, 16, 16], 0.2, Kind::Float),
     })
+}
+
+fn pairs(teacher: &ZImageTransformer, prompts: &Prompts) -> Result<Pairs> {
+    let folder = tempdir()?;
+    let settings = PairSettings {
+        items: vec![0, 1, 2],
+        size: [3, 16, 16],
+        sampling: Sampling {
+            steps: 2,
+            guidance: Guidance::new(3.0)?,
+            transition: Transition::Ddim,
+        },
+        shift: Shift::new(3.0)?,
+        seed: 0,
+    };
+    Pairs::make(folder.path(), teacher, prompts, &settings)
+}
+
+fn classifier() -> Result<Classifier> {
+    Classifier::init(3, Device::Cpu)
 }
 
 type Record = Vec<(String, f64)>;
@@ -65,7 +91,8 @@ fn every_arm_trains_and_says_what_its_terms_do() -> Result<()> {
     let _guard = seeded(0);
     let teacher = teacher()?;
     let prompts = prompts(&teacher)?;
-    let material = material(&teacher, &prompts)?;
+    let classifier = classifier()?;
+    let material = material(&teacher, &prompts, &classifier)?;
     let mut seen = BTreeSet::new();
     for arm in experiments::all()?.into_iter().flat_map(|experiment| experiment.arms) {
         let arm = arm.quick();
@@ -80,11 +107,22 @@ fn every_arm_trains_and_says_what_its_terms_do() -> Result<()> {
         for term in &arm.regularizers {
             let name = match term {
                 Regularization::DistributionMatching(_) => "dm_loss",
-                Regularization::MeanVariance { .. } | Regularization::ChannelMeanVariance { .. } => {
-                    "mean_variance_loss"
-                }
+                Regularization::MeanVariance { .. }
+                | Regularization::ChannelMeanVariance { .. } => "mean_variance_loss",
                 Regularization::MaximumMeanDiscrepancy { .. } => "mmd_loss",
                 Regularization::Adversarial { .. } => "gan_loss",
+                Regularization::AdversarialDistributionMatching { .. } => "adm_loss",
+                Regularization::Divergence(_) => "dm_loss",
+                Regularization::ScoreIdentity { .. } => "sid_loss",
+                Regularization::Reward { .. } => "reward_loss",
+            };
+            assert!(has(name), "{} lacks {name}: {record:?}", arm.name);
+        }
+        if let (Some(loss), None) = (arm.on_data, arm.first_stage) {
+            let name = match loss {
+                OnData::Consistency { .. } => "consistency",
+                OnData::MeanFlow { .. } => "mean_flow_loss",
+                OnData::Regression(_) => "regression_loss",
             };
             assert!(has(name), "{} lacks {name}: {record:?}", arm.name);
         }
@@ -108,7 +146,8 @@ fn an_observer_and_a_repetition_leave_the_student_alone() -> Result<()> {
     let _guard = seeded(1);
     let teacher = teacher()?;
     let prompts = prompts(&teacher)?;
-    let material = material(&teacher, &prompts)?;
+    let classifier = classifier()?;
+    let material = material(&teacher, &prompts, &classifier)?;
     let ca = Arm::new("ca", 2).engine(RenoisingTimes::ABOVE_STUDENT).quick();
     let (_, alone) = train(&ca, &material)?;
     let (_, again) = train(&ca, &material)?;
@@ -130,7 +169,8 @@ fn arms_of_the_schedules_are_the_presets() -> Result<()> {
     let _guard = seeded(2);
     let teacher = teacher()?;
     let prompts = prompts(&teacher)?;
-    let material = material(&teacher, &prompts)?;
+    let classifier = classifier()?;
+    let material = material(&teacher, &prompts, &classifier)?;
     let presets = [
         ("coupled", Schedule::CoupledShared),
         ("full", Schedule::DecoupledFull),
@@ -179,7 +219,8 @@ fn arms_without_terms_or_partner_are_refused() -> Result<()> {
     let _guard = seeded(4);
     let teacher = teacher()?;
     let prompts = prompts(&teacher)?;
-    let material = material(&teacher, &prompts)?;
+    let classifier = classifier()?;
+    let material = material(&teacher, &prompts, &classifier)?;
     let error = training(&Arm::new("nothing", 1), 0, &material).err().expect("no term").to_string();
     assert!(error.contains("arm nothing has no term"), "{error}");
     let alone = Arm::new("alone", 1).engine(RenoisingTimes::FULL).coupled().quick();
@@ -268,8 +309,16 @@ fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
     let prompts = data.vocabulary.encode_prompts(&teacher, captions)?;
     let images = data.images.shallow_clone();
     let items = data.indices(false);
-    let material =
-        Material { teacher: &teacher, shift: Shift::new(3.0)?, prompts: &prompts, items, images };
+    let classifier = classifier()?;
+    let material = Material {
+        teacher: &teacher,
+        shift: Shift::new(3.0)?,
+        prompts: &prompts,
+        items,
+        images,
+        classifier: &classifier,
+        pairs: None,
+    };
     let judge = || -> Result<Judge> {
         let classifier = Classifier::load("assets/classifier".as_ref(), Kind::Float, Device::Cpu)?;
         Judge::new(classifier, &data)

@@ -1,7 +1,7 @@
 //! One arm of an experiment: everything that a run depends on but its seed.
 
 use decoupled_dmd::{
-    AboveStudent, FlowRule, Renoising, Shift, Tangent, Times, Transition, Uniform,
+    AboveStudent, Divergence, FlowRule, Renoising, Shift, Tangent, Times, Transition, Uniform,
 };
 use serde::{Deserialize, Serialize};
 
@@ -52,6 +52,20 @@ pub enum Regularization {
     Adversarial {
         weight: f64,
     },
+    /// A critic of that kind on the steps of the guided teacher and of the fake score.
+    AdversarialDistributionMatching {
+        weight: f64,
+    },
+    /// Distribution matching down another divergence, with the ratio of a critic on real pictures.
+    Divergence(Divergence),
+    /// SiD with the guided teacher.
+    ScoreIdentity {
+        alpha: f64,
+    },
+    /// The classifier's log-likelihood of the picture asked for.
+    Reward {
+        weight: f64,
+    },
 }
 
 /// What trains the student on the real pictures of the captions, noised.
@@ -62,6 +76,8 @@ pub enum OnData {
     Consistency { form: ConsistencyForm, weight: f64 },
     /// The student is a flow map.
     MeanFlow { rule: FlowRule },
+    /// One step from the noise of a pair to the guided teacher's sample.
+    Regression(RegressionDistance),
 }
 
 /// How neighbours on the teacher's ODE are compared.
@@ -75,6 +91,15 @@ pub enum ConsistencyForm {
     Continuous(Tangent),
 }
 
+/// How a sample is compared with the teacher's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RegressionDistance {
+    Squared,
+    /// In the features of the classifier's layers.
+    Perceptual,
+}
+
 /// What a run depends on but its seed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Arm {
@@ -82,6 +107,9 @@ pub struct Arm {
     pub name: String,
     /// Steps of the student in training, taken in turn from update to update, the most first.
     pub steps: Vec<usize>,
+    /// Numbers of steps that the student is measured at besides the most.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub measured_at: Vec<usize>,
     /// How a student walks its grid, in training and in sampling.
     pub transition: Transition,
     /// Where CFG Augmentation renoising; `None` for an arm without it.
@@ -95,6 +123,9 @@ pub struct Arm {
     /// Updates on data before the first on rollouts, after which data are not used any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_stage: Option<u64>,
+    /// Parameters of the student that are trained, by parts of their names; all where there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trained: Vec<String>,
     /// A fake score is trained although no regularizer uses it.
     pub observer: bool,
     /// Guidance scale alpha.
@@ -122,12 +153,14 @@ impl Arm {
         Self {
             name: name.to_owned(),
             steps: vec![steps],
+            measured_at: Vec::new(),
             transition: Transition::Ddim,
             engine: None,
             regularizers: Vec::new(),
             coupled: false,
             on_data: None,
             first_stage: None,
+            trained: Vec::new(),
             observer: false,
             guidance: 3.0,
             updates: 40,
@@ -191,36 +224,75 @@ impl Arm {
 
     /// Whether a fake score is trained.
     pub fn has_fake(&self) -> bool {
-        let matches = |term: &Regularization| matches!(term, Regularization::DistributionMatching(_));
+        use Regularization as R;
+        let matches = |term: &R| {
+            matches!(
+                term,
+                R::DistributionMatching(_)
+                    | R::AdversarialDistributionMatching { .. }
+                    | R::Divergence(_)
+                    | R::ScoreIdentity { .. }
+            )
+        };
         self.observer || self.regularizers.iter().any(matches)
     }
 
     /// Whether a critic is trained.
     pub fn has_critic(&self) -> bool {
-        let is_adversarial =
-            |term: &Regularization| matches!(term, Regularization::Adversarial { .. });
-        self.regularizers.iter().any(is_adversarial)
+        use Regularization as R;
+        let matches = |term: &R| {
+            matches!(
+                term,
+                R::Adversarial { .. }
+                    | R::AdversarialDistributionMatching { .. }
+                    | R::Divergence(_)
+            )
+        };
+        self.regularizers.iter().any(matches)
+    }
+
+    /// Whether the critic tells the teacher's steps from the fake score's.
+    pub fn matches_adversarially(&self) -> bool {
+        use Regularization as R;
+        let matches = |term: &R| matches!(term, R::AdversarialDistributionMatching { .. });
+        self.regularizers.iter().any(matches)
+    }
+
+    /// Whether pairs of noise and the teacher's sample are needed.
+    pub fn has_pairs(&self) -> bool {
+        matches!(self.on_data, Some(OnData::Regression(_)))
     }
 
     /// Forwards of a network on one sample for an update of the student, on average; a forward with its backward
     /// counts as three.
     pub fn forwards(&self) -> f64 {
+        use Regularization as R;
         let on_data = match self.on_data {
             // The student with its graph, the guided teacher, the neighbours on its ODE.
             Some(OnData::Consistency { form: ConsistencyForm::Discrete { .. }, .. }) => 6.0,
-            Some(_) => 7.0,
+            Some(OnData::Consistency { .. } | OnData::MeanFlow { .. }) => 7.0,
+            // The pairs are made before.
+            Some(OnData::Regression(_)) => 3.0,
             None => 0.0,
         };
-        let has_dm = self.has_fake() && !self.regularizers.is_empty();
-        let terms = match (self.engine, has_dm) {
-            (Some(_), true) if self.coupled => 3.0,
-            (Some(_), true) => 4.0,
-            (Some(_), false) | (None, true) => 2.0,
-            (None, false) => 0.0,
+        // Teacher, fake score and critic; the backward to x counts as much as a forward.
+        let term = |term: &R| match term {
+            R::DistributionMatching(_) if self.coupled => 1.0,
+            R::DistributionMatching(_) => 2.0,
+            R::Divergence(_) => 3.0,
+            R::Adversarial { .. } => 2.0,
+            R::AdversarialDistributionMatching { .. } => 4.0,
+            R::ScoreIdentity { .. } => 7.0,
+            _ => 0.0,
         };
+        let engine = if self.engine.is_some() { 2.0 } else { 0.0 };
+        let terms = engine + self.regularizers.iter().map(term).sum::<f64>();
         let rollout = self.steps.iter().sum::<usize>() as f64 / self.steps.len() as f64;
         let fake = if self.has_fake() { 3.0 * self.fake_updates as f64 } else { 0.0 };
-        let on_rollouts = if self.has_objective() { rollout + 3.0 + terms + fake } else { 0.0 };
+        // The critic sees samples of two kinds.
+        let critic = if self.has_critic() { 6.0 } else { 0.0 };
+        let networks = rollout + 3.0 + terms + fake + critic;
+        let on_rollouts = if self.has_objective() { networks } else { 0.0 };
         match self.first_stage {
             Some(first) => {
                 let share = first as f64 / self.updates as f64;

@@ -2,7 +2,8 @@
 
 use anyhow::{Result, ensure};
 use decoupled_dmd::{
-    Condition, Denoiser, FewStepGrid, FlowMap, Guidance, PostShift, RectifiedFlow, Sampler, Transition,
+    Condition, Denoiser, FewStepGrid, FlowMap, Guidance, PostShift, RectifiedFlow, Sampler,
+    Transition,
 };
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -106,8 +107,7 @@ impl<'a> Bench<'a> {
     /// If libtorch fails.
     pub fn diversity(&self, training: &Training<'_>, steps: usize) -> Result<f64> {
         let student = Sampled::new(training, steps)?;
-        let sample =
-            |noise: &Tensor, cond: &Condition, _: &Condition| student.sample(noise, cond);
+        let sample = |noise: &Tensor, cond: &Condition, _: &Condition| student.sample(noise, cond);
         self.evaluator.diversity_by(DIVERSE, student.device, sample)
     }
 
@@ -260,9 +260,8 @@ impl<'t> Sampled<'t> {
     fn sample(&self, noise: &Tensor, cond: &Condition) -> Result<Tensor> {
         Ok(match &self.flow_map {
             Some(map) => map.sample(noise, cond, &self.grid)?,
-            None => {
-                Sampler::new(&self.student, self.grid.clone(), self.transition).sample(noise, cond)?
-            }
+            None => Sampler::new(&self.student, self.grid.clone(), self.transition)
+                .sample(noise, cond)?,
         })
     }
 }

@@ -1,9 +1,11 @@
 //! The experiments by name, and their arms. An arm that serves several experiments is run once.
 
 use anyhow::Result;
-use decoupled_dmd::{FlowRule, Shift, Tangent, Times, Transition, Uniform};
+use decoupled_dmd::{Divergence, FlowRule, Shift, Tangent, Times, Transition, Uniform};
 
-use super::arm::{Arm, ConsistencyForm, OnData, RenoisingTimes, Regularization};
+use super::arm::{
+    Arm, ConsistencyForm, OnData, RegressionDistance, Regularization, RenoisingTimes,
+};
 
 /// Arms that are compared with one another.
 #[derive(Debug)]
@@ -22,6 +24,8 @@ const ADVERSARIAL: f64 = 0.3;
 /// Weight of consistency beside distribution matching: rCM's 100 : 1 for losses that are sums, with the 3072 numbers
 /// of a picture.
 const CONSISTENCY: f64 = 1.8;
+/// Weight of the classifier's log-likelihood, a mean over samples.
+const REWARD: f64 = 1e-3;
 /// Step of the differences along the teacher's ODE, for networks that embed 1000 t.
 const CONSISTENCY_STEP: f64 = 2e-4;
 
@@ -41,6 +45,7 @@ pub fn all() -> Result<Vec<Experiment>> {
         experiment("adversarial", 1, adversarial()),
         experiment("engine-8", 1, vec![ca_only(8), dm_only(8), hybrid(8)]),
         experiment("trajectories", 3, trajectories()),
+        experiment("terms", 3, terms()),
     ])
 }
 
@@ -51,7 +56,9 @@ fn suffix(steps: usize) -> String {
 }
 
 fn hybrid(steps: usize) -> Arm {
-    Arm::new(&format!("hybrid{}", suffix(steps)), steps).engine(RenoisingTimes::ABOVE_STUDENT).regularizer(DM)
+    Arm::new(&format!("hybrid{}", suffix(steps)), steps)
+        .engine(RenoisingTimes::ABOVE_STUDENT)
+        .regularizer(DM)
 }
 
 fn coupled() -> Arm {
@@ -59,7 +66,8 @@ fn coupled() -> Arm {
 }
 
 fn ca_only(steps: usize) -> Arm {
-    let arm = Arm::new(&format!("ca{}", suffix(steps)), steps).engine(RenoisingTimes::ABOVE_STUDENT);
+    let arm =
+        Arm::new(&format!("ca{}", suffix(steps)), steps).engine(RenoisingTimes::ABOVE_STUDENT);
     // The observer of the one-step run serves its own experiment; the student does not feel it.
     if steps == 1 { arm.observer() } else { arm }
 }
@@ -145,6 +153,7 @@ fn trajectories() -> Vec<Arm> {
     let arm = |name: &str| {
         Arm::new(name, 4).with(|arm| {
             arm.steps = vec![4, 2, 1];
+            arm.measured_at = vec![4, 2, 1];
             (arm.updates, arm.measure_every) = (80, 20);
         })
     };
@@ -169,5 +178,35 @@ fn trajectories() -> Vec<Arm> {
             .coupled(),
         hybrid(renoised(arm("hierarchical")).on_data(mean_flow))
             .with(|arm| arm.first_stage = Some(40)),
+    ]
+}
+
+/// Terms of other papers, each as its own student of one and four steps.
+fn terms() -> Vec<Arm> {
+    use Regularization as R;
+    let arm = |name: &str| {
+        Arm::new(name, 4).with(|arm| {
+            arm.steps = vec![4, 1];
+            arm.measured_at = vec![4, 1];
+        })
+    };
+    let one_step = |name: &str| Arm::new(name, 1).with(|arm| arm.measured_at = vec![1]);
+    let ca = |name: &str| arm(name).engine(RenoisingTimes::ABOVE_STUDENT);
+    let gan = R::Adversarial { weight: ADVERSARIAL };
+    let perceptual = OnData::Regression(RegressionDistance::Perceptual);
+    vec![
+        one_step("regression").on_data(OnData::Regression(RegressionDistance::Squared)),
+        one_step("regression-perceptual").on_data(perceptual),
+        one_step("diffusion2gan").on_data(perceptual).regularizer(gan),
+        arm("d2o").regularizer(gan).with(|arm| {
+            arm.trained = ["norm", "adaLN", "t_embedder", "to_q", "embedder", "final"]
+                .map(str::to_owned)
+                .to_vec();
+        }),
+        arm("adm").regularizer(R::AdversarialDistributionMatching { weight: 1.0 }),
+        ca("f-distill").regularizer(R::Divergence(Divergence::JensenShannon)),
+        arm("sid").regularizer(R::ScoreIdentity { alpha: 1.0 }),
+        ca("ca-reward").regularizer(R::Reward { weight: REWARD }),
+        ca("hybrid-four-one").regularizer(DM),
     ]
 }

@@ -2,13 +2,14 @@
 
 use anyhow::{Context, Result};
 use decoupled_dmd::{
-    Batch, Consistency, FlowRule, Group, Guidance, MeanFlow, Objective, Renoising,
-    Uniform,
+    Batch, Consistency, Distance, FlowRule, Group, Guidance, MeanFlow, Objective, PairedRegression,
+    Perceptual, PostShift, Renoising, Uniform,
 };
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use zimage::distil::{Captions, Networks, Record};
 
-use super::arm::{Arm, ConsistencyForm, OnData};
+use super::arm::{Arm, ConsistencyForm, OnData, RegressionDistance};
+use super::training::Material;
 
 /// Times before the shift at which pictures are noised, off the clean end, where consistency has no direction.
 const NOISED: (f64, f64) = (0.0, 0.98);
@@ -21,6 +22,7 @@ pub fn loss(
     loss: OnData,
     arm: &Arm,
     update: u64,
+    material: &Material<'_>,
     networks: &Networks<'_>,
     captions: &Captions,
 ) -> Result<(Tensor, Record)> {
@@ -33,6 +35,7 @@ pub fn loss(
             consistency_loss(consistency, weight, networks, captions)
         }
         OnData::MeanFlow { rule } => mean_flow_loss(rule, guidance, networks, captions),
+        OnData::Regression(distance) => regression_loss(distance, arm.batch, material, networks),
     }
 }
 
@@ -84,6 +87,35 @@ fn mean_flow_loss(
         .times(Uniform::FULL);
     let batch = Batch::new(real, &captions.cond)?.with_null(&captions.null);
     let evaluation = mean_flow.evaluate(&batch)?;
-    let raw = f64::try_from(evaluation.squares.f_mean(tch::Kind::Double)?)?;
+    let raw = f64::try_from(evaluation.squares.f_mean(Kind::Double)?)?;
     Ok((evaluation.loss, vec![("mean_flow_loss".to_owned(), raw)]))
+}
+
+fn regression_loss(
+    distance: RegressionDistance,
+    batch: usize,
+    material: &Material<'_>,
+    networks: &Networks<'_>,
+) -> Result<(Tensor, Record)> {
+    let pairs = material.pairs.as_ref().context("regression needs pairs")?;
+    let pair = pairs.draw(batch, material.teacher.device())?;
+    let (cond, _) = material.prompts.conditions(&pair.items)?;
+    let start = PostShift::all(0.0, batch as i64, (Kind::Float, pair.noise.device()))?;
+    let x = networks.student.denoise(&pair.noise, &start, &cond)?;
+    let distance = match distance {
+        RegressionDistance::Squared => Distance::Squared,
+        RegressionDistance::Perceptual => Distance::Perceptual(perceptual(material)?),
+    };
+    let loss = PairedRegression::new(distance).between(&x, &pair.samples)?;
+    let value = f64::try_from(&loss)?;
+    Ok((loss, vec![("regression_loss".to_owned(), value)]))
+}
+
+/// The classifier's layers, all channels alike.
+fn perceptual<'a>(material: &Material<'a>) -> Result<Perceptual<'a>> {
+    let classifier = material.classifier;
+    let options = (Kind::Float, classifier.device());
+    let weights = classifier.channels().map(|channels| Tensor::f_ones([channels], options));
+    let weights = weights.collect::<Result<Vec<_>, _>>()?;
+    Ok(Perceptual::new(move |x: &Tensor| classifier.activations(x), weights)?)
 }

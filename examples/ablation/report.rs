@@ -198,7 +198,8 @@ impl Report<'_> {
             let note = if broken > 0 { format!(" ({broken} not finite)") } else { String::new() };
             writeln!(text, "{note} |")?;
         }
-        let mut steps: Vec<usize> = experiment.arms.iter().flat_map(|arm| arm.steps.clone()).collect();
+        let mut steps: Vec<usize> =
+            experiment.arms.iter().flat_map(|arm| arm.steps.clone()).collect();
         steps.sort_unstable();
         steps.dedup();
         let unguided = steps.iter().map(|steps| {
@@ -221,8 +222,9 @@ impl Report<'_> {
     }
 
     fn steps(&self, experiment: &str, steps: usize) -> Result<String> {
-        let mut text =
-            String::from("| arm | forwards an update | alignment, % | Fréchet distance | drift | diversity |\n|---|---|---|---|---|---|\n");
+        let mut text = String::from(
+            "| arm | forwards an update | alignment, % | Fréchet distance | drift | diversity |\n|---|---|---|---|---|---|\n",
+        );
         for arm in &self.results.experiment(experiment)?.arms {
             write!(text, "| {} | {:.1}", arm.name, arm.forwards())?;
             for (_, score) in Score::ALL {

@@ -120,8 +120,9 @@ pub fn run(
                 Some(first) => radial_spectrum(&samples.f_sub(first)?)?,
                 None => Vec::new(),
             };
-            let fewer = arm.steps.iter().filter(|steps| arm.steps.len() > 1 && **steps > 0);
-            let at_steps = fewer
+            let at_steps = arm
+                .measured_at
+                .iter()
                 .map(|steps| Ok((*steps, tidy(bench.measure(&bench.samples(&training, *steps)?)?))))
                 .collect::<Result<_>>()?;
             points.push(Point {
@@ -153,8 +154,10 @@ pub fn run(
         let strip = Tensor::f_stack(&strip, 1)?.f_flatten(0, 1)?;
         write_grid(&picture(pictures, &arm.name)?, &strip, columns, 2)?;
     }
-    let several = arm.steps.iter().filter(|_| arm.steps.len() > 1 && broken_after.is_none());
-    let diversity = several
+    let diversity = arm
+        .measured_at
+        .iter()
+        .filter(|_| broken_after.is_none())
         .map(|steps| Ok((*steps, rounded(bench.diversity(&training, *steps)?))))
         .collect::<Result<_>>()?;
     let record = RunRecord {

@@ -2,25 +2,32 @@
 
 use anyhow::{Context, Result, ensure};
 use decoupled_dmd::{
-    Adversarial, Batch, CfgAugmentation, Denoiser, DistributionMatching, Group, Guidance, Kernel,
-    MaximumMeanDiscrepancy, MeanVariance, NoisePath, Normalizer, Objective, RectifiedFlow,
-    Schedule, Shift, Statistics,
+    Adversarial, AdversarialDistributionMatching, Batch, CfgAugmentation, Condition, Denoiser,
+    DistributionMatching, Group, Guidance, Kernel, MaximumMeanDiscrepancy, MeanVariance, NoisePath,
+    Normalizer, Objective, Probe, RectifiedFlow, Renoising, Reward, Schedule, ScoreIdentity, Shift,
+    Statistics, Uniform,
 };
 use tch::Tensor;
 use tch_training::Parameters;
 use tch_training::seed::begin;
 use zimage::ZImageTransformer;
 use zimage::distil::{
-    Captions, Decay, Distillation, Networks, Prompts, Recipe, Record, Rollout, Stream, Terms,
-    embedded_optimizer,
+    Captions, Decay, Distillation, Networks, Pairs, Prompts, Recipe, Record, Rollout, Stream,
+    Terms, denoiser, embedded_optimizer,
 };
 
-use super::arm::{Arm, RenoisingTimes, OnData, Regularization};
+use zimage::emoji::Classifier;
+
+use super::arm::{Arm, OnData, Regularization, RenoisingTimes};
 use super::critic::Critic;
 use super::on_data;
 
 /// Side of the pictures that the maximum mean discrepancy compares.
 const SMALL_SIDE: i64 = 8;
+
+/// The last time before the shift from which adversarial distribution matching takes its step of 1/64 in the time
+/// that the network sees, at a shift of 3 or less.
+const LAST_STEP: f64 = 0.99;
 
 /// What all arms share.
 #[derive(Debug)]
@@ -32,6 +39,10 @@ pub struct Material<'a> {
     pub items: Vec<i64>,
     /// Pictures of all captions, `[N, C, H, W]`.
     pub images: Tensor,
+    /// What rewards and perceptual distances are taken from.
+    pub classifier: &'a Classifier,
+    /// Noise and the guided teacher's samples, for arms that regress.
+    pub pairs: Option<Pairs>,
 }
 
 impl Material<'_> {
@@ -87,7 +98,8 @@ pub fn training<'a>(arm: &'a Arm, seed: u64, material: &'a Material<'a>) -> Resu
 
 /// The names that result files give to what an update has shown: losses end in `_loss`, and the sum is left out.
 pub fn named(record: Record) -> Record {
-    const LOSSES: [&str; 7] = ["ca", "dm", "mean_variance", "mmd", "gan", "fake", "critic"];
+    const LOSSES: [&str; 10] =
+        ["ca", "dm", "mean_variance", "mmd", "gan", "adm", "sid", "reward", "fake", "critic"];
     let kept = record
         .into_iter()
         .filter(|(name, _)| !["loss", "student_gradient"].contains(&name.as_str()));
@@ -112,11 +124,7 @@ impl<'a> ArmTerms<'a> {
     /// # Errors
     /// If the arm has no term, or libtorch cannot allocate the critic.
     pub fn new(arm: &'a Arm, seed: u64, material: &'a Material<'a>) -> Result<Self> {
-        ensure!(
-            arm.has_objective() || arm.on_data.is_some(),
-            "arm {} has no term",
-            arm.name
-        );
+        ensure!(arm.has_objective() || arm.on_data.is_some(), "arm {} has no term", arm.name);
         begin(seed, Stream::Critic);
         let settings = embedded_optimizer(arm.fake_learning_rate);
         let critic = || Critic::new(material.teacher, settings);
@@ -126,6 +134,27 @@ impl<'a> ArmTerms<'a> {
     /// The arm.
     pub fn arm(&self) -> &Arm {
         self.arm
+    }
+
+    /// Adversarial distribution matching over `dm`.
+    fn adversarial_matching<'o>(
+        &'o self,
+        dm: &'o DistributionMatching<'o>,
+    ) -> Result<Option<AdversarialDistributionMatching<'o>>> {
+        let (Some(critic), teacher) = (&self.critic, self.material.teacher) else {
+            return Ok(None);
+        };
+        let logits = |x: &Tensor, t: &Tensor, c: &_| critic.logits(teacher, x, t, c);
+        let own = denoiser(teacher, self.material.shift);
+        let adm = AdversarialDistributionMatching::new(dm, own, logits);
+        Ok(Some(adm.guided(Guidance::new(self.arm.guidance)?)))
+    }
+
+    /// The log-likelihood that the classifier gives to the pictures asked for.
+    fn log_likelihood(&self, x: &Tensor, cond: &Condition) -> Result<Tensor> {
+        ensure!(cond.len() == 3, "expected captions, the student's steps and indices");
+        let likelihoods = self.material.classifier.logits(x)?.f_log_softmax(1, None)?;
+        Ok(likelihoods.f_gather(1, &cond[2].f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?)
     }
 
     fn adversarial(&self) -> Option<Adversarial<'_>> {
@@ -177,8 +206,31 @@ impl Terms for ArmTerms<'_> {
                     other.regularizer("mmd", weight, mmd)
                 }
                 (Regularization::Adversarial { weight }, _) => {
-                    let gan = self.adversarial().context("the adversarial term lacks its critic")?;
+                    let gan =
+                        self.adversarial().context("the adversarial term lacks its critic")?;
                     other.regularizer("gan", weight, gan)
+                }
+                (Regularization::AdversarialDistributionMatching { weight }, Some(dm)) => {
+                    let adm = self.adversarial_matching(dm)?;
+                    let adm = adm.context("adversarial matching lacks its critic")?;
+                    // Up to its last step, from which there is none to take.
+                    Group::new(Renoising::new(Uniform::new(0.0, LAST_STEP)?))
+                        .regularizer("adm", weight, adm)
+                }
+                (Regularization::Divergence(divergence), Some(dm)) => {
+                    let gan = self.adversarial().context("the divergence lacks its critic")?;
+                    let dm = DistributionMatching::new(dm.fake().clone());
+                    let dm =
+                        dm.divergence(divergence, move |probe: &Probe<'_>| gan.log_ratio(probe));
+                    other.regularizer("dm", 1.0, dm)
+                }
+                (Regularization::ScoreIdentity { alpha }, Some(dm)) => {
+                    let sid = ScoreIdentity::new(dm, alpha)?.guided(guidance);
+                    other.regularizer("sid", 1.0, sid)
+                }
+                (Regularization::Reward { weight }, _) => {
+                    let score = |x: &Tensor, cond: &Condition| self.log_likelihood(x, cond);
+                    other.regularizer("reward", weight, Reward::new(score))
                 }
                 (term, None) => anyhow::bail!("{term:?} lacks its network"),
             });
@@ -205,7 +257,7 @@ impl Terms for ArmTerms<'_> {
     ) -> Result<Option<(Tensor, Record)>> {
         let is_over = self.arm.first_stage.is_some_and(|updates| update >= updates);
         let Some(loss) = self.arm.on_data.filter(|_| !is_over) else { return Ok(None) };
-        on_data::loss(loss, self.arm, update, networks, captions).map(Some)
+        on_data::loss(loss, self.arm, update, self.material, networks, captions).map(Some)
     }
 
     fn has_fake_score(&self) -> bool {
@@ -216,14 +268,31 @@ impl Terms for ArmTerms<'_> {
         Ok(Some(self.material.pictures(items)?))
     }
 
-    fn train(&mut self, rollout: &Rollout<'_>) -> Result<Record> {
+    fn is_trained(&self, name: &str) -> bool {
+        let parts = &self.arm.trained;
+        parts.is_empty() || parts.iter().any(|part| name.contains(part))
+    }
+
+    fn train(
+        &mut self,
+        rollout: &Rollout<'_>,
+        dm: Option<&DistributionMatching<'_>>,
+    ) -> Result<Record> {
         let loss = {
             let (Some(gan), Some(real)) = (self.adversarial(), &rollout.captions.real) else {
                 return Ok(Record::new());
             };
             let steps = rollout.trajectory.draw_steps()?;
             let x = rollout.trajectory.samples_at(&steps)?;
-            gan.critic_loss(&Batch::new(&x, &rollout.captions.cond)?.with_real(real)?)?
+            let cond = rollout.cond_at(&steps)?;
+            let batch = Batch::new(&x, &cond)?.with_null(&rollout.captions.null);
+            match dm.filter(|_| self.arm.matches_adversarially()) {
+                Some(dm) => {
+                    let adm = self.adversarial_matching(dm)?.context("the critic is there")?;
+                    adm.critic_loss(&batch)?
+                }
+                None => gan.critic_loss(&batch.with_real(real)?)?,
+            }
         };
         let Some(critic) = &mut self.critic else { return Ok(Record::new()) };
         let _norm = critic.trainer.descend(&loss, None)?;

@@ -14,9 +14,9 @@ mod stack;
 mod transformer;
 
 pub use blocks::time_features;
-pub(crate) use config::TIME_FEATURES;
 pub(crate) use blocks::{Linear, RmsNorm};
 pub use checkpoint::{Checkpoint, read_config};
+pub(crate) use config::TIME_FEATURES;
 pub use config::{BLOCK_LINEARS, Config, is_caption_side};
 pub use files::ADAPTER_PREFIXES;
 pub use grid::{Grid, padded};

@@ -53,7 +53,7 @@ pub fn fake_denoiser<'a>(
         RectifiedFlow.shifted(shift),
         Prediction::FlowVelocity,
         move |x: &Tensor, t: &Tensor, condition: &Condition| -> Result<Tensor> {
-            ensure!(condition.len() == 2, "expected encoded captions and the student's steps");
+            ensure!(condition.len() >= 2, "expected encoded captions and the student's steps");
             let captions = &condition[0];
             let step = steps.f_index_select(0, &condition[1])?.f_mul_scalar(STEP_SCALE)?;
             let step = step.f_unsqueeze(1)?.f_to_kind(captions.f_kind()?)?;

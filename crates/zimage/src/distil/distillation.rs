@@ -83,7 +83,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
     ) -> Result<Self> {
         begin(recipe.seed, Stream::Adapters);
         let adapter = recipe.adapter.as_ref();
-        let student = Student::new(teacher, adapter, recipe.student, terms.is_flow_map())?;
+        let student = Student::new(teacher, adapter, recipe.student, &terms)?;
         let fake = || FakeScore::new(teacher, adapter, recipe.fake, recipe.steps);
         Ok(Self {
             teacher,
@@ -201,7 +201,8 @@ impl<'a, T: Terms> Distillation<'a, T> {
         begin(self.recipe.seed, Stream::WarmUp(self.warmed));
         self.gradient_norm = 0.0;
         let captions = self.draw_captions()?;
-        let rollout = self.roll_out(&captions, self.rollout_steps().unwrap_or(self.recipe.steps))?;
+        let rollout =
+            self.roll_out(&captions, self.rollout_steps().unwrap_or(self.recipe.steps))?;
         while self.warmed < end {
             self.train_fake(&rollout)?;
             self.warmed += 1;
@@ -234,7 +235,10 @@ impl<'a, T: Terms> Distillation<'a, T> {
                 }
                 record.push(("fake".into(), loss / self.recipe.fake_updates.max(1) as f64));
             }
-            record.extend(self.terms.train(rollout)?);
+            let (base, shift) = (self.teacher, self.recipe.shift);
+            let fake = self.fake.as_ref();
+            let dm = fake.map(|fake| DistributionMatching::new(fake.denoiser(base, shift)));
+            record.extend(self.terms.train(rollout, dm.as_ref())?);
         }
         self.update += 1;
         let current = self.student.parameters();

@@ -148,6 +148,11 @@ fn encode_group(
 pub struct Buckets(Vec<Vec<i64>>);
 
 impl Buckets {
+    /// Of groups that are at hand.
+    pub(super) fn new(groups: Vec<Vec<i64>>) -> Self {
+        Self(groups)
+    }
+
     /// Draws `batch` captions with replacement, all from one bucket. Buckets are drawn by their size,
     /// so that each caption is as likely as any other; only within a batch are lengths alike.
     ///

@@ -1,6 +1,6 @@
 //! The weights of a role under training.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use tch::Tensor;
 use tch_training::lora::LoraSettings;
 use tch_training::parameters::prefixed;
@@ -27,14 +27,30 @@ impl RoleTrainer {
         settings: AdamWSettings,
         more: Option<(&str, &Tensor)>,
     ) -> Result<Self> {
+        Self::of(teacher, adapter, settings, more, |_| true)
+    }
+
+    /// The same, but of its own parameters those alone are trained of whose name `is_trained` holds.
+    ///
+    /// # Errors
+    /// As [`Self::new`]; if nothing would be trained.
+    pub fn of(
+        teacher: &ZImageTransformer,
+        adapter: Option<&LoraSettings>,
+        settings: AdamWSettings,
+        more: Option<(&str, &Tensor)>,
+        is_trained: impl Fn(&str) -> bool,
+    ) -> Result<Self> {
         let weights = RoleWeights::new(teacher, adapter)?;
         let more = more.map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone()));
         let trainable = weights
             .parameters()
             .into_iter()
+            .filter(|(name, _)| is_trained(name))
             .chain(more)
             .map(|(name, tensor)| (name, tensor.set_requires_grad(true)))
-            .collect();
+            .collect::<Vec<_>>();
+        ensure!(!trainable.is_empty(), "no parameter would be trained");
         Ok(Self { weights, optimizer: AdamW::new(trainable, settings)? })
     }
 

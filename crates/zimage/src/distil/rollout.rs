@@ -25,13 +25,14 @@ pub struct Rollout<'c> {
 }
 
 impl Rollout<'_> {
-    /// The condition for the fake score too, which wants to know the student's step: its place on the longest
-    /// grid.
+    /// The condition for all networks: encoded captions, the student's step as its place on the longest grid,
+    /// which the fake score wants to know, and the indices of the captions.
     ///
     /// # Errors
     /// If libtorch fails.
     pub fn cond_at(&self, steps: &Tensor) -> Result<Condition> {
         let cond = self.captions.cond[0].shallow_clone();
-        Ok(Condition::from(vec![cond, steps.f_mul_scalar(self.stride)?]))
+        let items = Tensor::f_from_slice(&self.captions.items)?.f_to_device(steps.device())?;
+        Ok(Condition::from(vec![cond, steps.f_mul_scalar(self.stride)?, items]))
     }
 }

@@ -162,7 +162,11 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
     let preview = |distillation: &Distillation<'_>| {
         // The best student need not be the last, and the machine may be gone before that one.
         let update = distillation.updates();
-        keep(&out.join(format!("student-{update:06}")), &distillation.student_weights().role, false)?;
+        keep(
+            &out.join(format!("student-{update:06}")),
+            &distillation.student_weights().role,
+            false,
+        )?;
         let path = out.join(format!("preview-{update:06}.png"));
         let images = renderer.render(distillation.student(), few_steps(recipe))?;
         let heading = format!("student {}", recipe.steps);

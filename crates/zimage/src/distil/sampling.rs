@@ -1,10 +1,10 @@
 //! How a model is sampled from.
 
 use decoupled_dmd::{Guidance, Transition};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// How a model is run.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sampling {
     pub steps: usize,
     pub guidance: Guidance,

@@ -14,6 +14,8 @@ pub enum Stream {
     Critic,
     /// The noise between the steps of a picture.
     Picture(u64),
+    /// The noise of a file of pairs.
+    Pairs(u64),
     /// New adapters.
     Adapters,
 }
@@ -26,6 +28,7 @@ impl From<Stream> for u64 {
             Stream::WarmUp(updates) => RANGE + updates,
             Stream::Critic => 2 * RANGE,
             Stream::Picture(index) => 3 * RANGE + index,
+            Stream::Pairs(index) => 4 * RANGE + index,
             Stream::Adapters => u64::MAX - 2,
         }
     }

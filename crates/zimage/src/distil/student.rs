@@ -8,6 +8,7 @@ use tch_training::{AdamWSettings, Tape};
 
 use crate::distil::adapter::{denoiser, flow_map};
 use crate::distil::role_trainer::RoleTrainer;
+use crate::distil::terms::Terms;
 use crate::distil::weights::{Network, RoleWeights};
 use crate::model::{TIME_FEATURES, ZImageTransformer};
 
@@ -22,7 +23,8 @@ pub(super) struct Student {
 }
 
 impl Student {
-    /// Equal to `teacher` to begin with; a network of two times where `is_flow_map`.
+    /// Equal to `teacher` to begin with; `terms` say whether it is a network of two times, and what of it is
+    /// trained.
     ///
     /// # Errors
     /// As [`RoleTrainer::new`].
@@ -30,14 +32,15 @@ impl Student {
         teacher: &ZImageTransformer,
         adapter: Option<&LoraSettings>,
         settings: AdamWSettings,
-        is_flow_map: bool,
+        terms: &impl Terms,
     ) -> Result<Self> {
         // Of zeros, so that all jumps begin with the teacher's velocity.
         let options = (Kind::Float, teacher.device());
         let table = || Tensor::f_zeros([TIME_FEATURES, teacher.config().dim], options);
-        let lengths = is_flow_map.then(table).transpose()?;
+        let lengths = terms.is_flow_map().then(table).transpose()?;
         let more = lengths.as_ref().map(|table| (LENGTHS, table));
-        let trainer = RoleTrainer::new(teacher, adapter, settings, more)?;
+        let is_trained = |name: &str| terms.is_trained(name);
+        let trainer = RoleTrainer::of(teacher, adapter, settings, more, is_trained)?;
         Ok(Self { trainer, lengths })
     }
 
@@ -109,11 +112,7 @@ fn parameters(role: &RoleWeights, lengths: Option<&Tensor>) -> Vec<(String, Tens
     role.parameters().into_iter().chain(table).collect()
 }
 
-fn predictor<'a>(
-    network: Network<'a>,
-    lengths: Option<&'a Tensor>,
-    shift: Shift,
-) -> Denoiser<'a> {
+fn predictor<'a>(network: Network<'a>, lengths: Option<&'a Tensor>, shift: Shift) -> Denoiser<'a> {
     match lengths {
         Some(lengths) => flow_map(network, lengths, shift).denoiser(),
         None => denoiser(network, shift),

@@ -74,12 +74,23 @@ pub trait Terms {
         Ok(None)
     }
 
-    /// One update of the networks of the terms, at the end of an update of the student; names and losses.
+    /// Whether a parameter of the student is trained.
+    fn is_trained(&self, name: &str) -> bool {
+        let _ = name;
+        true
+    }
+
+    /// One update of the networks of the terms, at the end of an update of the student; names and losses. `dm` is
+    /// as in [`Self::objective`].
     ///
     /// # Errors
     /// If libtorch fails.
-    fn train(&mut self, rollout: &Rollout<'_>) -> Result<Record> {
-        let _ = rollout;
+    fn train(
+        &mut self,
+        rollout: &Rollout<'_>,
+        dm: Option<&DistributionMatching<'_>>,
+    ) -> Result<Record> {
+        let _ = (rollout, dm);
         Ok(Record::new())
     }
 

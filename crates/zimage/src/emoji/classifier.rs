@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use tch_training::Parameters;
 use tch_training::parameters::{check_shapes, parameter};
@@ -163,11 +163,27 @@ impl Classifier {
     /// # Errors
     /// If the shape is another.
     pub fn features(&self, images: &Tensor) -> Result<Tensor> {
+        let x = self.activations(images)?.pop().context("a classifier has layers")?;
+        self.embedding.forward(&x.f_mean_dim([2i64, 3].as_slice(), false, None)?, Role::BASE)
+    }
+
+    /// Images `[B, 3, 32, 32]` in [-1, 1] to the activations `[B, C, H, W]` of each layer.
+    ///
+    /// # Errors
+    /// If the shape is another.
+    pub fn activations(&self, images: &Tensor) -> Result<Vec<Tensor>> {
         let mut x = images.f_to_kind(self.classes.kind())?;
+        let mut activations = Vec::new();
         for layer in &self.layers {
             x = layer.forward(&x)?;
+            activations.push(x.shallow_clone());
         }
-        self.embedding.forward(&x.f_mean_dim([2i64, 3].as_slice(), false, None)?, Role::BASE)
+        Ok(activations)
+    }
+
+    /// Channels of the activations of each layer.
+    pub fn channels(&self) -> impl Iterator<Item = i64> {
+        self.layers.iter().map(|layer| layer.stage.outputs)
     }
 
     /// Images `[B, 3, 32, 32]` to logits `[B, N]` in float32: scaled cosines to every class.
