@@ -154,7 +154,7 @@ fn trajectories() -> Vec<Arm> {
         Arm::new(name, 4).with(|arm| {
             arm.steps = vec![4, 2, 1];
             arm.measured_at = vec![4, 2, 1];
-            (arm.updates, arm.measure_every) = (80, 20);
+            (arm.updates, arm.measure_every) = (60, 30);
         })
     };
     let renoised = |arm: Arm| arm.with(|arm| arm.transition = Transition::Renoise);
@@ -177,7 +177,7 @@ fn trajectories() -> Vec<Arm> {
             .regularizer(DM)
             .coupled(),
         hybrid(renoised(arm("hierarchical")).on_data(mean_flow))
-            .with(|arm| arm.first_stage = Some(40)),
+            .with(|arm| arm.first_stage = Some(30)),
     ]
 }
 
@@ -188,9 +188,10 @@ fn terms() -> Vec<Arm> {
         Arm::new(name, 4).with(|arm| {
             arm.steps = vec![4, 1];
             arm.measured_at = vec![4, 1];
+            arm.measure_every = 20;
         })
     };
-    let one_step = |name: &str| Arm::new(name, 1).with(|arm| arm.measured_at = vec![1]);
+    let one_step = |name: &str| Arm::new(name, 1).with(|arm| (arm.measured_at, arm.measure_every) = (vec![1], 20));
     let ca = |name: &str| arm(name).engine(RenoisingTimes::ABOVE_STUDENT);
     let gan = R::Adversarial { weight: ADVERSARIAL };
     let perceptual = OnData::Regression(RegressionDistance::Perceptual);
