@@ -191,7 +191,9 @@ fn terms() -> Vec<Arm> {
             arm.measure_every = 20;
         })
     };
-    let one_step = |name: &str| Arm::new(name, 1).with(|arm| (arm.measured_at, arm.measure_every) = (vec![1], 20));
+    let one_step = |name: &str| {
+        Arm::new(name, 1).with(|arm| (arm.measured_at, arm.measure_every) = (vec![1], 20))
+    };
     let ca = |name: &str| arm(name).engine(RenoisingTimes::ABOVE_STUDENT);
     let gan = R::Adversarial { weight: ADVERSARIAL };
     let perceptual = OnData::Regression(RegressionDistance::Perceptual);
