@@ -31,8 +31,9 @@ use zimage::emoji::{Classifier, EmojiData, Judge};
 use zimage::failure::described;
 use zimage::model::Pipeline;
 
-/// The document with placeholders in place of numbers.
-const TEMPLATE: &str = include_str!("ablation/reproduction.md");
+/// The documents with placeholders in place of numbers.
+const REPRODUCTION: &str = include_str!("ablation/reproduction.md");
+const TERMS: &str = include_str!("ablation/terms.md");
 
 /// Pairs of noise and sample for arms that regress, and how the teacher makes them.
 const PAIRS: usize = 256;
@@ -203,7 +204,8 @@ fn write_report(options: &Options, results: &Path, document: &Path, figures: &Pa
         experiment.arms = experiment.arms.drain(..).map(|arm| adapted(arm, options)).collect();
     }
     let results = Results::load(results, experiments)?;
-    report::write(TEMPLATE, document, figures, &results)
+    report::write(REPRODUCTION, document, figures, &results)?;
+    report::write(TERMS, &document.with_file_name("terms.md"), figures, &results)
 }
 
 fn adapted(arm: Arm, options: &Options) -> Arm {

@@ -3,6 +3,7 @@
 //! | placeholder | becomes |
 //! |---|---|
 //! | `{{value ARM FIELD}}` | mean over seeds, with its 95 % interval |
+//! | `{{forwards ARM}}` | forwards of an update of the student, on one sample |
 //! | `{{at ARM UPDATE FIELD}}` | the same at one update, for what is measured at each |
 //! | `{{seen ARM TIME WHO}}` | last drift of `sample`, `fake` or `teacher` before an observer at this time |
 //! | `{{paired ONE TWO FIELD}}` | mean difference of the two over common seeds, with its interval |
@@ -101,6 +102,11 @@ impl Report<'_> {
             ["value", arm, field] => {
                 let field = Field::named(field)?;
                 Ok(shown(self.results.interval(arm, field)?, field, field.is_signed()))
+            }
+            ["forwards", name] => {
+                let mut arms = self.results.experiments.iter().flat_map(|e| &e.arms);
+                let arm = arms.find(|arm| arm.name == name).context("there is no such arm")?;
+                Ok(format!("{:.1}", arm.forwards()))
             }
             ["at", arm, update, field] => self.at(arm, update.parse()?, Field::named(field)?),
             ["seen", arm, time, who] => self.seen(arm, time.parse()?, who),
