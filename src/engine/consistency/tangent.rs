@@ -36,7 +36,8 @@ pub enum Tangent {
         /// The step, in (0, 1].
         step: f64,
     },
-    /// The Jacobian-vector product of the student.
+    /// The Jacobian-vector product of the student, by [`Denoiser::tangent`]. A student with fused attention has
+    /// none: it takes the math kernel in that closure, or a difference here.
     Exact,
 }
 
