@@ -148,7 +148,8 @@ fn consistency(
         let is_divided = kind == Kind::Double && ["central", "ahead"].contains(&values);
         let bound = if is_divided { 10.0 * bound } else { bound };
         let error = reference.error(&format!("{name}:{of}"), found);
-        errors.push((format!("{of} {kind:?}"), error, if is_narrow { BFLOAT16 } else { bound }));
+        let bound = if is_narrow { BFLOAT16 } else { bound };
+        errors.push((format!("consistency {of} {kind:?}"), error, bound));
     }
     let errors: Vec<_> =
         errors.iter().map(|(what, error, bound)| (&**what, *error, *bound)).collect();
@@ -217,7 +218,7 @@ fn mean_flow(
         let of = format!("{what}_{values}");
         let bound = reference.bound(&format!("mean_flow_{of}"), kind);
         errors.push((
-            format!("{of} {kind:?}"),
+            format!("mean_flow {of} {kind:?}"),
             reference.error(&format!("{name}:{of}"), found),
             bound,
         ));

@@ -1,4 +1,4 @@
-//! The contract of an engine, observations, errors, and a training of seconds.
+//! The contract of an engine, guidance, observations and errors.
 
 use super::*;
 
@@ -6,7 +6,12 @@ use super::*;
 fn the_engine_keeps_the_contract() -> Result<()> {
     for kind in [Kind::Float, Kind::Double, Kind::BFloat16] {
         let network = |x: &Tensor, t: &Tensor, _: &Condition| x * t.view([-1, 1]).to_kind(x.kind());
-        let student = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
+        let student = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network).tangent(
+            |x: &Tensor, t: &Tensor, _: &Condition, dx: &Tensor, dt: &Tensor| {
+                let column = |values: &Tensor| values.view([-1, 1]).to_kind(x.kind());
+                (x * column(t), dx * column(t) + x * column(dt))
+            },
+        );
         let teacher = Denoiser::new(
             RectifiedFlow,
             Prediction::FlowVelocity,
@@ -30,14 +35,84 @@ fn the_engine_keeps_the_contract() -> Result<()> {
             Consistency::continuous(student.clone(), Tangent::Central { step: 0.05 })?,
             Consistency::continuous(student.clone(), Tangent::Ahead { step: 1.0 / 48.0 })?
                 .guided(Guidance::new(3.0)?),
+            Consistency::continuous(student.clone(), Tangent::Exact)?,
+            Consistency::continuous(student.clone(), Tangent::Exact)?.guided(Guidance::new(3.0)?),
         ];
+        engines[5].set_warmup(0.5)?;
         for engine in &engines {
             testing::check_engine(engine, &teacher, &batch).expect("the contract");
+            testing::check_engine(engine, &teacher, &masked).expect("the contract under a mask");
+            let mask = wave(&[4, 3], 0.5, Kind::Float).gt(-0.3);
+            let elements = Batch::new(&x, &cond)?.with_null(&null).with_mask(&mask)?;
+            let elements = elements.with_student_input(&input, &time)?;
+            testing::check_engine(engine, &teacher, &elements).expect("the contract under a mask");
             let tau = PostShift::all(0.5, 4, (input.kind(), Device::Cpu))?;
             let found = engine.direction(&Probe::at(&teacher, &masked, tau, x.zeros_like())?)?;
             assert!(largest(&found.get(2)) <= 0.0 && largest(&found.get(1)) > 0.0);
         }
     }
+    Ok(())
+}
+
+#[test]
+fn the_checks_find_an_engine_that_mixes_the_students_inputs() -> Result<()> {
+    let (x, input) = (wave(&[4, 3], 0.1, Kind::Double), wave(&[4, 3], 0.9, Kind::Double));
+    let (cond, time, teacher) = (mean_condition(), times()?, teacher(&RectifiedFlow));
+    let mask = wave(&[4, 3], 0.5, Kind::Float).gt(-0.3);
+    type Direction = fn(&Tensor, &Tensor) -> Tensor;
+    let cases: [(Option<testing::Check>, Direction); 4] = [
+        (None, |input, t| input * t.view([-1, 1])),
+        (Some(testing::Check::Permutation), |input, t| input.cumsum(0, None) * t.view([-1, 1])),
+        (Some(testing::Check::Permutation), |input, t| input * t.cumsum(0, None).view([-1, 1])),
+        (Some(testing::Check::BadSample), |input, _| input - input.mean(None)),
+    ];
+    for (check, direction) in cases {
+        let engine = engine_fn(move |probe| {
+            let (input, time) = probe.batch().student_input()?;
+            probe.masked(&direction(input, time.tensor()))
+        });
+        let batch = || Batch::new(&x, &cond)?.with_student_input(&input, &time);
+        for batch in [batch()?, batch()?.with_mask(&mask)?] {
+            let found = match testing::check_engine(&engine, &teacher, &batch) {
+                Err(testing::Failure::Broken { check, .. }) => Some(check),
+                result => result.map(|()| None).expect("no error of the engine"),
+            };
+            assert_eq!(found, check);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn guidance_bakes_in_the_guided_teacher() -> Result<()> {
+    // cond N(0.7, sd^2), null N(0.2, sd^2): the guided teacher is the denoiser of N(0.2 + 3 0.5, sd^2).
+    let (cond, null) = (mean_condition(), Condition::from(Tensor::from(0.2)));
+    let nulls = Cell::new(0);
+    let counting = Denoiser::new(
+        RectifiedFlow,
+        Prediction::Sample,
+        |x: &Tensor, t: &Tensor, c: &Condition| {
+            if value(&c[0]) < 0.5 {
+                nulls.set(nulls.get() + 1);
+            }
+            flow_teacher(x, t, &c[0])
+        },
+    );
+    let guided_mean = Tensor::from(0.2 + 3.0 * 0.5);
+    let exact = |x: &Tensor, t: &Tensor, _: &Tensor| flow_exact(x, t, &Tensor::from(1.7));
+    assert!((value(&guided_mean) - 1.7).abs() < 1e-12);
+    let student = differentiable(RectifiedFlow, Prediction::Sample, exact);
+    let time = times()?;
+    let input = inputs(&RectifiedFlow, &time);
+    let of = |guidance: f64| {
+        let engine = Consistency::continuous(student.clone(), Tangent::Exact)?
+            .guided(Guidance::new(guidance)?);
+        direction(&engine, &student, &counting, &input, &time, (&cond, Some(&null)))
+    };
+    assert!(largest(&of(3.0)?) < 1e-11);
+    assert_eq!(nulls.get(), 1);
+    assert!(largest(&of(1.0)?) > 0.1);
+    assert_eq!(nulls.get(), 1, "neutral guidance needs no null branch");
     Ok(())
 }
 
@@ -124,68 +199,5 @@ fn bad_input_is_named() -> Result<()> {
         let refused = Batch::new(&x, &cond)?.with_student_input(&wrong, &time).unwrap_err();
         assert!(matches!(refused, Error::Shape { what: found, .. } if found == what));
     }
-    Ok(())
-}
-
-/// A one-step student of 2-D Gaussian data, trained by central differences on noised data, follows the
-/// teacher's ODE from pure noise to its end: the map `mu + sd x` of each coordinate.
-#[test]
-fn training_learns_the_teachers_ode() -> Result<()> {
-    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
-    let _guard = seeded(3);
-    let spread = Tensor::from_slice(&[0.5f32, 0.2]);
-    let teacher = Denoiser::new(
-        RectifiedFlow,
-        Prediction::Sample,
-        |x: &Tensor, t: &Tensor, _: &Condition| {
-            let a = t.view([-1, 1]);
-            let s: Tensor = 1.0 - &a;
-            &a * spread.square() / (a.square() * spread.square() + s.square()) * x
-        },
-    );
-    let store = nn::VarStore::new(Device::Cpu);
-    let root = store.root();
-    let layers = [(3, 64), (64, 64), (64, 2)]
-        .map(|(from, to)| nn::linear(&root, from, to, Default::default()));
-    let network = |x: &Tensor, t: &Tensor, _: &Condition| {
-        let input = Tensor::cat(&[x, &t.view([-1, 1])], 1);
-        let hidden = input.apply(&layers[0]).silu().apply(&layers[1]).silu();
-        hidden.apply(&layers[2])
-    };
-    let student = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
-    let cond = Condition::none();
-    let mut optimizer = nn::Adam::default().build(&store, 2e-3)?;
-    let draw = || -> Result<(Tensor, Tensor, PostShift)> {
-        let data = Tensor::f_randn([256, 2], FLOAT)?.f_mul(&spread)?;
-        let noise = Tensor::f_randn([256, 2], FLOAT)?;
-        let time = PostShift::new(Tensor::f_rand([256], FLOAT)?.f_mul_scalar(0.98)?)?;
-        Ok((data, noise, time))
-    };
-    for _ in 0..600 {
-        let (data, noise, time) = draw()?;
-        optimizer.backward_step(&student.denoising_loss(&data, &time, &noise, &cond)?);
-    }
-    let noise = Tensor::f_randn([2048, 2], FLOAT)?;
-    let error = || -> Result<f64> {
-        let _no_grad = tch::no_grad_guard();
-        let start = PostShift::all(0.0, 2048, FLOAT)?;
-        let found = student.denoise(&noise, &start, &cond)?;
-        Ok(value(&(found - &noise * &spread).square().mean(None).sqrt()))
-    };
-    let before = error()?;
-    let engine = Consistency::continuous(student.clone(), Tangent::Central { step: 1e-3 })?;
-    let group = Group::new(Renoising::new(Uniform::FULL)).engine("scm", 1.0, &engine);
-    let objective = Objective::new(teacher).with(group);
-    for step in 0..1500 {
-        engine.set_warmup(f64::from(step) / 1500.0)?;
-        optimizer.set_lr(2e-3 * (1.0 - f64::from(step) / 1500.0));
-        let (data, noise, time) = draw()?;
-        let input = RectifiedFlow.renoise(&data, &time, &noise)?;
-        let x = student.denoise(&input, &time, &cond)?;
-        let batch = Batch::new(&x, &cond)?.with_student_input(&input, &time)?;
-        optimizer.backward_step(&objective.evaluate(&batch)?.loss);
-    }
-    let after = error()?;
-    assert!(before > 0.3 && after < 0.05, "{before} {after}");
     Ok(())
 }
