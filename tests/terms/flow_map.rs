@@ -1,6 +1,8 @@
 //! Flow maps and MeanFlow against closed forms of Gaussian data and of two modes, in float64.
 
+mod exact;
 mod settings;
+mod training;
 
 use std::cell::Cell;
 
