@@ -7,9 +7,9 @@ mod training;
 use std::cell::Cell;
 
 use decoupled_dmd::{
-    Batch, Condition, Consistency, Denoiser, Edm, Engine, Error, Group, Guidance, NoisePath,
-    Objective, PostShift, Prediction, Probe, RectifiedFlow, Renoising, Result, Shift, Tangent,
-    TrigFlow, Uniform, VariancePreserving, engine_fn, testing,
+    Batch, Condition, Consistency, Denoiser, Distance, Edm, Engine, Error, Group, Guidance,
+    NoisePath, Objective, PairedRegression, PostShift, Prediction, Probe, RectifiedFlow, Renoising,
+    Result, Shift, Tangent, TrigFlow, Uniform, VariancePreserving, engine_fn, testing,
 };
 use tch::{Device, Kind, Tensor, nn, nn::OptimizerConfig};
 

@@ -47,7 +47,7 @@ fn the_closed_forms_solve_the_teachers_ode() -> Result<()> {
         let deviation = wave(&[3, 2], 0.4, Kind::Double);
         let from = &a * MEAN + variance(&a, &s).sqrt() * &deviation;
         // Runge and Kutta's rule of the fourth order.
-        let (mut x, steps) = (from.shallow_clone(), 200);
+        let (mut x, steps) = (from.copy(), 200);
         let h = (&end - &start) / f64::from(steps);
         let length = h.view([-1, 1]);
         for step in 0..steps {
@@ -57,7 +57,7 @@ fn the_closed_forms_solve_the_teachers_ode() -> Result<()> {
             let two = velocity(&(&x + &one * &length * 0.5), &middle)?;
             let three = velocity(&(&x + &two * &length * 0.5), &middle)?;
             let four = velocity(&(&x + &three * &length), &(&t + &h))?;
-            x = x + (one + (two + three) * 2.0 + four) * &length / 6.0;
+            x += (one + (two + three) * 2.0 + four) * &length / 6.0;
         }
         let (a, s) = levels(path, &end);
         let expected = &a * MEAN + variance(&a, &s).sqrt() * &deviation;

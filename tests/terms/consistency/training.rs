@@ -80,8 +80,69 @@ fn training_by_a_finite_normalised_step_learns_the_teachers_ode() -> Result<()> 
 
 #[test]
 fn training_by_the_discrete_form_learns_its_steps() -> Result<()> {
-    // Ten steps of the teacher end about 0.74 / 10 of a deviation short.
+    // Ten steps of the teacher end about 0.74 / 10 of a deviation of 0.5 short. Measured: 0.034 to 0.043.
     let (before, after) = distances(|student| Consistency::discrete(student, 0.1))?;
-    assert!(before > 0.3 && after < 0.12, "{before} {after}");
+    assert!(before > 0.3 && after < 0.08, "{before} {after}");
+    Ok(())
+}
+
+/// TCM's second stage by the recipe of `docs/recipes.md`: the second model is constant along the teacher's ODE for
+/// any mean and scale, so that both come from the first, frozen model beyond the transition.
+#[test]
+fn a_second_stage_takes_its_boundary_from_the_first() -> Result<()> {
+    const TRANSITION: f64 = 0.5;
+    let train = |with_boundary_batch: bool| -> Result<Vec<f64>> {
+        let mut store = nn::VarStore::new(Device::Cpu);
+        store.double();
+        let numbers = store.root().var_copy("numbers", &Tensor::from_slice(&[0.0, 1.0]));
+        let second = |x: &Tensor, t: &Tensor, c: &Condition| {
+            let (a, s) = coefficients(&RectifiedFlow, t);
+            numbers.get(0) + numbers.get(1) * (x - &a * &c[0]) / variance(&a, &s).sqrt()
+        };
+        let first = |x: &Tensor, t: &Tensor, c: &Condition| flow_exact(x, t, &c[0]);
+        let student = Denoiser::new(RectifiedFlow, Prediction::Sample, second);
+        let frozen = Denoiser::new(RectifiedFlow, Prediction::Sample, first);
+        let either = Denoiser::new(
+            RectifiedFlow,
+            Prediction::Sample,
+            |x: &Tensor, t: &Tensor, c: &Condition| {
+                let is_clean = t.ge(TRANSITION).view([-1, 1]);
+                first(x, t, c).where_self(&is_clean, &second(x, t, c))
+            },
+        );
+        let engine = Consistency::discrete(either, 1.0 / 48.0)?;
+        let (teacher, cond) = (teacher(&RectifiedFlow), mean_condition());
+        let mut optimizer = nn::Adam::default().build(&store, 0.02)?;
+        let last = TRANSITION - 1e-6;
+        for step in 0..400 {
+            optimizer.set_lr(0.02 * (1.0 - f64::from(step) / 400.0));
+            let time = PostShift::new(Tensor::linspace(0.01, last, 64, DOUBLE))?;
+            let (noise, data) = (
+                wave(&[64, 3], f64::from(step), Kind::Double) * 1.4,
+                wave(&[64, 3], 0.5 + 2.0 * f64::from(step), Kind::Double) * STD + MEAN,
+            );
+            let input = RectifiedFlow.renoise(&data, &time, &noise)?;
+            let x = student.denoise(&input, &time, &cond)?;
+            let batch = Batch::new(&x, &cond)?.with_student_input(&input, &time)?;
+            let tau = PostShift::all(0.5, 64, DOUBLE)?;
+            let probe = Probe::at(&teacher, &batch, tau, noise.shallow_clone())?;
+            let direction = tch::no_grad(|| engine.direction(&probe))?;
+            let mut loss = probe.loss_of(&direction)?;
+            if with_boundary_batch {
+                let time = PostShift::all(TRANSITION, 64, DOUBLE)?;
+                let input = RectifiedFlow.renoise(&data, &time, &noise)?;
+                let x = student.denoise(&input, &time, &cond)?;
+                let target = frozen.denoise(&input, &time, &cond)?;
+                loss += PairedRegression::new(Distance::Squared).between(&x, &target)? * 0.1;
+            }
+            optimizer.backward_step(&loss);
+        }
+        Ok(values(&numbers))
+    };
+    // Within the error of the teacher's steps.
+    for with_boundary_batch in [false, true] {
+        let found = train(with_boundary_batch)?;
+        assert!((found[0] - MEAN).abs() < 0.01 && (found[1] - STD).abs() < 0.01, "{found:?}");
+    }
     Ok(())
 }

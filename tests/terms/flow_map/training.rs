@@ -47,7 +47,7 @@ fn distances(set: impl FnOnce(MeanFlow<'_>) -> Result<MeanFlow<'_>>) -> Result<(
 fn training_by_mean_flow_learns_jumps_of_any_length() -> Result<()> {
     let (before, one, two) = distances(|term| term.instantaneous(0.25)?.adaptive(0.5, 1e-3))?;
     // Measured: 1.26 before, 0.061 and 0.049 after.
-    assert!(before > 1.0 && one < 0.12 && two < 0.12, "{before} {one} {two}");
+    assert!(before > 0.5 && one < 0.12 && two < 0.12, "{before} {one} {two}");
     Ok(())
 }
 
@@ -55,7 +55,7 @@ fn training_by_mean_flow_learns_jumps_of_any_length() -> Result<()> {
 fn training_by_a_fraction_learns_jumps_of_any_length() -> Result<()> {
     let fraction = FlowRule::Fraction { share: 0.1 };
     let (before, one, two) = distances(|term| term.rule(fraction)?.adaptive(1.0, 1e-3))?;
-    assert!(before > 1.0 && one < 0.12 && two < 0.12, "{before} {one} {two}");
+    assert!(before > 0.5 && one < 0.12 && two < 0.12, "{before} {one} {two}");
     Ok(())
 }
 
@@ -63,7 +63,7 @@ fn training_by_a_fraction_learns_jumps_of_any_length() -> Result<()> {
 fn training_by_the_lagrangian_rule_needs_no_data_and_learns_one_step() -> Result<()> {
     let lagrangian = FlowRule::Lagrangian { step: 5e-3 };
     let (before, one, two) = distances(|term| Ok(term.rule(lagrangian)?.from_noise()))?;
-    assert!(before > 1.0 && one < 0.12, "{before} {one}");
+    assert!(before > 0.5 && one < 0.04, "{before} {one}");
     // No jump but that from pure noise was trained.
     assert!(two > 2.0 * one, "{one} {two}");
     Ok(())
