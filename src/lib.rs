@@ -31,6 +31,7 @@
 //! | divergences other than the reverse one | [`Divergence`] | f-distill |
 //! | Fisher divergence, through both networks | [`ScoreIdentity`] | SiD, SIM |
 //! | distance of x and its target | [`PairedRegression`], [`Distance`] | DMD, Diffusion2GAN, SenseFlow |
+//! | one random change of both sides | [`Augmentation`] | StyleGAN-ADA, Diffusion2GAN |
 //! | `- mean score(x)` | [`Reward`] | DMDR, JDM |
 //! | `x - (r - t) u(x; t -> r)` | [`FlowMap`], [`MeanFlow`] | MeanFlow, AlphaFlow |
 //! | n | [`Normalizer`] | DMD2, FastGen, FastVideo, CDM |
@@ -64,6 +65,7 @@
     )
 )]
 
+mod augmentation;
 mod batch;
 mod checks;
 mod cuda;
@@ -97,6 +99,7 @@ mod update_ratio;
 mod value;
 mod weighting;
 
+pub use augmentation::{Augmentation, AugmentationDraw};
 pub use batch::{Batch, Condition};
 pub use cuda::{default_device, load_cuda};
 pub use denoiser::Denoiser;
@@ -119,10 +122,10 @@ pub use path::{
 pub use prediction::Prediction;
 pub use probe::Probe;
 pub use regularizer::{
-    Adversarial, AdversarialDistributionMatching, Bandwidth, CriticEvaluation, CriticHeads,
-    CriticPenalty, Distance, DistributionMatching, Divergence, Estimator, GanLoss, Kernel,
-    MaximumMeanDiscrepancy, MeanVariance, PairedRegression, Perceptual, PseudoHuber, Regularizer,
-    RegularizerFn, Reward, ScoreIdentity, Statistics, regularizer_fn,
+    Adversarial, AdversarialDistributionMatching, Bandwidth, CriticEvaluation,
+    CriticHeads, CriticPenalty, Distance, DistributionMatching, Divergence, Estimator, GanLoss,
+    Kernel, MaximumMeanDiscrepancy, MeanVariance, PairedRegression, Perceptual, PseudoHuber,
+    Regularizer, RegularizerFn, Reward, ScoreIdentity, Statistics, regularizer_fn,
 };
 pub use renoising::{
     AboveStudent, LogNormal, LogitNormal, Renoising, TimeDistribution, Times, Uniform,

@@ -5,6 +5,7 @@ mod common;
 
 mod adversarial;
 mod adversarial_distribution_matching;
+mod augmentation;
 mod cfg_augmentation;
 mod consistency;
 mod distribution_matching;
