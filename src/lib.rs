@@ -74,6 +74,7 @@ mod diagnostics;
 mod engine;
 mod error;
 mod flow_map;
+mod freeze;
 mod gradient;
 mod grid;
 mod guidance;
@@ -107,6 +108,7 @@ pub use diagnostics::{Diagnostics, PerSample, ScoreDiagnostics, TermDiagnostics}
 pub use engine::{CfgAugmentation, Consistency, Engine, EngineFn, Tangent, engine_fn};
 pub use error::{Error, Result};
 pub use flow_map::{FlowMap, FlowRule, MeanFlow, MeanFlowEvaluation};
+pub use freeze::{Frozen, freeze_matching};
 pub use gradient::{gradient_only_in, surrogate};
 pub use grid::FewStepGrid;
 pub use guidance::Guidance;
