@@ -2,8 +2,9 @@
 
 use tch::{Kind, Tensor, nn};
 
-use crate::checks::{check_samples, check_size};
-use crate::error::Result;
+use crate::checks::{check_device, check_samples, check_size};
+use crate::error::{Error, Result};
+use crate::numeric::batch_size;
 use crate::value::checked;
 
 /// One head for each level of features: a ready-made top for the critic of
@@ -16,8 +17,8 @@ use crate::value::checked;
 /// head meets the loss alone: summing heads before a hinge would let one cover for another. Positions
 /// are averaged before the loss, so a level counts the same at every resolution.
 ///
-/// In spirit LADD (Sauer et al. 2024), whose heads are larger and see the condition. Here time and
-/// condition reach the heads through the trunk alone.
+/// In spirit LADD (Sauer et al. 2024), whose heads are larger and see the condition. Here time and condition
+/// reach the heads through the trunk, and by [`conditioned`](Self::conditioned) through an embedding too.
 ///
 /// # Example
 /// A critic on the features of the teacher:
@@ -52,6 +53,8 @@ struct Head {
     read: Tensor,
     constant: Tensor,
     attention: Option<Attention>,
+    /// From an embedding to the hidden channels, `[width, E]`.
+    projection: Option<Tensor>,
 }
 
 /// The query of a pooling by attention, and the map from features to keys.
@@ -66,8 +69,8 @@ impl CriticHeads {
     /// as `0.mix`, `0.bias`, .. (initialised with libtorch's global generator). 256 is a common width.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless there is a level and all sizes are
-    /// positive; [`Error::Torch`](crate::Error::Torch) if a parameter cannot be created.
+    /// [`Error::OutOfRange`] unless there is a level and all sizes are positive; [`Error::Torch`] if a
+    /// parameter cannot be created.
     pub fn new(path: &nn::Path, channels: &[i64], width: i64) -> Result<Self> {
         checked("number of feature levels", "at least 1", 0.0, !channels.is_empty())?;
         checked("width of the heads", "at least 1", width as f64, width > 0)?;
@@ -85,6 +88,7 @@ impl CriticHeads {
                 read: path.f_uniform("read", &[1, width, 1], -bound, bound)?,
                 constant: path.f_zeros("constant", &[1])?,
                 attention: None,
+                projection: None,
             });
         }
         // At least 8 channels a group: a group of one channel at one position is always zero.
@@ -104,7 +108,7 @@ impl CriticHeads {
     /// discriminator, whose formula could not be found.
     ///
     /// # Errors
-    /// [`Error::Torch`](crate::Error::Torch) if a parameter cannot be created.
+    /// [`Error::Torch`] if a parameter cannot be created.
     pub fn pooled_by_attention(mut self, path: &nn::Path) -> Result<Self> {
         for (level, head) in self.heads.iter_mut().enumerate() {
             let path = path.sub(level.to_string());
@@ -117,14 +121,49 @@ impl CriticHeads {
         Ok(self)
     }
 
+    /// Lets the heads see an embedding of `embedding` numbers a sample, such as the pooled text or the noise
+    /// level: [`logits_given`](Self::logits_given) takes it. The parameters are `0.project`, .. under `path`.
+    ///
+    /// ```text
+    /// logit = logit without it + <project e, pooled SiLU(GroupNorm(W h + b))> / sqrt(width)
+    /// ```
+    /// The projection form of Miyato & Koyama (arXiv 1802.05637); the division by the root of the width is
+    /// ours. Whether LADD's heads have this form could not be verified. `project` is zero at first: the
+    /// logits are those without it.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] unless `embedding` is positive; [`Error::Torch`] if a parameter cannot be created.
+    pub fn conditioned(mut self, path: &nn::Path, embedding: i64) -> Result<Self> {
+        checked("size of the embedding", "at least 1", embedding as f64, embedding > 0)?;
+        for (level, head) in self.heads.iter_mut().enumerate() {
+            let path = path.sub(level.to_string());
+            head.projection = Some(path.f_zeros("project", &[batch_size(&head.bias), embedding])?);
+        }
+        Ok(self)
+    }
+
     /// Logits `[B, K]` for K levels of features, each `[B, C]` or `[B, C, ..]`; tokens `[B, T, C]`
     /// must be transposed. Features are converted to the type of the parameters.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless there are as many levels as heads;
-    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless each level
-    /// has the channels of its head, and as many samples as the others.
+    /// [`Error::OutOfRange`] unless there are as many levels as heads; [`Error::Shape`] or [`Error::Kind`]
+    /// unless each level has the channels of its head, and as many samples as the others;
+    /// [`Error::Missing`] if the heads are [`conditioned`](Self::conditioned).
     pub fn logits(&self, features: &[Tensor]) -> Result<Tensor> {
+        self.read(features, None)
+    }
+
+    /// [`logits`](Self::logits) of [`conditioned`](Self::conditioned) heads, given an embedding `[B, E]` of
+    /// each sample.
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits); [`Error::Missing`] unless the heads are conditioned; [`Error::Shape`],
+    /// [`Error::Kind`] or [`Error::Device`] if the embedding does not fit features and heads.
+    pub fn logits_given(&self, features: &[Tensor], embedding: &Tensor) -> Result<Tensor> {
+        self.read(features, Some(embedding))
+    }
+
+    fn read(&self, features: &[Tensor], embedding: Option<&Tensor>) -> Result<Tensor> {
         let levels = features.len();
         let fits = levels == self.heads.len();
         checked("number of feature levels", "the number of heads", levels as f64, fits)?;
@@ -132,7 +171,7 @@ impl CriticHeads {
             .heads
             .iter()
             .zip(features)
-            .map(|(head, level)| head.logit(level, self.groups))
+            .map(|(head, level)| head.logit(level, embedding, self.groups))
             .collect();
         let logits = logits?;
         let batch = logits.first().map(Tensor::size).unwrap_or_default();
@@ -145,7 +184,7 @@ impl CriticHeads {
 
 impl Head {
     /// `[B, 1]`.
-    fn logit(&self, features: &Tensor, groups: i64) -> Result<Tensor> {
+    fn logit(&self, features: &Tensor, embedding: Option<&Tensor>, groups: i64) -> Result<Tensor> {
         check_samples("features of the critic", features, 2)?;
         let features = features.f_unsqueeze(-1)?.f_flatten(2, -1)?;
         let mut expected = features.size();
@@ -159,7 +198,12 @@ impl Head {
         let hidden = pointwise(&features, &self.mix, &self.bias)?
             .f_group_norm(groups, Some(&self.scale), Some(&self.offset), 1e-5, true)?
             .f_silu()?;
-        let logits = pointwise(&hidden, &self.read, &self.constant)?;
+        let mut logits = pointwise(&hidden, &self.read, &self.constant)?;
+        if let Some(read) = self.projected(embedding, &features)? {
+            let width = read.size().get(1).copied().unwrap_or(1) as f64;
+            let given = hidden.f_mul(&read)?.f_sum_dim_intlist(&[1i64][..], true, None::<Kind>)?;
+            logits = logits.f_add(&given.f_div_scalar(width.sqrt())?)?;
+        }
         let Some(Attention { query, keys }) = &self.attention else {
             return Ok(logits.f_mean_dim(&[2i64][..], false, None::<Kind>)?);
         };
@@ -168,5 +212,24 @@ impl Head {
         let scores = keys.f_mul(query)?.f_sum_dim_intlist(&[1i64][..], true, None::<Kind>)?;
         let weights = scores.f_div_scalar(width.sqrt())?.f_softmax(2, None::<Kind>)?;
         Ok(logits.f_mul(&weights)?.f_sum_dim_intlist(&[2i64][..], false, None::<Kind>)?)
+    }
+
+    /// What the embedding adds to the reading of each hidden channel, `[B, width, 1]`.
+    fn projected(&self, embedding: Option<&Tensor>, features: &Tensor) -> Result<Option<Tensor>> {
+        const WHAT: &str = "embedding of the critic";
+        match (&self.projection, embedding) {
+            (None, None) => Ok(None),
+            (Some(_), None) => Err(Error::Missing { what: WHAT, setter: "logits_given" }),
+            (None, Some(_)) => {
+                Err(Error::Missing { what: "projection of the embedding", setter: "conditioned" })
+            }
+            (Some(projection), Some(embedding)) => {
+                let numbers = projection.size().get(1).copied().unwrap_or(1);
+                check_size(WHAT, embedding, &[batch_size(features), numbers])?;
+                check_device(WHAT, embedding, features)?;
+                let embedding = embedding.f_to_kind(projection.f_kind()?)?;
+                Ok(Some(embedding.f_linear(projection, None::<&Tensor>)?.f_unsqueeze(-1)?))
+            }
+        }
     }
 }
