@@ -124,7 +124,7 @@ pub use path::{
 pub use prediction::Prediction;
 pub use probe::Probe;
 pub use regularizer::{
-    Adversarial, AdversarialDistributionMatching, Bandwidth, CriticEvaluation,
+    Adversarial, AdversarialDistributionMatching, Bandwidth, CriticDraw, CriticEvaluation,
     CriticHeads, CriticPenalty, Distance, DistributionMatching, Divergence, Estimator, GanLoss,
     Kernel, MaximumMeanDiscrepancy, MeanVariance, PairedRegression, Perceptual, PseudoHuber,
     Regularizer, RegularizerFn, Reward, ScoreIdentity, Statistics, regularizer_fn,

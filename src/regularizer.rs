@@ -10,7 +10,9 @@ mod paired_regression;
 mod reward;
 mod score_identity;
 
-pub use adversarial::{Adversarial, CriticEvaluation, CriticHeads, CriticPenalty, GanLoss};
+pub use adversarial::{
+    Adversarial, CriticDraw, CriticEvaluation, CriticHeads, CriticPenalty, GanLoss,
+};
 pub use adversarial_distribution_matching::AdversarialDistributionMatching;
 pub use distribution_matching::DistributionMatching;
 pub use divergence::Divergence;

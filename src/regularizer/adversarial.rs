@@ -1,9 +1,11 @@
 //! Adversarial regularization: a critic learns to tell samples from data, and the student learns to pass.
 
+mod critic;
 mod critic_evaluation;
 mod critic_heads;
 mod gan_loss;
 
+pub use critic::CriticDraw;
 pub use critic_evaluation::CriticEvaluation;
 pub use critic_heads::CriticHeads;
 pub use gan_loss::{CriticPenalty, GanLoss};
@@ -11,12 +13,13 @@ use std::cell::OnceCell;
 
 use tch::{Kind, Tensor, no_grad_guard};
 
+use crate::augmentation::{Augmentation, AugmentationDraw};
 use crate::batch::{Batch, Condition};
-use crate::checks::{check_floating, check_like, check_per_sample, check_size};
+use crate::checks::{check_floating, check_per_sample, check_size};
 use crate::error::{Error, Result};
 use crate::gradient::gradient_only_in;
 use crate::network::IntoOutput;
-use crate::numeric::{batch_size, noise_like, once, sample_mean, widen};
+use crate::numeric::{batch_size, once, per_sample, sample_mean, widen, widen_like};
 use crate::path::{NoisePath, check_same_path};
 use crate::probe::Probe;
 use crate::regularizer::Regularizer;
@@ -25,6 +28,7 @@ use crate::time::PostShift;
 use crate::value::checked;
 
 type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
+type Weight<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
 
 /// Adversarial loss: moves the samples to where a critic, trained along with the student, takes them for
 /// real.
@@ -49,18 +53,23 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 /// | [`gan_loss`](Self::gan_loss) | form of the losses | non-saturating; DMD2 |
 /// | [`penalty`](Self::penalty) | R1 or its finite difference | none; DMD2 |
 /// | [`renoising`](Self::renoising) | the times at which the critic is trained | U(0, 1), then the shift; ours |
+/// | [`independent`](Self::independent) | times and noise of their own for real samples | off; on in LADD |
+/// | [`mismatched`](Self::mismatched) | share of real samples under another's condition, as fakes | 0; Diffusion2GAN |
+/// | [`weighted`](Self::weighted) | w(t) of both losses | 1; SenseFlow has t^2 |
+/// | [`augmented`](Self::augmented) | one random change of both sides | none |
 ///
 /// Weights of the generator's loss in public recipes are small: 5e-3 (SDXL, DMD2), 3e-2 (large
 /// models, FastGen). Give the generator's group the same renoising as the critic's training: at other
 /// times the critic is untrained.
 ///
 /// # Shapes
-/// x and real samples `[B, ..]`, as many of one as of the other, to a scalar in float32 or wider.
+/// x and real samples `[B, ..]`, as many of one as of the other, to a scalar in float32 or wider. The mask of
+/// the batch is not looked at: the critic sees whole samples.
 ///
 /// # Forwards
-/// Generator: critic 1, and its backward to x; 2 in the relativistic form. Critic: 2, with the
-/// approximate R1 3; R1 differentiates twice, and takes a graph for that under `tch::no_grad` too.
-/// Teacher: none.
+/// Generator: critic 1, and its backward to x; 2 in the relativistic form. Critic: 2, one more with the
+/// approximate R1, one more with mismatched samples; R1 differentiates twice, and takes a graph for that
+/// under `tch::no_grad` too. Teacher: none.
 ///
 /// **Gradients.** The generator's gradient is computed when the loss is, runs through the critic and
 /// its frozen trunk, and ends in x alone: parameters of the critic receive none, also those with
@@ -70,7 +79,9 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 /// # Errors
 /// [`Error::Missing`] without [`Batch::with_real`], which the critic needs, and the generator in the
 /// relativistic form; [`Error::Shape`] if there are not as many real samples as samples, or the
-/// logits do not start with B; [`Error::NoGradient`] if the generator's logits have no graph to x, as
+/// logits do not start with B, or samples to augment are no planes; [`Error::OutOfRange`] for independent or
+/// mismatched samples in the relativistic form, which compares pairs, and for mismatched samples in a batch
+/// of one; [`Error::NoGradient`] if the generator's logits have no graph to x, as
 /// when the closure detaches or checkpoints by hand; [`Error::Missing`] if
 /// [`renoising`](Self::renoising) needs the student's times and there are none; [`Error::Network`] from
 /// the closure.
@@ -104,6 +115,10 @@ pub struct Adversarial<'a> {
     critic: Box<Critic<'a>>,
     gan_loss: GanLoss,
     penalty: Option<CriticPenalty>,
+    independent: bool,
+    mismatched: f64,
+    weight: Option<Box<Weight<'a>>>,
+    augmentation: Option<Augmentation>,
     /// Set once the path of the critic was compared with the teacher's.
     shares_path: OnceCell<()>,
 }
@@ -120,6 +135,10 @@ impl<'a> Adversarial<'a> {
             critic: Box::new(move |x, t, cond| critic(x, t, cond).into_result()),
             gan_loss: GanLoss::default(),
             penalty: None,
+            independent: false,
+            mismatched: 0.0,
+            weight: None,
+            augmentation: None,
             shares_path: OnceCell::new(),
         }
     }
@@ -131,7 +150,8 @@ impl<'a> Adversarial<'a> {
         self
     }
 
-    /// Adds a penalty on the slope of the critic to its loss.
+    /// Adds a penalty on the slope of the critic to its loss. [`penalty_loss`](Self::penalty_loss) is the
+    /// penalty alone, for every k-th step.
     ///
     /// # Errors
     /// [`Error::OutOfRange`] unless its strength is finite and not negative, and sigma positive.
@@ -144,6 +164,51 @@ impl<'a> Adversarial<'a> {
     #[must_use]
     pub fn renoising(mut self, renoising: Renoising<'a>) -> Self {
         self.renoising = renoising;
+        self
+    }
+
+    /// Draws times and noise for the real samples apart from those of the samples, as LADD's code in FastGen
+    /// does unless told otherwise. The expectation of the critic's loss stays; not in the relativistic form.
+    #[must_use]
+    pub fn independent(mut self) -> Self {
+        self.independent = true;
+        self
+    }
+
+    /// Trains the critic on mismatched samples too, which it is to refuse: real ones with the condition of
+    /// another real one, the next in the batch. They take the share `share` of the generated samples' part:
+    ///
+    /// ```text
+    /// critic:  (1 - share) of the generated + share of the mismatched + the real        each a mean
+    /// ```
+    /// Diffusion2GAN's mix-and-match (arXiv 2405.05967), whose share is not known; 0.5 in AMD's code of LADD.
+    /// Where samples follow the data, the best critic is `- ln(1 - share + share p(y) / p(y given c))`, not 0:
+    /// it favours samples that are typical of their condition, as guidance does. Conditions of neighbours in
+    /// the batch must differ, or true pairs are called false.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] unless `share` is at least 0 and below 1.
+    pub fn mismatched(mut self, share: f64) -> Result<Self> {
+        let valid = (0.0..1.0).contains(&share);
+        self.mismatched =
+            checked("share of mismatched samples", "at least 0 and below 1", share, valid)?;
+        Ok(self)
+    }
+
+    /// Weighs the losses of both players by w(t), `[B]` of post-shift times `[B]`, each sample by its own time.
+    /// The penalty is not weighed. SenseFlow (arXiv 2506.00523) means `t^2`, that is (1 - noise level)^2; its
+    /// code has this only without a shift.
+    #[must_use]
+    pub fn weighted<O: IntoOutput<Tensor>>(mut self, weight: impl Fn(&Tensor) -> O + 'a) -> Self {
+        self.weight = Some(Box::new(move |time: &Tensor| weight(time).into_result()));
+        self
+    }
+
+    /// Changes the clean samples of both sides by one draw of an augmentation before they are re-noised, so
+    /// that the noise stays what the trunk knows. The gradient passes through it.
+    #[must_use]
+    pub fn augmented(mut self, augmentation: Augmentation) -> Self {
+        self.augmentation = Some(augmentation);
         self
     }
 
@@ -163,84 +228,53 @@ impl<'a> Adversarial<'a> {
         sample_mean(&logits)
     }
 
-    /// The loss that trains the critic, penalty included, a scalar; times from
-    /// [`renoising`](Self::renoising), fresh noise.
+    /// The generator's loss at a probe for a given draw of an augmentation, whatever
+    /// [`augmented`](Self::augmented) has set; `None` changes nothing.
     ///
     /// # Errors
     /// As the term.
-    pub fn critic_loss(&self, batch: &Batch<'_>) -> Result<Tensor> {
-        Ok(self.critic_evaluation(batch)?.loss)
-    }
-
-    /// [`critic_loss`](Self::critic_loss) at given times (B of them) and noise; `perturbation` is the
-    /// unit noise n of the approximate R1; other penalties do not read it. Both are shaped like x.
-    ///
-    /// # Errors
-    /// As the term, and [`Error::Shape`] and the like if times or noise do not fit.
-    pub fn critic_loss_at(
+    pub fn generator_loss_at(
         &self,
-        batch: &Batch<'_>,
-        time: &PostShift,
-        noise: &Tensor,
-        perturbation: &Tensor,
+        probe: &Probe<'_>,
+        augmentation: Option<&AugmentationDraw>,
     ) -> Result<Tensor> {
-        Ok(self.critic_evaluation_at(batch, time, noise, perturbation)?.loss)
+        let (batch, tau) = (probe.batch(), probe.tau());
+        once(&self.shares_path, || check_same_path(&*self.path, probe.teacher().path()))?;
+        self.check_form()?;
+        gradient_only_in("critic logits", probe.x(), |x| {
+            let noised = self.path.renoise(&changed(x, augmentation)?, tau, probe.noise())?;
+            let fake = self.logits(&noised, tau, batch.cond())?;
+            probe.observe("logit", || Ok(fake.f_mean(None::<Kind>)?))?;
+            let each = self.gan_loss.of_generator(&fake, || {
+                let _no_grad = no_grad_guard();
+                let real = changed(&paired_real(batch)?, augmentation)?;
+                let real = self.renoise(&real, tau, probe.noise())?;
+                let real = self.logits(&real, tau, batch.real_cond())?;
+                check_size("critic logits", &real, &fake.size())?;
+                Ok(real)
+            })?;
+            self.average(&each, tau)
+        })
     }
 
-    /// [`critic_loss`](Self::critic_loss) with its logits, for a log.
-    ///
-    /// # Errors
-    /// As the term.
-    pub fn critic_evaluation(&self, batch: &Batch<'_>) -> Result<CriticEvaluation> {
-        let x = batch.x();
-        let time = self.renoising.draw(&*self.path, x, batch.student_time())?;
-        self.critic_evaluation_at(batch, &time, &noise_like(x)?, &noise_like(x)?)
+    /// The relativistic form compares pairs, which the options for unpaired samples would tear apart.
+    fn check_form(&self) -> Result<()> {
+        if self.gan_loss != GanLoss::Relativistic {
+            return Ok(());
+        }
+        let requirement = "off in the relativistic form, which compares pairs";
+        checked("independent draws", requirement, 1.0, !self.independent)?;
+        let share = self.mismatched;
+        checked("share of mismatched samples", requirement, share, share <= 0.0).map(|_| ())
     }
 
-    /// [`critic_evaluation`](Self::critic_evaluation) at given times and noise, as
-    /// [`critic_loss_at`](Self::critic_loss_at).
-    ///
-    /// # Errors
-    /// As [`critic_loss_at`](Self::critic_loss_at).
-    pub fn critic_evaluation_at(
-        &self,
-        batch: &Batch<'_>,
-        time: &PostShift,
-        noise: &Tensor,
-        perturbation: &Tensor,
-    ) -> Result<CriticEvaluation> {
-        check_per_sample("time", time.tensor(), batch.x())?;
-        check_like("noise", noise, batch.x())?;
-        check_like("perturbation", perturbation, batch.x())?;
-        let real_cond = batch.real_cond();
-        let fake = self.renoise(batch.x(), time, noise)?;
-        let real = self.renoise(&paired_real(batch)?, time, noise)?;
-        let fake_logits = self.logits(&fake, time, batch.cond())?;
-        let (real_logits, penalty) = match self.penalty {
-            None => (self.logits(&real, time, real_cond)?, None),
-            // The slope needs a graph, also under the caller's no_grad.
-            Some(CriticPenalty::R1 { gamma }) => tch::with_grad(|| -> Result<_> {
-                let real = real.f_set_requires_grad(true)?;
-                let logits = self.logits(&real, time, real_cond)?;
-                let slope = slope(&logits, &real)?.f_mul_scalar(0.5 * gamma)?;
-                Ok((logits, Some(slope)))
-            })?,
-            Some(CriticPenalty::ApproximateR1 { weight, sigma }) => {
-                let logits = self.logits(&real, time, real_cond)?;
-                let shift = widen(perturbation)?.f_mul_scalar(sigma)?;
-                let moved = self.logits(&real.f_add(&shift)?, time, real_cond)?;
-                let square = logits.f_sub(&moved)?.f_square()?.f_mean(None::<Kind>)?;
-                (logits, Some(square.f_mul_scalar(weight)?))
-            }
-        };
-        check_size("critic logits", &real_logits, &fake_logits.size())?;
-        let loss = self.gan_loss.critic(&real_logits, &fake_logits)?;
-        let loss = match penalty {
-            Some(penalty) => loss.f_add(&penalty)?,
-            None => loss,
-        };
-        let (fake_logits, real_logits) = (fake_logits.f_detach()?, real_logits.f_detach()?);
-        Ok(CriticEvaluation { loss, fake_logits, real_logits })
+    /// The weighted mean of losses `[B, K]` at their times.
+    fn average(&self, each: &Tensor, time: &PostShift) -> Result<Tensor> {
+        let Some(weight) = &self.weight else { return Ok(each.f_mean(None::<Kind>)?) };
+        let weight = weight(time.tensor())?;
+        check_per_sample("weight of a time", &weight, each)?;
+        let weight = per_sample(&widen_like(&weight, each)?, each)?;
+        Ok(each.f_mul(&weight)?.f_mean(None::<Kind>)?)
     }
 
     /// Detached, so that the critic's loss leaves the student alone.
@@ -267,42 +301,16 @@ fn paired_real(batch: &Batch<'_>) -> Result<Tensor> {
     Ok(real.f_to_kind(batch.x().f_kind()?)?)
 }
 
-/// Mean over samples of the squared slope of their mean logit, with a graph.
-fn slope(logits: &Tensor, at: &Tensor) -> Result<Tensor> {
-    // Samples do not mix, so the slope of the sum holds the slope of each.
-    let sum = logits.f_mean_dim(&[1i64][..], false, None::<Kind>)?.f_sum(None::<Kind>)?;
-    if !sum.requires_grad() {
-        // The logits depend on neither sample nor parameters: there is no graph to differentiate.
-        return Ok(sum.f_zeros_like()?);
-    }
-    let gradients = Tensor::f_run_backward(&[&sum], &[at], true, true)?;
-    match gradients.into_iter().next().filter(Tensor::defined) {
-        Some(slope) => {
-            let squared = widen(&slope)?.f_flatten(1, -1)?.f_square()?;
-            let per_sample = squared.f_sum_dim_intlist(&[1i64][..], false, None::<Kind>)?;
-            Ok(per_sample.f_mean(None::<Kind>)?)
-        }
-        // The logits do not depend on the sample.
-        None => Ok(sum.f_zeros_like()?),
-    }
+/// The samples after a draw of an augmentation.
+fn changed(x: &Tensor, augmentation: Option<&AugmentationDraw>) -> Result<Tensor> {
+    augmentation.map_or_else(|| Ok(x.shallow_clone()), |draw| draw.apply(x))
 }
 
 impl Regularizer for Adversarial<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        let (batch, tau) = (probe.batch(), probe.tau());
-        once(&self.shares_path, || check_same_path(&*self.path, probe.teacher().path()))?;
-        gradient_only_in("critic logits", probe.x(), |x| {
-            let noised = self.path.renoise(x, tau, probe.noise())?;
-            let fake = self.logits(&noised, tau, batch.cond())?;
-            probe.observe("logit", || Ok(fake.f_mean(None::<Kind>)?))?;
-            self.gan_loss.generator(&fake, || {
-                let _no_grad = no_grad_guard();
-                let real = self.renoise(&paired_real(batch)?, tau, probe.noise())?;
-                let real = self.logits(&real, tau, batch.real_cond())?;
-                check_size("critic logits", &real, &fake.size())?;
-                Ok(real)
-            })
-        })
+        let draw = |augmentation: Augmentation| augmentation.draw(probe.x());
+        let draw = self.augmentation.map(draw).transpose()?;
+        self.generator_loss_at(probe, draw.as_ref())
     }
 
     fn own_loss(&self, batch: &Batch<'_>) -> Result<Option<Tensor>> {
@@ -316,6 +324,9 @@ impl std::fmt::Debug for Adversarial<'_> {
             .field("gan_loss", &self.gan_loss)
             .field("penalty", &self.penalty)
             .field("renoising", &self.renoising)
+            .field("independent", &self.independent)
+            .field("mismatched", &self.mismatched)
+            .field("augmentation", &self.augmentation)
             .finish_non_exhaustive()
     }
 }

@@ -1,8 +1,11 @@
 //! Adversarial regularization: losses of both players, penalties, laws and errors.
 
+mod clean_end;
 mod critic_evaluation;
 mod gradients;
 mod heads;
+mod options;
+mod penalty;
 mod training;
 
 use std::cell::RefCell;

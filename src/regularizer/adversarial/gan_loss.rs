@@ -32,14 +32,8 @@ impl GanLoss {
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails, as for logits that do not fit each other.
     pub fn critic(self, real: &Tensor, fake: &Tensor) -> Result<Tensor> {
         match self {
-            Self::NonSaturating => {
-                Ok(mean(&softplus(fake)?)?.f_add(&mean(&softplus(&real.f_neg()?)?)?)?)
-            }
-            Self::Hinge => {
-                let real = real.f_neg()?.f_add_scalar(1.0)?.f_relu()?;
-                Ok(mean(&real)?.f_add(&mean(&fake.f_add_scalar(1.0)?.f_relu()?)?)?)
-            }
-            Self::Relativistic => mean(&softplus(&fake.f_sub(real)?)?),
+            Self::Relativistic => mean(&self.of_fake(&fake.f_sub(real)?)?),
+            _ => Ok(mean(&self.of_fake(fake)?)?.f_add(&mean(&self.of_real(real)?)?)?),
         }
     }
 
@@ -49,10 +43,33 @@ impl GanLoss {
     /// # Errors
     /// As [`critic`](Self::critic); errors of `real`.
     pub fn generator(self, fake: &Tensor, real: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+        mean(&self.of_generator(fake, real)?)
+    }
+
+    /// The critic's loss of each logit of real samples, but for the relativistic form.
+    pub(super) fn of_real(self, real: &Tensor) -> Result<Tensor> {
+        self.of_fake(&real.f_neg()?)
+    }
+
+    /// The critic's loss of each logit of generated samples; in the relativistic form of each difference from
+    /// a real one.
+    pub(super) fn of_fake(self, fake: &Tensor) -> Result<Tensor> {
         match self {
-            Self::NonSaturating => mean(&softplus(&fake.f_neg()?)?),
-            Self::Hinge => mean(&fake.f_neg()?),
-            Self::Relativistic => mean(&softplus(&real()?.f_sub(fake)?)?),
+            Self::NonSaturating | Self::Relativistic => softplus(fake),
+            Self::Hinge => Ok(fake.f_add_scalar(1.0)?.f_relu()?),
+        }
+    }
+
+    /// The generator's loss of each logit.
+    pub(super) fn of_generator(
+        self,
+        fake: &Tensor,
+        real: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        match self {
+            Self::NonSaturating => softplus(&fake.f_neg()?),
+            Self::Hinge => Ok(fake.f_neg()?),
+            Self::Relativistic => softplus(&real()?.f_sub(fake)?),
         }
     }
 }
