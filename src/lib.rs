@@ -130,7 +130,7 @@ pub use regularizer::{
     Regularizer, RegularizerFn, Reward, ScoreIdentity, Statistics, regularizer_fn,
 };
 pub use renoising::{
-    AboveStudent, LogNormal, LogitNormal, Renoising, TimeDistribution, Times, Uniform,
+    AboveStudent, LogNormal, LogitNormal, Power, Renoising, TimeDistribution, Times, Uniform,
 };
 pub use rollout::{Sampler, Transition};
 pub use schedule::{Schedule, Shifts};

@@ -2,11 +2,13 @@
 
 mod log_normal;
 mod logit_normal;
+mod power;
 mod times;
 mod uniform;
 
 pub use log_normal::LogNormal;
 pub use logit_normal::LogitNormal;
+pub use power::Power;
 pub use times::Times;
 pub use uniform::{AboveStudent, Uniform};
 
@@ -32,6 +34,7 @@ pub(crate) const Z_MAX: f64 = 5.5;
 /// | [`AboveStudent`] | U(t + gap, high) | tau_CA |
 /// | [`LogitNormal`] | sigmoid of a normal number | the fake score, as SD3 trains |
 /// | [`LogNormal`] | normal in ln sigma | the fake score on EDM's path |
+/// | [`Power`] | u^p | the student of ADM's first stage |
 pub trait TimeDistribution {
     /// Pre-shift times `[B]` for draws `u` `[B]` in [0, 1), which [`Renoising`] has checked.
     ///
@@ -197,12 +200,13 @@ mod tests {
         let u = Tensor::from_slice(&[0.0, 1.0]);
         let student = PreShift::new(Tensor::from_slice(&[0.25, 0.5]))?;
         let edm = crate::Edm::default();
-        let distributions: [(&dyn TimeDistribution, f64); 6] = [
+        let distributions: [(&dyn TimeDistribution, f64); 7] = [
             (&Uniform::FULL, 0.0),
             (&Uniform::new(0.1, 0.7)?, 0.0),
             (&AboveStudent::new(0.05, 0.98)?, 0.0),
             (&LogitNormal::new(0.3, 0.8)?, 1e-15),
             (&LogNormal::default(), 1e-12),
+            (&Power::new(3.0)?, 0.0),
             (&LogNormal::new(edm, 0.5, 0.3)?, 1e-12),
         ];
         for (index, (distribution, epsilon)) in distributions.into_iter().enumerate() {

@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::renoising::{AboveStudent, LogNormal, LogitNormal, TimeDistribution, Uniform};
+use crate::renoising::{AboveStudent, LogNormal, LogitNormal, Power, TimeDistribution, Uniform};
 use crate::time::PreShift;
 
 /// Any distribution of this crate: the type to name in a configuration that chooses among them, as
@@ -26,6 +26,8 @@ pub enum Times {
     LogitNormal(LogitNormal),
     /// Normal in ln sigma, on the path of EDM.
     LogNormal(LogNormal),
+    /// A power of an even number.
+    Power(Power),
 }
 
 impl TimeDistribution for Times {
@@ -35,6 +37,7 @@ impl TimeDistribution for Times {
             Self::AboveStudent(times) => times.times(u, student),
             Self::LogitNormal(times) => times.times(u, student),
             Self::LogNormal(times) => times.times(u, student),
+            Self::Power(times) => times.times(u, student),
         }
     }
 }
@@ -49,4 +52,4 @@ macro_rules! from_distribution {
     };
 }
 
-from_distribution!(Uniform, AboveStudent, LogitNormal, LogNormal);
+from_distribution!(Uniform, AboveStudent, LogitNormal, LogNormal, Power);
