@@ -11,7 +11,7 @@ use crate::guidance::Guidance;
 use crate::network::IntoOutput;
 use crate::numeric::{finite_where_masked, masked, mean, widen, widen_like};
 use crate::output::ModelOutput;
-use crate::path::NoisePath;
+use crate::path::{Coefficients, NoisePath, Subinterval};
 use crate::prediction::Prediction;
 use crate::time::PostShift;
 
@@ -106,6 +106,30 @@ impl<'a> Denoiser<'a> {
             network(x, t, cond, along_x, along_t).into_result()
         }));
         self
+    }
+
+    /// This network as a predictor of the noisy samples at the end of a part of its path, in the type
+    /// [`Prediction::Sample`]: the expectation of x_end given x_t, by its expectation of x0. A teacher and a
+    /// fake score of [`Subinterval`]s are made so, and a loss of the fake score reaches the network through
+    /// the conversion.
+    ///
+    /// The subinterval must lie on the path of the network. At the clean end of a path without noise there the
+    /// two expectations are one.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] as [`Subinterval::new`]; from the network if its prediction is singular at an end
+    /// of the subinterval, whatever the time.
+    pub fn on_subinterval(self, end: f64) -> Result<Self> {
+        let path = Rc::new(Subinterval::new(Rc::clone(&self.path), end)?);
+        let on = Rc::clone(&path);
+        let network = move |noised: &Tensor, time: &Tensor, cond: &Condition| -> Result<Tensor> {
+            let time = PostShift::within(time.shallow_clone(), (0.0, 1.0));
+            let sample = self.denoise(noised, &on.base_time(&time)?, cond)?;
+            let Some((of_sample, of_noised)) = on.weights_of_end(&time)? else { return Ok(sample) };
+            let weights = Coefficients { data: of_sample, noise: of_noised }.like(&sample)?;
+            Ok(sample.f_mul(&weights.data)?.f_addcmul(&widen(noised)?, &weights.noise)?)
+        };
+        Ok(Self::new(path, Prediction::Sample, network))
     }
 
     /// The noise path of the network.

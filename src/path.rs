@@ -3,12 +3,14 @@
 mod angle;
 mod edm;
 mod rectified_flow;
+mod subinterval;
 mod trig_flow;
 mod variance_preserving;
 
 pub(crate) use angle::Angle;
 pub use edm::{Edm, Preconditioning};
 pub use rectified_flow::RectifiedFlow;
+pub use subinterval::Subinterval;
 pub use trig_flow::TrigFlow;
 pub use variance_preserving::VariancePreserving;
 
@@ -16,7 +18,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::checks::{check_like, check_per_sample, check_samples};
 use crate::error::Result;
-use crate::numeric::{compute_kind, per_sample, widen, widen_like};
+use crate::numeric::{compute_kind, numbers, per_sample, widen, widen_like};
 use crate::time::{PostShift, Shift};
 use crate::value::checked;
 
@@ -103,6 +105,96 @@ pub trait NoisePath {
         Ok(widen(noised)?.f_sub(&widen_like(x0, noised)?.f_mul(&data)?)?.f_div(&level)?)
     }
 
+    /// The clean prediction with which one deterministic step from `noised` at `time` leads to `reached` at the
+    /// cleaner `later`, `[B, ..]` in float32, or in float64 where `noised` is:
+    ///
+    /// ```text
+    /// x0 = (reached - (s' / s) noised) / (a' - a s' / s)
+    /// ```
+    /// Where a teacher has gone in several steps it is the target of a student that goes in one, for
+    /// [`PairedRegression`](crate::PairedRegression): intra-segment guidance (SenseFlow), the anchor of the
+    /// first step (DP-DMD). Two numbers are read from their device.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape), [`Error::Kind`](crate::Error::Kind) or
+    /// [`Error::Device`](crate::Error::Device) unless both samples are alike, with two times for each;
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if a `time` has no noise, or a `later` is not cleaner.
+    fn implied_sample(
+        &self,
+        noised: &Tensor,
+        time: &PostShift,
+        reached: &Tensor,
+        later: &PostShift,
+    ) -> Result<Tensor> {
+        check_samples("noised", noised, 1)?;
+        check_like("reached", reached, noised)?;
+        check_per_sample("time", time.tensor(), noised)?;
+        check_per_sample("later time", later.tensor(), noised)?;
+        let from = self.coefficients(time)?.wide()?;
+        let to = self.coefficients(later)?.wide()?;
+        let ratio = to.noise.f_div(&from.noise)?;
+        let step = to.data.f_sub(&from.data.f_mul(&ratio)?)?;
+        let [level, least] = numbers([from.noise.f_min()?, step.f_min()?])?;
+        let what = "share of noise at the time of the step";
+        checked(what, "positive: a clean sample has no step left", level, level > 0.0)?;
+        let what = "share of the prediction in the step";
+        checked(what, "at least 1e-4: the later time is cleaner", least, least >= 1e-4)?;
+        let (ratio, step) = (factor(&ratio, noised)?, factor(&step, noised)?);
+        let rest = widen_like(reached, noised)?.f_sub(&widen(noised)?.f_mul(&ratio)?)?;
+        Ok(rest.f_div(&step)?)
+    }
+
+    /// The noise with which a clean prediction, re-noised at `time`, is the sample of `mid` re-noised by the
+    /// forward process, `[B, ..]` in float32, or in float64 where `implied` is:
+    ///
+    /// ```text
+    /// x_mid  = a_mid x0 + s_mid implied
+    /// x_time = (a / a_mid) x_mid + b fresh = a x0 + s mix,    b^2 = s^2 - (a s_mid / a_mid)^2
+    /// mix    = ((a / a_mid) s_mid implied + b fresh) / s
+    /// ```
+    /// TDM's code (81b019f) judges the student inside a segment of its rollout by it: `implied` is
+    /// [`implied_noise`](Self::implied_noise) of the student's input and prediction, `mid` the end of the
+    /// segment, and mix the noise of a [`Draw`](crate::Draw) and of the fake score's loss. At `time` = `mid`
+    /// mix is `implied`; where `mid` has no noise it is `fresh`. Three numbers are read from their device.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape), [`Error::Kind`](crate::Error::Kind) or
+    /// [`Error::Device`](crate::Error::Device) unless both noises are alike, with two times for each sample;
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if a `mid` is pure noise, a `time` has no noise, or is
+    /// cleaner than its `mid`.
+    fn segment_noise(
+        &self,
+        mid: &PostShift,
+        time: &PostShift,
+        implied: &Tensor,
+        fresh: &Tensor,
+    ) -> Result<Tensor> {
+        check_samples("implied noise", implied, 1)?;
+        check_like("fresh noise", fresh, implied)?;
+        check_per_sample("middle time", mid.tensor(), implied)?;
+        check_per_sample("time", time.tensor(), implied)?;
+        let (from, to) = (self.coefficients(mid)?.wide()?, self.coefficients(time)?.wide()?);
+        let [data, level] = numbers([from.data.f_min()?, to.noise.f_min()?])?;
+        let what = "share of data at the middle time";
+        checked(what, "positive: pure noise has no sample to noise further", data, data > 0.0)?;
+        let what = "share of noise at the cleanest time";
+        checked(what, "positive: a clean sample has no noise", level, level > 0.0)?;
+        let kept = to.data.f_mul(&from.noise)?.f_div(&from.data)?.f_div(&to.noise)?;
+        let added = kept.f_square()?.f_neg()?.f_add_scalar(1.0)?;
+        let [least] = numbers([added.f_min()?])?;
+        let what = "share of fresh noise";
+        // Times in float32 that are equal may give a share below 0 by their rounding.
+        checked(
+            what,
+            "at least 0: no time is cleaner than its middle time",
+            least,
+            least >= -1e-5,
+        )?;
+        let added = added.f_clamp_min(0.0)?.f_sqrt()?;
+        let (kept, added) = (factor(&kept, implied)?, factor(&added, implied)?);
+        Ok(widen(implied)?.f_mul(&kept)?.f_add(&widen_like(fresh, implied)?.f_mul(&added)?)?)
+    }
+
     /// The start of generation at t = 0: `s(0) eps`, for unit noise `[B, ..]`, in float32 or wider.
     /// [`VariancePreserving`] starts from `eps` itself, see there. FastGen starts at t = 0.001 instead, on
     /// rectified flow from `0.999 eps`.
@@ -157,6 +249,11 @@ pub struct Coefficients {
 impl Coefficients {
     pub(crate) fn shallow_clone(&self) -> Self {
         Self { data: self.data.shallow_clone(), noise: self.noise.shallow_clone() }
+    }
+
+    /// In float64.
+    pub(crate) fn wide(&self) -> Result<Self> {
+        Ok(Self { data: wide_time(&self.data)?, noise: wide_time(&self.noise)? })
     }
 
     /// Reshaped to `[B, 1, ..]`, so that they multiply a tensor of the rank of `like`, and in float32, or

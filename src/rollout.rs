@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use crate::batch::Condition;
-use crate::checks::{check_like, check_samples};
+use crate::checks::{check_like, check_per_sample, check_samples};
 use crate::denoiser::Denoiser;
 use crate::error::{Error, Result};
 use crate::grid::FewStepGrid;
@@ -239,6 +239,36 @@ impl<'a> Sampler<'a> {
             path.start(noise)?.f_where_self(&first, &noised)?
         };
         self.evaluate(input, time, student_time, cond)
+    }
+
+    /// One evaluation, with a graph, off the student's rollout: at a point of the line that its prediction
+    /// draws through its input, at pre-shift times `[B]` of any place, also noisier than the input's.
+    ///
+    /// ```text
+    /// input = a x0-hat + s eps-hat        of the prediction and the noise that it implies, without a graph
+    /// ```
+    /// CDM (arXiv 2605.06376) matches distributions there too, by a second objective without CFG Augmentation,
+    /// at even times whose noise level is clamped to [0.02, 0.98]; on rectified flow the point is its Euler
+    /// step. At the time of the input it is the input.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Kind`] or [`Error::Device`] unless there is a time for each sample;
+    /// [`Error::OutOfRange`] if the input has no noise; errors of the network.
+    pub fn simulate_off_trajectory(
+        &self,
+        from: &Simulation,
+        cond: &Condition,
+        times: &PreShift,
+    ) -> Result<Simulation> {
+        check_per_sample("time", times.tensor(), &from.input)?;
+        let time = self.shift()?.apply(times)?;
+        let input = {
+            let _no_grad = no_grad_guard();
+            let path = self.denoiser.path();
+            let noise = path.implied_noise(&from.input, &from.x, &from.time)?;
+            path.renoise(&from.x, &time, &noise)?
+        };
+        self.evaluate(input, time, times.shallow_clone(), cond)
     }
 
     /// The shift of the grid, or else the shift of the denoiser's path.

@@ -18,6 +18,7 @@ mod own_losses;
 mod paired_regression;
 mod rcm;
 mod score_identity;
+mod segments;
 mod training;
 
 use common::{gradient, loss_of, max_difference, value};
