@@ -17,6 +17,8 @@ mod mean_variance;
 mod own_losses;
 mod paired_regression;
 mod rcm;
+mod recipes;
+mod reward;
 mod score_identity;
 mod segments;
 mod training;

@@ -1,9 +1,8 @@
-//! Paired regression and rewards against numbers by hand.
+//! Paired regression against numbers by hand.
 
 use decoupled_dmd::{
-    Batch, Condition, Denoiser, Distance, DistributionMatching, Error, Group, Normalizer,
-    Objective, PairedRegression, Perceptual, PostShift, Prediction, Probe, RectifiedFlow,
-    Regularizer, Renoising, Result, Reward, Uniform, testing,
+    Batch, Condition, Distance, Error, Group, Objective, PairedRegression, Perceptual, Renoising,
+    Result, Uniform, testing,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -140,93 +139,6 @@ fn pairs_keep_the_contract_under_every_distance_and_mask() -> Result<()> {
 }
 
 #[test]
-fn a_reward_is_climbed_by_its_own_gradient() -> Result<()> {
-    // The recogniser of a Gaussian control: log q(c | x) = -(c - h x)^2 / (2 R) up to a constant.
-    let (h, r) = (0.7, 0.3);
-    let gain = Tensor::from(h).set_requires_grad(true);
-    let reward = Reward::new(|x: &Tensor, c: &Condition| {
-        let error = &c[0] - x * &gain;
-        error.square().sum_dim_intlist([1i64].as_slice(), false, None) * (-0.5 / r)
-    });
-    let x = wave(&[4, 1], 0.3, Kind::Double).set_requires_grad(true);
-    let control = wave(&[4, 1], 1.1, Kind::Double);
-    let cond = Condition::from(control.shallow_clone());
-    let batch = Batch::new(&x, &cond)?;
-    loss_of(&reward, &batch)?.backward();
-    let expected = (&control - x.detach() * h) * (-h / (r * 4.0));
-    assert!(max_difference(&x.grad(), &expected) < 1e-14);
-    assert!(!gain.grad().defined());
-    testing::check_regularizer(&reward, &gaussian_teacher(1.0), &batch).expect("the contract");
-    testing::check_gradient(&reward, &gaussian_teacher(1.0), &batch).expect("its gradient");
-    testing::check_independence(&reward, &gaussian_teacher(1.0), &batch).expect("alone");
-    Ok(())
-}
-
-/// JDM in one dimension: q(x) = N(0, 1), q(c | x) = N(h x, R). With a fake score that sees the control,
-/// the student x = slope c + std z has its fixed point at slope (lambda h / R) / (s^2 / V + mu) and
-/// variance s^2 (a^2 - mu V) / (a^2 (s^2 + mu V)), mu = lambda h^2 / R, V = a^2 + s^2; blind to the
-/// control, another.
-#[test]
-fn a_new_control_has_its_fixed_point_with_a_fake_score_that_sees_it() -> Result<()> {
-    let (h, r): (f64, f64) = (0.7, 0.3);
-    for (a, lambda, expected) in
-        [(0.6, 0.05, (0.299_638, 0.834_885)), (0.8, 0.02, (0.510_073, 0.787_803))]
-    {
-        let s = 1.0 - a;
-        let v = a * a + s * s;
-        let mu = lambda * h * h / r;
-        let slope = lambda * h / r / (s * s / v + mu);
-        let std = (s * s * (a * a - mu * v) / (a * a * (s * s + mu * v))).sqrt();
-        approx::assert_abs_diff_eq!(slope, expected.0, epsilon = 1e-6);
-        approx::assert_abs_diff_eq!(std, expected.1, epsilon = 1e-6);
-        // Quadrature over the control, the student's noise and the re-noising noise.
-        let line = Tensor::linspace(-6.0, 6.0, 41, DOUBLE);
-        let density = (line.square() * -0.5).exp() * (0.3 / (2.0 * std::f64::consts::PI).sqrt());
-        let grid = Tensor::meshgrid_indexing(&[&line, &line, &line], "ij");
-        let [c, z, noise] = [0, 1, 2].map(|axis| grid[axis].reshape([-1, 1]));
-        let weights = Tensor::meshgrid_indexing(&[&density, &density, &density], "ij");
-        let weight = weights[0].shallow_clone() * &weights[1] * &weights[2];
-        let weight = weight.reshape([-1, 1]);
-        let x = (&c * slope + &z * std).set_requires_grad(true);
-        let cond = Condition::from(c.shallow_clone());
-        let batch = Batch::new(&x, &cond)?;
-        let gaussian = |mean: &Tensor, variance: f64, x: &Tensor, t: &Tensor| {
-            let a = t.view([-1, 1]);
-            let s = a.neg() + 1.0;
-            mean + &a * variance / (a.square() * variance + s.square()) * (x - &a * mean)
-        };
-        let teacher = Denoiser::new(
-            RectifiedFlow,
-            Prediction::Sample,
-            // The teacher has never seen the control.
-            |x: &Tensor, t: &Tensor, _: &Condition| gaussian(&Tensor::from(0.0), 1.0, x, t),
-        );
-        let fake = Denoiser::new(
-            RectifiedFlow,
-            Prediction::Sample,
-            |x: &Tensor, t: &Tensor, c: &Condition| gaussian(&(&c[0] * slope), std * std, x, t),
-        );
-        let dm = DistributionMatching::new(fake);
-        let reward = Reward::new(|x: &Tensor, c: &Condition| {
-            ((&c[0] - x * h).square() * (-0.5 / r)).view([-1])
-        });
-        let tau = PostShift::all(a, x.size()[0], DOUBLE)?;
-        let probe = Probe::at(&teacher, &batch, tau, noise)?.normalizer(Normalizer::OFF);
-        // One element a sample: both losses are means over the same number.
-        (dm.loss(&probe)? + reward.loss(&probe)? * lambda).backward();
-        let each = x.grad() * x.numel() as f64 * weight;
-        let in_slope = value(&(&each * &c).sum(None));
-        let in_std = value(&(&each * &z).sum(None));
-        let size = value(&(each.abs() * c.abs()).sum(None));
-        assert!(
-            in_slope.abs() < 1e-6 * size && in_std.abs() < 1e-6 * size,
-            "{in_slope} {in_std} {size}"
-        );
-    }
-    Ok(())
-}
-
-#[test]
 fn bad_input_is_named() -> Result<()> {
     for bad in [0.0, -1.0, f64::NAN] {
         assert!(
@@ -277,14 +189,5 @@ fn bad_input_is_named() -> Result<()> {
     let refused =
         PairedRegression::new(Distance::Perceptual(blind)).between(&leaf, &x).unwrap_err();
     assert!(matches!(refused, Error::NoGradient { what: "features" }));
-    let reward = Reward::new(|x: &Tensor, _: &Condition| x.sum(None));
-    assert!(matches!(
-        loss_of(&reward, &Batch::new(&x, &cond)?),
-        Err(Error::Shape { what: "score", .. })
-    ));
-    let blind =
-        Reward::new(|x: &Tensor, _: &Condition| x.detach().flatten(1, -1).mean_dim(1, false, None));
-    let refused = loss_of(&blind, &Batch::new(&leaf, &cond)?).unwrap_err();
-    assert!(matches!(refused, Error::NoGradient { what: "score" }));
     Ok(())
 }
