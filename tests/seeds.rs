@@ -4,10 +4,10 @@ mod common;
 
 use common::{gaussian_teacher, seeded, values, wave};
 use decoupled_dmd::{
-    AboveStudent, Adversarial, Batch, Condition, CriticPenalty, Denoiser, DistributionMatching,
-    Draw, Edm, FewStepGrid, Group, Guidance, LogNormal, LogitNormal, Objective, PreShift,
-    Prediction, Probe, RectifiedFlow, Renoising, Result, Sampler, Schedule, Shift,
-    TimeDistribution, Transition, Uniform,
+    AboveStudent, Adversarial, Augmentation, Batch, Condition, CriticPenalty, Denoiser, Distance,
+    DistributionMatching, Draw, Edm, FewStepGrid, Group, Guidance, LogNormal, LogitNormal,
+    Objective, PairedRegression, Power, PreShift, Prediction, Probe, RectifiedFlow, Renoising,
+    Result, Sampler, Schedule, Shift, TimeDistribution, Transition, Uniform,
 };
 use tch::{Kind, Tensor};
 
@@ -101,13 +101,23 @@ fn losses_of_networks() -> Result<()> {
     ] {
         let gan = gan().penalty(penalty)?;
         draws(&format!("{penalty:?}"), || Ok(vec![gan.critic_loss(&s.batch()?)?]));
+        draws("the penalty alone", || Ok(vec![gan.penalty_loss(&s.batch()?, penalty)?]));
     }
+    let gan = gan().independent();
+    draws("the draws of the critic", || {
+        let drawn = gan.draw(&s.batch()?)?;
+        let (time, noise) = drawn.real.expect("independent");
+        let times = [drawn.time.tensor().copy(), time.tensor().copy()];
+        Ok([times, [drawn.noise, noise]].into_iter().flatten().collect())
+    });
+    let drawn = gan.draw(&s.batch()?)?;
+    draws_nothing("the critic at draws", || {
+        Ok(vec![gan.critic_evaluation_with(&s.batch()?, &drawn)?.loss])
+    });
     let objective = Objective::new(gaussian_teacher(0.5)).with(
-        Group::new(Renoising::new(Uniform::FULL)).regularizer("dm", 1.0, &dm).regularizer(
-            "gan",
-            1.0,
-            gan(),
-        ),
+        Group::new(Renoising::new(Uniform::FULL))
+            .regularizer("dm", 1.0, &dm)
+            .regularizer("gan", 1.0, &gan),
     );
     draws("own losses", || {
         Ok(objective.own_losses(&s.batch()?)?.into_iter().map(|(_, loss)| loss).collect())
@@ -116,9 +126,24 @@ fn losses_of_networks() -> Result<()> {
 }
 
 #[test]
+fn augmentations() -> Result<()> {
+    let (x, y) = (wave(&[2, 3, 8, 8], 0.3, Kind::Float), wave(&[2, 3, 8, 8], 1.9, Kind::Float));
+    let all = Augmentation::new().blit().geometric().colour().cutout(0.5)?;
+    draws("an augmentation", || Ok(vec![all.draw(&x)?.apply(&x)?]));
+    let regression = PairedRegression::new(Distance::Squared).augmented(all);
+    draws("a regression", || Ok(vec![regression.between(&x, &y)?]));
+    let draw = all.draw(&x)?;
+    draws_nothing("a regression at a draw", || Ok(vec![regression.between_at(&x, &y, &draw)?]));
+    let plain = PairedRegression::new(Distance::Squared);
+    draws_nothing("a plain regression", || Ok(vec![plain.between(&x, &y)?]));
+    Ok(())
+}
+
+#[test]
 fn times() -> Result<()> {
     let s = setting();
-    let samplers: [(&str, &dyn TimeDistribution); 6] = [
+    let samplers: [(&str, &dyn TimeDistribution); 7] = [
+        ("cubic", &Power::new(3.0)?),
         ("uniform", &Uniform::FULL),
         ("clipped", &Uniform::new(0.02, 0.98)?),
         ("above the student", &AboveStudent::FULL),

@@ -4,11 +4,12 @@ mod common;
 
 use common::{gaussian_teacher, values, wave};
 use decoupled_dmd::{
-    Adversarial, Bandwidth, Batch, CfgAugmentation, Condition, CriticPenalty, Denoiser, Edm, Error,
-    Estimator, FewStepGrid, GanLoss, Group, Guidance, Kernel, LogNormal, LogitNormal,
-    MaximumMeanDiscrepancy, NoisePath, Normalizer, Objective, PostShift, PreShift, Prediction,
-    Probe, RectifiedFlow, Renoising, Result, Sampler, Schedule, Shift, Shifts, Statistics, Times,
-    Transition, Uniform, UpdateRatio, VariancePreserving, Weighting, engine_fn, regularizer_fn,
+    Adversarial, Augmentation, Bandwidth, Batch, CfgAugmentation, Condition, CriticPenalty,
+    Denoiser, Edm, Error, Estimator, FewStepGrid, GanLoss, Group, Guidance, Kernel, LogNormal,
+    LogitNormal, MaximumMeanDiscrepancy, NoisePath, Normalizer, Objective, PostShift, Power,
+    PreShift, Prediction, Probe, RectifiedFlow, Renoising, Result, Sampler, Schedule, Shift,
+    Shifts, Statistics, Times, Transition, Uniform, UpdateRatio, VariancePreserving, Weighting,
+    engine_fn, regularizer_fn,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tch::{Kind, Tensor};
@@ -46,6 +47,7 @@ fn every_setting_has_its_spelling() -> Result<()> {
     );
     let log_normal = serde_json::from_str::<Times>(r#"{"log_normal":{"std":1.4}}"#).unwrap();
     assert_eq!(log_normal, LogNormal::new(Edm::default(), -1.2, 1.4)?.into());
+    spelled(&Times::from(Power::new(3.0)?), r#"{"power":3.0}"#);
     spelled(&UpdateRatio::new(7)?, "7");
     spelled(&CfgAugmentation::new(guidance), r#"{"guidance":4.0}"#);
     spelled(
@@ -70,6 +72,9 @@ fn every_setting_has_its_spelling() -> Result<()> {
     );
     spelled(&GanLoss::NonSaturating, r#""non_saturating""#);
     spelled(&CriticPenalty::R1 { gamma: 0.5 }, r#"{"r1":{"gamma":0.5}}"#);
+    let augmentation = Augmentation::new().geometric().cutout(0.5)?;
+    spelled(&augmentation, r#"{"blit":false,"geometric":true,"colour":false,"cutout":0.5}"#);
+    assert_eq!(serde_json::from_str::<Augmentation>("{}").unwrap(), Augmentation::new());
     spelled(&Transition::Ddim, r#""ddim""#);
     spelled(&Statistics::PerChannel, r#""per_channel""#);
     spelled(&Estimator::Biased, r#""biased""#);
@@ -90,6 +95,8 @@ fn settings_out_of_range_are_refused_where_they_are_read() {
     );
     assert!(refused::<UpdateRatio>("0") && refused::<UpdateRatio>("-1"));
     assert!(refused::<CfgAugmentation>(r#"{"guidance":0.0}"#));
+    assert!(refused::<Augmentation>(r#"{"cutout":1.5}"#));
+    assert!(refused::<Augmentation>(r#"{"cut":0.5}"#) && refused::<Times>(r#"{"power":0.0}"#));
     assert!(refused::<Weighting>(r#"{"min_snr":0.0}"#) && refused::<Weighting>(r#""min_snr""#));
 }
 
