@@ -270,6 +270,7 @@ fn half_precision_is_computed_in_float32() -> Result<()> {
 
 #[test]
 fn bad_input_is_named() -> Result<()> {
+    let _guard = seeded(75);
     for bad in [0.0, -0.5, 1.5, f64::NAN] {
         let made = Augmentation::new().cutout(bad);
         assert!(matches!(made, Err(Error::OutOfRange { what: "side of the cutout", .. })), "{bad}");

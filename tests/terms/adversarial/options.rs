@@ -282,6 +282,7 @@ fn every_option_keeps_the_contract_and_each_turn_its_gradients() -> Result<()> {
 
 #[test]
 fn bad_options_are_named() -> Result<()> {
+    let _guard = seeded(46);
     let (x, real, cond) = (leaf(&SHAPE, 0.3), double(&SHAPE, 1.3), Condition::none());
     let plain = |x: &Tensor, _: &Tensor, _: &Condition| x.shallow_clone();
     let gan = || Adversarial::new(RectifiedFlow, plain);
