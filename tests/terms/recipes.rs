@@ -91,7 +91,7 @@ fn diffusion2gan_regresses_pairs_and_plays_against_their_ends() -> Result<()> {
         if step % 2 == 0 {
             let (row, row_cond) = (end.narrow(0, 1, 1), Condition::from(cond[0].narrow(0, 1, 1)));
             let one = Batch::new(&x, &cond)?.with_real(&row)?.with_real_cond(&row_cond);
-            loss = loss + gan.penalty_loss(&one, CriticPenalty::R1 { gamma: 0.1 })? * 2.0;
+            loss += gan.penalty_loss(&one, CriticPenalty::R1 { gamma: 0.1 })? * 2.0;
         }
         optimizers.1.backward_step(&loss);
         assert!(learns(&critic_store) && (step > 0 || !learns(&student_store)));

@@ -38,6 +38,9 @@ fn gaussian(mean: &Tensor, variance: f64, x: &Tensor, t: &Tensor) -> Tensor {
     mean + &a * variance / (a.square() * variance + s.square()) * (x - &a * mean)
 }
 
+/// The mean and the variance of the fake score's law for a control, slope and std.
+type Fake<'a> = &'a dyn Fn(&Tensor, f64, f64) -> (Tensor, f64);
+
 /// Distribution Matching and a reward of weight lambda at one tau = a, for the student x = slope c + std z:
 /// the gradient of the loss in (slope, std), by quadrature over the control c, z and the noise, all N(0, 1), and
 /// the size of its parts. The teacher is the denoiser of N(0, 1), the fake score that of N(mean(c), variance).
@@ -45,7 +48,7 @@ struct World<'a> {
     a: f64,
     lambda: f64,
     reward: &'a dyn Fn(&Tensor, &Tensor) -> Tensor,
-    fake: &'a dyn Fn(&Tensor, f64, f64) -> (Tensor, f64),
+    fake: Fake<'a>,
 }
 
 impl World<'_> {
@@ -118,7 +121,7 @@ fn a_fake_score_that_is_blind_to_the_control_collapses_each_control() -> Result<
     let reward = |x: &Tensor, c: &Tensor| (c - x * h).square() * (-0.5 / r);
     let blind = |_: &Tensor, slope: f64, std: f64| (Tensor::from(0.0), slope * slope + std * std);
     let sees = |c: &Tensor, slope: f64, std: f64| (c * slope, std * std);
-    let fakes: [&dyn Fn(&Tensor, f64, f64) -> (Tensor, f64); 2] = [&sees, &blind];
+    let fakes: [Fake<'_>; 2] = [&sees, &blind];
     let ends = fakes.map(|fake| {
         let world = World { a: 0.6, lambda: 0.05, reward: &reward, fake };
         let (mut slope, mut std) = (0.299_638, 0.834_885);

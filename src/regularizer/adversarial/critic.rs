@@ -174,7 +174,7 @@ impl Adversarial<'_> {
     /// # fn step(gan: &Adversarial<'_>, batch: &Batch<'_>, step: usize) -> Result<()> {
     /// let mut loss = gan.critic_loss(batch)?;
     /// if step % 16 == 0 {
-    ///     loss = loss + gan.penalty_loss(batch, CriticPenalty::R1 { gamma: 0.1 })? * 16.0;
+    ///     loss += gan.penalty_loss(batch, CriticPenalty::R1 { gamma: 0.1 })? * 16.0;
     /// }
     /// # Ok(()) }
     /// ```
