@@ -35,7 +35,7 @@ use crate::value::checked;
 /// # Example
 /// ```
 /// use decoupled_dmd::{Augmentation, Distance, PairedRegression};
-/// # use tch::{Kind, Tensor};
+/// # use tch::{Device, Kind, Tensor};
 /// let augmentation = Augmentation::new().geometric().cutout(0.5)?;
 /// let regression = PairedRegression::new(Distance::Squared).augmented(augmentation);
 ///

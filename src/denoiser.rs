@@ -113,8 +113,8 @@ impl<'a> Denoiser<'a> {
     /// fake score of [`Subinterval`]s are made so, and a loss of the fake score reaches the network through
     /// the conversion.
     ///
-    /// The subinterval must lie on the path of the network. At the clean end of a path without noise there the
-    /// two expectations are one.
+    /// The network is handed the times of its own path. Where the end has no noise the two expectations are
+    /// one. An exact [`tangent`](Self::tangent) is not carried over.
     ///
     /// # Errors
     /// [`Error::OutOfRange`] as [`Subinterval::new`]; from the network if its prediction is singular at an end
@@ -122,14 +122,35 @@ impl<'a> Denoiser<'a> {
     pub fn on_subinterval(self, end: f64) -> Result<Self> {
         let path = Rc::new(Subinterval::new(Rc::clone(&self.path), end)?);
         let on = Rc::clone(&path);
-        let network = move |noised: &Tensor, time: &Tensor, cond: &Condition| -> Result<Tensor> {
+        let base_time = move |time: &Tensor| -> Result<_> {
             let time = PostShift::within(time.shallow_clone(), (0.0, 1.0));
-            let sample = self.denoise(noised, &on.base_time(&time)?, cond)?;
-            let Some((of_sample, of_noised)) = on.weights_of_end(&time)? else { return Ok(sample) };
-            let weights = Coefficients { data: of_sample, noise: of_noised }.like(&sample)?;
-            Ok(sample.f_mul(&weights.data)?.f_addcmul(&widen(noised)?, &weights.noise)?)
+            Ok((on.base_time(&time)?, on.weights_of_end(&time)?))
         };
-        Ok(Self::new(path, Prediction::Sample, network))
+        let at_end = |sample: Tensor, noised: &Tensor, weights: Option<&Coefficients>| {
+            let Some(weights) = weights else { return Ok(sample) };
+            let weights = weights.like(&sample)?;
+            Result::Ok(sample.f_mul(&weights.data)?.f_addcmul(&widen(noised)?, &weights.noise)?)
+        };
+        let (base, times) = (self.clone(), base_time.clone());
+        let network = move |noised: &Tensor, time: &Tensor, cond: &Condition| -> Result<Tensor> {
+            let (time, weights) = times(time)?;
+            at_end(base.denoise(noised, &time, cond)?, noised, weights.as_ref())
+        };
+        let wrapped = Self::new(path, Prediction::Sample, network);
+        if self.paired.is_none() {
+            return Ok(wrapped);
+        }
+        let both = move |noised: &Tensor,
+                         time: &Tensor,
+                         one: &Condition,
+                         two: &Condition|
+              -> Result<(Tensor, Tensor)> {
+            let (time, weights) = base_time(time)?;
+            let (one, two) = self.denoise_pair(noised, &time, one, two)?;
+            let to_end = |sample| at_end(sample, noised, weights.as_ref());
+            Ok((to_end(one)?, to_end(two)?))
+        };
+        Ok(wrapped.paired(both))
     }
 
     /// The noise path of the network.

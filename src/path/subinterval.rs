@@ -1,7 +1,5 @@
 //! The noise-heavy part of a path, with noisy samples in place of data.
 
-use tch::Tensor;
-
 use crate::error::Result;
 use crate::path::{Coefficients, NoisePath, coefficients_at, wide_time};
 use crate::time::{PostShift, Shift};
@@ -57,12 +55,13 @@ impl<P: NoisePath> Subinterval<P> {
         &self.path
     }
 
-    /// E[x_end] given x_t from E[x0] given x_t, the weights `[B]` of x0 and of x_t in float64:
+    /// E[x_end] given x_t from E[x0] given x_t, the weights `[B]` of x0, as `data`, and of x_t, as `noise`, in
+    /// float64; `None` where the two expectations are one:
     ///
     /// ```text
     /// a_end (s / s_t)^2  of x0        a (s_end / s_t)^2  of x_t
     /// ```
-    pub(crate) fn weights_of_end(&self, time: &PostShift) -> Result<Option<(Tensor, Tensor)>> {
+    pub(crate) fn weights_of_end(&self, time: &PostShift) -> Result<Option<Coefficients>> {
         if self.noise <= 0.0 {
             return Ok(None);
         }
@@ -71,7 +70,7 @@ impl<P: NoisePath> Subinterval<P> {
         let Coefficients { data, noise } = self.coefficients(time)?;
         let of_sample = noise.f_div(&level)?.f_square()?.f_mul_scalar(self.data)?;
         let of_noised = level.f_reciprocal()?.f_mul_scalar(self.noise)?.f_square()?.f_mul(&data)?;
-        Ok(Some((of_sample, of_noised)))
+        Ok(Some(Coefficients { data: of_sample, noise: of_noised }))
     }
 }
 

@@ -205,7 +205,8 @@ impl<'a> Adversarial<'a> {
     }
 
     /// Changes the clean samples of both sides by one draw of an augmentation before they are re-noised, so
-    /// that the noise stays what the trunk knows. The gradient passes through it.
+    /// that the noise stays what the trunk knows. The gradient passes through it. The loss of a probe is then
+    /// random; [`generator_loss_at`](Self::generator_loss_at) takes the draw.
     #[must_use]
     pub fn augmented(mut self, augmentation: Augmentation) -> Self {
         self.augmentation = Some(augmentation);

@@ -248,8 +248,8 @@ fn the_teacher_of_a_phase_is_the_denoiser_of_its_noisy_samples() -> Result<()> {
         let sample = gaussian_denoiser(x, t, &c[0], v);
         (x - sample) / (t * -1.0 + 1.0).view([-1, 1])
     };
-    let teacher =
-        Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, velocity).on_subinterval(end)?;
+    let base = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, velocity);
+    let teacher = base.clone().on_subinterval(end)?;
     let (noised, time) = (double(&[4, 3], 0.3), post(&[0.0, 0.25, 0.9, 1.0]));
     let cond = Condition::from(Tensor::from(0.0));
     let found = teacher.denoise(&noised, &time, &cond)?;
@@ -257,6 +257,15 @@ fn the_teacher_of_a_phase_is_the_denoiser_of_its_noisy_samples() -> Result<()> {
     let gain = &a * of_end / (a.square() * of_end + s.square());
     assert!(max_difference(&found, &(gain * &noised)) < 1e-13);
     assert!(max_difference(&asked.borrow()[0], &(time.tensor() * end)) < 1e-15);
+    // Two conditions still take one forward where the network has one for both.
+    asked.take();
+    let pair = base.paired(|x: &Tensor, t: &Tensor, one: &Condition, _: &Condition| {
+        let output = velocity(x, t, one);
+        (output.shallow_clone(), output)
+    });
+    let (one, two) = pair.on_subinterval(end)?.denoise_pair(&noised, &time, &cond, &cond)?;
+    assert!(one.equal(&found) && two.equal(&found));
+    assert_eq!(asked.borrow().len(), 1);
 
     let fake = Denoiser::new(phase, Prediction::Sample, |x: &Tensor, t: &Tensor, _: &Condition| {
         let (a, s) = shares(&phase, &PostShift::new(t.shallow_clone()).unwrap());
