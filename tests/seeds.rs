@@ -106,9 +106,9 @@ fn losses_of_networks() -> Result<()> {
     let gan = gan().independent();
     draws("the draws of the critic", || {
         let drawn = {
-        let _guard = seeded(5);
-        gan.draw(&s.batch()?)?
-    };
+            let _guard = seeded(5);
+            gan.draw(&s.batch()?)?
+        };
         let (time, noise) = drawn.real.expect("independent");
         let times = [drawn.time.tensor().copy(), time.tensor().copy()];
         Ok([times, [drawn.noise, noise]].into_iter().flatten().collect())
