@@ -14,12 +14,21 @@ mod options;
 
 use std::process::ExitCode;
 
+use anyhow::Result;
+use clap::{CommandFactory as _, FromArgMatches as _};
 use commands::{advice, run};
 use options::Options;
+use zimage::distil::Preset;
 use zimage::failure::described;
 
+/// The command line of this process, or a message about what is wrong with it, after which the process ends.
+fn from_command_line() -> Result<Options> {
+    let command = Options::command().after_help(Preset::table()?);
+    Ok(Options::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit()))
+}
+
 fn main() -> ExitCode {
-    Options::from_command_line().and_then(|options| run(&options)).unwrap_or_else(|error| {
+    from_command_line().and_then(|options| run(&options)).unwrap_or_else(|error| {
         eprintln!("error: {}", described(&error));
         if let Some(advice) = advice(&error) {
             eprintln!("{advice}");

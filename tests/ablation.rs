@@ -3,11 +3,10 @@
 
 #[path = "../examples/ablation/mod.rs"]
 mod ablation;
+#[path = "../crates/zimage/tests/common/mod.rs"]
 mod common;
 #[path = "common/made_up_results.rs"]
 mod made_up_results;
-#[path = "common/tiny.rs"]
-mod tiny;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,6 +19,7 @@ use ablation::statistics::{Interval, quantile};
 use ablation::training::{ArmTerms, Material, named, training};
 use ablation::{experiments, record, report};
 use anyhow::Result;
+use common::tiny::{prompts, teacher};
 use common::{gradient, max_difference, seeded, wave, worse};
 use decoupled_dmd::{
     Batch, Condition, DistributionMatching, Draw, FewStepGrid, Guidance, PreShift, Sampler,
@@ -31,7 +31,6 @@ use tch::{Device, Kind, Tensor};
 use tch_training::files::read_json;
 use tch_training::safetensors::write_tensors;
 use tempfile::tempdir;
-use tiny::{prompts, teacher};
 use zimage::ZImageTransformer;
 use zimage::distil::{PairSettings, Pairs, Prompts, Sampling, Terms, denoiser};
 use zimage::emoji::{Classifier, EmojiData, Judge, mean_variance};

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use clap::{CommandFactory as _, FromArgMatches as _, Parser};
+use clap::Parser;
 use decoupled_dmd::{Guidance, Schedule, Shift, Transition};
 use serde::de::DeserializeOwned;
 use tch::Kind;
@@ -215,16 +215,6 @@ fn parse_shift(text: &str) -> Result<Shift> {
 }
 
 impl Options {
-    /// The command line of this process, or a message about what is wrong with it, after which the
-    /// process ends.
-    ///
-    /// # Errors
-    /// If the table of presets cannot be written.
-    pub fn from_command_line() -> Result<Self> {
-        let command = Self::command().after_help(Preset::table()?);
-        Ok(Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit()))
-    }
-
     /// Captions and pictures of the embedded model.
     pub fn data(&self) -> &Path {
         self.data.as_deref().unwrap_or(Path::new("assets/emoji"))

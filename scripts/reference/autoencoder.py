@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Reference values for the autoencoder, from diffusers' own AutoencoderKL.
 
-Writes two small random models as diffusers folders under tests/reference/autoencoder/, each with a file
-of inputs, outputs and gradients, which tests/zimage_autoencoder.rs compares the example with. Results
+Writes two small random models as diffusers folders under crates/zimage/tests/reference/autoencoder/, each with a file
+of inputs, outputs and gradients, which autoencoder.rs beside it compares the crate with. Results
 are computed in float64, with the distance of diffusers' float32 from them, and the weights are stored in
 bfloat16 to keep the files small: the values used are the rounded ones.
 
@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from precision import distances
 from safetensors.torch import load_file, save_file
 
-OUT = Path(__file__).resolve().parents[2] / "tests/reference/autoencoder"
+OUT = Path(__file__).resolve().parents[2] / "crates/zimage/tests/reference/autoencoder"
 
 # Every path of the code: channels that change and that stay, one and more layers, image sizes that are
 # no multiple of the spatial factor.

@@ -5,7 +5,7 @@ the square of that quantity, converted. Needs torch and safetensors; from the ro
 
     python3 scripts/reference/fake_score.py
 
-writes tests/reference/fake_score.safetensors, which tests/reference_fake_score.rs compares with. Each
+writes tests/reference/fake_score.safetensors, which tests/reference/fake_score.rs compares with. Each
 tensor has a row for each weighting that is finite, in the order of WEIGHTINGS: the loss, and its gradient
 in the gains of the network. Beside them are the largest distances from the same in float32.
 """

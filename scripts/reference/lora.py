@@ -1,7 +1,7 @@
 """LoRA files between diffusers and the example, both ways.
 
     python3 -m pip install torch diffusers transformers peft safetensors numpy
-    python3 scripts/reference/lora.py                # writes tests/reference/zimage_lora
+    python3 scripts/reference/lora.py                # writes crates/zimage/tests/reference/lora
     python3 scripts/reference/lora.py --check DIR    # reads what the Rust test wrote into DIR
 
 The first form makes a small ZImageTransformer2DModel, adds a random adapter on the seven linear layers of
@@ -24,7 +24,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-OUT = Path(__file__).resolve().parents[2] / "tests" / "reference" / "zimage_lora"
+OUT = Path(__file__).resolve().parents[2] / "crates/zimage/tests/reference/lora"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"]
 CONFIG = dict(
     in_channels=4, dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
@@ -45,7 +45,7 @@ def pairs(model):
 
 
 def wave_model():
-    """The model of tests/zimage_lora.rs: every parameter a known wave."""
+    """The model of crates/zimage/tests/common/small_model.rs: every parameter a known wave."""
     model = ZImageTransformer2DModel(**CONFIG).eval()
     for k, (name, parameter) in enumerate(sorted(model.named_parameters())):
         index = torch.arange(parameter.numel(), dtype=torch.float64)

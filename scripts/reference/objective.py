@@ -5,7 +5,7 @@ gradients come from autograd. Needs torch and safetensors; from the root of the 
 
     python3 scripts/reference/objective.py
 
-writes tests/reference/objective.safetensors, which tests/reference_objective.rs compares with: all values,
+writes tests/reference/objective.safetensors, which tests/reference/objective.rs compares with: all values,
 and the largest distance of each kind from the same in float32.
 """
 

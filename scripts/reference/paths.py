@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Reference values for the noise paths and prediction types, in float64 PyTorch.
 
-Writes tests/reference/paths.safetensors, which tests/reference_paths.rs compares the crate with, and how
+Writes tests/reference/paths.safetensors, which tests/reference/paths.rs compares the crate with, and how
 far PyTorch's float32 is off. The formulas are in noise_paths.py.
 
 Run: python3 scripts/reference/paths.py      (torch 2.13, safetensors; takes a second)

@@ -1,7 +1,7 @@
 """The whole Z-Image pipeline of diffusers on a small random folder, and students that Rust has trained on it.
 
     python3 -m pip install torch diffusers==0.42.1 transformers peft safetensors
-    python3 scripts/reference/pipeline.py                  # writes tests/reference/pipeline
+    python3 scripts/reference/pipeline.py                  # writes crates/zimage/tests/reference/pipeline
     python3 scripts/reference/pipeline.py make DIR         # the same as one whole folder
     python3 scripts/reference/pipeline.py check DIR RUN    # compares what the example has made of DIR
 
@@ -30,7 +30,7 @@ from parameters import randomise
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3Model
 
-REFERENCE = Path(__file__).resolve().parents[2] / "tests" / "reference"
+REFERENCE = Path(__file__).resolve().parents[2] / "crates/zimage/tests/reference"
 # What other scripts have made, and where it goes in the folder.
 PARTS = {
     "text_encoder": REFERENCE / "text_encoder" / "text_encoder",

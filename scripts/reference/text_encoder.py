@@ -1,4 +1,4 @@
-"""Writes tests/reference/text_encoder/: a tiny Qwen3 with a tokenizer, and what Z-Image makes of prompts.
+"""Writes crates/zimage/tests/reference/text_encoder/: a tiny Qwen3 with a tokenizer, and what Z-Image makes of prompts.
 
     python3 -m pip install torch transformers diffusers safetensors tokenizers
     python3 scripts/reference/text_encoder.py
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
-OUT = Path(__file__).resolve().parents[2] / "tests" / "reference" / "text_encoder"
+OUT = Path(__file__).resolve().parents[2] / "crates/zimage/tests/reference/text_encoder"
 
 TEXT = """A red fox sleeps in the snow while the morning sun rises over the hills. A photo of a small house
 by the sea, painted in watercolour. An old man reads a newspaper on a bench; two children play with a ball.

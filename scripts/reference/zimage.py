@@ -1,4 +1,4 @@
-"""Writes tests/reference/zimage_transformer/: what diffusers' Z-Image transformer answers.
+"""Writes crates/zimage/tests/reference/transformer/: what diffusers' Z-Image transformer answers.
 
     python3 -m pip install torch diffusers==0.42.1 safetensors
     python3 scripts/reference/zimage.py
@@ -20,7 +20,7 @@ from precision import distances, double, float64
 from parameters import randomise
 from safetensors.torch import save_file
 
-OUT = Path(__file__).resolve().parents[2] / "tests" / "reference" / "zimage_transformer"
+OUT = Path(__file__).resolve().parents[2] / "crates/zimage/tests/reference/transformer"
 GENERATOR = torch.Generator().manual_seed(11)
 
 COMPUTED = dict(

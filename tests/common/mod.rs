@@ -3,26 +3,16 @@
 
 pub mod paper;
 pub mod reference;
+mod tensors;
 
 use std::cell::RefCell;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use decoupled_dmd::{
     Batch, Condition, Denoiser, Edm, NoisePath, PostShift, Prediction, Probe, RectifiedFlow,
     Regularizer, Result, TrigFlow, VariancePreserving,
 };
-use tch::{Device, Kind, Tensor};
-
-/// The type and device of references.
-pub const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
-
-/// Libtorch's generator is one for the whole process: tests that draw hold this lock.
-pub fn seeded(seed: i64) -> MutexGuard<'static, ()> {
-    static GENERATOR: Mutex<()> = Mutex::new(());
-    let guard = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
-    tch::manual_seed(seed);
-    guard
-}
+use tch::{Device, Tensor};
+pub use tensors::*;
 
 /// E[x0 | x_t] of data N(mean, variance I) on rectified flow, with t [B] and x_t [B, ..].
 pub fn gaussian_denoiser(x: &Tensor, t: &Tensor, mean: &Tensor, variance: f64) -> Tensor {
@@ -88,38 +78,9 @@ pub fn counting_teacher(calls: &Calls, variance: f64) -> Denoiser<'_> {
     )
 }
 
-pub fn values(tensor: &Tensor) -> Vec<f64> {
-    Vec::try_from(tensor.to_kind(Kind::Double).flatten(0, -1)).unwrap()
-}
-
-pub fn value(tensor: &Tensor) -> f64 {
-    tensor.double_value(&[])
-}
-
-/// The larger of two errors; NaN is above all, where `f64::max` would drop it.
-pub fn worse(one: f64, other: f64) -> f64 {
-    if other <= one || one.is_nan() { one } else { other }
-}
-
-pub fn max_difference(left: &Tensor, right: &Tensor) -> f64 {
-    (left.to_kind(Kind::Double) - right.to_kind(Kind::Double)).abs().max().double_value(&[])
-}
-
-/// A smooth, asymmetric tensor that needs no generator.
-pub fn wave(shape: &[i64], phase: f64, kind: Kind) -> Tensor {
-    let count: i64 = shape.iter().product();
-    let index = Tensor::arange(count, (Kind::Double, Device::Cpu));
-    (index * 0.7 + phase).sin().view(shape).to_kind(kind)
-}
-
 /// The loss of a term at tau = 0.5 with a fixed noise.
 pub fn loss_of(term: &dyn Regularizer, batch: &Batch<'_>) -> Result<Tensor> {
     let (x, teacher) = (batch.x(), gaussian_teacher(1.0));
     let tau = PostShift::all(0.5, batch.batch_size(), (x.kind(), Device::Cpu))?;
     term.loss(&Probe::at(&teacher, batch, tau, wave(&x.size(), 5.0, x.kind()))?)
-}
-
-/// The gradient of a scalar in one leaf.
-pub fn gradient(loss: &Tensor, leaf: &Tensor) -> Tensor {
-    Tensor::run_backward(&[loss], &[leaf], true, false).remove(0)
 }

@@ -9,56 +9,7 @@ use decoupled_dmd::{
 };
 use tch::{Kind, Tensor};
 
-use super::value;
-
-/// What float64 may be off, in proportion to the largest number expected: thousands of roundings.
-pub const FLOAT64: f64 = 1e-12;
-
-/// A number in bfloat16, of eight bits, is off by half a unit of its last.
-pub const BFLOAT16: f64 = 1.0 / 256.0;
-
-/// How many times the distance of PyTorch's float32 from float64 a float32 answer may be from the reference.
-///
-/// CPUs round in different orders, so no bound is that of one machine: the files hold the distance, which
-/// `scripts/reference/precision.py` measures. PyTorch's own is up to 2.1 times as large on one CPU as on
-/// another (an AMD EPYC with AVX2, the same with plain kernels, and the machine of earlier files), and ours
-/// may be off to the other side of its answer. The worst found on the EPYC is half the bound.
-pub const MARGIN: f64 = 4.0;
-
-/// The bound of an error in float32 where PyTorch's is `distance`, both in proportion to the largest number
-/// expected. An answer that PyTorch happens to round well is not asked for better than the type has it.
-pub fn float32_bound(distance: f64) -> f64 {
-    MARGIN * distance.max(f64::from(f32::EPSILON))
-}
-
-/// The bound of the float32 tensor `name`, or of a kind of tensors, by the distance that stands in its file.
-pub fn bound_of(file: &BTreeMap<String, Tensor>, name: &str) -> f64 {
-    let distance = file.get(&format!("{name}:distance"));
-    float32_bound(value(distance.unwrap_or_else(|| panic!("no distance of {name}"))))
-}
-
-/// Asserts that `found`, computed in float32, is the tensor `name` of a file.
-pub fn assert_float32(found: &Tensor, file: &BTreeMap<String, Tensor>, name: &str) {
-    let (error, bound) = (relative(name, found, &file[name]), bound_of(file, name));
-    println!("{name}: {error:.1e} of {bound:.1e}");
-    assert!(error <= bound, "{name}: {error:e} > {bound:e}");
-}
-
-/// Asserts that `other` is `one`, computed in another order, but for rounding in float32: that it is no
-/// farther from it than `one`, a few times, from `exact`, the same in float64.
-pub fn assert_rounding(what: &str, one: &Tensor, other: &Tensor, exact: &Tensor) {
-    let (error, bound) = (relative(what, other, one), float32_bound(relative(what, one, exact)));
-    println!("{what}: {error:.1e} of {bound:.1e}");
-    assert!(error <= bound, "{what}: {error:e} > {bound:e}");
-}
-
-/// Asserts that two ways to compute the same in float64 agree.
-pub fn assert_float64(what: &str, found: &Tensor, expected: &Tensor) {
-    assert_eq!((found.kind(), expected.kind()), (Kind::Double, Kind::Double), "{what}");
-    let error = relative(what, found, expected);
-    println!("{what}: {error:.1e}");
-    assert!(error <= FLOAT64, "{what}: {error:e}");
-}
+use super::tensors::{FLOAT64, bound_of, relative};
 
 /// One file of reference values, with a record of the tensors that were read and the cases that disagreed.
 pub struct Reference {
@@ -129,14 +80,6 @@ impl Reference {
             }
         }
     }
-}
-
-/// The largest error of `found`, relative to the largest number expected.
-pub fn relative(name: &str, found: &Tensor, expected: &Tensor) -> f64 {
-    let expected = expected.to_kind(Kind::Double);
-    assert_eq!(found.size(), expected.size(), "{name}");
-    let worst = (found.to_kind(Kind::Double) - &expected).abs().max();
-    value(&(worst / expected.abs().max().clamp_min(1e-300)))
 }
 
 pub const PATHS: [&str; 5] = ["rectified_flow", "vp_linear", "vp_sdxl", "edm", "trig_flow"];

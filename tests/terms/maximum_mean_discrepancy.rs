@@ -6,8 +6,9 @@ use decoupled_dmd::{
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use super::common::reference::{FLOAT64, float32_bound};
-use super::common::{DOUBLE, gradient, max_difference, seeded, value, values, wave};
+use super::common::{
+    DOUBLE, FLOAT64, float32_bound, gradient, max_difference, seeded, value, values, wave,
+};
 use super::{central_differences, loss_of, reorder};
 
 fn kernels() -> [Kernel; 4] {

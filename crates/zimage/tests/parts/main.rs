@@ -1,0 +1,11 @@
+//! The parts of Z-Image one by one, on small models.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod features;
+mod lora;
+mod metrics;
+mod model;
+mod pictures;
+mod progress;
+mod tape;

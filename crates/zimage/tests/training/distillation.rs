@@ -1,0 +1,217 @@
+//! The distillation of the example on a model of a few thousand parameters.
+
+use anyhow::Result;
+use decoupled_dmd::{Condition, PostShift, Shift};
+use tch::{Device, Kind, Tensor};
+use tch_training::lora::LoraSettings;
+use tempfile::tempdir;
+use zimage::distil::{Distillation, Preset, Recipe, Record, denoiser};
+use zimage::emoji::Vocabulary;
+use zimage::failure::{described, is_out_of_memory};
+use zimage::model::{BLOCK_LINEARS, Pipeline, is_caption_side};
+use zimage::{Role, ZImageTransformer};
+
+use super::common::tiny::{prompts, teacher};
+use super::common::{assert_float64, max_difference, seeded, wave, workspace};
+
+/// Of one sample.
+const SIZE: [i64; 3] = [3, 16, 16];
+
+fn recipe() -> Recipe {
+    let mut recipe = Preset::Embedded.recipe(Shift::new(3.0).unwrap()).unwrap();
+    recipe.steps = 4;
+    recipe.updates = 3;
+    (recipe.fake_updates, recipe.fake_warmup, recipe.warmup) = (2, 1, 1);
+    recipe.batch = 4;
+    recipe.student.learning_rate = 1e-3;
+    recipe.fake.learning_rate = 1e-3;
+    (recipe.ema, recipe.seed) = (0.5, 7);
+    recipe
+}
+
+type Parameters = Vec<(String, Tensor)>;
+
+fn parameters(model: &ZImageTransformer) -> Result<Parameters> {
+    Ok(model.duplicate()?.named_parameters())
+}
+
+/// Three updates; the records and the student.
+fn train(teacher: &ZImageTransformer) -> Result<(Vec<Record>, Parameters)> {
+    let prompts = prompts(teacher)?;
+    let mut distillation =
+        Distillation::new(recipe(), teacher, &prompts, &[0, 1, 2], SIZE)?.with_data_variance(0.3);
+    while !distillation.is_warm() {
+        distillation.warm_up()?;
+    }
+    let records = (0..3).map(|_| distillation.step(true)).collect::<Result<_>>()?;
+    Ok((records, parameters(distillation.student().model)?))
+}
+
+#[test]
+fn updates_move_the_student_alone_and_repeat_under_a_seed() -> Result<()> {
+    let _guard = seeded(0);
+    let teacher = teacher()?;
+    let before = parameters(&teacher)?;
+    let (records, student) = train(&teacher)?;
+    for ((name, start), (_, now)) in before.iter().zip(teacher.named_parameters()) {
+        assert_eq!(max_difference(start, &now), 0.0, "the teacher's {name} moved");
+    }
+    let mut moved = 0;
+    for ((name, start), (_, end)) in before.iter().zip(&student) {
+        let changed = max_difference(start, end) > 0.0;
+        assert!(!(changed && is_caption_side(name)), "the caption side's {name} moved");
+        moved += usize::from(changed);
+    }
+    assert!(moved > 20, "only {moved} parameters moved");
+    for name in ["loss", "ca", "dm", "fake", "dm_cos", "dm_rel_gap", "dm_to_ca", "variance_drift"] {
+        let found = records[2].iter().find(|(n, _)| n == name);
+        assert!(found.is_some_and(|(_, value)| value.is_finite()), "{name}: {found:?}");
+    }
+
+    let (again, same_student) = train(&teacher)?;
+    assert_eq!(records, again);
+    for ((name, one), (_, two)) in student.iter().zip(&same_student) {
+        assert_eq!(max_difference(one, two), 0.0, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn adapters_are_trained_over_one_base_and_the_same_with_checkpointing() -> Result<()> {
+    let _guard = seeded(0);
+    let (teacher, size) = (teacher()?, SIZE);
+    let before = parameters(&teacher)?;
+    let prompts = prompts(&teacher)?;
+    let run = |checkpointing: bool, dropout: f64| -> Result<(Vec<Record>, Parameters)> {
+        let settings =
+            LoraSettings { rank: 2, alpha: 4.0, dropout, ..LoraSettings::on(BLOCK_LINEARS) };
+        let recipe = Recipe { adapter: Some(settings), checkpointing, ..recipe() };
+        let mut distillation = Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], size)?;
+        distillation.warm_up()?;
+        let records = (0..2).map(|_| distillation.step(true)).collect::<Result<_>>()?;
+        assert!(std::ptr::eq(distillation.student().model, &teacher));
+        Ok((records, distillation.student_weights().duplicate()?.parameters()))
+    };
+    let (records, student) = run(false, 0.0)?;
+    for ((name, start), (_, now)) in before.iter().zip(teacher.named_parameters()) {
+        assert_eq!(max_difference(start, &now), 0.0, "the base's {name} moved");
+        assert!(!now.requires_grad(), "the base's {name} wants a gradient");
+    }
+    let trained = student.iter().filter(|(name, _)| name.ends_with("lora_B.weight"));
+    assert!(trained.clone().count() > 0);
+    for (name, up) in trained.filter(|(name, _)| !name.contains("context_refiner")) {
+        assert!(up.abs().max().double_value(&[]) > 0.0, "{name} is still zero");
+    }
+    let (same_records, same_student) = run(true, 0.0)?;
+    assert_eq!(records, same_records);
+    for ((name, one), (_, two)) in student.iter().zip(&same_student) {
+        assert_eq!(max_difference(one, two), 0.0, "{name}");
+    }
+    let (dropped, _) = run(false, 0.5)?;
+    assert_ne!(records, dropped);
+    Ok(())
+}
+
+#[test]
+fn captions_of_several_lengths_are_trained_on() -> Result<()> {
+    let _guard = seeded(0);
+    let teacher = teacher()?;
+    let vocabulary = Vocabulary::load(&workspace("assets/emoji"))?;
+    let long = "google cat face ".repeat(12);
+    let captions = ["google cat face", long.as_str()];
+    let prompts = vocabulary.encode_prompts(&teacher, captions.into_iter())?;
+    assert!(prompts.conditions(&[0, 1]).is_err(), "the captions are of one length");
+    // The null caption is short: once as long as the caption, once not.
+    for items in [[0, 0], [1, 1], [0, 1]] {
+        let mut distillation = Distillation::new(recipe(), &teacher, &prompts, &items, SIZE)?;
+        distillation.warm_up()?;
+        let record = distillation.step(true)?;
+        assert!(record.iter().all(|(_, value)| value.is_finite()), "{record:?}");
+    }
+    let none = Distillation::new(recipe(), &teacher, &prompts, &[], SIZE);
+    assert!(none.err().expect("a refusal").to_string().contains("no captions to draw from"));
+    Ok(())
+}
+
+#[test]
+fn the_adapter_turns_the_sign_and_pairs_conditions() -> Result<()> {
+    let _guard = seeded(1);
+    let teacher = teacher()?.cast(Kind::Double)?;
+    let (one, two) = prompts(&teacher)?.conditions(&[0, 1])?;
+    let noised = wave(&[2, 3, 16, 16], 0.7, Kind::Double);
+    let time = PostShift::new(Tensor::from_slice(&[0.25f32, 0.75]))?;
+    let captions: &Condition = &one;
+    let raw = teacher.forward_encoded(&noised, time.tensor(), &captions[0], Role::BASE)?;
+    // raw = x0 - eps, so x0 = x_t + (1 - t) raw.
+    let level: Tensor = 1.0 - time.tensor().view([2, 1, 1, 1]);
+    let expected = &noised + level * raw;
+    let denoiser = denoiser(&teacher, Shift::NONE);
+    assert_float64("alone", &denoiser.denoise(&noised, &time, &one)?, &expected);
+    let (cond, null) = denoiser.denoise_pair(&noised, &time, &one, &two)?;
+    assert_float64("in a pair", &cond, &expected);
+    assert_float64("the other", &null, &denoiser.denoise(&noised, &time, &two)?);
+    assert!(max_difference(&cond, &null) > 1e-3, "the condition must matter");
+    Ok(())
+}
+
+#[test]
+fn a_pipeline_folder_keeps_weights_and_shift() -> Result<()> {
+    let _guard = seeded(2);
+    let place = tempdir()?;
+    let folder = place.path().join("pipeline");
+    let pipeline = Pipeline { transformer: teacher()?, shift: Shift::new(6.0)? };
+    pipeline.save(&folder)?;
+    let loaded = Pipeline::load(&folder, Kind::Float, Device::Cpu)?;
+    assert_eq!(loaded.shift, pipeline.shift);
+    for ((name, one), (_, two)) in
+        parameters(&pipeline.transformer)?.iter().zip(loaded.transformer.named_parameters())
+    {
+        assert_eq!(max_difference(one, &two), 0.0, "{name}");
+    }
+    let scheduler = folder.join("scheduler/scheduler_config.json");
+    for (text, complaint) in [
+        ("{", "parsing"),
+        (r#"{"_class_name": "x", "num_train_timesteps": 1000, "shift": -1.0}"#, "shift: must be"),
+        (
+            r#"{"_class_name": "x", "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": true}"#,
+            "use_dynamic_shifting",
+        ),
+    ] {
+        std::fs::write(&scheduler, text)?;
+        let error = Pipeline::load(&folder, Kind::Float, Device::Cpu).unwrap_err();
+        assert!(format!("{error:#}").contains(complaint), "{error:#}");
+    }
+    std::fs::remove_dir_all(&folder)?;
+    let error = Pipeline::load(&folder, Kind::Float, Device::Cpu).unwrap_err();
+    assert!(format!("{error:#}").contains("scheduler_config.json"), "{error:#}");
+    Ok(())
+}
+
+#[test]
+fn errors_are_a_line_without_the_stack_of_libtorch() {
+    let error = Tensor::f_zeros([1 << 50], (Kind::Float, Device::Cpu)).unwrap_err();
+    let error = anyhow::Error::new(decoupled_dmd::Error::from(error)).context("making zeros");
+    assert!(format!("{error:#}").lines().count() > 3, "{error:#}");
+    let text = described(&error);
+    assert!(text.starts_with("making zeros: libtorch: "), "{text}");
+    assert!(
+        text.lines().count() == 1 && text.matches("you tried to allocate").count() == 1,
+        "{text}"
+    );
+    assert!(is_out_of_memory(&error), "{text}");
+    assert!(!is_out_of_memory(&anyhow::anyhow!("--batch must be at least 1")));
+}
+
+#[test]
+fn a_training_that_breaks_down_says_so() -> Result<()> {
+    let _guard = seeded(9);
+    let teacher = teacher()?;
+    let prompts = prompts(&teacher)?;
+    let mut recipe = recipe();
+    recipe.student.learning_rate = 1e30;
+    let mut distillation = Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], SIZE)?;
+    let mut update = || distillation.step(false).and_then(|_| distillation.check_gradients());
+    let error = (0..3).find_map(|_| update().err()).expect("weights beyond bounds");
+    assert!(error.to_string().contains("training broke down"), "{error:#}");
+    Ok(())
+}

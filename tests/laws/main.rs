@@ -1,0 +1,12 @@
+//! Laws across terms: what holds for every one of them, and for the objectives that they make up.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod conformance;
+mod diagnostics;
+mod properties;
+mod seeds;
+mod settings;
+mod shapes_and_types;
+mod sharing;
+mod without_privilege;
