@@ -1,4 +1,5 @@
 //! Tensors of tests, and how far two of them may be apart, for the tests of every crate of the workspace.
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -29,7 +30,9 @@ pub fn worse(one: f64, other: f64) -> f64 {
     if other <= one || one.is_nan() { one } else { other }
 }
 
+/// The largest difference of two tensors of one shape.
 pub fn max_difference(left: &Tensor, right: &Tensor) -> f64 {
+    assert_eq!(left.size(), right.size());
     (left.to_kind(Kind::Double) - right.to_kind(Kind::Double)).abs().max().double_value(&[])
 }
 

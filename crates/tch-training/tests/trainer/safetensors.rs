@@ -1,11 +1,8 @@
 //! Checkpoints: whole, sharded, broken and malicious ones.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
-use common::{Result, chain, wave};
 use proptest::prelude::*;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -13,6 +10,8 @@ use tch_training::Parameters;
 use tch_training::safetensors::Weights;
 use tch_training::safetensors::write_tensors;
 use tempfile::tempdir;
+
+use super::common::{Result, chain, wave};
 
 const STEM: &str = "diffusion_pytorch_model";
 

@@ -1,13 +1,12 @@
 //! AdamW: exact when resumed, and equal to libtorch's own.
 
-mod common;
-
-use common::Result;
 use tch::nn::OptimizerConfig;
 use tch::{Device, Kind, Tensor, nn};
 use tch_training::safetensors::{read_tensors, write_tensors};
 use tch_training::{AdamW, AdamWSettings, Error};
 use tempfile::tempdir;
+
+use super::common::Result;
 
 fn wave(shape: &[i64]) -> Tensor {
     let values: Vec<f32> =

@@ -1,10 +1,9 @@
 //! Gradient checkpointing: the gradients of the plain backward pass, with less kept.
 
-mod common;
-
-use common::{Result, chain, max_difference, seeded, wave};
 use tch::{Device, Kind, Tensor};
 use tch_training::{Error, Tape};
+
+use super::common::{Result, chain, max_difference, seeded, wave};
 
 /// Blocks `tanh(x W) + c * x`, each with a weight of its own and one number for all.
 struct Model {

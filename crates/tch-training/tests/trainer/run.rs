@@ -1,11 +1,8 @@
 //! States of a run on disk: after a crash, refused states, and the log.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{Result, chain, max_difference, wave};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 use tch_training::files::write_atomically;
@@ -13,6 +10,8 @@ use tch_training::parameters::restore;
 use tch_training::run::{Log, LostLines, Progress, StateFolder, fingerprint};
 use tch_training::{Error, Parameters};
 use tempfile::{TempDir, tempdir};
+
+use super::common::{Result, chain, max_difference, wave};
 
 /// A folder of its own for each test.
 struct Folder(TempDir);

@@ -1,13 +1,12 @@
 //! Low-rank adapters on plain linear layers, and their files.
 
-mod common;
-
-use common::{Result, chain, max_difference, seeded, wave};
 use tch::{Device, Kind, Tensor};
 use tch_training::lora::{Dropout, LinearLayer, Lora, LoraSettings};
 use tch_training::safetensors::{read_tensors, write_tensors};
 use tch_training::{Error, Fault, Parameters};
 use tempfile::tempdir;
+
+use super::common::{Result, chain, max_difference, seeded, wave};
 
 const PREFIXES: [&str; 2] = ["model.", "other."];
 

@@ -1,0 +1,8 @@
+//! What a trainer is made of: optimizer, adapters, checkpointing, files, and states of a run.
+
+mod checkpointing;
+mod common;
+mod lora;
+mod optimizer;
+mod run;
+mod safetensors;
