@@ -40,12 +40,11 @@ mod mutant {
     }
 }
 """
-# The trainings and the tests of Z-Image and of the examples are left out, as for the coverage.
+# The trainings and the tests of the examples are left out, as for the coverage.
 OTHER = re.compile("ablation|zimage_.*")
-TESTS = sorted(
-    [(path.stem, path.name) for path in (ROOT / "tests").glob("*.rs") if not OTHER.fullmatch(path.stem)]
-    + [(path.parent.name, f"{path.parent.name}/main.rs") for path in (ROOT / "tests").glob("*/main.rs")]
-)
+PROGRAMS = [(path.stem, path.name) for path in (ROOT / "tests").glob("*.rs")]
+PROGRAMS += [(path.parent.name, f"{path.parent.name}/main.rs") for path in (ROOT / "tests").glob("*/main.rs")]
+TESTS = sorted(program for program in PROGRAMS if not OTHER.fullmatch(program[0]))
 
 
 def listed(files):
@@ -79,7 +78,7 @@ def copy_crate():
     manifest = (ROOT / "Cargo.toml").read_text()
     # A workspace of its own, without members.
     manifest = re.sub(r"\[workspace\]\n(?:[^\n]+\n)+", "[workspace]\n", manifest)
-    manifest = re.sub(r"zimage = .*\n", "", manifest)
+    manifest = re.sub(r"(?:zimage|tch-training) = .*\n", "", manifest)
     manifest = re.sub(r"\[\[bench\]\]\n(?:[^\n]+\n)+", "", manifest) + '\n[[test]]\nname = "every"\n'
     automatic = "".join(f"auto{kind} = false\n" for kind in ("tests", "benches", "examples"))
     manifest = manifest.replace('build = "build.rs"\n', 'build = "build.rs"\n' + automatic)
@@ -152,7 +151,7 @@ def build(mutants):
 
 def outcome(binaries, id):
     # `--fail-fast` is not stable yet. The tests of one process share a random generator, and their
-    # locks are one for each file here: one thread.
+    # locks are one for each program here: one thread.
     # Without cargo's settings some tests take thirty times as long.
     environment = os.environ | settings()
     environment |= {"MUTANT": str(id), "RUSTC_BOOTSTRAP": "1", "RUST_BACKTRACE": "0"}

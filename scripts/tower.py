@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Prints the modules of `src` in order of dependency, as their `use crate::` lines have it: a row uses the rows above it.
-Fails where imports form a circle, or go through the root of the crate. Tests inside the files do not count."""
+Fails where imports form a circle, lead upward in the tower of docs/design.md, or go through the root of the crate.
+Tests inside the files do not count."""
 
 import re
 import sys
 from pathlib import Path
 
-SOURCE = Path(__file__).parent.parent / "src"
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src"
 
 
 def imports(file: Path) -> set[str]:
@@ -14,7 +16,18 @@ def imports(file: Path) -> set[str]:
     code = file.read_text().split("#[cfg(test)]\nmod tests")[0]
     code = "\n".join(line.split("//")[0] for line in code.splitlines())
     root = set(re.findall(r"\bcrate::([A-Z{*]\w*)", code))
-    return set(re.findall(r"\bcrate::(\w+)::", code)) | ({"self"} if root else set())
+    return set(re.findall(r"\bcrate::([a-z]\w*)", code)) | ({"self"} if root else set())
+
+
+def described() -> dict[str, int]:
+    """The row of each module in the tower of docs/design.md: the left column, where a comma at the end goes on."""
+    text = (ROOT / "docs" / "design.md").read_text().split("\n## Modules\n")[1]
+    rows, row = {}, 0
+    for line in text.split("```text\n")[1].split("```")[0].splitlines():
+        modules = re.split(r" {2,}", line)[0]
+        rows |= {name.strip().rstrip("/"): row for name in modules.split(",") if name.strip()}
+        row += not modules.endswith(",")
+    return rows
 
 
 def main() -> int:
@@ -43,9 +56,17 @@ def main() -> int:
         left = {module: used for module, used in left.items() if module not in top}
     for module, used in left.items():
         print(f"circle: {module} -> {', '.join(sorted(used & left.keys()))}", file=sys.stderr)
+    tower = described()
+    wrong = [f"not in one of docs/design.md and src: {module}" for module in sorted(tower.keys() ^ uses.keys())]
+    for module, used in uses.items():
+        for other in sorted(used & tower.keys()):
+            if module in tower and tower[other] >= tower[module]:
+                wrong.append(f"upward, by docs/design.md: {module} -> {other}")
+    for line in wrong:
+        print(line, file=sys.stderr)
     for file in through_root:
         print(f"imports through the root of the crate: {file}", file=sys.stderr)
-    return 1 if left or through_root else 0
+    return 1 if left or wrong or through_root else 0
 
 
 if __name__ == "__main__":

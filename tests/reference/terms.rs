@@ -1,7 +1,7 @@
 //! The regularizers against stock PyTorch in float64: every variant, in three types.
 //!
 //! `scripts/reference/terms.py` writes the values and gradients. One line a case shows the worst error:
-//! `./with-libtorch cargo test --test reference_terms -- --nocapture`
+//! `./with-libtorch cargo test --test reference terms -- --nocapture`
 
 use decoupled_dmd::{
     Adversarial, Bandwidth, Batch, Condition, CriticHeads, CriticPenalty, Estimator, GanLoss,
