@@ -8,7 +8,7 @@
 //! | `text/` | the Qwen3 encoder, its tokenizer, a cache of features |
 //! | `distil/` | student and fake score as roles of one model, the training loop, recipes, saved students |
 //! | `emoji/` | the embedded text-to-image model: pictures, words, a classifier, scores |
-#![allow(dead_code, unreachable_pub)]
+#![warn(unreachable_pub)]
 
 pub mod autoencoder;
 pub mod device;

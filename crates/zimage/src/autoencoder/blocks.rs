@@ -202,7 +202,7 @@ impl Level {
 
 /// Encoder or decoder: the same parts, the middle block at the end or at the start.
 #[derive(Debug)]
-pub struct Network {
+pub(crate) struct Network {
     half: Half,
     first: Convolution,
     middle: MiddleBlock,
@@ -216,7 +216,11 @@ impl Network {
     ///
     /// # Errors
     /// Names a parameter that is missing.
-    pub fn new(parameters: &Parameters, config: &AutoencoderConfig, half: Half) -> Result<Self> {
+    pub(crate) fn new(
+        parameters: &Parameters,
+        config: &AutoencoderConfig,
+        half: Half,
+    ) -> Result<Self> {
         let root = half.name();
         let (stage_name, _) = half.stage_names();
         let levels = config
@@ -239,7 +243,7 @@ impl Network {
     }
 
     /// The dtype it computes in.
-    pub fn kind(&self) -> Kind {
+    pub(crate) fn kind(&self) -> Kind {
         self.first.weight.kind()
     }
 
@@ -247,7 +251,7 @@ impl Network {
     ///
     /// # Errors
     /// If the shape does not fit.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let x = x.f_to_device(self.first.weight.device())?.f_to_kind(self.kind())?;
         let mut x = self.first.forward(&x, 1, 1)?;
         if self.half == Half::Decoder {

@@ -209,7 +209,7 @@ impl AutoencoderConfig {
     }
 
     /// Channels at the resolution of the latents.
-    pub fn inner_channels(&self) -> i64 {
+    fn inner_channels(&self) -> i64 {
         self.block_out_channels[self.block_out_channels.len() - 1]
     }
 

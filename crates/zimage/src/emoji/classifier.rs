@@ -148,11 +148,6 @@ impl Classifier {
         &self.parameters
     }
 
-    /// How many pictures it tells apart.
-    pub fn class_count(&self) -> i64 {
-        self.classes.size()[0]
-    }
-
     /// Where it computes.
     pub fn device(&self) -> Device {
         self.classes.device()
@@ -200,7 +195,7 @@ impl Classifier {
 }
 
 /// Rows `[B, F]` at length one; a row of zeros stays zero.
-pub fn unit_rows(rows: &Tensor) -> Result<Tensor> {
+pub(crate) fn unit_rows(rows: &Tensor) -> Result<Tensor> {
     let lengths = rows.f_square()?.f_sum_dim_intlist(1, true, None)?.f_sqrt()?;
     Ok(rows.f_div(&lengths.f_clamp_min(1e-12)?)?)
 }

@@ -19,9 +19,6 @@ const COLUMNS: i64 = 64;
 pub struct Item {
     /// The vendor, then what the picture shows.
     pub caption: String,
-    pub name: String,
-    pub vendor: String,
-    pub category: String,
     /// Kept out of training.
     pub held_out: bool,
 }

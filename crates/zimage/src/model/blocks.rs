@@ -15,7 +15,7 @@ const SHORT_SEQUENCE: i64 = 512;
 
 /// `x W^T + b`, and what the role adds to it.
 #[derive(Debug)]
-pub struct Linear {
+pub(crate) struct Linear {
     name: String,
     weight: Tensor,
     bias: Option<Tensor>,
@@ -32,12 +32,12 @@ impl Linear {
     }
 
     /// `[.., in]` to `[.., out]`.
-    pub fn forward(&self, x: &Tensor, role: Role<'_>) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor, role: Role<'_>) -> Result<Tensor> {
         role.add_to(x.f_linear(&self.weight, self.bias.as_ref())?, &self.name, x)
     }
 
     /// The dtype this layer computes in.
-    pub fn kind(&self) -> Kind {
+    pub(crate) fn kind(&self) -> Kind {
         self.weight.kind()
     }
 }
@@ -45,7 +45,7 @@ impl Linear {
 /// Root-mean-square normalisation of the last axis. Differentiable once: second derivatives, as R1 by double
 /// backward would take through this model, are not those of the formula.
 #[derive(Debug)]
-pub struct RmsNorm {
+pub(crate) struct RmsNorm {
     weight: Tensor,
     eps: f64,
     scale: Option<f64>,
@@ -64,7 +64,7 @@ impl RmsNorm {
     }
 
     /// Same shape as `x`; the mean square is taken in float32 or wider.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.forward_times(x, None)
     }
 
@@ -117,7 +117,7 @@ impl RmsNorm {
 
 /// Sinusoidal time features and the MLP over them.
 #[derive(Debug)]
-pub struct TimeEmbedder {
+pub(crate) struct TimeEmbedder {
     first: Linear,
     second: Linear,
     scale: f64,
@@ -133,7 +133,7 @@ impl TimeEmbedder {
     }
 
     /// `t` `[B]` to `[B, E]`.
-    pub fn forward(&self, t: &Tensor, role: Role<'_>) -> Result<Tensor> {
+    pub(crate) fn forward(&self, t: &Tensor, role: Role<'_>) -> Result<Tensor> {
         let features = time_features(&t.f_to_kind(Kind::Float)?.f_mul_scalar(self.scale)?)?;
         let hidden = self.first.forward(&features.f_to_kind(self.first.kind())?, role)?.f_silu()?;
         self.second.forward(&hidden, role)
@@ -264,7 +264,7 @@ impl FeedForward {
 
 /// Attention and feed-forward, each between two norms, scaled and gated by time where modulated.
 #[derive(Debug)]
-pub struct Block {
+pub(crate) struct Block {
     attention: Attention,
     feed_forward: FeedForward,
     attention_norms: [RmsNorm; 2],
@@ -296,7 +296,7 @@ impl Block {
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn forward(
+    pub(crate) fn forward(
         &self,
         x: &Tensor,
         sequence: &Sequence,

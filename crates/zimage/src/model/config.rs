@@ -8,13 +8,13 @@ use tch_training::files::read_json;
 use tch_training::lora::LinearLayer;
 
 /// The class that diffusers names in the file.
-pub const CLASS_NAME: &str = "ZImageTransformer2DModel";
+pub(crate) const CLASS_NAME: &str = "ZImageTransformer2DModel";
 
 /// Sequences are padded to a multiple of this many tokens.
-pub const SEQUENCE_MULTIPLE: i64 = 32;
+pub(crate) const SEQUENCE_MULTIPLE: i64 = 32;
 
 /// Width of the sinusoidal time features.
-pub const TIME_FEATURES: i64 = 256;
+pub(crate) const TIME_FEATURES: i64 = 256;
 
 /// The linear layers of a block that an adapter is put on where nothing else is said.
 pub const BLOCK_LINEARS: [&str; 7] = [
@@ -223,7 +223,7 @@ impl Config {
     }
 
     /// Width of the time embedding that modulates the blocks.
-    pub fn time_dim(&self) -> i64 {
+    fn time_dim(&self) -> i64 {
         self.dim.min(TIME_FEATURES)
     }
 

@@ -38,7 +38,7 @@ pub fn unpatchify(tokens: &Tensor, patch: i64, grid: Grid) -> Result<Tensor> {
 
 /// What attention has to know of the tokens of a batch.
 #[derive(Debug)]
-pub struct Sequence {
+pub(crate) struct Sequence {
     /// Factors as for [`rotate`](super::rope::rotate): `[S, d/2]`, or `[B, 1, S, d/2]` where the items
     /// differ.
     pub rotary: Tensor,
@@ -53,7 +53,10 @@ impl Sequence {
     ///
     /// # Errors
     /// If there is no item, or libtorch fails.
-    pub fn new(tables: &[Rc<RotaryTable>], part: fn(&RotaryTable) -> &Tensor) -> Result<Self> {
+    pub(crate) fn new(
+        tables: &[Rc<RotaryTable>],
+        part: fn(&RotaryTable) -> &Tensor,
+    ) -> Result<Self> {
         ensure!(!tables.is_empty(), "a batch needs at least one item");
         if tables.iter().all(|table| Rc::ptr_eq(table, &tables[0])) {
             let rotary = part(&tables[0]).shallow_clone();
@@ -72,17 +75,8 @@ impl Sequence {
     }
 
     /// The tokens, from the first, that block `index` of `count` has to give.
-    pub fn rows(&self, index: usize, count: usize) -> i64 {
+    pub(crate) fn rows(&self, index: usize, count: usize) -> i64 {
         if index + 1 == count { self.kept } else { self.rotary.size()[self.rotary.dim() - 2] }
-    }
-
-    /// Handles on the same tensors.
-    pub fn shallow_clone(&self) -> Self {
-        Self {
-            rotary: self.rotary.shallow_clone(),
-            mask: self.mask.as_ref().map(Tensor::shallow_clone),
-            kept: self.kept,
-        }
     }
 }
 
@@ -90,7 +84,7 @@ impl Sequence {
 ///
 /// # Errors
 /// If a row is longer than that, or their other axes differ.
-pub fn stack(rows: &[Tensor], length: i64) -> Result<Tensor> {
+pub(crate) fn stack(rows: &[Tensor], length: i64) -> Result<Tensor> {
     let rows = rows
         .iter()
         .map(|row| {
@@ -111,7 +105,7 @@ pub fn stack(rows: &[Tensor], length: i64) -> Result<Tensor> {
 ///
 /// # Errors
 /// If their widths differ.
-pub fn stack_tokens(rows: &[Tensor]) -> Result<Tensor> {
+pub(crate) fn stack_tokens(rows: &[Tensor]) -> Result<Tensor> {
     stack(rows, rows.iter().map(|row| padded(row.size()[0])).max().unwrap_or(0))
 }
 
@@ -119,7 +113,7 @@ pub fn stack_tokens(rows: &[Tensor]) -> Result<Tensor> {
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn fill_padding(hidden: &Tensor, counts: &[i64], token: &Tensor) -> Result<Tensor> {
+pub(crate) fn fill_padding(hidden: &Tensor, counts: &[i64], token: &Tensor) -> Result<Tensor> {
     let length = hidden.size()[1];
     if counts.iter().all(|count| *count == length) {
         return Ok(hidden.shallow_clone());
@@ -133,7 +127,7 @@ pub fn fill_padding(hidden: &Tensor, counts: &[i64], token: &Tensor) -> Result<T
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn join(image: &Tensor, caption: &Tensor, lengths: &[(i64, i64)]) -> Result<Tensor> {
+pub(crate) fn join(image: &Tensor, caption: &Tensor, lengths: &[(i64, i64)]) -> Result<Tensor> {
     if lengths.iter().all(|(image_length, _)| *image_length == image.size()[1]) {
         return Ok(Tensor::f_cat(&[image, caption], 1)?);
     }
@@ -152,7 +146,7 @@ pub fn join(image: &Tensor, caption: &Tensor, lengths: &[(i64, i64)]) -> Result<
 ///
 /// # Errors
 /// If it has fewer.
-pub fn first_rows(x: &Tensor, axis: i64, rows: i64) -> Result<Tensor> {
+pub(crate) fn first_rows(x: &Tensor, axis: i64, rows: i64) -> Result<Tensor> {
     // A view of the whole would cost a copy in the backward pass.
     if x.size()[axis as usize] == rows {
         return Ok(x.shallow_clone());
@@ -161,7 +155,7 @@ pub fn first_rows(x: &Tensor, axis: i64, rows: i64) -> Result<Tensor> {
 }
 
 /// The largest of some lengths, 0 if there is none.
-pub fn longest(lengths: &[i64]) -> i64 {
+pub(crate) fn longest(lengths: &[i64]) -> i64 {
     lengths.iter().copied().max().unwrap_or(0)
 }
 

@@ -13,7 +13,7 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::transformer::ZImageTransformer;
 
 /// Names the parts of a folder.
-pub const INDEX: &str = "model_index.json";
+pub(crate) const INDEX: &str = "model_index.json";
 
 /// What is needed to sample in latent space.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use crate::model::grid::{Grid, padded};
 /// Unit complex factors for the tokens of one image size and padded caption length,
 /// as interleaved (re, im) pairs in float32.
 #[derive(Debug)]
-pub struct RotaryTable {
+pub(crate) struct RotaryTable {
     /// Image tokens, padding included: complex `[S_image, d/2]`.
     pub image: Tensor,
     /// Caption tokens, padding included: complex `[S_caption, d/2]`.
@@ -27,7 +27,7 @@ impl RotaryTable {
     ///
     /// # Errors
     /// If a position lies outside `axes_lens`.
-    pub fn new(config: &Config, caption: i64, grid: Grid, device: Device) -> Result<Self> {
+    pub(crate) fn new(config: &Config, caption: i64, grid: Grid, device: Device) -> Result<Self> {
         let Grid { frames, rows, columns } = grid;
         // Caption tokens count from 1, and frames go on after them.
         for (axis, needed) in [1 + caption + frames, rows, columns].into_iter().enumerate() {
@@ -54,14 +54,14 @@ impl RotaryTable {
 
 /// Tables by padded caption length and grid, made when first asked for.
 #[derive(Debug, Default)]
-pub struct RotaryCache(RefCell<HashMap<(i64, Grid), Rc<RotaryTable>>>);
+pub(crate) struct RotaryCache(RefCell<HashMap<(i64, Grid), Rc<RotaryTable>>>);
 
 impl RotaryCache {
     /// The table of a size; see [`RotaryTable::new`].
     ///
     /// # Errors
     /// If a position lies outside `axes_lens`.
-    pub fn get(
+    pub(crate) fn get(
         &self,
         config: &Config,
         caption: i64,
@@ -103,7 +103,7 @@ pub fn rotary_factors(config: &Config, ids: &[[i64; 3]], device: Device) -> Resu
 ///
 /// # Errors
 /// If the shapes do not fit.
-pub fn rotate(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
+pub(crate) fn rotate(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
     let kind = x.f_kind()?;
     let wide = if kind == Kind::Double { kind } else { Kind::Float };
     let size = x.size();

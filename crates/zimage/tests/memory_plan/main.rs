@@ -7,6 +7,7 @@ mod common;
 mod live_bytes;
 
 use anyhow::Result;
+use common::narrow::narrow;
 use common::seeded;
 use live_bytes::live_bytes;
 use tch::{Device, Kind, Tensor};
@@ -18,16 +19,14 @@ use zimage::{Config, Role, ZImageTransformer};
 /// Large enough that activations outweigh what a graph node takes, and that attention is the fused one.
 fn config() -> Config {
     Config {
-        in_channels: 4,
         dim: 96,
         n_layers: 4,
         n_refiner_layers: 2,
         n_heads: 3,
         n_kv_heads: 3,
-        cap_feat_dim: 8,
         axes_dims: vec![8, 12, 12],
         axes_lens: vec![96, 64, 64],
-        ..Config::default()
+        ..narrow()
     }
 }
 

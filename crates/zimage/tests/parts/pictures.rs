@@ -18,10 +18,7 @@ fn write_set() -> Result<TempDir> {
     }
     atlas.put_pixel(63, 0, image::Rgb([255, 255, 255]));
     atlas.save(folder.path().join("emoji.png"))?;
-    let item = |caption: &str, held_out: bool| {
-        serde_json::json!({"caption": caption, "name": "", "vendor": "", "category": "",
-            "held_out": held_out})
-    };
+    let item = |caption: &str, held_out: bool| serde_json::json!({"caption": caption, "held_out": held_out});
     let items = [item("google red square", false), item("twitter blue square", true)];
     std::fs::write(
         folder.path().join("captions.json"),
