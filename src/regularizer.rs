@@ -2,6 +2,7 @@
 
 mod adversarial;
 mod adversarial_distribution_matching;
+mod critic;
 mod distribution_matching;
 mod divergence;
 mod maximum_mean_discrepancy;

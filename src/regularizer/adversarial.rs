@@ -23,11 +23,11 @@ use crate::numeric::{batch_size, once, per_sample, sample_mean, widen, widen_lik
 use crate::path::{NoisePath, check_same_path};
 use crate::probe::Probe;
 use crate::regularizer::Regularizer;
+use crate::regularizer::critic::Critic;
 use crate::renoising::{Renoising, Uniform};
 use crate::time::PostShift;
 use crate::value::checked;
 
-type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 type Weight<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
 
 /// Adversarial loss: moves the samples to where a critic, trained along with the student, takes them for
@@ -112,7 +112,7 @@ type Weight<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
 pub struct Adversarial<'a> {
     path: Box<dyn NoisePath + 'a>,
     renoising: Renoising<'a>,
-    critic: Box<Critic<'a>>,
+    critic: Critic<'a>,
     gan_loss: GanLoss,
     penalty: Option<CriticPenalty>,
     independent: bool,
@@ -132,7 +132,7 @@ impl<'a> Adversarial<'a> {
         Self {
             path: Box::new(path),
             renoising: Renoising::new(Uniform::FULL),
-            critic: Box::new(move |x, t, cond| critic(x, t, cond).into_result()),
+            critic: Critic::new(critic),
             gan_loss: GanLoss::default(),
             penalty: None,
             independent: false,
@@ -225,7 +225,7 @@ impl<'a> Adversarial<'a> {
         let requirement = "1: logits of hinge and relativistic critics are no log ratios";
         checked("non-saturating form", requirement, f64::from(u8::from(estimates)), estimates)?;
         let _no_grad = no_grad_guard();
-        let logits = self.logits(probe.noised(), probe.tau(), probe.batch().cond())?;
+        let logits = self.critic.logits(probe.noised(), probe.tau(), probe.batch().cond())?;
         sample_mean(&logits)
     }
 
@@ -244,13 +244,13 @@ impl<'a> Adversarial<'a> {
         self.check_form()?;
         gradient_only_in("critic logits", probe.x(), |x| {
             let noised = self.path.renoise(&changed(x, augmentation)?, tau, probe.noise())?;
-            let fake = self.logits(&noised, tau, batch.cond())?;
+            let fake = self.critic.logits(&noised, tau, batch.cond())?;
             probe.observe("logit", || Ok(fake.f_mean(None::<Kind>)?))?;
             let each = self.gan_loss.of_generator(&fake, || {
                 let _no_grad = no_grad_guard();
                 let real = changed(&paired_real(batch)?, augmentation)?;
                 let real = self.renoise(&real, tau, probe.noise())?;
-                let real = self.logits(&real, tau, batch.real_cond())?;
+                let real = self.critic.logits(&real, tau, batch.real_cond())?;
                 check_size("critic logits", &real, &fake.size())?;
                 Ok(real)
             })?;
@@ -281,17 +281,6 @@ impl<'a> Adversarial<'a> {
     /// Detached, so that the critic's loss leaves the student alone.
     fn renoise(&self, x: &Tensor, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
         Ok(self.path.renoise(&x.f_detach()?, time, noise)?.f_detach()?)
-    }
-
-    /// `[B, K]`, in float32 or wider.
-    fn logits(&self, noised: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
-        let logits = (self.critic)(noised, &time.for_network(noised)?, cond)?;
-        let (found, batch) = (logits.size(), batch_size(noised));
-        if batch_size(&logits) != batch || logits.numel() == 0 {
-            return Err(Error::shape("critic logits", format!("[{batch}, K]"), &found));
-        }
-        check_floating("critic logits", logits.f_kind()?)?;
-        Ok(widen(&logits)?.f_reshape([batch, -1])?)
     }
 }
 

@@ -5,21 +5,20 @@ use std::cell::OnceCell;
 use tch::{Tensor, no_grad_guard};
 
 use crate::batch::{Batch, Condition};
-use crate::checks::{check_floating, check_like, check_per_sample};
+use crate::checks::{check_like, check_per_sample};
 use crate::denoiser::Denoiser;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::gradient::gradient_only_in;
 use crate::guidance::Guidance;
 use crate::network::IntoOutput;
-use crate::numeric::{batch_size, noise_like, once, widen};
+use crate::numeric::{noise_like, once};
 use crate::path::check_same_path;
 use crate::probe::Probe;
+use crate::regularizer::critic::Critic;
 use crate::regularizer::{DistributionMatching, GanLoss, Regularizer};
 use crate::renoising::{Renoising, Uniform};
 use crate::time::PostShift;
 use crate::value::checked;
-
-type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 
 /// Adversarial distribution matching: moves the samples so that, from the same noised sample, one step
 /// of the fake score cannot be told from one step of the guided teacher.
@@ -76,10 +75,15 @@ type Critic<'a> = dyn Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + 'a;
 /// let critic = |x: &Tensor, _t: &Tensor, _cond: &Condition| x.flatten(1, -1);
 /// let adm = AdversarialDistributionMatching::new(&dm, teacher, critic);
 /// ```
+///
+/// [`Error::Missing`]: crate::Error::Missing
+/// [`Error::NoGradient`]: crate::Error::NoGradient
+/// [`Error::OutOfRange`]: crate::Error::OutOfRange
+/// [`Error::Shape`]: crate::Error::Shape
 pub struct AdversarialDistributionMatching<'a> {
     dm: &'a DistributionMatching<'a>,
     teacher: Denoiser<'a>,
-    critic: Box<Critic<'a>>,
+    critic: Critic<'a>,
     step: f64,
     guidance: Guidance,
     gan_loss: GanLoss,
@@ -99,7 +103,7 @@ impl<'a> AdversarialDistributionMatching<'a> {
         Self {
             dm,
             teacher,
-            critic: Box::new(move |x, t, cond| critic(x, t, cond).into_result()),
+            critic: Critic::new(critic),
             step: 1.0 / 64.0,
             guidance: Guidance::NEUTRAL,
             gan_loss: GanLoss::Hinge,
@@ -112,7 +116,7 @@ impl<'a> AdversarialDistributionMatching<'a> {
     /// Sets the length of the step, in the time that the network sees.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] unless in (0, 1).
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless in (0, 1).
     pub fn step(mut self, length: f64) -> Result<Self> {
         let valid = length > 0.0 && length < 1.0;
         self.step = checked("length of the step", "in (0, 1)", length, valid)?;
@@ -163,7 +167,7 @@ impl<'a> AdversarialDistributionMatching<'a> {
     /// [`critic_loss`](Self::critic_loss) at given times (B of them) and noise (shaped like x).
     ///
     /// # Errors
-    /// As the term, and [`Error::Shape`] and the like if times or noise do not fit.
+    /// As the term, and [`Error::Shape`](crate::Error::Shape) and the like if times or noise do not fit.
     pub fn critic_loss_at(
         &self,
         batch: &Batch<'_>,
@@ -179,8 +183,8 @@ impl<'a> AdversarialDistributionMatching<'a> {
             let real = self.teachers_step(batch, &noised, time, &to)?;
             (real, self.fakes_step(batch, &noised, time, &to)?)
         };
-        let real = self.logits(&real, &to, batch.cond())?;
-        self.gan_loss.critic(&real, &self.logits(&fake, &to, batch.cond())?)
+        let real = self.critic.logits(&real, &to, batch.cond())?;
+        self.gan_loss.critic(&real, &self.critic.logits(&fake, &to, batch.cond())?)
     }
 
     /// t', checked.
@@ -230,17 +234,6 @@ impl<'a> AdversarialDistributionMatching<'a> {
         let path = self.teacher.path();
         path.renoise(clean, to, &path.implied_noise(noised, clean, time)?)
     }
-
-    /// `[B, K]`, in float32 or wider.
-    fn logits(&self, x: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
-        let logits = (self.critic)(x, &time.for_network(x)?, cond)?;
-        let batch = batch_size(x);
-        if batch_size(&logits) != batch || logits.numel() == 0 {
-            return Err(Error::shape("critic logits", format!("[{batch}, K]"), &logits.size()));
-        }
-        check_floating("critic logits", logits.f_kind()?)?;
-        Ok(widen(&logits)?.f_reshape([batch, -1])?)
-    }
 }
 
 impl Regularizer for AdversarialDistributionMatching<'_> {
@@ -251,12 +244,12 @@ impl Regularizer for AdversarialDistributionMatching<'_> {
         gradient_only_in("critic logits", probe.x(), |x| {
             let noised = self.teacher.path().renoise(x, time, probe.noise())?;
             let step = self.fakes_step(batch, &noised, time, &to)?;
-            let fake = self.logits(&step, &to, batch.cond())?;
+            let fake = self.critic.logits(&step, &to, batch.cond())?;
             probe.observe("logit", || Ok(fake.f_mean(None::<tch::Kind>)?))?;
             self.gan_loss.generator(&fake, || {
                 let _no_grad = no_grad_guard();
                 let real = self.teachers_step(batch, probe.noised(), time, &to)?;
-                self.logits(&real, &to, batch.cond())
+                self.critic.logits(&real, &to, batch.cond())
             })
         })
     }

@@ -131,9 +131,9 @@ impl Adversarial<'_> {
         let fake = renoise(batch.x(), time, noise)?;
         let clean = paired_real(batch)?;
         let real = renoise(&clean, real_time, real_noise)?;
-        let fake_logits = self.logits(&fake, time, batch.cond())?;
+        let fake_logits = self.critic.logits(&fake, time, batch.cond())?;
         let (real_logits, penalty) = match self.penalty {
-            None => (self.logits(&real, real_time, real_cond)?, None),
+            None => (self.critic.logits(&real, real_time, real_cond)?, None),
             Some(penalty) => {
                 let (logits, penalty) =
                     self.penalised(penalty, &real, real_time, real_cond, perturbation)?;
@@ -151,7 +151,7 @@ impl Adversarial<'_> {
                 let what = "number of samples to mismatch";
                 checked(what, "at least 2", count as f64, count > 1)?;
                 let others = renoise(&clean.f_roll([1], [0])?, real_time, real_noise)?;
-                let logits = self.logits(&others, real_time, real_cond)?;
+                let logits = self.critic.logits(&others, real_time, real_cond)?;
                 let others = self.average(&self.gan_loss.of_fake(&logits)?, real_time)?;
                 fakes = fakes.f_lerp(&others, self.mismatched)?;
             }
@@ -227,14 +227,14 @@ impl Adversarial<'_> {
             // The slope needs a graph, also under the caller's no_grad.
             CriticPenalty::R1 { gamma } => tch::with_grad(|| {
                 let real = real.f_set_requires_grad(true)?;
-                let logits = self.logits(&real, time, cond)?;
+                let logits = self.critic.logits(&real, time, cond)?;
                 let slope = slope(&logits, &real)?.f_mul_scalar(0.5 * gamma)?;
                 Ok((logits, slope))
             }),
             CriticPenalty::ApproximateR1 { weight, sigma } => {
-                let logits = self.logits(real, time, cond)?;
+                let logits = self.critic.logits(real, time, cond)?;
                 let shift = widen(perturbation)?.f_mul_scalar(sigma)?;
-                let moved = self.logits(&real.f_add(&shift)?, time, cond)?;
+                let moved = self.critic.logits(&real.f_add(&shift)?, time, cond)?;
                 let square = logits.f_sub(&moved)?.f_square()?.f_mean(None::<Kind>)?;
                 Ok((logits, square.f_mul_scalar(weight)?))
             }
