@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod grids;
 mod paths;
 mod rollout;
 mod trajectory;

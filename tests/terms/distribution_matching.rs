@@ -134,21 +134,11 @@ fn what_a_mask_leaves_out_may_be_anything() -> Result<()> {
 mod training {
     use decoupled_dmd::{Error, Group, Objective, Renoising, Uniform};
     use tch::Device;
-    use tch::nn::{self, Module, OptimizerConfig};
+    use tch::nn::{self, OptimizerConfig};
 
     use super::super::common::seeded;
-    use super::super::training::{BATCH, CENTER, Student, VARIANCE};
+    use super::super::training::{BATCH, CENTER, Student, VARIANCE, perceptron};
     use super::*;
-
-    fn fake_network(vs: &nn::Path) -> impl Fn(&Tensor, &Tensor, &Condition) -> Tensor + use<> {
-        let net = nn::seq()
-            .add(nn::linear(vs / "in", 3, 64, Default::default()))
-            .add_fn(Tensor::silu)
-            .add(nn::linear(vs / "mid", 64, 64, Default::default()))
-            .add_fn(Tensor::silu)
-            .add(nn::linear(vs / "out", 64, 2, Default::default()));
-        move |x, t, _| net.forward(&Tensor::cat(&[x, &t.unsqueeze(1)], 1))
-    }
 
     #[test]
     fn distribution_matching_alone_reaches_the_mean_and_spread_of_the_data() -> Result<()> {
@@ -156,7 +146,7 @@ mod training {
         let center = Tensor::from_slice(&CENTER);
         let cond = Condition::from(center.expand([BATCH, 2], false));
         let vs = nn::VarStore::new(Device::Cpu);
-        let network = fake_network(&vs.root());
+        let network = perceptron(&vs.root(), 2);
         let fake = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network);
         let dm = DistributionMatching::new(fake);
         let objective = Objective::new(gaussian_teacher(VARIANCE)).with(

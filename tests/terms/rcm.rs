@@ -6,24 +6,13 @@ use decoupled_dmd::{
     RectifiedFlow, Renoising, Result, Sampler, Shift, Tangent, Transition, Uniform, UpdateRatio,
     Weighting,
 };
-use tch::nn::{self, Module, OptimizerConfig};
+use tch::nn::{self, OptimizerConfig};
 use tch::{Device, Kind, Tensor};
 
 use super::common::{gaussian_teacher, seeded, value};
-use super::training::{CENTER, FLOAT, VARIANCE};
+use super::training::{CENTER, FLOAT, VARIANCE, perceptron};
 
 const BATCH: i64 = 128;
-
-fn network(store: &nn::VarStore) -> impl Fn(&Tensor, &Tensor, &Condition) -> Tensor + use<> {
-    let root = store.root();
-    let net = nn::seq()
-        .add(nn::linear(&root / "in", 3, 64, Default::default()))
-        .add_fn(Tensor::silu)
-        .add(nn::linear(&root / "mid", 64, 64, Default::default()))
-        .add_fn(Tensor::silu)
-        .add(nn::linear(&root / "out", 64, 2, Default::default()));
-    move |x, t, _| net.forward(&Tensor::cat(&[x, &t.unsqueeze(1)], 1))
-}
 
 /// Pure noise, then the running minimum of noise levels drawn from p_D.
 fn random_grid(steps: u64, shift: Shift) -> Result<FewStepGrid> {
@@ -45,7 +34,9 @@ fn training_by_the_recipe_reaches_the_guided_teacher_in_one_two_and_four_steps()
     let [mut student_store, mut fake_store] = stores;
     let start = nn::VarStore::new(Device::Cpu);
     let path = RectifiedFlow;
-    let model = |store| Denoiser::new(path, Prediction::FlowVelocity, network(store));
+    let model = |store: &nn::VarStore| {
+        Denoiser::new(path, Prediction::FlowVelocity, perceptron(&store.root(), 2))
+    };
     let (pretrained, student, fake) = (model(&start), model(&student_store), model(&fake_store));
     // The guided teacher of N(center, v) against N(0, v) is the denoiser of N(alpha center, v).
     let (teacher, alpha) = (gaussian_teacher(VARIANCE), 1.5);

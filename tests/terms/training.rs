@@ -4,7 +4,7 @@ use decoupled_dmd::{
     Batch, Condition, Denoiser, DistributionMatching, Error, Group, Objective, PreShift,
     Prediction, RectifiedFlow, Regularizer, Renoising, Result, Uniform,
 };
-use tch::nn::{self, OptimizerConfig};
+use tch::nn::{self, Module, OptimizerConfig};
 use tch::{Device, Kind, Tensor};
 
 use super::common::{gaussian_teacher, seeded, value, values};
@@ -14,6 +14,20 @@ pub const BATCH: i64 = 256;
 /// The data of the engines: a Gaussian about a centre.
 pub const VARIANCE: f64 = 0.25;
 pub const CENTER: [f32; 2] = [1.0, -0.5];
+
+/// A network of a sample of two numbers and its time, with two hidden layers.
+pub fn perceptron(
+    root: &nn::Path<'_>,
+    outputs: i64,
+) -> impl Fn(&Tensor, &Tensor, &Condition) -> Tensor + use<> {
+    let layers = nn::seq()
+        .add(nn::linear(root / "in", 3, 64, Default::default()))
+        .add_fn(Tensor::silu)
+        .add(nn::linear(root / "mid", 64, 64, Default::default()))
+        .add_fn(Tensor::silu)
+        .add(nn::linear(root / "out", 64, outputs, Default::default()));
+    move |x, t, _| layers.forward(&Tensor::cat(&[x, &t.unsqueeze(1)], 1))
+}
 
 /// A one-step student, x = mean + spread * z, which starts far from the data.
 pub struct Student {

@@ -93,7 +93,7 @@ fn train(place: &Workplace, more: &[&str]) -> Result<()> {
 /// Pictures of "A red fox" by a student, as `--tensors` stores them.
 fn images(place: &Workplace, more: &[&str]) -> Result<Tensor> {
     let sampling = ["--sample", "A red fox", "--count", "2", "--float32", "--tensors"];
-    let mut options = parsed(&place, &[&sampling[..], more].concat())?;
+    let mut options = parsed(place, &[&sampling[..], more].concat())?;
     if more.is_empty() {
         // The student's own is known.
         options.size = None;

@@ -1,11 +1,11 @@
 //! A critic and a student, trained in turns.
 
-use decoupled_dmd::{Adversarial, Condition, CriticPenalty, Error, GanLoss, RectifiedFlow, Result};
-use tch::nn::{self, Module, OptimizerConfig};
-use tch::{Device, Tensor};
+use decoupled_dmd::{Adversarial, CriticPenalty, Error, GanLoss, RectifiedFlow, Result};
+use tch::Device;
+use tch::nn::{self, OptimizerConfig};
 
 use super::super::common::seeded;
-use super::super::training::train_with_regularizer;
+use super::super::training::{perceptron, train_with_regularizer};
 
 #[test]
 fn a_critic_leads_the_samples_to_the_data() -> Result<()> {
@@ -17,16 +17,7 @@ fn a_critic_leads_the_samples_to_the_data() -> Result<()> {
     ];
     for (gan_loss, penalty) in cases {
         let store = nn::VarStore::new(Device::Cpu);
-        let root = store.root();
-        let net = nn::seq()
-            .add(nn::linear(&root / "in", 3, 64, Default::default()))
-            .add_fn(Tensor::silu)
-            .add(nn::linear(&root / "mid", 64, 64, Default::default()))
-            .add_fn(Tensor::silu)
-            .add(nn::linear(&root / "out", 64, 1, Default::default()));
-        let critic = |x: &Tensor, t: &Tensor, _: &Condition| {
-            net.forward(&Tensor::cat(&[x, &t.unsqueeze(1)], 1))
-        };
+        let critic = perceptron(&store.root(), 1);
         let gan = Adversarial::new(RectifiedFlow, critic).gan_loss(gan_loss).penalty(penalty)?;
         let mut optimizer = nn::Adam::default().build(&store, 2e-3).map_err(Error::from)?;
         let (offset, spread) = train_with_regularizer(&gan, (1200, 5e-3), |batch| {
