@@ -113,8 +113,12 @@ impl<'a> FlowMap<'a> {
         widen_like(&output, x)
     }
 
-    /// [`velocity`](Self::velocity) and its derivative while x moves by `along` in a unit of time.
-    fn velocity_along(
+    /// [`velocity`](Self::velocity) and its derivative while x moves by `along` in a unit of time, by the closure
+    /// of [`tangent`](Self::tangent).
+    ///
+    /// # Errors
+    /// [`Error::NoTangent`] without that closure; as [`velocity`](Self::velocity).
+    pub fn velocity_along(
         &self,
         x: &Tensor,
         (from, to): (&PostShift, &PostShift),
@@ -122,6 +126,8 @@ impl<'a> FlowMap<'a> {
         along: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
         let network = self.tangent.as_ref().ok_or(Error::NoTangent)?;
+        check_input(x, from, to)?;
+        check_like("direction of x", along, x)?;
         let times = (&from.for_network(x)?, &to.for_network(x)?);
         let (output, tangent) = network(x, times, cond, along)?;
         check_like("network output", &output, x)?;

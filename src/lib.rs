@@ -118,7 +118,8 @@ pub use normalizer::Normalizer;
 pub use objective::{Draw, Evaluation, Group, Objective};
 pub use output::{Difference, ModelOutput};
 pub use path::{
-    Coefficients, Edm, NoisePath, Preconditioning, RectifiedFlow, Shifted, Subinterval, TrigFlow,
+    Coefficients, Edm, NoiseAngle, NoisePath, Preconditioning, RectifiedFlow, Shifted, Subinterval,
+    TrigFlow,
     VariancePreserving, check_same_path,
 };
 pub use prediction::Prediction;

@@ -65,8 +65,12 @@ impl ModelOutput {
     }
 
     /// The flow velocity `eps - x0` that the output implies, `[B, ..]` in float32 or wider; infinite at the
-    /// clean end, unless the network itself predicts it.
-    pub(crate) fn flow_velocity(&self) -> Result<Tensor> {
+    /// clean end, unless the network itself predicts it:
+    /// [`Prediction::check_velocity`] refuses such times before the network runs.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn flow_velocity(&self) -> Result<Tensor> {
         if self.prediction == Prediction::FlowVelocity {
             return Ok(self.output.shallow_clone());
         }

@@ -7,7 +7,7 @@ mod subinterval;
 mod trig_flow;
 mod variance_preserving;
 
-pub(crate) use angle::Angle;
+pub use angle::NoiseAngle;
 pub use edm::{Edm, Preconditioning};
 pub use rectified_flow::RectifiedFlow;
 pub use subinterval::Subinterval;
@@ -258,7 +258,10 @@ impl Coefficients {
 
     /// Reshaped to `[B, 1, ..]`, so that they multiply a tensor of the rank of `like`, and in float32, or
     /// float64 where `like` is: paths may return float64, samples stay in float32.
-    pub(crate) fn like(&self, like: &Tensor) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) unless `like` is `[B, ..]`.
+    pub fn like(&self, like: &Tensor) -> Result<Self> {
         Ok(Self { data: factor(&self.data, like)?, noise: factor(&self.noise, like)? })
     }
 }

@@ -73,8 +73,12 @@ impl Prediction {
         Ok(())
     }
 
-    /// Refuses times at which the flow velocity that another prediction implies is singular.
-    pub(crate) fn check_velocity(self, path: &dyn NoisePath, time: &PostShift) -> Result<()> {
+    /// Refuses times at which the flow velocity that another prediction implies is singular; evaluated on the
+    /// host, at the cleanest.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if the share of noise there is below 1e-4.
+    pub fn check_velocity(self, path: &dyn NoisePath, time: &PostShift) -> Result<()> {
         if self != Self::FlowVelocity {
             let (_, s) = coefficients_at(path, time.range().1)?;
             let requirement =
@@ -123,8 +127,12 @@ impl Prediction {
         })
     }
 
-    /// The factors A and B of the clean sample `A x_t + B output`, shaped like the coefficients.
-    pub(crate) fn conversion(self, at: &Coefficients) -> Result<(Tensor, Tensor)> {
+    /// The factors A and B of the clean sample `A x_t + B output`, shaped like the coefficients; at a singular
+    /// end they are not finite.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn conversion(self, at: &Coefficients) -> Result<(Tensor, Tensor)> {
         let Coefficients { data: a, noise: s } = at;
         Ok(match self {
             Self::Sample => (a.f_zeros_like()?, a.f_ones_like()?),

@@ -11,7 +11,7 @@ use crate::diagnostics::{Role, TermDiagnostics};
 use crate::error::Result;
 use crate::gradient::surrogate;
 use crate::normalizer::{Distance, Normalizer, Reference};
-use crate::numeric::{masked, noise_like, once};
+use crate::numeric::{masked, masked_mean, noise_like, once};
 use crate::output::{Difference, ModelOutput};
 use crate::renoising::Renoising;
 use crate::time::PostShift;
@@ -206,6 +206,16 @@ impl<'a> Probe<'a> {
     pub fn masked(&self, tensor: &Tensor) -> Result<Tensor> {
         check_like("tensor to mask", tensor, self.x)?;
         masked(tensor, self.batch.mask())
+    }
+
+    /// The mean of each sample's elements that the batch's [`mask`](Batch::with_mask) leaves in, `[B]`; 0 for a
+    /// sample without any.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) and the like unless `tensor` is like x.
+    pub fn masked_mean(&self, tensor: &Tensor) -> Result<Tensor> {
+        check_like("tensor to average", tensor, self.x)?;
+        masked_mean(tensor, self.batch.mask())
     }
 
     /// Records a number, a scalar or one for each sample, under `name` if diagnostics are taken; `value`

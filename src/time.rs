@@ -10,7 +10,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::checks::{check_floating, check_range, check_vector};
+use crate::checks::{check_floating, check_range, check_size, check_vector};
 use crate::error::{Error, Result};
 use crate::numeric::{widen, widen_like};
 use crate::value::{checked, is_positive};
@@ -65,8 +65,9 @@ macro_rules! time_methods {
                 Self { times, range }
             }
 
-            /// Bounds of the times, the noisiest first.
-            pub(crate) fn range(&self) -> (f64, f64) {
+            /// Bounds of the times, the noisiest first. They are on the host: no device is waited for. Times
+            /// that were drawn have the bounds of their distribution.
+            pub fn range(&self) -> (f64, f64) {
                 self.range
             }
 
@@ -99,7 +100,12 @@ time_methods!(PostShift, "post-shift time");
 
 impl PostShift {
     /// The times on the way from these to `other` after a share of it.
-    pub(crate) fn between(&self, other: &Self, share: f64) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] unless `share` is in [0, 1]; [`Error::Shape`] unless there are as many of both.
+    pub fn between(&self, other: &Self, share: f64) -> Result<Self> {
+        checked("share of the way", "in [0, 1]", share, (0.0..=1.0).contains(&share))?;
+        self.check_count(other)?;
         let times = widen(&self.times)?.f_lerp(&widen_like(&other.times, &self.times)?, share)?;
         let end = |one: f64, two: f64| one + share * (two - one);
         let range = (end(self.range.0, other.range.0), end(self.range.1, other.range.1));
@@ -107,17 +113,29 @@ impl PostShift {
     }
 
     /// The times, or those of `other` where they are earlier.
-    pub(crate) fn at_most(&self, other: &Self) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless there are as many of both.
+    pub fn at_most(&self, other: &Self) -> Result<Self> {
+        self.check_count(other)?;
         let times = widen(&self.times)?.f_minimum(&widen_like(&other.times, &self.times)?)?;
         let range = (self.range.0.min(other.range.0), self.range.1.min(other.range.1));
         Ok(Self::within(times, range))
     }
 
     /// The times, or those of `other` where they are later.
-    pub(crate) fn at_least(&self, other: &Self) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless there are as many of both.
+    pub fn at_least(&self, other: &Self) -> Result<Self> {
+        self.check_count(other)?;
         let times = widen(&self.times)?.f_maximum(&widen_like(&other.times, &self.times)?)?;
         let range = (self.range.0.max(other.range.0), self.range.1.max(other.range.1));
         Ok(Self::within(times, range))
+    }
+
+    fn check_count(&self, other: &Self) -> Result<()> {
+        check_size("other times", &other.times, &self.times.size())
     }
 
     /// Other times in the same range.
@@ -127,7 +145,10 @@ impl PostShift {
 
     /// The times as a network is handed them with `noised`, not in float64 unless `noised` is: the type would
     /// spread to the samples.
-    pub(crate) fn for_network(&self, noised: &Tensor) -> Result<Tensor> {
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if libtorch fails.
+    pub fn for_network(&self, noised: &Tensor) -> Result<Tensor> {
         let too_wide = self.times.f_kind()? == Kind::Double && noised.f_kind()? != Kind::Double;
         if too_wide { widen_like(&self.times, noised) } else { Ok(self.times.shallow_clone()) }
     }

@@ -12,9 +12,9 @@ use crate::denoiser::Denoiser;
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::guidance::Guidance;
-use crate::numeric::{masked_mean, once, per_sample};
+use crate::numeric::{once, per_sample};
 use crate::output::ModelOutput;
-use crate::path::{Angle, NoisePath, check_same_path};
+use crate::path::{NoiseAngle, NoisePath, check_same_path};
 use crate::probe::Probe;
 use crate::time::PostShift;
 use crate::value::{Positive, checked};
@@ -212,7 +212,7 @@ impl<'a> Consistency<'a> {
             Form::Discrete { step } => Some(step),
             Form::Continuous(tangent) => tangent.step(),
         };
-        step.map_or(Ok(()), |step| Angle::check_changes(teacher, step))
+        step.map_or(Ok(()), |step| NoiseAngle::check_changes(teacher, step))
     }
 
     /// The student's prediction on the teacher's step from the point to time `to`.
@@ -234,8 +234,8 @@ impl<'a> Consistency<'a> {
     fn continuous_direction(&self, probe: &Probe<'_>, tangent: Tangent) -> Result<Tensor> {
         let point = self.point(probe)?;
         let path = probe.teacher().path();
-        let angle = Angle::at(path, point.time, self.data_std.get())?;
-        Angle::check_clean_end(path, point.time)?;
+        let angle = NoiseAngle::at(path, point.time, self.data_std.get())?;
+        NoiseAngle::check_clean_end(path, point.time)?;
         let like = &point.own;
         let (c, q) = (angle.cosine(like)?, angle.sine(like)?);
         let w = self.warmup.get();
@@ -250,7 +250,7 @@ impl<'a> Consistency<'a> {
             let factor = c.f_square()?.f_div(&q)?.f_mul_scalar(1.0 - w)?;
             direction = direction.f_addcmul(&point.teacher.f_sub(like)?, &factor)?;
         }
-        let rms = masked_mean(&direction.f_square()?, probe.batch().mask())?.f_sqrt()?;
+        let rms = probe.masked_mean(&direction.f_square()?)?.f_sqrt()?;
         probe.observe("tangent_rms", || Ok(rms.shallow_clone()))?;
         let mut divisor = q.f_mul_scalar(self.data_std.get())?;
         if let Some(kappa) = self.kappa {
@@ -265,10 +265,10 @@ impl<'a> Consistency<'a> {
         probe: &Probe<'_>,
         point: &Point<'_>,
         tangent: Tangent,
-        angle: &Angle,
+        angle: &NoiseAngle,
     ) -> Result<Tensor> {
         let path = probe.teacher().path();
-        let angle_at = |time: &PostShift| Angle::at(path, time, self.data_std.get());
+        let angle_at = |time: &PostShift| NoiseAngle::at(path, time, self.data_std.get());
         let quotient = |later: &Tensor, earlier: &Tensor, difference: &Tensor| -> Result<Tensor> {
             let difference = per_sample(&difference.f_to_kind(later.f_kind()?)?, later)?;
             Ok(later.f_sub(earlier)?.f_div(&difference)?)
@@ -285,7 +285,7 @@ impl<'a> Consistency<'a> {
                 let (ahead, behind) = (ahead.sample()?, behind.sample()?);
                 probe.observe("roughness", || {
                     let rms = |tensor: &Tensor| -> Result<Tensor> {
-                        Ok(masked_mean(&tensor.f_square()?, probe.batch().mask())?.f_sqrt()?)
+                        Ok(probe.masked_mean(&tensor.f_square()?)?.f_sqrt()?)
                     };
                     let two = Tensor::f_full([1], 2.0, (ahead.f_kind()?, ahead.device()))?;
                     let bend = ahead.f_add(behind)?.f_sub(&point.own.f_mul(&two)?)?;
@@ -314,8 +314,7 @@ impl Engine for Consistency<'_> {
                 match self.kappa {
                     None => direction,
                     Some(kappa) => {
-                        let square = direction.f_square()?;
-                        let rms = masked_mean(&square, probe.batch().mask())?.f_sqrt()?;
+                        let rms = probe.masked_mean(&direction.f_square()?)?.f_sqrt()?;
                         direction.f_div(&per_sample(&rms.f_add_scalar(kappa)?, &direction)?)?
                     }
                 }

@@ -1,4 +1,4 @@
-//! The noise angle of a path, and derivatives of coefficients and angle by time.
+//! The noise angle of a path.
 
 use tch::{Kind, Tensor};
 
@@ -6,15 +6,30 @@ use crate::error::Result;
 use crate::numeric::{per_sample, widen_like};
 use crate::path::{Coefficients, NoisePath, coefficients_at};
 use crate::time::PostShift;
-use crate::value::checked;
+use crate::value::{Positive, checked};
 
 /// The least sine of the noise angle by which a direction is divided.
 const LEAST_SINE: f64 = 1e-4;
 
-/// The noise angle `phi = atan2(s, a d)` at given times, `[B]` in float64: 0 at clean data, pi/2 at pure
-/// noise, TrigFlow's own time. d is the standard deviation of the data. Lu & Song, arXiv 2410.11081.
+/// The noise angle of a path at given times, `phi = atan2(s, a d)`: 0 at clean data, pi/2 at pure noise,
+/// TrigFlow's own time. d is the standard deviation of the data. Lu & Song, arXiv 2410.11081.
+///
+/// Along an ODE, derivatives by the angle are the same on every path of one data distribution, which those by
+/// time are not: [`Consistency`](crate::Consistency) takes its tangent by it.
+///
+/// # Example
+/// ```
+/// use decoupled_dmd::{NoiseAngle, PostShift, RectifiedFlow};
+/// # let options = (tch::Kind::Double, tch::Device::Cpu);
+/// let (time, later) = (PostShift::all(0.5, 4, options)?, PostShift::all(0.501, 4, options)?);
+/// let angle = NoiseAngle::at(&RectifiedFlow, &time, 1.0)?;
+/// let step = NoiseAngle::at(&RectifiedFlow, &later, 1.0)?.minus(&angle)?;
+/// # assert!((angle.radians().double_value(&[0]) - std::f64::consts::FRAC_PI_4).abs() < 1e-12);
+/// # assert!(step.double_value(&[0]) < 0.0);
+/// # Ok::<(), decoupled_dmd::Error>(())
+/// ```
 #[derive(Debug)]
-pub(crate) struct Angle {
+pub struct NoiseAngle {
     /// phi.
     phi: Tensor,
     /// a d and s over their norm.
@@ -22,8 +37,14 @@ pub(crate) struct Angle {
     sine: Tensor,
 }
 
-impl Angle {
-    pub(crate) fn at(path: &dyn NoisePath, time: &PostShift, data_std: f64) -> Result<Self> {
+impl NoiseAngle {
+    /// The angle at `time` for data of standard deviation `data_std`.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `data_std` is finite and positive;
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn at(path: &dyn NoisePath, time: &PostShift, data_std: f64) -> Result<Self> {
+        let data_std = Positive::new("standard deviation of the data", data_std)?.get();
         let Coefficients { data, noise } = path.coefficients(time)?;
         let data = data.f_to_kind(Kind::Double)?.f_mul_scalar(data_std)?;
         let noise = noise.f_to_kind(Kind::Double)?;
@@ -35,23 +56,41 @@ impl Angle {
         })
     }
 
-    /// cos phi as a factor of `like`.
-    pub(crate) fn cosine(&self, like: &Tensor) -> Result<Tensor> {
+    /// phi, `[B]` in float64.
+    pub fn radians(&self) -> &Tensor {
+        &self.phi
+    }
+
+    /// cos phi as a factor of `like`, `[B, 1, ..]`, in float32, or in float64 where `like` is.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) unless `like` is `[B, ..]`.
+    pub fn cosine(&self, like: &Tensor) -> Result<Tensor> {
         per_sample(&widen_like(&self.cosine, like)?, like)
     }
 
-    /// sin phi as a factor of `like`.
-    pub(crate) fn sine(&self, like: &Tensor) -> Result<Tensor> {
+    /// sin phi as a factor of `like`, as [`cosine`](Self::cosine).
+    ///
+    /// # Errors
+    /// As [`cosine`](Self::cosine).
+    pub fn sine(&self, like: &Tensor) -> Result<Tensor> {
         per_sample(&widen_like(&self.sine, like)?, like)
     }
 
     /// This angle less another, `[B]`.
-    pub(crate) fn minus(&self, other: &Self) -> Result<Tensor> {
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) unless both are of as many times.
+    pub fn minus(&self, other: &Self) -> Result<Tensor> {
         Ok(self.phi.f_sub(&other.phi)?)
     }
 
-    /// Refuses times whose cleanest has a vanishing sine, evaluated on the host.
-    pub(crate) fn check_clean_end(path: &dyn NoisePath, time: &PostShift) -> Result<()> {
+    /// Refuses times whose cleanest has a sine below 1e-4, by which a direction could not be divided. It is
+    /// evaluated on the host.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) for such times.
+    pub fn check_clean_end(path: &dyn NoisePath, time: &PostShift) -> Result<()> {
         let (a, s) = coefficients_at(path, time.range().1)?;
         let sine = s / a.hypot(s);
         let requirement = "at least 1e-4: keep the student's input off the clean end";
@@ -59,8 +98,14 @@ impl Angle {
         Ok(())
     }
 
-    /// Refuses a path whose angle is the same before and after `step`, evaluated at a few times on the host.
-    pub(crate) fn check_changes(path: &dyn NoisePath, step: f64) -> Result<()> {
+    /// Refuses a path whose angle is the same before and after `step`, evaluated at a few times on the host: a
+    /// table of levels has no derivative by differences.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) for such a path, or a step that is not in (0, 1].
+    pub fn check_changes(path: &dyn NoisePath, step: f64) -> Result<()> {
+        const WHAT: &str = "step along the teacher's ODE";
+        checked(WHAT, "in (0, 1]", step, step > 0.0 && step <= 1.0)?;
         let angle = |time: f64| -> Result<f64> {
             let (a, s) = coefficients_at(path, time.min(1.0))?;
             Ok(s.atan2(a))
@@ -69,7 +114,7 @@ impl Angle {
             let change = angle(time)? - angle(time + step)?;
             let requirement =
                 "long enough to change the noise angle: a table has no time between two levels";
-            checked("step along the teacher's ODE", requirement, step, change > 0.0)?;
+            checked(WHAT, requirement, step, change > 0.0)?;
         }
         Ok(())
     }
@@ -84,12 +129,12 @@ mod tests {
     #[test]
     fn a_table_has_no_short_step() -> Result<()> {
         let table = VariancePreserving::scaled_linear(0.00085, 0.012, 1000)?;
-        assert!(matches!(Angle::check_changes(&table, 1e-4), Err(Error::OutOfRange { .. })));
-        assert!(Angle::check_changes(&table, 0.02).is_ok());
+        assert!(matches!(NoiseAngle::check_changes(&table, 1e-4), Err(Error::OutOfRange { .. })));
+        assert!(NoiseAngle::check_changes(&table, 0.02).is_ok());
         let linear = VariancePreserving::linear(0.1, 20.0)?;
         let paths: [&dyn NoisePath; 4] = [&RectifiedFlow, &TrigFlow, &Edm::default(), &linear];
         for path in paths {
-            assert!(Angle::check_changes(path, 1e-6).is_ok());
+            assert!(NoiseAngle::check_changes(path, 1e-6).is_ok());
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 mod common;
 mod conformance;
 mod diagnostics;
+mod own_consistency;
 mod properties;
 mod seeds;
 mod settings;
