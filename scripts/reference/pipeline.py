@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from precision import SUFFIX, distances, float64
+from precision import SUFFIX, bound, distance, distances, error, float64
 from parameters import randomise
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3Model
@@ -48,7 +48,6 @@ SIDE = 24
 STEPS = 8
 # As the pipeline counts it: pos + g (pos - neg).
 GUIDANCE = {"unguided": 0.0, "guided": 3.0}
-LIMIT = 1e-4
 
 
 def transformer():
@@ -154,37 +153,45 @@ def check(folder, run):
     steps = json.loads((run / "student" / "recipe.json").read_text())["steps"]
     faults = 0
 
-    def images(pipeline):
-        latents = sample["noise"]
+    def images(pipeline, latents):
         return draw(pipeline, [prompt] * len(latents), latents, 0.0, steps)[0]
 
-    def report(name, pictures):
+    def report(name, pipeline, pipeline64):
+        """Compares the pictures of a pipeline with those of Rust, by their distance from float64; the bound."""
         nonlocal faults
-        error = ((pictures - found).abs().max() / found.max()).item()
-        faults += not error <= LIMIT
-        print(f"{name}: {error:.1e} (at most {LIMIT:.0e})")
+        pictures = images(pipeline, sample["noise"])
+        with float64():
+            exact = images(pipeline64, sample["noise"].double())
+        off, limit = error(found, pictures), bound(distance(pictures, exact))
+        faults += not off <= limit
+        print(f"{name}: {off:.1e} (at most {limit:.1e})")
+        return limit
 
-    pipeline = load(folder)
-    base = images(pipeline)
+    pipeline, pipeline64 = load(folder), load(folder, torch.float64)
+    base = images(pipeline, sample["noise"])
     file = run / "student" / "pytorch_lora_weights.safetensors"
     keys = load_file(file)
     in_file = {key.removeprefix("transformer.").rsplit(".lora_", 1)[0] for key in keys}
     # As users load it: the folder, and the file by its default name.
-    pipeline.load_lora_weights(run / "student")
+    for each in [pipeline, pipeline64]:
+        each.load_lora_weights(run / "student")
     loaded = pairs(pipeline.transformer)
     print(f"{len(loaded)} pairs of {len(in_file)} loaded")
     if loaded != in_file or len(keys) != 2 * len(in_file) or not loaded:
         faults += 1
         print("not loaded, or loaded without being in the file:", sorted(loaded ^ in_file))
-    report("adapter, images of diffusers against Rust", images(pipeline))
+    pipeline64.transformer.double()
+    limit = report("adapter, images of diffusers against Rust", pipeline, pipeline64)
 
-    pipeline = load(folder)
-    pipeline.transformer = ZImageTransformer2DModel.from_pretrained(run / "student" / "transformer")
-    report("merged transformer, images of diffusers against Rust", images(pipeline))
-    moved = ((base - found).abs().max() / found.max()).item()
+    pipeline, pipeline64 = load(folder), load(folder, torch.float64)
+    for each, dtype in [(pipeline, torch.float32), (pipeline64, torch.float64)]:
+        merged = ZImageTransformer2DModel.from_pretrained(run / "student" / "transformer", torch_dtype=dtype)
+        each.transformer = merged
+    report("merged transformer, images of diffusers against Rust", pipeline, pipeline64)
+    moved = error(found, base)
     print(f"the student moves the images by {moved:.2e}")
     # Or else an adapter that does nothing would pass.
-    faults += not moved > 10 * LIMIT
+    faults += not moved > 10 * limit
     return faults
 
 

@@ -7,6 +7,9 @@ import torch
 
 # After the name of a tensor, or of a kind of tensors: the distance of PyTorch's float32 from float64.
 SUFFIX = ":distance"
+# How many times the distance of PyTorch's float32 from float64 another float32 answer may be off: that of
+# tests/common/tensors.rs, which says why.
+MARGIN = 4.0
 
 
 @contextlib.contextmanager
@@ -41,6 +44,16 @@ def distance(found, exact):
     """The largest error over the largest number."""
     assert exact.dtype == torch.float64 and found.dtype != torch.float64
     return (found.double() - exact).abs().max() / exact.abs().max()
+
+
+def bound(distance):
+    """The bound of a float32 answer where PyTorch's is `distance`; the type has it no better than its epsilon."""
+    return MARGIN * max(float(distance), torch.finfo(torch.float32).eps)
+
+
+def error(found, expected):
+    """The largest difference of two float32 answers over the largest number expected."""
+    return ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
 def distances(found, exact):
