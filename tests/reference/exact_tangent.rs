@@ -1,21 +1,16 @@
 //! The derivatives of the example `exact_tangent`: forward mode, the network's own product, and reverse mode
 //! twice agree, and the dual level of forward mode is closed on every way out.
 
-mod common;
-#[path = "../examples/exact_tangent/forward_mode.rs"]
-mod forward_mode;
-#[path = "../examples/exact_tangent/ways.rs"]
-mod ways;
-
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use anyhow::{Result, bail};
-use common::reference::assert_float64;
-use common::{DOUBLE, max_difference, seeded, wave};
 use decoupled_dmd::{Condition, Denoiser, PostShift, Prediction, RectifiedFlow};
-use forward_mode::along;
 use tch::{Device, Kind, Tensor, nn};
-use ways::{Mlp, twice_reversed};
+
+use super::common::reference::assert_float64;
+use super::common::{DOUBLE, max_difference, seeded, wave};
+use super::forward_mode::along;
+use super::ways::{Mlp, twice_reversed};
 
 /// The derivative of the square is 2 x dx: whether forward mode works at this moment.
 fn squares_are_differentiated() -> Result<()> {

@@ -3,17 +3,14 @@
 //! `scripts/reference/consistency.py` writes the values; `-- --nocapture` shows the errors of each case.
 //! `Tangent::Exact` is taken by forward mode, as in the example `exact_tangent`.
 
-mod common;
-#[path = "../examples/exact_tangent/forward_mode.rs"]
-mod forward_mode;
-
-use common::gradient;
-use common::reference::{BFLOAT16, PREDICTIONS, Reference, TEACHER_GAIN, denoiser};
 use decoupled_dmd::{
     Batch, Condition, Consistency, Denoiser, Engine, FlowMap, FlowRule, Guidance, MeanFlow,
     NoisePath, PostShift, Prediction, Probe, Result, Tangent,
 };
 use tch::{Device, Kind, Tensor};
+
+use super::common::gradient;
+use super::common::reference::{BFLOAT16, PREDICTIONS, Reference, TEACHER_GAIN, denoiser};
 
 const ALPHA: f64 = 3.0;
 const STUDENT_GAIN: f64 = 0.7;

@@ -1,11 +1,7 @@
-//! The regularizers that `reference_terms.rs` leaves out, against stock PyTorch in float64, in three types.
+//! The regularizers that `terms.rs` leaves out, against stock PyTorch in float64, in three types.
 //!
 //! `scripts/reference/more_terms.py` writes the values; `-- --nocapture` shows the errors of each case.
 
-mod common;
-
-use common::reference::{BFLOAT16, FAKE_GAIN, Reference, TEACHER_GAIN, denoiser, relative};
-use common::{max_difference, seeded, value};
 use decoupled_dmd::{
     AdversarialDistributionMatching, Batch, Condition, Denoiser, Distance, DistributionMatching,
     Divergence, Estimator, GanLoss, Guidance, Kernel, MaximumMeanDiscrepancy, Normalizer,
@@ -13,6 +9,9 @@ use decoupled_dmd::{
     ScoreIdentity,
 };
 use tch::{Device, Kind, Tensor};
+
+use super::common::reference::{BFLOAT16, FAKE_GAIN, Reference, TEACHER_GAIN, denoiser, relative};
+use super::common::{max_difference, seeded, value};
 
 const ALPHA: f64 = 3.0;
 const KINDS: [Kind; 3] = [Kind::Double, Kind::Float, Kind::BFloat16];
