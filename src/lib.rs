@@ -119,8 +119,7 @@ pub use objective::{Draw, Evaluation, Group, Objective};
 pub use output::{Difference, ModelOutput};
 pub use path::{
     Coefficients, Edm, NoiseAngle, NoisePath, Preconditioning, RectifiedFlow, Shifted, Subinterval,
-    TrigFlow,
-    VariancePreserving, check_same_path,
+    TrigFlow, VariancePreserving, check_same_path,
 };
 pub use prediction::Prediction;
 pub use probe::Probe;

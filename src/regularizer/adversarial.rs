@@ -15,11 +15,11 @@ use tch::{Kind, Tensor, no_grad_guard};
 
 use crate::augmentation::{Augmentation, AugmentationDraw};
 use crate::batch::{Batch, Condition};
-use crate::checks::{check_floating, check_per_sample, check_size};
-use crate::error::{Error, Result};
+use crate::checks::{check_per_sample, check_size};
+use crate::error::Result;
 use crate::gradient::gradient_only_in;
 use crate::network::IntoOutput;
-use crate::numeric::{batch_size, once, per_sample, sample_mean, widen, widen_like};
+use crate::numeric::{once, per_sample, sample_mean, widen_like};
 use crate::path::{NoisePath, check_same_path};
 use crate::probe::Probe;
 use crate::regularizer::Regularizer;
@@ -77,13 +77,13 @@ type Weight<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
 /// critic.
 ///
 /// # Errors
-/// [`Error::Missing`] without [`Batch::with_real`], which the critic needs, and the generator in the
-/// relativistic form; [`Error::Shape`] if there are not as many real samples as samples, or the
-/// logits do not start with B, or samples to augment are no planes; [`Error::OutOfRange`] for independent or
+/// [`Error::Missing`](crate::Error::Missing) without [`Batch::with_real`], which the critic needs, and the generator in the
+/// relativistic form; [`Error::Shape`](crate::Error::Shape) if there are not as many real samples as samples, or the
+/// logits do not start with B, or samples to augment are no planes; [`Error::OutOfRange`](crate::Error::OutOfRange) for independent or
 /// mismatched samples in the relativistic form, which compares pairs, and for mismatched samples in a batch
-/// of one; [`Error::NoGradient`] if the generator's logits have no graph to x, as
-/// when the closure detaches or checkpoints by hand; [`Error::Missing`] if
-/// [`renoising`](Self::renoising) needs the student's times and there are none; [`Error::Network`] from
+/// of one; [`Error::NoGradient`](crate::Error::NoGradient) if the generator's logits have no graph to x, as
+/// when the closure detaches or checkpoints by hand; [`Error::Missing`](crate::Error::Missing) if
+/// [`renoising`](Self::renoising) needs the student's times and there are none; [`Error::Network`](crate::Error::Network) from
 /// the closure.
 ///
 /// # Example
@@ -154,7 +154,7 @@ impl<'a> Adversarial<'a> {
     /// penalty alone, for every k-th step.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] unless its strength is finite and not negative, and sigma positive.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless its strength is finite and not negative, and sigma positive.
     pub fn penalty(mut self, penalty: CriticPenalty) -> Result<Self> {
         self.penalty = Some(penalty.check()?);
         Ok(self)
@@ -187,7 +187,7 @@ impl<'a> Adversarial<'a> {
     /// the batch must differ, or true pairs are called false.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] unless `share` is at least 0 and below 1.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `share` is at least 0 and below 1.
     pub fn mismatched(mut self, share: f64) -> Result<Self> {
         let valid = (0.0..1.0).contains(&share);
         self.mismatched =
@@ -219,7 +219,7 @@ impl<'a> Adversarial<'a> {
     /// the teacher's.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] for another form of the losses, whose logits are no such ratio; as the term.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) for another form of the losses, whose logits are no such ratio; as the term.
     pub fn log_ratio(&self, probe: &Probe<'_>) -> Result<Tensor> {
         let estimates = self.gan_loss == GanLoss::NonSaturating;
         let requirement = "1: logits of hinge and relativistic critics are no log ratios";

@@ -10,11 +10,11 @@ use std::cell::Cell;
 use decoupled_dmd::{
     Batch, Condition, Consistency, Denoiser, Distance, Edm, Engine, Error, Group, Guidance,
     NoisePath, Objective, PairedRegression, PostShift, Prediction, Probe, RectifiedFlow, Renoising,
-    Result, Shift, Tangent, TrigFlow, Uniform, VariancePreserving, engine_fn, testing,
+    Result, Tangent, TrigFlow, Uniform, VariancePreserving, engine_fn, testing,
 };
 use gaussian::{
     DOUBLE, MEAN, STD, coefficients, differentiable, direction, ending_paths, exact_student,
-    flow_exact, flow_teacher, inputs, largest, mean_condition, teacher, times,
+    flow_exact, flow_teacher, inputs, largest, mean_condition, teacher, times, variance,
 };
 use tch::{Device, Kind, Tensor, nn, nn::OptimizerConfig};
 

@@ -64,7 +64,7 @@ pub fn fake_denoiser<'a>(
 
 /// `network` as a flow map: `lengths` `[F, D]` holds what is added to the captions for each feature of the length
 /// of a jump.
-pub fn flow_map<'a>(
+pub(super) fn flow_map<'a>(
     network: impl Into<Network<'a>>,
     lengths: &'a Tensor,
     shift: Shift,

@@ -18,7 +18,7 @@ const LENGTHS: &str = "jump_lengths";
 /// The student's weights and their optimizer.
 #[derive(Debug)]
 pub(super) struct Student {
-    pub trainer: RoleTrainer,
+    pub(super) trainer: RoleTrainer,
     lengths: Option<Tensor>,
 }
 
@@ -28,7 +28,7 @@ impl Student {
     ///
     /// # Errors
     /// As [`RoleTrainer::new`].
-    pub fn new(
+    pub(super) fn new(
         teacher: &ZImageTransformer,
         adapter: Option<&LoraSettings>,
         settings: AdamWSettings,
@@ -48,24 +48,28 @@ impl Student {
     ///
     /// # Errors
     /// If libtorch cannot allocate it.
-    pub fn duplicate(&self) -> Result<StudentWeights> {
+    pub(super) fn duplicate(&self) -> Result<StudentWeights> {
         let copy = |table: &Tensor| Ok::<_, anyhow::Error>(table.f_detach()?.copy());
         let lengths = self.lengths.as_ref().map(copy).transpose()?;
         Ok(StudentWeights { role: self.trainer.weights.duplicate()?, lengths })
     }
 
     /// Names and handles of what is trained.
-    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+    pub(super) fn parameters(&self) -> Vec<(String, Tensor)> {
         parameters(&self.trainer.weights, self.lengths.as_ref())
     }
 
     /// The student as it is, for rollouts.
-    pub fn denoiser<'a>(&'a self, base: &'a ZImageTransformer, shift: Shift) -> Denoiser<'a> {
+    pub(super) fn denoiser<'a>(
+        &'a self,
+        base: &'a ZImageTransformer,
+        shift: Shift,
+    ) -> Denoiser<'a> {
         predictor(self.trainer.weights.network(base), self.lengths.as_ref(), shift)
     }
 
     /// The student as it is trained: a predictor of the clean sample, and the flow map if it is one.
-    pub fn training<'a>(
+    pub(super) fn training<'a>(
         &'a self,
         base: &'a ZImageTransformer,
         tape: Option<&'a Tape>,

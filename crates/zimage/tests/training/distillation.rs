@@ -90,7 +90,7 @@ fn adapters_are_trained_over_one_base_and_the_same_with_checkpointing() -> Resul
         distillation.warm_up()?;
         let records = (0..2).map(|_| distillation.step(true)).collect::<Result<_>>()?;
         assert!(std::ptr::eq(distillation.student().model, &teacher));
-        Ok((records, distillation.student_weights().duplicate()?.parameters()))
+        Ok((records, distillation.student_weights().role.duplicate()?.parameters()))
     };
     let (records, student) = run(false, 0.0)?;
     for ((name, start), (_, now)) in before.iter().zip(teacher.named_parameters()) {
