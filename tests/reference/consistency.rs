@@ -9,8 +9,9 @@ use decoupled_dmd::{
 };
 use tch::{Device, Kind, Tensor};
 
-use super::common::gradient;
-use super::common::reference::{BFLOAT16, PREDICTIONS, Reference, TEACHER_GAIN, denoiser};
+use super::common::reference::{PREDICTIONS, Reference, TEACHER_GAIN, denoiser};
+use super::common::{self, BFLOAT16, gradient};
+use super::forward_mode;
 
 const ALPHA: f64 = 3.0;
 const STUDENT_GAIN: f64 = 0.7;

@@ -7,8 +7,7 @@ use anyhow::{Result, bail};
 use decoupled_dmd::{Condition, Denoiser, PostShift, Prediction, RectifiedFlow};
 use tch::{Device, Kind, Tensor, nn};
 
-use super::common::reference::assert_float64;
-use super::common::{DOUBLE, max_difference, seeded, wave};
+use super::common::{DOUBLE, assert_float64, max_difference, seeded, wave};
 use super::forward_mode::along;
 use super::ways::{Mlp, twice_reversed};
 

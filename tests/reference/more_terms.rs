@@ -10,8 +10,8 @@ use decoupled_dmd::{
 };
 use tch::{Device, Kind, Tensor};
 
-use super::common::reference::{BFLOAT16, FAKE_GAIN, Reference, TEACHER_GAIN, denoiser, relative};
-use super::common::{max_difference, seeded, value};
+use super::common::reference::{FAKE_GAIN, Reference, TEACHER_GAIN, denoiser};
+use super::common::{self, BFLOAT16, max_difference, relative, seeded, value};
 
 const ALPHA: f64 = 3.0;
 const KINDS: [Kind; 3] = [Kind::Double, Kind::Float, Kind::BFloat16];

@@ -1,7 +1,7 @@
 //! Pairs of noise and the sample that the teacher's ODE makes of it: data for paired regression.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use decoupled_dmd::{FewStepGrid, Sampler, Shift};
@@ -153,7 +153,7 @@ fn generate(
     Ok([("noise".to_owned(), noise), ("samples".to_owned(), samples)].into())
 }
 
-fn read(file: &PathBuf, count: i64, [channels, height, width]: [i64; 3]) -> Result<Parameters> {
+fn read(file: &Path, count: i64, [channels, height, width]: [i64; 3]) -> Result<Parameters> {
     let tensors = read_tensors(file)?;
     for name in ["noise", "samples"] {
         let found = tensors.get(name).map(Tensor::size);
