@@ -1,6 +1,7 @@
-//! The distillation of a model of a few thousand parameters, undisturbed and interrupted.
+//! The distillation of a model of a few thousand parameters, undisturbed and interrupted, and pairs for it.
 
 #[path = "../common/mod.rs"]
 mod common;
 mod distillation;
+mod pairs;
 mod resume;
