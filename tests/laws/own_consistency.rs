@@ -4,9 +4,9 @@
 use std::cell::Cell;
 
 use decoupled_dmd::{
-    Batch, Condition, Consistency, Denoiser, Draw, Engine, FlowMap, Group, Guidance, MeanFlow,
-    NoiseAngle, NoisePath, Objective, PostShift, Prediction, Probe, RectifiedFlow, Renoising,
-    Result, Tangent, TrigFlow, Uniform, check_same_path,
+    Batch, Condition, Consistency, Denoiser, Draw, Engine, Error, FlowMap, Group, Guidance,
+    MeanFlow, NoiseAngle, NoisePath, Objective, PostShift, Prediction, Probe, RectifiedFlow,
+    Renoising, Result, Tangent, TrigFlow, Uniform, check_same_path,
 };
 use tch::{Kind, Tensor, no_grad_guard};
 
@@ -170,4 +170,32 @@ fn a_users_mean_flow_is_the_shipped_one() -> Result<()> {
     assert!((one - two).abs() <= 1e-14 * two.abs() && two.abs() > 1e-3, "{one} {two}");
     assert_eq!(forwards.get(), 2);
     Ok(())
+}
+
+#[test]
+fn times_and_angles_that_do_not_fit_are_refused() -> Result<()> {
+    let two = PostShift::new(Tensor::from_slice(&[0.2, 0.6]))?;
+    let three = PostShift::new(Tensor::from_slice(&[0.1, 0.5, 0.9]))?;
+    assert_eq!((two.range(), three.range()), ((0.2, 0.6), (0.1, 0.9)));
+    for made in [two.between(&three, 0.5), two.at_most(&three), two.at_least(&three)] {
+        assert!(matches!(made, Err(Error::Shape { what: "other times", .. })));
+    }
+    for share in [-0.1, 1.1, f64::NAN] {
+        let made = two.between(&two, share);
+        assert!(matches!(made, Err(Error::OutOfRange { what: "share of the way", .. })));
+    }
+    for std in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let made = NoiseAngle::at(&RectifiedFlow, &two, std);
+        assert!(matches!(made, Err(Error::OutOfRange { .. })), "{std}");
+    }
+    for step in [0.0, -0.1, 1.1, f64::NAN] {
+        let refused = NoiseAngle::check_changes(&RectifiedFlow, step);
+        assert!(matches!(refused, Err(Error::OutOfRange { .. })), "{step}");
+    }
+    let clean = PostShift::new(Tensor::from_slice(&[0.5, 1.0]))?;
+    let refused = NoiseAngle::check_clean_end(&RectifiedFlow, &clean);
+    assert!(matches!(refused, Err(Error::OutOfRange { .. })));
+    let refused = Prediction::Sample.check_velocity(&RectifiedFlow, &clean);
+    assert!(matches!(refused, Err(Error::OutOfRange { .. })));
+    Prediction::FlowVelocity.check_velocity(&RectifiedFlow, &clean)
 }
