@@ -159,7 +159,8 @@ fn work(options: &Options) -> Result<()> {
             shift: teacher.shift,
             seed: 0,
         };
-        Pairs::make(&out.join("pairs"), &teacher.transformer, &prompts, &settings)
+        let folder = format!("runs/ablation-pairs-{count}");
+        Pairs::make(folder.as_ref(), &teacher.transformer, &prompts, &settings)
     };
     let has_pairs = experiments.iter().flat_map(|experiment| &experiment.arms).any(Arm::has_pairs);
     let (steps, count) = if options.quick { (2, 4) } else { (PAIR_STEPS, PAIRS) };

@@ -98,7 +98,7 @@ impl<'a> Evaluator<'a> {
         device: Device,
         sample: impl Fn(&Tensor, &Condition, &Condition) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        self.generate_from(&self.items, &self.noise, device, &sample)
+        self.generate_from(&self.items, &self.noise, STEP_NOISE_SEED, device, &sample)
     }
 
     /// How different the samples of one caption are, as [`Judge::diversity`] has it: four from each of `count`
@@ -119,7 +119,9 @@ impl<'a> Evaluator<'a> {
         let rounds = (0..SAMPLES_A_CAPTION).map(|round| {
             tch::manual_seed(DIVERSITY_SEED + round);
             let noise = Tensor::f_randn(&shape[..], (Kind::Float, Device::Cpu))?;
-            self.generate_from(&items, &noise, device, &sample)
+            // Between steps too, samples of one caption have noise of their own.
+            let step_noise = DIVERSITY_SEED + SAMPLES_A_CAPTION + round;
+            self.generate_from(&items, &noise, step_noise, device, &sample)
         });
         let rounds = rounds.collect::<Result<Vec<_>>>()?;
         self.judge.diversity(&Tensor::f_stack(&rounds, 0)?)
@@ -129,10 +131,11 @@ impl<'a> Evaluator<'a> {
         &self,
         items: &[i64],
         noise: &Tensor,
+        step_noise_seed: i64,
         device: Device,
         sample: &impl Fn(&Tensor, &Condition, &Condition) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        tch::manual_seed(STEP_NOISE_SEED);
+        tch::manual_seed(step_noise_seed);
         let (mut samples, mut order) = (Vec::new(), Vec::new());
         for positions in self.prompts.batches(items, CHUNK)? {
             let items: Vec<i64> =

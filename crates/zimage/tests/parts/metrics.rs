@@ -91,6 +91,24 @@ fn frechet_distance_of_fewer_samples_than_axes() -> Result<()> {
 }
 
 #[test]
+fn diversity_of_pictures_that_are_alike_and_that_are_not() -> Result<()> {
+    let data = data()?;
+    let judge = judge(&data)?;
+    let pictures = data.images.f_narrow(0, 0, 3)?;
+    let alike = Tensor::f_stack(&[&pictures, &pictures, &pictures], 0)?;
+    assert!(judge.diversity(&alike)? <= 0.0);
+    // Two kinds, twice each: 8 of the 12 ordered pairs are of both.
+    let others = data.images.f_narrow(0, 3, 3)?;
+    let pair = judge.diversity(&Tensor::f_stack(&[&pictures, &others], 0)?)?;
+    let twice = Tensor::f_stack(&[&pictures, &others, &pictures, &others], 0)?;
+    assert!(pair > 0.0);
+    assert_relative_eq!(judge.diversity(&twice)?, pair * 8.0 / 12.0, max_relative = 1e-6);
+    let error = judge.diversity(&pictures.f_unsqueeze(0)?).unwrap_err().to_string();
+    assert!(error.contains("no pairs"), "{error}");
+    Ok(())
+}
+
+#[test]
 fn variance_drift_of_scaled_images() -> Result<()> {
     let images = data()?.images.f_narrow(0, 0, 16)?;
     let scaled = images.f_mul_scalar(0.5)?.f_add_scalar(0.3)?;
