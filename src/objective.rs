@@ -230,7 +230,9 @@ impl<'a> Objective<'a> {
     }
 
     /// The loss on a batch for given draws, one for each group in order. Two numbers of each `u` are
-    /// read from their device.
+    /// read from their device. A term with an [`Augmentation`](crate::Augmentation) still draws that;
+    /// [`Adversarial::generator_loss_at`](crate::Adversarial::generator_loss_at) and
+    /// [`PairedRegression::between_at`](crate::PairedRegression::between_at) take it.
     ///
     /// # Errors
     /// As [`evaluate`](Self::evaluate); [`Error::OutOfRange`] if the draws are not as many as the

@@ -118,7 +118,7 @@ fn every_arm_trains_and_says_what_its_terms_do() -> Result<()> {
         }
         if let (Some(loss), None) = (arm.on_data, arm.first_stage) {
             let name = match loss {
-                OnData::Consistency { .. } => "consistency",
+                OnData::Consistency { .. } => "consistency_loss",
                 OnData::MeanFlow { .. } => "mean_flow_loss",
                 OnData::Regression(_) => "regression_loss",
             };

@@ -5,7 +5,7 @@ use decoupled_dmd::{
 };
 use serde::{Deserialize, Serialize};
 
-/// The times at which a term renoising at the samples.
+/// The times to which a term re-noises the samples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RenoisingTimes {
     pub times: Times,
@@ -112,7 +112,7 @@ pub struct Arm {
     pub measured_at: Vec<usize>,
     /// How a student walks its grid, in training and in sampling.
     pub transition: Transition,
-    /// Where CFG Augmentation renoising; `None` for an arm without it.
+    /// Where CFG Augmentation looks; `None` for an arm without it.
     pub engine: Option<RenoisingTimes>,
     pub regularizers: Vec<Regularization>,
     /// Engine and distribution matching at one tau with one noise, normalised by the guided
@@ -289,8 +289,12 @@ impl Arm {
         let terms = engine + self.regularizers.iter().map(term).sum::<f64>();
         let rollout = self.steps.iter().sum::<usize>() as f64 / self.steps.len() as f64;
         let fake = if self.has_fake() { 3.0 * self.fake_updates as f64 } else { 0.0 };
-        // The critic sees samples of two kinds.
-        let critic = if self.has_critic() { 6.0 } else { 0.0 };
+        // The critic sees samples of two kinds, or steps of the guided teacher and of the fake score.
+        let critic = match (self.matches_adversarially(), self.has_critic()) {
+            (true, _) => 9.0,
+            (false, true) => 6.0,
+            (false, false) => 0.0,
+        };
         let networks = rollout + 3.0 + terms + fake + critic;
         let on_rollouts = if self.has_objective() { networks } else { 0.0 };
         match self.first_stage {

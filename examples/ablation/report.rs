@@ -13,6 +13,7 @@
 //! | `{{steps EXPERIMENT STEPS}}` | one row an arm, its student in so many steps after the last update |
 //! | `{{curves EXPERIMENT}}`, `{{spectra EXPERIMENT}}`, `{{observations EXPERIMENT}}` | a plot |
 //! | `{{strips EXPERIMENT}}` | pictures of seed 0 over training |
+//! | `{{picture NAME}}` | a picture by name |
 //! | `{{when EXPERIMENT}}`, `{{unless EXPERIMENT}}` .. `{{end}}` | the text between, if every arm has a run, or if not |
 //! | `{{runs}}` | how many runs there are, and what is missing |
 

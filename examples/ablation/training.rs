@@ -26,7 +26,7 @@ use super::on_data;
 const SMALL_SIDE: i64 = 8;
 
 /// The last time before the shift from which adversarial distribution matching takes its step of 1/64 in the time
-/// that the network sees, at a shift of 3 or less.
+/// that the network sees, at a shift of 1.6 or more.
 const LAST_STEP: f64 = 0.99;
 
 /// What all arms share.
@@ -98,8 +98,19 @@ pub fn training<'a>(arm: &'a Arm, seed: u64, material: &'a Material<'a>) -> Resu
 
 /// The names that result files give to what an update has shown: losses end in `_loss`, and the sum is left out.
 pub fn named(record: Record) -> Record {
-    const LOSSES: [&str; 10] =
-        ["ca", "dm", "mean_variance", "mmd", "gan", "adm", "sid", "reward", "fake", "critic"];
+    const LOSSES: [&str; 11] = [
+        "ca",
+        "dm",
+        "mean_variance",
+        "mmd",
+        "gan",
+        "adm",
+        "sid",
+        "reward",
+        "consistency",
+        "fake",
+        "critic",
+    ];
     let kept = record
         .into_iter()
         .filter(|(name, _)| !["loss", "student_gradient"].contains(&name.as_str()));

@@ -269,9 +269,11 @@ impl<'a> Consistency<'a> {
     ) -> Result<Tensor> {
         let path = probe.teacher().path();
         let angle_at = |time: &PostShift| NoiseAngle::at(path, time, self.data_std.get());
+        // Nothing changes where no angle lies between: at the clean end, or within a level of a table.
         let quotient = |later: &Tensor, earlier: &Tensor, difference: &Tensor| -> Result<Tensor> {
             let difference = per_sample(&difference.f_to_kind(later.f_kind()?)?, later)?;
-            Ok(later.f_sub(earlier)?.f_div(&difference)?)
+            let slope = later.f_sub(earlier)?.f_div(&difference)?;
+            Ok(slope.f_where_self(&difference.f_abs()?.f_gt(0.0)?, &slope.f_zeros_like()?)?)
         };
         match tangent {
             Tangent::Ahead { step } => {

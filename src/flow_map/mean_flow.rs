@@ -222,18 +222,16 @@ impl<'a> MeanFlow<'a> {
         let draw = || self.times.0.times(&unit_uniform(x)?, None);
         let (one, two) = (draw()?, draw()?);
         let (least, most) = (one.range().0.min(two.range().0), one.range().1.max(two.range().1));
+        let least = if self.from_noise { 0.0 } else { least };
         let within = |times: Tensor| PreShift::within(times, (least, most));
-        let from = one.tensor().f_minimum(two.tensor())?;
+        let earlier = one.tensor().f_minimum(two.tensor())?;
+        let from = if self.from_noise { earlier.f_zeros_like()? } else { earlier };
         let mut to = one.tensor().f_maximum(two.tensor())?;
         if self.instantaneous > 0.0 {
             let same = unit_uniform(x)?.f_lt(self.instantaneous)?;
             to = from.f_where_self(&same, &to)?;
         }
-        let from = if self.from_noise {
-            PreShift::within(from.f_zeros_like()?, (0.0, 0.0))
-        } else {
-            within(from)
-        };
+        let from = if self.from_noise { PreShift::within(from, (0.0, 0.0)) } else { within(from) };
         let shift = self.map.shift();
         Ok((shift.apply(&from)?, shift.apply(&within(to))?))
     }

@@ -85,8 +85,8 @@ impl NoiseAngle {
         Ok(self.phi.f_sub(&other.phi)?)
     }
 
-    /// Refuses times whose cleanest has a sine below 1e-4, by which a direction could not be divided. It is
-    /// evaluated on the host.
+    /// Refuses times whose cleanest has a sine below 1e-4, for data of standard deviation 1, by which a direction
+    /// could not be divided. It is evaluated on the host.
     ///
     /// # Errors
     /// [`Error::OutOfRange`](crate::Error::OutOfRange) for such times.
@@ -98,8 +98,9 @@ impl NoiseAngle {
         Ok(())
     }
 
-    /// Refuses a path whose angle is the same before and after `step`, evaluated at a few times on the host: a
-    /// table of levels has no derivative by differences.
+    /// Refuses a path whose angle is the same before and after `step` at one of three times, evaluated on the host: a
+    /// table of levels has no derivative by differences. A step of about one level of a table may pass, and is still
+    /// without a change at some times, where a difference is to count as 0.
     ///
     /// # Errors
     /// [`Error::OutOfRange`](crate::Error::OutOfRange) for such a path, or a step that is not in (0, 1].

@@ -1,5 +1,7 @@
 //! The noise-heavy part of a path, with noisy samples in place of data.
 
+use tch::Tensor;
+
 use crate::error::Result;
 use crate::path::{Coefficients, NoisePath, coefficients_at, wide_time};
 use crate::time::{PostShift, Shift};
@@ -84,6 +86,11 @@ impl<P: NoisePath> NoisePath for Subinterval<P> {
         let kept = data.f_mul_scalar(self.noise)?.f_square()?;
         let noise = wide_time(&base.noise)?.f_square()?.f_sub(&kept)?.f_clamp_min(0.0)?.f_sqrt()?;
         Ok(Coefficients { data, noise })
+    }
+
+    /// Where the whole path starts: a phase begins with the noise that the path begins with.
+    fn start(&self, noise: &Tensor) -> Result<Tensor> {
+        self.path.start(noise)
     }
 
     fn shift(&self) -> Shift {

@@ -219,11 +219,18 @@ impl<'a> Adversarial<'a> {
     /// the teacher's.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange) for another form of the losses, whose logits are no such ratio; as the term.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) for another form of the losses, for
+    /// [`mismatched`](Self::mismatched) and for [`augmented`](Self::augmented) samples, whose logits are no such
+    /// ratio; as the term.
     pub fn log_ratio(&self, probe: &Probe<'_>) -> Result<Tensor> {
         let estimates = self.gan_loss == GanLoss::NonSaturating;
         let requirement = "1: logits of hinge and relativistic critics are no log ratios";
         checked("non-saturating form", requirement, f64::from(u8::from(estimates)), estimates)?;
+        let (share, requirement) = (self.mismatched, "0: the ratio would be of other laws");
+        checked("share of mismatched samples", requirement, share, share <= 0.0)?;
+        let augmented = f64::from(u8::from(self.augmentation.is_some()));
+        checked("augmentation of the critic", requirement, augmented, augmented <= 0.0)?;
+        once(&self.shares_path, || check_same_path(&*self.path, probe.teacher().path()))?;
         let _no_grad = no_grad_guard();
         let logits = self.critic.logits(probe.noised(), probe.tau(), probe.batch().cond())?;
         sample_mean(&logits)

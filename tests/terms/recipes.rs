@@ -247,6 +247,16 @@ fn f_distill_weighs_distribution_matching_by_its_critic() -> Result<()> {
     assert!(learns(&fake_store) && learns(&critic_store) && !learns(&student_store));
     objective.evaluate(&batch)?.loss.backward();
     assert!(learns(&student_store) && calls.count() == 1);
+    // A critic of other laws, or on another path, gives no ratio of these.
+    let pretrained = counting_teacher(&calls, 1.0);
+    let tau = PostShift::all(0.5, batch.batch_size(), (Kind::Float, Device::Cpu))?;
+    let probe = Probe::at(&pretrained, &batch, tau, made.x.zeros_like())?;
+    let new = || Adversarial::new(path, critic(&critic_store));
+    let blurred = new().augmented(Augmentation::new().blit());
+    let elsewhere = Adversarial::new(path.shifted(Shift::new(3.0)?), critic(&critic_store));
+    for gan in [new().mismatched(0.5)?, blurred, elsewhere] {
+        assert!(matches!(gan.log_ratio(&probe), Err(Error::OutOfRange { .. })));
+    }
     Ok(())
 }
 

@@ -224,6 +224,12 @@ fn a_phase_is_a_path_whose_data_are_noisy() -> Result<()> {
             (a.double_value(&[3, 0]) - 1.0).abs() < 1e-14 && s.double_value(&[3, 0]) < 1e-6 * most
         );
     }
+    // A phase starts where its path starts.
+    for path in paths() {
+        let noise = double(&[2, 3], 0.7);
+        let phase = Subinterval::new(&path, 0.4)?;
+        assert!(phase.start(&noise)?.equal(&path.start(&noise)?));
+    }
     let straight = Subinterval::new(RectifiedFlow, 1.0)?;
     assert!(straight.is_straight() && !Subinterval::new(RectifiedFlow, 0.7)?.is_straight());
     for bad in [0.0, -0.1, 1.1, f64::NAN] {

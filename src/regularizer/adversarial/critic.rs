@@ -187,7 +187,10 @@ impl Adversarial<'_> {
     /// [`Error::OutOfRange`](crate::Error::OutOfRange) as [`penalty`](Self::penalty); as the term.
     pub fn penalty_loss(&self, batch: &Batch<'_>, penalty: CriticPenalty) -> Result<Tensor> {
         let real = batch.real()?;
-        let time = self.renoising.draw(&*self.path, real, batch.student_time())?;
+        // The student's times are those of the samples.
+        let is_paired = batch_size(real) == batch.batch_size();
+        let student = batch.student_time().filter(|_| is_paired);
+        let time = self.renoising.draw(&*self.path, real, student)?;
         self.penalty_loss_at(batch, penalty, &time, &noise_like(real)?, &noise_like(real)?)
     }
 

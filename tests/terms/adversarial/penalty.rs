@@ -1,6 +1,8 @@
 //! The penalty alone: lazy R1, its rows, and the law of summed logits.
 
-use decoupled_dmd::{Adversarial, Batch, Condition, CriticPenalty, Error, RectifiedFlow, Result};
+use decoupled_dmd::{
+    Adversarial, Batch, Condition, CriticPenalty, Error, PreShift, RectifiedFlow, Result,
+};
 use tch::{Kind, Tensor};
 
 use super::super::common::{gradient, max_difference, seeded, value, wave};
@@ -90,6 +92,10 @@ fn bad_input_is_named() -> Result<()> {
     for penalty in PENALTIES {
         assert!(value(&gan.penalty_loss(&batch, penalty)?) > 0.0);
     }
+    // Those of the student are the times of its own samples.
+    let student = PreShift::new(Tensor::from_slice(&[0.0, 0.3, 0.6]))?;
+    let timed = Batch::new(&x, &cond)?.with_real(&real)?.with_student_time(&student)?;
+    assert!(value(&gan.penalty_loss(&timed, PENALTIES[0])?) > 0.0);
     let missing = gan.penalty_loss(&Batch::new(&x, &cond)?, PENALTIES[0]);
     assert!(matches!(missing, Err(Error::Missing { what: "real samples", setter: "with_real" })));
     let bad = gan.penalty_loss(&batch, CriticPenalty::R1 { gamma: f64::NAN });

@@ -201,3 +201,23 @@ fn bad_input_is_named() -> Result<()> {
     }
     Ok(())
 }
+
+/// At the clean end of a path, or within a level of a table, no angle lies between two times: nothing changes
+/// there, and no number is divided by zero.
+#[test]
+fn where_no_angle_lies_between_there_is_no_tangent() -> Result<()> {
+    let cond = mean_condition();
+    let table = sdxl();
+    let edm = Edm::default();
+    let ends: [(&dyn NoisePath, f64); 2] = [(&edm, 1.0), (&table, 0.9995)];
+    for (path, time) in ends {
+        let (student, teacher) = (exact_student(path), teacher(path));
+        let time = PostShift::new(Tensor::from_slice(&[time, 0.3, 0.5, 0.6]))?;
+        let input = inputs(path, &time);
+        let engine = Consistency::continuous(student.clone(), Tangent::Ahead { step: 1.0 / 48.0 })?;
+        let found = direction(&engine, &student, &teacher, &input, &time, (&cond, None))?;
+        assert!(bool::try_from(found.isfinite().all())?, "{found}");
+        assert!(largest(&found.get(0)) <= 0.0 && largest(&found) > 0.0, "{found}");
+    }
+    Ok(())
+}

@@ -122,6 +122,9 @@ fn times_are_drawn_in_order() -> Result<()> {
     assert!((260..340).contains(&count), "{count}");
     let from_noise = draws(new()?.from_noise())?;
     assert!(from_noise.iter().all(|(t, r)| *t <= 0.0 && *r > 0.0));
+    let both = draws(new()?.from_noise().instantaneous(0.75)?)?;
+    let count = both.iter().filter(|(t, r)| *t <= 0.0 && *r <= 0.0).count();
+    assert!((260..340).contains(&count), "{count}");
     Ok(())
 }
 

@@ -110,7 +110,8 @@ impl<'a, T: Terms> Distillation<'a, T> {
         self
     }
 
-    /// The moving average of the student: what to sample with and to keep.
+    /// The network of the student's moving average. A flow map needs its table of lengths besides: sample with
+    /// [`Self::student_weights`] there.
     pub fn student(&self) -> Network<'_> {
         self.average.role.network(self.teacher)
     }

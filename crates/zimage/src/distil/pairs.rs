@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 use tch_training::Parameters;
 use tch_training::files::{read_json, write_json};
+use tch_training::run::Hash;
 use tch_training::safetensors::{read_tensors, write_tensors};
 use tch_training::seed::begin;
 
@@ -33,6 +34,15 @@ pub struct PairSettings {
     pub sampling: Sampling,
     pub shift: Shift,
     pub seed: u64,
+}
+
+/// What the pairs of a folder were made by.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Manifest {
+    #[serde(flatten)]
+    settings: PairSettings,
+    /// Of the teacher's weights and of the encoded captions.
+    fingerprint: String,
 }
 
 /// Pairs of noise and sample.
@@ -63,24 +73,28 @@ impl Pairs {
     /// that was stopped goes on after the last one.
     ///
     /// # Errors
-    /// If the folder holds pairs of other settings, a file is broken, or the teacher fails.
+    /// If the folder holds pairs of other settings, of another teacher or other captions, a file is broken, or the
+    /// teacher fails.
     pub fn make(
         folder: &Path,
         teacher: &ZImageTransformer,
         prompts: &Prompts,
         settings: &PairSettings,
     ) -> Result<Self> {
-        let manifest = folder.join(SETTINGS);
-        if manifest.exists() {
-            let found: PairSettings = read_json(&manifest)?;
+        let fingerprint = fingerprint(teacher, prompts, &settings.items)?;
+        let manifest = Manifest { settings: settings.clone(), fingerprint };
+        let file = folder.join(SETTINGS);
+        if file.exists() {
+            let found: Manifest = read_json(&file)?;
             ensure!(
-                found == *settings,
-                "{} holds pairs of other settings: remove it, or name another folder",
+                found == manifest,
+                "{} holds pairs of other settings or of another teacher: remove it, or name another \
+                 folder",
                 folder.display()
             );
         } else {
             fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
-            write_json(&manifest, settings)?;
+            write_json(&file, &manifest)?;
         }
         let (mut order, mut noise, mut samples) = (Vec::new(), Vec::new(), Vec::new());
         for (index, positions) in prompts.batches(&settings.items, CHUNK)?.iter().enumerate() {
@@ -129,6 +143,29 @@ impl Pairs {
             samples: at(&self.samples)?,
         })
     }
+}
+
+/// Tells teachers and captions apart. Sums of bits as integers are the same in any order, on any machine.
+fn fingerprint(teacher: &ZImageTransformer, prompts: &Prompts, items: &[i64]) -> Result<String> {
+    let mut hash = Hash::default();
+    let mut add = |name: &str, tensor: &Tensor| -> Result<()> {
+        let bits = match tensor.f_kind()? {
+            Kind::Double => Kind::Int64,
+            Kind::Float => Kind::Int,
+            _ => Kind::Int16,
+        };
+        let bits = tensor.f_detach()?.f_contiguous()?.f_view_dtype(bits)?;
+        hash.add(name.as_bytes());
+        hash.add(&i64::try_from(bits.f_sum(Kind::Int64)?)?.to_le_bytes());
+        Ok(())
+    };
+    for (name, tensor) in teacher.parameters() {
+        add(name, tensor)?;
+    }
+    for item in items {
+        add("caption", &prompts.conditions(&[*item])?.0[0])?;
+    }
+    Ok(hash.hex())
 }
 
 /// The pairs at `positions`, which are the file `index`.

@@ -55,6 +55,13 @@ fn pairs_are_made_once_and_refused_where_they_do_not_fit() -> Result<()> {
     let other = PairSettings { seed: 1, ..settings.clone() };
     let error = make(&other).unwrap_err().to_string();
     assert!(error.contains("pairs of other settings"), "{error}");
+    // Nor are pairs of another teacher taken.
+    let another = teacher.duplicate()?;
+    let _no_grad = tch::no_grad_guard();
+    let mut weight = another.named_parameters().remove(0).1;
+    let _ = weight.f_add_scalar_(0.5)?;
+    let error = Pairs::make(folder.path(), &another, &prompts, &settings).unwrap_err().to_string();
+    assert!(error.contains("another teacher"), "{error}");
     let short = Tensor::zeros([1, 3, 16, 16], (Kind::Float, Device::Cpu));
     let tensors = ["noise", "samples"].map(|name| (name.to_owned(), short.shallow_clone()));
     write_tensors(&file, &tensors.into())?;
