@@ -1,7 +1,7 @@
 //! How long the exchanges of this machine, or of this cluster, take: start it as `data_parallel`.
 //!
 //! Rank 0 prints the median and the smallest time of each operation. `all_reduce` of few bytes gives the
-//! latency, that of many bytes the bandwidth, which go into the estimate of docs/scale.md.
+//! latency, that of many bytes the bandwidth, which an estimate of scaling starts from.
 
 use std::error::Error;
 use std::time::Instant;
