@@ -202,7 +202,8 @@ fn terms() -> Vec<Arm> {
         one_step("regression-perceptual").on_data(perceptual),
         one_step("diffusion2gan").on_data(perceptual).regularizer(gan),
         arm("d2o").regularizer(gan).with(|arm| {
-            arm.trained = ["norm", "adaLN", "t_embedder", "to_q", "embedder", "final"]
+            // A sixth of the parameters, by count.
+            arm.trained = ["norm", "to_q", "to_k", "to_v", "all_final", "all_x_embedder"]
                 .map(str::to_owned)
                 .to_vec();
         }),

@@ -1,21 +1,20 @@
 //! The experiments: their arms against the library's schedules, training on a tiny model, statistics,
 //! spectra and the report.
 
-#[path = "../examples/ablation/mod.rs"]
+#[path = "../../examples/ablation/mod.rs"]
 mod ablation;
-#[path = "../crates/zimage/tests/common/mod.rs"]
+#[path = "../../crates/zimage/tests/common/mod.rs"]
 mod common;
-#[path = "common/made_up_results.rs"]
 mod made_up_results;
+mod statistics;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use ablation::arm::{Arm, OnData, Regularization, RenoisingTimes};
-use ablation::bench::{Bench, radial_spectrum};
+use ablation::bench::Bench;
 use ablation::record::{Reference, RunRecord, reference_path, run_path};
 use ablation::results::Field;
 use ablation::run::{run, write_reference};
-use ablation::statistics::{Interval, quantile};
 use ablation::training::{ArmTerms, Material, named, training};
 use ablation::{experiments, record, report};
 use anyhow::Result;
@@ -25,7 +24,6 @@ use decoupled_dmd::{
     Batch, Condition, DistributionMatching, Draw, Guidance, PreShift, Schedule, Shift, Transition,
 };
 use made_up_results::made_up;
-use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 use tch_training::files::read_json;
 use tempfile::tempdir;
@@ -224,74 +222,6 @@ fn arms_without_terms_or_partner_are_refused() -> Result<()> {
     let alone = Arm::new("alone", 1).engine(RenoisingTimes::FULL).coupled().quick();
     let error = format!("{:#}", training(&alone, 0, &material)?.step(true).unwrap_err());
     assert!(error.contains("a coupled arm needs distribution matching"), "{error}");
-    Ok(())
-}
-
-#[derive(Deserialize)]
-struct Numbers {
-    quantiles: Vec<f64>,
-    samples: Vec<Sample>,
-    images: Vec<f64>,
-    shape: Vec<i64>,
-    spectrum: Vec<f64>,
-}
-
-#[derive(Deserialize)]
-struct Sample {
-    values: Vec<f64>,
-    low: f64,
-    high: f64,
-}
-
-fn numbers() -> Result<Numbers> {
-    Ok(read_json("tests/reference/ablation.json".as_ref())?)
-}
-
-#[test]
-fn intervals_are_those_of_scipy() -> Result<()> {
-    let numbers = numbers()?;
-    for (degrees, expected) in (1..).zip(&numbers.quantiles) {
-        // The table holds four digits after the point.
-        assert!((quantile(degrees) - expected).abs() < 1e-4, "{degrees} degrees of freedom");
-    }
-    assert_eq!(numbers.quantiles.len(), 20);
-    for sample in &numbers.samples {
-        let interval = Interval::of(&sample.values).expect("values");
-        let half_width = interval.half_width.expect("two values or more");
-        let tolerance = 3e-5 * half_width;
-        assert!((interval.mean - half_width - sample.low).abs() < tolerance);
-        assert!((interval.mean + half_width - sample.high).abs() < tolerance);
-        assert_eq!(interval.excludes_zero(), sample.low > 0.0 || sample.high < 0.0);
-    }
-    assert_eq!(Interval::of(&[]), None);
-    assert_eq!(Interval::of(&[2.0]), Some(Interval { mean: 2.0, half_width: None, count: 1 }));
-    Ok(())
-}
-
-#[test]
-fn spectra_are_those_of_numpy() -> Result<()> {
-    let numbers = numbers()?;
-    let images = Tensor::from_slice(&numbers.images).view(numbers.shape.as_slice());
-    let spectrum = radial_spectrum(&images)?;
-    assert_eq!(spectrum.len(), numbers.spectrum.len());
-    for (found, expected) in spectrum.iter().zip(&numbers.spectrum) {
-        assert!((found - expected).abs() < 1e-12, "{spectrum:?} {:?}", numbers.spectrum);
-    }
-    // A wave of three periods is in ring 3 alone, with half its squared amplitude.
-    let phase = Tensor::arange(16, common::DOUBLE) * (6.0 * std::f64::consts::PI / 16.0);
-    let wave = (phase.cos() * 2.0).view([1, 1, 1, 16]).repeat([1, 1, 16, 1]);
-    for (ring, power) in radial_spectrum(&wave)?.into_iter().enumerate() {
-        assert!((power - if ring == 3 { 2.0 } else { 0.0 }).abs() < 1e-12, "{ring}: {power}");
-    }
-    let error = radial_spectrum(&Tensor::zeros([1, 1, 4, 8], common::DOUBLE)).unwrap_err();
-    assert!(error.to_string().contains("4x8"), "{error}");
-    Ok(())
-}
-
-#[test]
-fn variance_is_that_of_one_image_averaged() -> Result<()> {
-    let images = Tensor::from_slice(&[1.0, 3.0, 10.0, 16.0]).view([2, 2]);
-    assert!((mean_variance(&images)? - 5.0).abs() < 1e-12);
     Ok(())
 }
 
