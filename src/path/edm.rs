@@ -8,7 +8,7 @@ use crate::network::IntoOutput;
 use crate::numeric::widen;
 use crate::path::{Coefficients, NoisePath, factor, wide_time};
 use crate::time::PostShift;
-use crate::value::{checked, is_positive};
+use crate::value::{checked, is_finite, is_positive};
 
 /// EDM: a = 1, s = sigma, with
 ///
@@ -59,7 +59,7 @@ impl Edm {
         checked("sigma_min", "finite and positive", sigma_min, valid)?;
         let valid = is_positive(sigma_max) && sigma_max > sigma_min;
         checked("sigma_max", "finite and above sigma_min", sigma_max, valid)?;
-        checked("rho", "finite and at least 1", rho, rho.is_finite() && rho >= 1.0)?;
+        checked("rho", "finite and at least 1", rho, is_finite(rho) && rho >= 1.0)?;
         let path = Self { sigma_min, sigma_max, rho };
         let (low, high) = path.roots();
         checked("rho", "small enough to tell the roots of sigma apart", rho, low < high)?;

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::numeric::widen;
 use crate::path::{Coefficients, NoisePath, wide_time};
 use crate::time::PostShift;
-use crate::value::{MOST_STEPS, checked};
+use crate::value::{MOST_STEPS, checked, is_finite};
 
 /// Variance preserving: a = sqrt(abar), s = sqrt(1 - abar).
 ///
@@ -60,9 +60,9 @@ impl VariancePreserving {
     /// # Errors
     /// [`Error::OutOfRange`] unless 0 <= `beta_min` <= `beta_max`, `beta_max` > 0, both finite.
     pub fn linear(beta_min: f64, beta_max: f64) -> Result<Self> {
-        let valid = beta_min.is_finite() && beta_min >= 0.0;
+        let valid = is_finite(beta_min) && beta_min >= 0.0;
         checked("beta_min", "finite and at least 0", beta_min, valid)?;
-        let valid = beta_max.is_finite() && beta_max > 0.0 && beta_max >= beta_min;
+        let valid = is_finite(beta_max) && beta_max > 0.0 && beta_max >= beta_min;
         checked("beta_max", "finite, positive and at least beta_min", beta_max, valid)?;
         Ok(Self(Form::Linear { beta_min, beta_max }))
     }
