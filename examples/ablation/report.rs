@@ -232,7 +232,8 @@ impl Report<'_> {
         let mut text = String::from(
             "| arm | forwards an update | alignment, % | Fréchet distance | drift | diversity |\n|---|---|---|---|---|---|\n",
         );
-        for arm in &self.results.experiment(experiment)?.arms {
+        let arms = self.results.experiment(experiment)?.arms.iter();
+        for arm in arms.filter(|arm| arm.measured_at.contains(&steps)) {
             write!(text, "| {} | {:.1}", arm.name, arm.forwards())?;
             for (_, score) in Score::ALL {
                 let field = Field::AtSteps(steps, score);
