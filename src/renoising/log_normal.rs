@@ -7,7 +7,7 @@ use crate::numeric::compute_kind;
 use crate::path::Edm;
 use crate::renoising::{TimeDistribution, Z_MAX, normal_quantile};
 use crate::time::PreShift;
-use crate::value::{checked, is_finite, is_positive};
+use crate::value::checked;
 
 /// The times at which EDM trains: ln sigma ~ N(mean, std^2), brought into the range of the path.
 ///
@@ -35,8 +35,8 @@ impl LogNormal {
     /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `mean` is finite and `std` finite and
     /// positive.
     pub fn new(path: Edm, mean: f64, std: f64) -> Result<Self> {
-        checked("mean of ln sigma", "finite", mean, is_finite(mean))?;
-        let valid = is_positive(std);
+        checked("mean of ln sigma", "finite", mean, mean.is_finite())?;
+        let valid = std.is_finite() && std > 0.0;
         checked("standard deviation of ln sigma", "finite and positive", std, valid)?;
         Ok(Self { path, mean, std })
     }

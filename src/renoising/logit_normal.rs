@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::numeric::compute_kind;
 use crate::renoising::{TimeDistribution, Z_MAX, normal_quantile};
 use crate::time::PreShift;
-use crate::value::{checked, is_finite, is_positive};
+use crate::value::checked;
 
 /// The distance of logit-normal times from both ends, for all parameters: float32 still tells them from 0
 /// and 1.
@@ -34,8 +34,8 @@ impl LogitNormal {
     /// [`Error::OutOfRange`](crate::Error::OutOfRange) unless `mean` is finite and `std` finite and
     /// positive.
     pub fn new(mean: f64, std: f64) -> Result<Self> {
-        checked("mean of the logit", "finite", mean, is_finite(mean))?;
-        let valid = is_positive(std);
+        checked("mean of the logit", "finite", mean, mean.is_finite())?;
+        let valid = std.is_finite() && std > 0.0;
         checked("standard deviation of the logit", "finite and positive", std, valid)?;
         Ok(Self { mean, std })
     }

@@ -354,18 +354,10 @@ fn bad_parameters_of_paths_are_refused() {
         .preconditioning(&t, 0.5)
         .and_then(|p| p.apply(&Tensor::zeros([1, 3], FLOAT), |_, c: &Tensor| c.shallow_clone()));
     assert!(matches!(wrong, Err(Error::Shape { what: "network output", .. })));
-    // Finite in float64 alone, too: times are float32.
-    for (mean, std) in [
-        (0.0, 0.0),
-        (0.0, f64::NAN),
-        (f64::NAN, 1.0),
-        (f64::INFINITY, 1.0),
-        (1e39, 1.0),
-        (0.0, 1e39),
-        (0.0, 1e-39),
-    ] {
+    for (mean, std) in [(0.0, 0.0), (0.0, f64::NAN), (f64::NAN, 1.0), (f64::INFINITY, 1.0)] {
         assert!(matches!(LogNormal::new(edm, mean, std), Err(Error::OutOfRange { .. })));
         assert!(matches!(LogitNormal::new(mean, std), Err(Error::OutOfRange { .. })));
     }
+    // Finite in float64 alone, too: coefficients are float32.
     assert!(VariancePreserving::linear(0.1, 1e39).is_err() && Edm::new(0.002, 80.0, 1e39).is_err());
 }
