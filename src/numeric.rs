@@ -44,6 +44,13 @@ pub(crate) fn per_sample(values: &Tensor, like: &Tensor) -> Result<Tensor> {
     Ok(values.f_view(shape.as_slice())?)
 }
 
+/// Differences `[B, ..]` over what lies between, `[B]`, in their type; 0 where nothing lies between.
+pub(crate) fn slope(difference: &Tensor, between: &Tensor) -> Result<Tensor> {
+    let between = per_sample(&between.f_to_kind(difference.f_kind()?)?, difference)?;
+    let slope = difference.f_div(&between)?;
+    Ok(slope.f_where_self(&between.f_abs()?.f_gt(0.0)?, &slope.f_zeros_like()?)?)
+}
+
 /// Mean over everything but the batch, `[B]`.
 pub(crate) fn sample_mean(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.f_flatten(1, -1)?.f_mean_dim(&[1i64][..], false, None::<Kind>)?)

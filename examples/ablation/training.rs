@@ -15,7 +15,6 @@ use zimage::distil::{
     Captions, Decay, Distillation, Networks, Pairs, Prompts, Recipe, Record, Rollout, Stream,
     Terms, denoiser, embedded_optimizer,
 };
-
 use zimage::emoji::Classifier;
 
 use super::arm::{Arm, OnData, Regularization, RenoisingTimes};
@@ -151,14 +150,10 @@ impl<'a> ArmTerms<'a> {
     fn adversarial_matching<'o>(
         &'o self,
         dm: &'o DistributionMatching<'o>,
-    ) -> Result<Option<AdversarialDistributionMatching<'o>>> {
-        let (Some(critic), teacher) = (&self.critic, self.material.teacher) else {
-            return Ok(None);
-        };
-        let logits = |x: &Tensor, t: &Tensor, c: &_| critic.logits(teacher, x, t, c);
-        let own = denoiser(teacher, self.material.shift);
-        let adm = AdversarialDistributionMatching::new(dm, own, logits);
-        Ok(Some(adm.guided(Guidance::new(self.arm.guidance)?)))
+    ) -> Result<AdversarialDistributionMatching<'o>> {
+        let teacher = denoiser(self.material.teacher, self.material.shift);
+        let adm = AdversarialDistributionMatching::new(dm, teacher, self.logits()?);
+        Ok(adm.guided(Guidance::new(self.arm.guidance)?))
     }
 
     /// The log-likelihood that the classifier gives to the pictures asked for.
@@ -168,12 +163,15 @@ impl<'a> ArmTerms<'a> {
         Ok(likelihoods.f_gather(1, &cond[2].f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?)
     }
 
-    fn adversarial(&self) -> Option<Adversarial<'_>> {
-        let (critic, teacher) = (self.critic.as_ref()?, self.material.teacher);
-        Some(Adversarial::new(
-            RectifiedFlow.shifted(self.material.shift),
-            |x: &Tensor, t: &Tensor, c: &_| critic.logits(teacher, x, t, c),
-        ))
+    fn adversarial(&self) -> Result<Adversarial<'_>> {
+        let path = RectifiedFlow.shifted(self.material.shift);
+        Ok(Adversarial::new(path, self.logits()?))
+    }
+
+    /// What the critic says.
+    fn logits(&self) -> Result<impl Fn(&Tensor, &Tensor, &Condition) -> Result<Tensor> + '_> {
+        let critic = self.critic.as_ref().context("an adversarial term lacks its critic")?;
+        Ok(|x: &Tensor, t: &Tensor, c: &Condition| critic.logits(self.material.teacher, x, t, c))
     }
 }
 
@@ -217,19 +215,18 @@ impl Terms for ArmTerms<'_> {
                     other.regularizer("mmd", weight, mmd)
                 }
                 (Regularization::Adversarial { weight }, _) => {
-                    let gan =
-                        self.adversarial().context("the adversarial term lacks its critic")?;
-                    other.regularizer("gan", weight, gan)
+                    other.regularizer("gan", weight, self.adversarial()?)
                 }
                 (Regularization::AdversarialDistributionMatching { weight }, Some(dm)) => {
-                    let adm = self.adversarial_matching(dm)?;
-                    let adm = adm.context("adversarial matching lacks its critic")?;
                     // Up to its last step, from which there is none to take.
-                    Group::new(Renoising::new(Uniform::new(0.0, LAST_STEP)?))
-                        .regularizer("adm", weight, adm)
+                    Group::new(Renoising::new(Uniform::new(0.0, LAST_STEP)?)).regularizer(
+                        "adm",
+                        weight,
+                        self.adversarial_matching(dm)?,
+                    )
                 }
                 (Regularization::Divergence(divergence), Some(dm)) => {
-                    let gan = self.adversarial().context("the divergence lacks its critic")?;
+                    let gan = self.adversarial()?;
                     let dm = DistributionMatching::new(dm.fake().clone());
                     let dm =
                         dm.divergence(divergence, move |probe: &Probe<'_>| gan.log_ratio(probe));
@@ -289,20 +286,21 @@ impl Terms for ArmTerms<'_> {
         rollout: &Rollout<'_>,
         dm: Option<&DistributionMatching<'_>>,
     ) -> Result<Record> {
+        if self.critic.is_none() {
+            return Ok(Record::new());
+        }
         let loss = {
-            let (Some(gan), Some(real)) = (self.adversarial(), &rollout.captions.real) else {
-                return Ok(Record::new());
-            };
             let steps = rollout.trajectory.draw_steps()?;
             let x = rollout.trajectory.samples_at(&steps)?;
             let cond = rollout.cond_at(&steps)?;
             let batch = Batch::new(&x, &cond)?.with_null(&rollout.captions.null);
             match dm.filter(|_| self.arm.matches_adversarially()) {
-                Some(dm) => {
-                    let adm = self.adversarial_matching(dm)?.context("the critic is there")?;
-                    adm.critic_loss(&batch)?
+                Some(dm) => self.adversarial_matching(dm)?.critic_loss(&batch)?,
+                None => {
+                    let real = rollout.captions.real.as_ref();
+                    let real = real.context("the critic lacks real pictures")?;
+                    self.adversarial()?.critic_loss(&batch.with_real(real)?)?
                 }
-                None => gan.critic_loss(&batch.with_real(real)?)?,
             }
         };
         let Some(critic) = &mut self.critic else { return Ok(Record::new()) };

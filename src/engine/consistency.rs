@@ -12,7 +12,7 @@ use crate::denoiser::Denoiser;
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::guidance::Guidance;
-use crate::numeric::{once, per_sample};
+use crate::numeric::{once, per_sample, slope};
 use crate::output::ModelOutput;
 use crate::path::{NoiseAngle, NoisePath, check_same_path};
 use crate::probe::Probe;
@@ -269,17 +269,12 @@ impl<'a> Consistency<'a> {
     ) -> Result<Tensor> {
         let path = probe.teacher().path();
         let angle_at = |time: &PostShift| NoiseAngle::at(path, time, self.data_std.get());
-        // Nothing changes where no angle lies between: at the clean end, or within a level of a table.
-        let quotient = |later: &Tensor, earlier: &Tensor, difference: &Tensor| -> Result<Tensor> {
-            let difference = per_sample(&difference.f_to_kind(later.f_kind()?)?, later)?;
-            let slope = later.f_sub(earlier)?.f_div(&difference)?;
-            Ok(slope.f_where_self(&difference.f_abs()?.f_gt(0.0)?, &slope.f_zeros_like()?)?)
-        };
+        // No angle lies between at the clean end, or within a level of a table.
         match tangent {
             Tangent::Ahead { step } => {
                 let to = point.time.moved(step)?;
                 let ahead = self.at(probe, point, &to)?;
-                quotient(ahead.sample()?, &point.own, &angle_at(&to)?.minus(angle)?)
+                slope(&ahead.sample()?.f_sub(&point.own)?, &angle_at(&to)?.minus(angle)?)
             }
             Tangent::Central { step } => {
                 let (to, from) = (point.time.moved(step)?, point.time.moved(-step)?);
@@ -295,7 +290,7 @@ impl<'a> Consistency<'a> {
                     let share = bend.f_div(&bend.f_add(&difference)?)?;
                     Ok(share.f_where_self(&difference.f_gt(0.0)?, &share.f_ones_like()?)?)
                 })?;
-                quotient(ahead, behind, &angle_at(&to)?.minus(&angle_at(&from)?)?)
+                slope(&ahead.f_sub(behind)?, &angle_at(&to)?.minus(&angle_at(&from)?)?)
             }
             Tangent::Exact => tangent::exact(
                 &self.student,

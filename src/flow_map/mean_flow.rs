@@ -9,7 +9,7 @@ use crate::engine::Tangent;
 use crate::error::Result;
 use crate::flow_map::{FlowMap, check_order};
 use crate::guidance::Guidance;
-use crate::numeric::{masked, noise_like, per_sample, sample_mean, widen, widen_like};
+use crate::numeric::{masked, noise_like, per_sample, sample_mean, slope, widen, widen_like};
 use crate::renoising::{LogitNormal, TimeDistribution, unit_uniform};
 use crate::time::{PostShift, PreShift};
 use crate::value::{Positive, checked};
@@ -299,7 +299,7 @@ impl<'a> MeanFlow<'a> {
         from: &PostShift,
         to: &PostShift,
     ) -> Result<Tensor> {
-        let (cond, length) = (batch.cond(), time_between(from, to, x)?);
+        let (cond, length) = (batch.cond(), length_of(from, to, x)?);
         let u = |x: &Tensor, from: &PostShift, to: &PostShift| self.map.velocity(x, from, to, cond);
         match self.rule {
             FlowRule::Fraction { share } => {
@@ -321,14 +321,14 @@ impl<'a> MeanFlow<'a> {
                             _ => from.shallow_clone(),
                         };
                         let along = |at: &PostShift| -> Result<Tensor> {
-                            Ok(x.f_sub(&v.f_mul(&time_between(from, at, x)?)?)?)
+                            Ok(x.f_sub(&v.f_mul(&length_of(from, at, x)?)?)?)
                         };
                         let ahead = u(&along(&later)?, &later, to)?;
                         let behind = match tangent {
                             Tangent::Central { .. } => u(&along(&earlier)?, &earlier, to)?,
                             _ => own.shallow_clone(),
                         };
-                        quotient(&ahead.f_sub(&behind)?, &earlier, &later)?
+                        slope(&ahead.f_sub(&behind)?, &time_between(&earlier, &later)?)?
                     }
                 };
                 Ok(v.f_add(&slope.f_mul(&length)?)?)
@@ -338,7 +338,7 @@ impl<'a> MeanFlow<'a> {
                 let v = self.velocity(batch, &end, to)?;
                 let (later, earlier) = (to.moved(step)?, to.moved(-step)?.at_least(from)?);
                 let difference = u(x, from, &later)?.f_sub(&u(x, from, &earlier)?)?;
-                Ok(v.f_sub(&quotient(&difference, &earlier, &later)?.f_mul(&length)?)?)
+                Ok(v.f_sub(&slope(&difference, &time_between(&earlier, &later)?)?.f_mul(&length)?)?)
             }
         }
     }
@@ -350,14 +350,12 @@ impl<'a> MeanFlow<'a> {
     }
 }
 
-/// The time from one to another, as a factor of `like`.
-fn time_between(from: &PostShift, to: &PostShift, like: &Tensor) -> Result<Tensor> {
-    per_sample(&widen_like(&widen(to.tensor())?.f_sub(from.tensor())?, like)?, like)
+/// The time from one to another, `[B]`.
+fn time_between(from: &PostShift, to: &PostShift) -> Result<Tensor> {
+    Ok(widen(to.tensor())?.f_sub(from.tensor())?)
 }
 
-/// A difference over the time between; 0 where there is no time between.
-fn quotient(difference: &Tensor, earlier: &PostShift, later: &PostShift) -> Result<Tensor> {
-    let length = time_between(earlier, later, difference)?;
-    let slope = difference.f_div(&length)?;
-    Ok(slope.f_where_self(&length.f_gt(0.0)?, &slope.f_zeros_like()?)?)
+/// The time from one to another, as a factor of `like`.
+fn length_of(from: &PostShift, to: &PostShift, like: &Tensor) -> Result<Tensor> {
+    per_sample(&widen_like(&time_between(from, to)?, like)?, like)
 }

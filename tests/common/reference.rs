@@ -108,6 +108,24 @@ pub const PREDICTIONS: [(&str, Prediction); 5] = [
     ("score", Prediction::Score),
 ];
 
+/// A path of each kind, with the prediction that is usual on it.
+pub const USUAL: [(&str, Prediction); 3] = [
+    ("rectified_flow", Prediction::FlowVelocity),
+    ("edm", Prediction::Sample),
+    ("trig_flow", Prediction::Velocity),
+];
+pub const MASKS: [&str; 2] = ["samples", "elements"];
+
+/// The type of everything but samples, which may be bfloat16.
+pub fn wide(kind: Kind) -> Kind {
+    if kind == Kind::Double { Kind::Double } else { Kind::Float }
+}
+
+/// A copy to differentiate by.
+pub fn leaf(tensor: &Tensor, kind: Kind) -> Tensor {
+    tensor.to_kind(kind).detach().set_requires_grad(true)
+}
+
 pub const TEACHER_GAIN: f64 = 0.8;
 pub const FAKE_GAIN: f64 = 0.6;
 

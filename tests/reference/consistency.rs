@@ -9,27 +9,14 @@ use decoupled_dmd::{
 };
 use tch::{Device, Kind, Tensor};
 
-use super::common::reference::{PREDICTIONS, Reference, TEACHER_GAIN, denoiser};
+use super::common::reference::{
+    MASKS, PREDICTIONS, Reference, TEACHER_GAIN, USUAL, denoiser, leaf, wide,
+};
 use super::common::{self, BFLOAT16, gradient, seeded};
 use super::forward_mode;
 
 const ALPHA: f64 = 3.0;
 const STUDENT_GAIN: f64 = 0.7;
-const USUAL: [(&str, Prediction); 3] = [
-    ("rectified_flow", Prediction::FlowVelocity),
-    ("edm", Prediction::Sample),
-    ("trig_flow", Prediction::Velocity),
-];
-const MASKS: [&str; 2] = ["samples", "elements"];
-
-/// The type of everything but x, which may be bfloat16.
-fn wide(kind: Kind) -> Kind {
-    if kind == Kind::Double { Kind::Double } else { Kind::Float }
-}
-
-fn leaf(tensor: &Tensor, kind: Kind) -> Tensor {
-    tensor.to_kind(kind).detach().set_requires_grad(true)
-}
 
 fn alpha(is_guided: bool) -> Guidance {
     if is_guided { Guidance::new(ALPHA).unwrap() } else { Guidance::NEUTRAL }

@@ -10,26 +10,13 @@ use decoupled_dmd::{
 };
 use tch::{Device, Kind, Tensor};
 
-use super::common::reference::{FAKE_GAIN, Reference, TEACHER_GAIN, denoiser};
+use super::common::reference::{
+    FAKE_GAIN, MASKS, Reference, TEACHER_GAIN, USUAL, denoiser, leaf, wide,
+};
 use super::common::{self, BFLOAT16, max_difference, relative, seeded, value};
 
 const ALPHA: f64 = 3.0;
 const KINDS: [Kind; 3] = [Kind::Double, Kind::Float, Kind::BFloat16];
-const USUAL: [(&str, Prediction); 3] = [
-    ("rectified_flow", Prediction::FlowVelocity),
-    ("edm", Prediction::Sample),
-    ("trig_flow", Prediction::Velocity),
-];
-const MASKS: [&str; 2] = ["samples", "elements"];
-
-/// The type of everything but x, which may be bfloat16.
-fn wide(kind: Kind) -> Kind {
-    if kind == Kind::Double { Kind::Double } else { Kind::Float }
-}
-
-fn leaf(tensor: &Tensor, kind: Kind) -> Tensor {
-    tensor.to_kind(kind).detach().set_requires_grad(true)
-}
 
 /// Compares a value, relative to its scale, and its gradients in leaves.
 fn compare(

@@ -10,20 +10,11 @@ use decoupled_dmd::{
 };
 use tch::{Device, Kind, Tensor, nn};
 
-use super::common::reference::Reference;
+use super::common::reference::{Reference, leaf, wide};
 use super::common::{self, BFLOAT16, gaussian_teacher, max_difference, relative, value};
-
-/// The type of everything but x and the real samples, which may be bfloat16.
-fn wide(kind: Kind) -> Kind {
-    if kind == Kind::Double { Kind::Double } else { Kind::Float }
-}
 
 fn input(reference: &Reference, name: &str, kind: Kind) -> Tensor {
     reference.get(name).to_kind(kind)
-}
-
-fn leaf(reference: &Reference, name: &str, kind: Kind) -> Tensor {
-    input(reference, name, kind).detach().set_requires_grad(true)
 }
 
 /// Compares the value of `loss`, relative to itself or to what it is a difference of, and its gradient in
@@ -86,7 +77,7 @@ fn every_value_of_the_reference() -> Result<()> {
 fn mean_variance(reference: &Reference) -> Result<()> {
     let cond = Condition::none();
     for kind in KINDS {
-        let x = leaf(reference, "mv/x", kind);
+        let x = leaf(reference.get("mv/x"), kind);
         let batch = Batch::new(&x, &cond)?;
         let check = |case: &str, term: &MeanVariance| -> Result<()> {
             compare(reference, case, kind, &loss_of(term, &batch)?, &[("x", &x)]);
@@ -143,7 +134,7 @@ fn maximum_mean_discrepancy(reference: &Reference) -> Result<()> {
     ];
     let cond = Condition::none();
     for kind in KINDS {
-        let (x, y) = (leaf(reference, "mmd/x", kind), input(reference, "mmd/y", kind));
+        let (x, y) = (leaf(reference.get("mmd/x"), kind), input(reference, "mmd/y", kind));
         let projection = input(reference, "mmd/projection", wide(kind)).tr();
         let batch = Batch::new(&x, &cond)?.with_real(&y)?;
         for (name, kernel) in &kernels {
@@ -174,7 +165,7 @@ fn adversarial(reference: &Reference) -> Result<()> {
         let sample = |name: &str| input(reference, &format!("gan/{name}"), kind);
         let other = |name: &str| input(reference, &format!("gan/{name}"), wide(kind));
         let weights = |name: &str| other(name).detach().set_requires_grad(true);
-        let (x, y) = (leaf(reference, "gan/x", kind), sample("y"));
+        let (x, y) = (leaf(reference.get("gan/x"), kind), sample("y"));
         let (w1, u, w2) = (weights("w1"), weights("u"), weights("w2"));
         let (cond, real_cond) = (other("cond").into(), Condition::from(other("real_cond")));
         let tau = || PostShift::new(other("tau"));

@@ -8,6 +8,7 @@ mod adversarial_distribution_matching;
 mod augmentation;
 mod cfg_augmentation;
 mod consistency;
+mod differences;
 mod distribution_matching;
 mod divergence;
 mod flow_map;

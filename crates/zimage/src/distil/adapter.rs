@@ -55,9 +55,8 @@ pub fn fake_denoiser<'a>(
         move |x: &Tensor, t: &Tensor, condition: &Condition| -> Result<Tensor> {
             ensure!(condition.len() >= 2, "expected encoded captions and the student's steps");
             let captions = &condition[0];
-            let step = steps.f_index_select(0, &condition[1])?.f_mul_scalar(STEP_SCALE)?;
-            let step = step.f_unsqueeze(1)?.f_to_kind(captions.f_kind()?)?;
-            velocity(network, x, t, &captions.f_add(&step)?)
+            let step = steps.f_index_select(0, &condition[1])?;
+            velocity(network, x, t, &marked(captions, &step)?)
         },
     )
 }
@@ -74,12 +73,17 @@ pub(super) fn flow_map<'a>(
         move |x: &Tensor, from: &Tensor, to: &Tensor, condition: &Condition| -> Result<Tensor> {
             let captions = captions(condition)?;
             let length = to.f_sub(from)?.f_mul_scalar(LENGTH_SCALE)?;
-            let added = time_features(&length)?.f_matmul(lengths)?.f_mul_scalar(STEP_SCALE)?;
-            let added = added.f_unsqueeze(1)?.f_to_kind(captions.f_kind()?)?;
-            velocity(network, x, from, &captions.f_add(&added)?)
+            let length = time_features(&length)?.f_matmul(lengths)?;
+            velocity(network, x, from, &marked(captions, &length)?)
         },
     )
     .shifted(shift)
+}
+
+/// Captions `[B, L, D]` with a row of a trained table, `[B, D]`, on every token.
+fn marked(captions: &Tensor, row: &Tensor) -> Result<Tensor> {
+    let row = row.f_mul_scalar(STEP_SCALE)?.f_unsqueeze(1)?.f_to_kind(captions.f_kind()?)?;
+    Ok(captions.f_add(&row)?)
 }
 
 /// The flow velocity eps - x0. The model's clock is the library's (0 noise, 1 image), but its raw

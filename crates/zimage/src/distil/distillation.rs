@@ -1,7 +1,7 @@
 //! Decoupled DMD on a Z-Image model: the teacher stays, a student and a fake score start equal to it.
 
 use anyhow::{Context, Result, ensure};
-use decoupled_dmd::{Batch, Denoiser, DistributionMatching, FewStepGrid, Sampler};
+use decoupled_dmd::{Batch, Denoiser, FewStepGrid, Sampler};
 use tch::{Kind, Tensor};
 use tch_training::ema::update_average;
 use tch_training::parameters::{prefixed, restore};
@@ -237,8 +237,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
                 record.push(("fake".into(), loss / self.recipe.fake_updates.max(1) as f64));
             }
             let (base, shift) = (self.teacher, self.recipe.shift);
-            let fake = self.fake.as_ref();
-            let dm = fake.map(|fake| DistributionMatching::new(fake.denoiser(base, shift)));
+            let dm = self.fake.as_ref().map(|fake| fake.matching(base, shift));
             record.extend(self.terms.train(rollout, dm.as_ref())?);
         }
         self.update += 1;
@@ -313,8 +312,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
     ) -> Result<(Tensor, Record)> {
         let Rollout { trajectory, captions, .. } = rollout;
         let (base, shift) = (self.teacher, self.recipe.shift);
-        let dm =
-            self.fake.as_ref().map(|fake| DistributionMatching::new(fake.denoiser(base, shift)));
+        let dm = self.fake.as_ref().map(|fake| fake.matching(base, shift));
         let mut objective = self.terms.objective(teacher, dm.as_ref())?;
         if observe {
             objective = objective.observed();

@@ -42,6 +42,15 @@ impl FakeScore {
         fake_denoiser(self.trainer.weights.network(base), &self.steps, shift)
     }
 
+    /// Distribution matching with this fake score.
+    pub fn matching<'a>(
+        &'a self,
+        base: &'a ZImageTransformer,
+        shift: Shift,
+    ) -> DistributionMatching<'a> {
+        DistributionMatching::new(self.denoiser(base, shift))
+    }
+
     /// One update on the samples of a rollout; returns loss and gradient norm as scalar tensors.
     ///
     /// # Errors

@@ -103,10 +103,10 @@ impl Pairs {
                 let made = generate(teacher, prompts, settings, positions, index as u64)?;
                 write_tensors(&file, &made)?;
             }
-            let mut read = read(&file, positions.len() as i64, settings.size)?;
+            let pairs = read(&file, positions.len() as i64, settings.size)?;
             order.extend(positions.iter().map(|position| settings.items[*position as usize]));
-            noise.push(read.remove("noise").context("checked")?);
-            samples.push(read.remove("samples").context("checked")?);
+            noise.push(pairs.0);
+            samples.push(pairs.1);
         }
         ensure!(!order.is_empty(), "there are no captions to make pairs for");
         Ok(Self {
@@ -115,16 +115,6 @@ impl Pairs {
             noise: Tensor::f_cat(&noise, 0)?,
             samples: Tensor::f_cat(&samples, 0)?,
         })
-    }
-
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.items.len()
-    }
-
-    /// Whether there are none, which [`Self::make`] refuses.
-    pub fn is_empty(&self) -> bool {
-        self.items.is_empty()
     }
 
     /// Draws `batch` pairs with replacement, whose captions have one padded length, on `device`.
@@ -190,16 +180,20 @@ fn generate(
     Ok([("noise".to_owned(), noise), ("samples".to_owned(), samples)].into())
 }
 
-fn read(file: &Path, count: i64, [channels, height, width]: [i64; 3]) -> Result<Parameters> {
-    let tensors = read_tensors(file)?;
-    for name in ["noise", "samples"] {
-        let found = tensors.get(name).map(Tensor::size);
-        ensure!(
-            found.as_deref() == Some(&[count, channels, height, width]),
-            "{name} in {} is {found:?}, expected [{count}, {channels}, {height}, {width}]: remove \
-             the file",
-            file.display()
-        );
-    }
-    Ok(tensors)
+/// Noise and samples of a file.
+fn read(file: &Path, count: i64, [channels, height, width]: [i64; 3]) -> Result<(Tensor, Tensor)> {
+    let mut tensors = read_tensors(file)?;
+    let mut take = |name: &str| {
+        let tensor = tensors.remove(name);
+        let found = tensor.as_ref().map(Tensor::size);
+        let fits = found.as_deref() == Some(&[count, channels, height, width]);
+        tensor.filter(|_| fits).with_context(|| {
+            format!(
+                "{name} in {} is {found:?}, expected [{count}, {channels}, {height}, {width}]: \
+                 remove the file",
+                file.display()
+            )
+        })
+    };
+    Ok((take("noise")?, take("samples")?))
 }

@@ -27,14 +27,14 @@ impl RoleTrainer {
         settings: AdamWSettings,
         more: Option<(&str, &Tensor)>,
     ) -> Result<Self> {
-        Self::of(teacher, adapter, settings, more, |_| true)
+        Self::with_trained(teacher, adapter, settings, more, |_| true)
     }
 
     /// The same, but of its own parameters those alone are trained of whose name `is_trained` holds.
     ///
     /// # Errors
     /// As [`Self::new`]; if nothing would be trained.
-    pub fn of(
+    pub fn with_trained(
         teacher: &ZImageTransformer,
         adapter: Option<&LoraSettings>,
         settings: AdamWSettings,

@@ -40,7 +40,7 @@ impl Student {
         let lengths = terms.is_flow_map().then(table).transpose()?;
         let more = lengths.as_ref().map(|table| (LENGTHS, table));
         let is_trained = |name: &str| terms.is_trained(name);
-        let trainer = RoleTrainer::of(teacher, adapter, settings, more, is_trained)?;
+        let trainer = RoleTrainer::with_trained(teacher, adapter, settings, more, is_trained)?;
         Ok(Self { trainer, lengths })
     }
 
