@@ -171,7 +171,7 @@ fn differences_converge_to_the_exact_tangent_on_every_path() -> Result<()> {
         };
         let exact = of(Tangent::Exact)?;
         let error = |tangent| -> Result<f64> { Ok(max_difference(&of(tangent)?, &exact)) };
-        check_orders(&error)?;
+        check_orders(error)?;
         let central = |step| error(Tangent::Central { step });
         // Until rounding: a step a thousand times shorter is worse.
         assert!(central(1e-9)? > central(1e-5)?);
