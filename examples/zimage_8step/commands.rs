@@ -23,7 +23,9 @@ use super::options::{Options, TEACHER};
 /// # Errors
 /// Says what is wrong with an option or a file, or what broke down.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    ensure!(options.count > 0, "--count must be at least 1, found {}", options.count);
+    if options.sample.is_none() {
+        options.refuse_sampling()?;
+    }
     // A student of the embedded model is sampled without its teacher.
     let is_needed = options.sample.is_none() || options.checkpoint != Path::new(TEACHER);
     ensure!(
@@ -134,13 +136,16 @@ fn train_embedded(options: &Options, device: Device) -> Result<ExitCode> {
 /// The exit status of a training. Says where an interrupted one is, and how to go on.
 fn ended(ending: Ending, options: &Options, recipe: &Recipe) -> ExitCode {
     let Ending::Interrupted(updates) = ending else { return ExitCode::SUCCESS };
-    println!(
-        "\nStopped after update {updates} of {}; the state is in {}. The same command goes on from there, \
-         and starts anew with --fresh",
-        recipe.updates,
-        options.out.display()
-    );
+    println!("\nStopped after update {updates} of {}; {}", recipe.updates, way_on(options));
     ExitCode::from(INTERRUPTED)
+}
+
+/// How a run that was stopped goes on.
+pub fn way_on(options: &Options) -> String {
+    // Its own command may say --fresh, which would forget it.
+    let without = if options.fresh { " without --fresh" } else { "" };
+    let out = options.out.display();
+    format!("the state is in {out}. The same command{without} goes on from there")
 }
 
 fn sample_released(options: &Options, device: Device, prompt: &str) -> Result<()> {
@@ -150,7 +155,7 @@ fn sample_released(options: &Options, device: Device, prompt: &str) -> Result<()
     let saved = options.saved_recipe(&student, Preset::ZImage8Step, base.shift())?;
     let pictures = released::Pictures {
         prompt: prompt.to_owned(),
-        count: options.count as usize,
+        count: options.pictures()? as usize,
         seed: options.seed,
         kind: options.kind(),
         device,
@@ -172,7 +177,7 @@ fn sample_embedded(options: &Options, device: Device, caption: &str) -> Result<(
     let saved = options.saved_recipe(&folder, Preset::Embedded, student.shift())?;
     let pictures = embedded::Pictures {
         caption: caption.to_owned(),
-        count: options.count,
+        count: options.pictures()?,
         seed: options.seed,
         device,
         data: options.data().to_owned(),

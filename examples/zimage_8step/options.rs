@@ -54,7 +54,7 @@ const OF_TRAINING: [&str; 27] = [
 /// With --checkpoint and --prompt-file: distils a released Z-Image model on the prompts of a file into
 /// an adapter that diffusers and ComfyUI load. docs/zimage.md goes through it.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, allow_negative_numbers = true)]
 pub struct Options {
     /// Teacher: a diffusers folder with transformer/ and scheduler/, for a released model with
     /// text_encoder/, tokenizer/ and vae/ too
@@ -95,14 +95,14 @@ pub struct Options {
     )]
     pub sample: Option<String>,
     /// Student to sample from; OUT/student by default
-    #[arg(long, value_name = "DIR", help_heading = "Sampling", requires = "sample")]
+    #[arg(long, value_name = "DIR", help_heading = "Sampling")]
     pub student: Option<PathBuf>,
-    /// How many pictures
-    #[arg(long, default_value_t = 8, help_heading = "Sampling", requires = "sample")]
-    pub count: i64,
+    /// How many pictures; 8 by default
+    #[arg(long, help_heading = "Sampling")]
+    pub count: Option<i64>,
     /// Write sample.safetensors too (prompt, noise, pixels), to compare with other programs; for
     /// released checkpoints
-    #[arg(long, help_heading = "Sampling", requires = "sample")]
+    #[arg(long, help_heading = "Sampling")]
     pub tensors: bool,
     /// Numbers to start from; the options below replace single ones. By default embedded, or
     /// zimage-8step for a checkpoint with a text encoder
@@ -121,7 +121,7 @@ pub struct Options {
     /// Shift of the noise levels at which distribution matching looks at the samples
     #[arg(long, value_parser = parse_shift, help_heading = "Recipe")]
     pub dm_shift: Option<Shift>,
-    /// Transition between steps: euler or renoise
+    /// Transition between steps: ddim or renoise
     #[arg(long, value_parser = by_name::<Transition>, help_heading = "Recipe")]
     pub transition: Option<Transition>,
     /// Updates of the student
@@ -275,7 +275,7 @@ impl Options {
                 ensure!(self.preset.is_none(), "--preset: {folder} says how its student was made");
                 saved
             }
-            None => SavedRecipe { recipe: self.recipe(default, shift)?, size: None },
+            None => SavedRecipe { recipe: self.recipe(default, shift)?, size: None, teacher: None },
         };
         let Recipe { steps, transition, .. } = &mut saved.recipe;
         *steps = self.steps.unwrap_or(*steps);
@@ -283,6 +283,31 @@ impl Options {
         ensure!(*steps > 0, "--steps must be at least 1");
         saved.size = self.size.or(saved.size);
         Ok(saved)
+    }
+
+    /// Refuses what training would not look at.
+    ///
+    /// # Errors
+    /// Names the option.
+    pub fn refuse_sampling(&self) -> Result<()> {
+        for (option, is_given) in [
+            ("student", self.student.is_some()),
+            ("count", self.count.is_some()),
+            ("tensors", self.tensors),
+        ] {
+            ensure!(!is_given, "--{option} is for pictures of a prompt: give one with --sample");
+        }
+        Ok(())
+    }
+
+    /// How many pictures to make of a prompt.
+    ///
+    /// # Errors
+    /// If there are none.
+    pub fn pictures(&self) -> Result<i64> {
+        let count = self.count.unwrap_or(8);
+        ensure!(count > 0, "--count must be at least 1, found {count}");
+        Ok(count)
     }
 
     /// Refuses what the embedded model would not look at.

@@ -23,9 +23,6 @@ fn bad_options_are_refused_by_name() -> Result<()> {
         (&["--updates", "many"], "invalid digit"),
         (&["--nonsense"], "unexpected argument"),
         // What would not be looked at.
-        (&["--student", "x"], "--sample"),
-        (&["--count", "2"], "--sample"),
-        (&["--tensors"], "--sample"),
         (&["--sample", "x", "--plan"], "--plan"),
         (&["--sample", "x", "--updates", "3"], "--updates"),
         (&["--sample", "x", "--save-every", "3"], "--save-every"),

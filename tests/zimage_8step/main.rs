@@ -8,6 +8,7 @@ mod embedded;
 #[path = "../../examples/zimage_8step/options.rs"]
 mod options;
 mod released;
+mod trust;
 
 use anyhow::Result;
 use clap::Parser;

@@ -59,6 +59,20 @@ fn arguments(place: &Workplace, more: &[&str]) -> Vec<String> {
     command_line(place, &training)
 }
 
+/// What a training in `place` is told.
+pub fn training_options(place: &Workplace, more: &[&str]) -> Result<Options> {
+    use clap::Parser as _;
+    // Of options that are given twice, clap wants one.
+    let mut arguments = arguments(place, &[]);
+    for pair in more.chunks(2) {
+        match arguments.iter().position(|argument| argument == pair[0]) {
+            Some(place) => pair[1].clone_into(&mut arguments[place + 1]),
+            None => arguments.extend(pair.iter().map(|argument| (*argument).to_owned())),
+        }
+    }
+    Ok(Options::try_parse_from(arguments)?)
+}
+
 /// Not a test: the process that the tests below start, which trains.
 #[test]
 #[ignore = "started by the other tests, with arguments in the environment"]
@@ -91,7 +105,7 @@ fn train(place: &Workplace, more: &[&str]) -> Result<()> {
 }
 
 /// Pictures of "A red fox" by a student, as `--tensors` stores them.
-fn images(place: &Workplace, more: &[&str]) -> Result<Tensor> {
+pub fn images(place: &Workplace, more: &[&str]) -> Result<Tensor> {
     let sampling = ["--sample", "A red fox", "--count", "2", "--float32", "--tensors"];
     let mut options = parsed(place, &[&sampling[..], more].concat())?;
     if more.is_empty() {
@@ -210,7 +224,7 @@ fn a_student_leaves_nothing_of_an_earlier_one() -> Result<()> {
     let _guard = seeded(3);
     let teacher = Pipeline::load(&place.model(), Kind::Float, Device::Cpu)?;
     let recipe = parsed(&place, &["--rank", "2"])?.recipe(Preset::ZImage8Step, teacher.shift)?;
-    let made = SavedRecipe { recipe, size: Some(SIDE) };
+    let made = SavedRecipe { recipe, size: Some(SIDE), teacher: None };
     let folder = place.out();
     let adapter = RoleWeights::new(&teacher.transformer, made.recipe.adapter.as_ref())?;
     let copy = RoleWeights::new(&teacher.transformer, None)?;
@@ -265,7 +279,7 @@ fn a_finished_run_is_not_written_over_by_its_own_command() -> Result<()> {
 }
 
 /// The message of an error, with all its causes.
-fn message<T>(result: Result<T>, what: &str) -> String {
+pub fn message<T>(result: Result<T>, what: &str) -> String {
     match result {
         Ok(_) => panic!("{what} was accepted"),
         Err(error) => format!("{error:#}"),

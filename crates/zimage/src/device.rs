@@ -52,14 +52,20 @@ impl FromStr for DeviceChoice {
     }
 }
 
+/// Libtorch makes as many threads as it is told, whatever becomes of the process.
+pub const MOST_THREADS: i32 = 1024;
+
 /// Gives libtorch so many CPU threads, all cores if nothing is said.
 ///
 /// # Errors
-/// If the number is not positive.
+/// Unless the number is from 1 to [`MOST_THREADS`].
 pub fn set_threads(threads: Option<i32>) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as i32);
     let threads = threads.unwrap_or(cores);
-    ensure!(threads > 0, "threads must be at least 1, found {threads}");
+    ensure!(
+        (1..=MOST_THREADS).contains(&threads),
+        "threads must be from 1 to {MOST_THREADS}, found {threads}"
+    );
     tch::set_num_threads(threads);
     Ok(())
 }

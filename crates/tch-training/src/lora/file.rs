@@ -34,7 +34,7 @@ impl Lora {
 
     /// Reads an adapter for a model with these linear `layers`, in float32 and with a scale of 1: what
     /// [`Self::save`] writes, or what diffusers writes, with its settings in the metadata or not. The scale is
-    /// alpha / rank where there is a `{prefix}{layer}.alpha`.
+    /// alpha / rank where there is a `{prefix}{layer}.alpha`; a scale in the metadata besides is refused.
     ///
     /// Names start with one of the `prefixes`; the first is that of the settings in the metadata too.
     ///
@@ -82,11 +82,24 @@ fn read(path: &Path, layers: &[LinearLayer], prefixes: &[&str], device: Device) 
         }
     }
     no_faults("the adapter", faults)?;
+    let has_alphas = !alphas.is_empty();
     fold_alphas(&mut parameters, alphas)?;
     let prefix = prefixes.first().copied().unwrap_or_default();
-    if let Some(scale) = weights.metadata(METADATA).map(|text| scale(text, prefix)).transpose()? {
-        for (_, up) in parameters.iter_mut().filter(|(name, _)| name.ends_with(HALVES[1])) {
-            *up = up.f_mul_scalar(scale)?;
+    if has_alphas && weights.metadata(METADATA).is_some() {
+        return Err(Error::NotSupported {
+            what: format!("a scale in the settings in {METADATA} and again in tensors of alpha"),
+            found: "both".to_owned(),
+        });
+    }
+    if let Some(text) = weights.metadata(METADATA) {
+        let (alpha, rank) = alpha_and_rank(text, prefix)?;
+        for (name, up) in parameters.iter_mut().filter(|(name, _)| name.ends_with(HALVES[1])) {
+            let found = up.size().last().copied().unwrap_or_default();
+            if found as f64 != rank {
+                let what = format!("another rank of {name} than r {rank} in {METADATA}");
+                return Err(Error::NotSupported { what, found: found.to_string() });
+            }
+            *up = up.f_mul_scalar(alpha / rank)?;
         }
     }
     Lora::from_parameters(layers, &parameters)
@@ -106,8 +119,8 @@ fn fold_alphas(parameters: &mut Parameters, alphas: BTreeMap<String, Tensor>) ->
     no_faults("the adapter", faults)
 }
 
-/// lora_alpha / r of the settings that diffusers may have left in a file.
-fn scale(text: &str, prefix: &str) -> Result<f64> {
+/// lora_alpha and r of the settings that diffusers may have left in a file.
+fn alpha_and_rank(text: &str, prefix: &str) -> Result<(f64, f64)> {
     let settings: Map<String, Value> = serde_json::from_str(text)
         .map_err(|source| Error::Json { place: format!("the metadata {METADATA}"), source })?;
     let setting = |name: &str| settings.get(&format!("{prefix}{name}")).unwrap_or(&Value::Null);
@@ -130,5 +143,5 @@ fn scale(text: &str, prefix: &str) -> Result<f64> {
             found: setting(what).to_string(),
         })
     };
-    Ok(number("lora_alpha")? / number("r")?)
+    Ok((number("lora_alpha")?, number("r")?))
 }

@@ -20,13 +20,28 @@ impl Lock {
     /// # Errors
     /// [`Error::Locked`] if another process has it, [`Error::File`] if the file cannot be made.
     pub fn take(folder: &Path) -> Result<Self> {
-        let path = folder.join(".lock");
-        let file = File::create(&path).map_err(Error::file("creating", &path))?;
+        let file = lock_file(folder)?;
         match FileExt::try_lock(&file) {
             Ok(()) | Err(TryLockError::Error(_)) => Ok(Self { _file: file }),
             Err(TryLockError::WouldBlock) => Err(Error::Locked { folder: folder.to_owned() }),
         }
     }
+
+    /// The same, but waits for the process that has it.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the file cannot be made.
+    pub fn wait(folder: &Path) -> Result<Self> {
+        let file = lock_file(folder)?;
+        // A file system without locks keeps nobody out.
+        let _ = FileExt::lock(&file);
+        Ok(Self { _file: file })
+    }
+}
+
+fn lock_file(folder: &Path) -> Result<File> {
+    let path = folder.join(".lock");
+    File::create(&path).map_err(Error::file("creating", &path))
 }
 
 #[cfg(test)]
@@ -39,7 +54,12 @@ mod tests {
         let lock = Lock::take(folder.path())?;
         let second = Lock::take(folder.path());
         assert!(matches!(second, Err(Error::Locked { .. })), "{second:?}");
+        let path = folder.path().to_owned();
+        let waiting = std::thread::spawn(move || Lock::wait(&path).map(|_lock| ()));
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert!(!waiting.is_finished());
         drop(lock);
+        waiting.join().expect("no panic")?;
         let _third = Lock::take(folder.path())?;
         let missing = Lock::take(&folder.path().join("missing"));
         assert!(matches!(missing, Err(Error::File { action: "creating", .. })), "{missing:?}");

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, ensure};
 use decoupled_dmd::Condition;
 use tch::{Device, Kind, Tensor};
 
-use crate::model::{Role, ZImageTransformer, padded};
+use crate::distil::weights::Network;
+use crate::model::padded;
 
 /// Most tokens that go through the caption side at once.
 const TOKENS: i64 = 8192;
@@ -28,16 +29,17 @@ pub struct Prompts {
 
 impl Prompts {
     /// Encodes the features `[L_i, F]` of captions, and those of the empty one, with the caption side
-    /// of `model`. Features are taken one after the other and dropped soon.
+    /// of `network`. Features are taken one after the other and dropped soon.
     ///
     /// # Errors
     /// If there are no captions, or features do not fit the model.
-    pub fn from_features(
-        model: &ZImageTransformer,
+    pub fn from_features<'n>(
+        network: impl Into<Network<'n>>,
         features: impl IntoIterator<Item = Result<Tensor>>,
         empty: &Tensor,
     ) -> Result<Self> {
         let _guard = tch::no_grad_guard();
+        let network = network.into();
         let mut captions = Vec::new();
         let mut waiting: BTreeMap<i64, Vec<(usize, Tensor)>> = BTreeMap::new();
         for (index, features) in features.into_iter().enumerate() {
@@ -52,19 +54,20 @@ impl Prompts {
             let group = waiting.entry(length).or_default();
             group.push((index, features));
             if group.len() as i64 >= TOKENS / length {
-                encode_group(model, group, &mut captions)?;
+                encode_group(network, group, &mut captions)?;
             }
         }
         for group in waiting.values_mut().filter(|group| !group.is_empty()) {
-            encode_group(model, group, &mut captions)?;
+            encode_group(network, group, &mut captions)?;
         }
         ensure!(!captions.is_empty(), "there are no captions");
         Ok(Self {
             captions: captions.into_iter().collect::<Option<_>>().context("a caption was lost")?,
-            empty: model
-                .encode_captions(std::slice::from_ref(empty), Role::BASE)
+            empty: network
+                .model
+                .encode_captions(std::slice::from_ref(empty), network.role)
                 .context("the features of the empty caption")?,
-            device: model.device(),
+            device: network.model.device(),
         })
     }
 
@@ -128,13 +131,14 @@ impl Prompts {
 
 /// Encodes captions of one padded length and puts them where they belong.
 fn encode_group(
-    model: &ZImageTransformer,
+    network: Network<'_>,
     group: &mut Vec<(usize, Tensor)>,
     captions: &mut [Option<Tensor>],
 ) -> Result<()> {
     let (places, features): (Vec<usize>, Vec<Tensor>) = group.drain(..).unzip();
-    let encoded = model
-        .encode_captions(&features, Role::BASE)
+    let encoded = network
+        .model
+        .encode_captions(&features, network.role)
         .with_context(|| format!("the features of captions {places:?}"))?
         .f_to_device(Device::Cpu)?;
     for (place, row) in places.into_iter().zip(encoded.f_unbind(0)?) {

@@ -64,6 +64,38 @@ pub struct Recipe {
 }
 
 impl Recipe {
+    /// Settings that are valid and train little or nothing, a sentence each.
+    pub fn cautions(&self) -> Vec<String> {
+        let mut cautions = Vec::new();
+        if self.updates <= self.warmup {
+            cautions.push(format!(
+                "{} updates are not more than the {} of the warm-up: the learning rate never reaches its value, \
+                 and the student will hardly move",
+                self.updates, self.warmup
+            ));
+        }
+        if self.fake_updates == 0 {
+            cautions.push(
+                "the fake score is not trained: it stays the teacher, and distribution matching stays zero"
+                    .to_owned(),
+            );
+        }
+        if self.guidance.is_neutral() {
+            cautions.push(
+                "guidance 1 is neutral: CFG Augmentation, the engine, is zero, and the student learns no guidance"
+                    .to_owned(),
+            );
+        }
+        cautions
+    }
+
+    /// Prints [`Self::cautions`] as warnings on standard error.
+    pub(crate) fn print_cautions(&self) {
+        for caution in self.cautions() {
+            eprintln!("warning: {caution}");
+        }
+    }
+
     /// Refuses an adapter that does not fit a model, or of which nothing would be trained.
     ///
     /// # Errors

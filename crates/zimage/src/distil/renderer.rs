@@ -50,8 +50,8 @@ impl<'a> Renderer<'a> {
     /// Pictures `[N, 3, H, W]`, of which black is -1 and white is 1.
     ///
     /// # Errors
-    /// If there are fewer prompts than rows of noise, the noise does not fit the model, or the
-    /// autoencoder cannot be read.
+    /// If there are fewer prompts than rows of noise, the noise does not fit the model, the autoencoder cannot
+    /// be read, or latents or pictures are not finite.
     pub fn render<'n>(&self, network: impl Into<Network<'n>>, run: Sampling) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
         let Sampling { steps, guidance, transition } = run;
@@ -70,7 +70,14 @@ impl<'a> Renderer<'a> {
             .collect::<Result<Vec<_>>>()?;
         // Not kept while training, which needs the memory.
         let decoder = Decoder::load(self.checkpoint, Kind::Float, self.device)?;
-        decoder.decode_in_parts(&Tensor::f_cat(&latents, 0)?, 1)
+        let latents = Tensor::f_cat(&latents, 0)?;
+        let is_finite = |tensor: &Tensor| {
+            Ok::<_, anyhow::Error>(bool::try_from(tensor.f_isfinite()?.f_all()?)?)
+        };
+        ensure!(is_finite(&latents)?, "the transformer made latents that are not finite");
+        let images = decoder.decode_in_parts(&latents, 1)?;
+        ensure!(is_finite(&images)?, "the autoencoder made pictures that are not finite");
+        Ok(images)
     }
 }
 

@@ -126,12 +126,14 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
              distilled away already: distil the base model, or there is nothing left to learn from"
         );
     }
+    recipe.print_cautions();
     create_folder(out)?;
+    let fingerprint_of_teacher = checkpoint.fingerprint()?;
     let identity = json!({
         "recipe": recipe,
         "size": side,
         "float32": kind == Kind::Float,
-        "teacher": checkpoint.fingerprint()?,
+        "teacher": fingerprint_of_teacher,
         "data": fingerprint(&training.prompt_file)?,
     });
     let (mut states, _lock) = open_states(out, &identity, training.start)?;
@@ -154,7 +156,11 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
     let items: Vec<i64> = (0..prompts.len() as i64).collect();
     let base = &teacher.transformer;
     let mut distillation = Distillation::new(recipe.clone(), base, &encoded, &items, size)?;
-    let saved = SavedRecipe { recipe: recipe.clone(), size: Some(side) };
+    let saved = SavedRecipe {
+        recipe: recipe.clone(),
+        size: Some(side),
+        teacher: Some(fingerprint_of_teacher),
+    };
     let keep = |student: &Path, weights: &RoleWeights, merged: bool| -> Result<()> {
         save_student(student, &teacher, weights, merged, &saved)?;
         write_model_card(student, folder, side, recipe)
@@ -248,6 +254,14 @@ pub fn sample(
     );
     // A whole student takes the place of the base.
     let source = if is_adapter { base.clone() } else { Checkpoint::open(student)? };
+    let is_other = |teacher: &String| Ok::<_, anyhow::Error>(*teacher != base.fingerprint()?);
+    if is_adapter && saved.teacher.as_ref().map(is_other).transpose()? == Some(true) {
+        eprintln!(
+            "warning: the student in {} was made from another model than {}",
+            student.display(),
+            base.folder().display()
+        );
+    }
     let config = source.config();
     source.check()?;
     let size = latent_size(base.folder(), config, saved.size.unwrap_or(SIDE))?;
@@ -259,13 +273,17 @@ pub fn sample(
         let encoder = TextEncoder::load(base.folder(), *kind, *device)?;
         encoder.encode(&[prompt, ""])?
     };
-    let pipeline = source.load_observed(*kind, *device)?;
-    let copies = (0..*count).map(|_| Ok(features[0].shallow_clone()));
-    let encoded = Prompts::from_features(&pipeline.transformer, copies, &features[1])?;
-    let noise = draw_noise(*seed, *count, size)?;
-    let renderer = Renderer::new(base.folder(), &pipeline, &encoded, *seed, noise);
+    let mut pipeline = source.load_observed(*kind, *device)?;
+    // An adapter is run on the grid of its training, whatever the scheduler of its base says.
+    if is_adapter {
+        pipeline.shift = saved.recipe.shift;
+    }
     let role = lora.as_ref().map_or(Role::BASE, Role::adapted);
     let network = Network { model: &pipeline.transformer, role };
+    let copies = (0..*count).map(|_| Ok(features[0].shallow_clone()));
+    let encoded = Prompts::from_features(network, copies, &features[1])?;
+    let noise = draw_noise(*seed, *count, size)?;
+    let renderer = Renderer::new(base.folder(), &pipeline, &encoded, *seed, noise);
     let images = renderer.render(network, few_steps(&saved.recipe))?;
     create_folder(out)?;
     let path = out.join("sample.png");

@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::Device;
@@ -24,13 +24,17 @@ pub const REPORT: &str = "report.json";
 /// File of the recipe beside a student.
 const RECIPE: &str = "recipe.json";
 
-/// The recipe beside a student, and the side of its pictures in pixels where that was chosen.
+/// How a student was made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SavedRecipe {
     #[serde(flatten)]
     pub recipe: Recipe,
+    /// The side of its pictures in pixels, where that was chosen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<i64>,
+    /// [`Checkpoint::fingerprint`](crate::model::Checkpoint::fingerprint) of its teacher, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<String>,
 }
 
 impl SavedRecipe {
@@ -51,7 +55,7 @@ impl SavedRecipe {
 /// `merged`, an adapter becomes such a folder too. What an earlier student has left in the folder goes.
 ///
 /// # Errors
-/// If a file cannot be written.
+/// If a weight is not finite, or a file cannot be written.
 pub fn save_student(
     folder: &Path,
     teacher: &Pipeline,
@@ -59,6 +63,13 @@ pub fn save_student(
     merged: bool,
     saved: &SavedRecipe,
 ) -> Result<()> {
+    for (name, weight) in weights.parameters() {
+        ensure!(
+            bool::try_from(weight.f_isfinite()?.f_all()?)?,
+            "the student's {name} is not finite: nothing is written to {}. A lower learning rate may help",
+            folder.display()
+        );
+    }
     create_folder(folder)?;
     write_json(&folder.join(RECIPE), saved)?;
     let transformer = match weights {
@@ -94,7 +105,7 @@ fn remove(path: &Path, remove: impl Fn(&Path) -> std::io::Result<()>) -> Result<
 pub enum Start {
     /// It goes on from its state, if it is unfinished.
     Resume,
-    /// It is forgotten, finished or not.
+    /// It is forgotten, finished or not, with all that it has made.
     Fresh,
 }
 
@@ -122,7 +133,7 @@ pub fn open_states(out: &Path, identity: &Value, start: Start) -> Result<(StateF
     let (folder, report) = (out.join("state"), out.join(REPORT));
     if start == Start::Fresh {
         let states = StateFolder::open_fresh(&folder, identity)?;
-        remove(&report, |path| fs::remove_file(path))?;
+        remove_results(out)?;
         return Ok((states, lock));
     }
     let states = StateFolder::open(&folder, identity)?;
@@ -130,4 +141,31 @@ pub fn open_states(out: &Path, identity: &Value, start: Start) -> Result<(StateF
         bail!(FinishedRun { folder: out.to_owned() });
     }
     Ok((states, lock))
+}
+
+/// Removes what an earlier run has made in a folder, so that nothing is taken for the work of the next.
+fn remove_results(out: &Path) -> Result<()> {
+    let entries = fs::read_dir(out).with_context(|| format!("reading {}", out.display()))?;
+    for entry in entries {
+        let path = entry.with_context(|| format!("reading {}", out.display()))?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+        if is_result(name) {
+            if path.is_dir() {
+                remove(&path, |path| fs::remove_dir_all(path))?;
+            } else {
+                remove(&path, |path| fs::remove_file(path))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether a run gives this name to something that it makes: a student, a picture, curves, its report.
+fn is_result(name: &str) -> bool {
+    let is_numbered =
+        |rest: &str| rest.len() >= 6 && rest.bytes().all(|byte| byte.is_ascii_digit());
+    let preview = name.strip_prefix("preview-").and_then(|rest| rest.strip_suffix(".png"));
+    [REPORT, "student", "samples.png", "curves.svg"].contains(&name)
+        || name.strip_prefix("student-").is_some_and(is_numbered)
+        || preview.is_some_and(is_numbered)
 }

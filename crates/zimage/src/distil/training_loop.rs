@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, anyhow};
 use serde_json::{Value, json};
 use tch_training::run::{Interrupt, Log, Progress, StateFolder};
 
@@ -62,6 +62,8 @@ struct Session<'s> {
     start: Instant,
     /// Seconds of earlier sessions.
     before: f64,
+    /// The update after which the state was saved last.
+    saved: Option<u64>,
 }
 
 impl Session<'_> {
@@ -69,9 +71,22 @@ impl Session<'_> {
         self.before + self.start.elapsed().as_secs_f64()
     }
 
+    /// Where an update that failed leaves the run.
+    fn kept(&self, update: u64, out: &Path) -> String {
+        let state = match self.saved {
+            Some(saved) => format!("the state after update {saved} is kept in {}", out.display()),
+            None => "no state was saved before".to_owned(),
+        };
+        format!(
+            "update {update} of the student; {state}. The draws are the same each time: a lower learning rate \
+             of the student or of the fake score, or another seed, leads elsewhere"
+        )
+    }
+
     fn save<T: Terms>(&mut self, distillation: &Distillation<'_, T>) -> Result<()> {
         let log_bytes = self.log.sync()?;
         let progress = Progress { seconds: self.seconds(), log_bytes };
+        self.saved = Some(distillation.updates());
         Ok(self.states.save(&distillation.state(), progress)?)
     }
 }
@@ -92,6 +107,7 @@ pub fn train_student<T: Terms>(
     let updates = distillation.recipe().updates;
     let saved = states.load()?;
     let progress = saved.as_ref().map(|(_, progress)| *progress).unwrap_or_default();
+    let is_resumed = saved.is_some();
     // Taken, so that a second copy of the state is not kept until the end.
     if let Some((tensors, _)) = saved {
         distillation.load_state(&tensors)?;
@@ -103,7 +119,13 @@ pub fn train_student<T: Terms>(
         Vec::new()
     });
     let mut history: History = lines.iter().filter_map(observed).collect();
-    let mut session = Session { states, log, start: Instant::now(), before: progress.seconds };
+    let mut session = Session {
+        states,
+        log,
+        start: Instant::now(),
+        before: progress.seconds,
+        saved: is_resumed.then(|| distillation.updates()),
+    };
 
     let bar =
         progress_bar(Some(updates), "{pos}/{len} updates, {elapsed} gone, {eta} left  {msg}")?;
@@ -123,13 +145,20 @@ pub fn train_student<T: Terms>(
         }
         let observe = is_due(distillation.updates() + 1, intervals.observe);
         let record = distillation.step(observe)?;
-        distillation.check_gradients()?;
         let update = distillation.updates();
+        let kept = || session.kept(distillation.updates(), out);
+        distillation.check_gradients().with_context(kept)?;
         let of = |name: &str| record.iter().find(|(n, _)| n == name).map_or(f64::NAN, |(_, v)| *v);
-        ensure!(
-            record.iter().all(|(_, value)| value.is_finite()),
-            "training broke down at update {update}: {record:?}"
-        );
+        if let Some((name, value)) = record.iter().find(|(_, value)| !value.is_finite()) {
+            return Err(anyhow!("training broke down: {name} is {value}")).with_context(kept);
+        }
+        if of("ca") == 0.0 && !distillation.recipe().guidance.is_neutral() {
+            return Err(anyhow!(
+                "CFG Augmentation is exactly zero: the teacher answers with and without the caption alike. Are \
+                 the features of the captions, or the weights that read them, zero?"
+            ))
+            .with_context(kept);
+        }
         bar.set_message(format!("CA {:.3}  DM {:.4}  fake {:.3}", of("ca"), of("dm"), of("fake")));
         bar.inc(1);
         if observe {

@@ -70,6 +70,10 @@ pub fn sample(student: &Checkpoint, recipe: &Recipe, pictures: &Pictures) -> Res
     let denoiser = denoiser(&student.transformer, student.shift);
     let grid = FewStepGrid::even(recipe.steps)?;
     let images = Sampler::new(&denoiser, grid, recipe.transition).sample(&noise, &cond)?;
+    ensure!(
+        bool::try_from(images.f_isfinite()?.f_all()?)?,
+        "the student made pictures that are not finite"
+    );
     let path = out.join("sample.png");
     create_folder(out)?;
     write_grid(&path, &images, count.min(8), 4)?;
@@ -116,10 +120,12 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
     let classifier = Classifier::load(&training.classifier, Kind::Float, device)?;
     let judge = Judge::new(classifier, &data)?;
     let evaluator = Evaluator::new(judge, &prompts, &data, teacher.shift, count, 0)?;
+    recipe.print_cautions();
     create_folder(out)?;
+    let fingerprint_of_teacher = checkpoint.fingerprint()?;
     let identity = json!({
         "recipe": recipe,
-        "teacher": checkpoint.fingerprint()?,
+        "teacher": fingerprint_of_teacher,
         "data": fingerprint(&training.data)?,
     });
     let (mut states, _lock) = open_states(out, &identity, training.start)?;
@@ -200,7 +206,8 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
     )?;
     write_curves(&out.join("curves.svg"), &history)?;
     let student_folder = out.join("student");
-    let saved = SavedRecipe { recipe: recipe.clone(), size: None };
+    let saved =
+        SavedRecipe { recipe: recipe.clone(), size: None, teacher: Some(fingerprint_of_teacher) };
     save_student(&student_folder, &teacher, &distillation.student_weights().role, true, &saved)?;
     println!("\n{}", table(&rows));
     println!(

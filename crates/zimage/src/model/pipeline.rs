@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use decoupled_dmd::Shift;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use tch::{Device, Kind};
 use tch_training::files::{read_json, write_json};
 
@@ -22,6 +23,19 @@ pub struct Pipeline {
     pub shift: Shift,
 }
 
+/// The scheduler of diffusers whose grid is ours.
+const SCHEDULER: &str = "FlowMatchEulerDiscreteScheduler";
+/// Settings of it that would make another grid, or other steps.
+const OTHER_GRIDS: [&str; 7] = [
+    "use_dynamic_shifting",
+    "shift_terminal",
+    "invert_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "stochastic_sampling",
+];
+
 /// `scheduler/scheduler_config.json`, as diffusers writes it.
 #[derive(Serialize, Deserialize)]
 struct Scheduler {
@@ -29,8 +43,8 @@ struct Scheduler {
     class_name: String,
     num_train_timesteps: u32,
     shift: f64,
-    #[serde(default)]
-    use_dynamic_shifting: bool,
+    #[serde(flatten)]
+    more: Map<String, Value>,
 }
 
 impl Pipeline {
@@ -48,14 +62,14 @@ impl Pipeline {
     /// If a file cannot be written.
     pub fn save(&self, folder: &Path) -> Result<()> {
         let scheduler = Scheduler {
-            class_name: "FlowMatchEulerDiscreteScheduler".into(),
+            class_name: SCHEDULER.into(),
             num_train_timesteps: 1000,
             shift: self.shift.get(),
-            use_dynamic_shifting: false,
+            more: Map::from_iter([("use_dynamic_shifting".to_owned(), false.into())]),
         };
         let index = serde_json::json!({
             "_class_name": "ZImagePipeline",
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "scheduler": ["diffusers", SCHEDULER],
             "transformer": ["diffusers", "ZImageTransformer2DModel"],
         });
         fs::create_dir_all(folder.join("scheduler"))
@@ -73,8 +87,20 @@ impl Pipeline {
 pub(super) fn read_shift(folder: &Path) -> Result<Shift> {
     let path = folder.join("scheduler/scheduler_config.json");
     let scheduler: Scheduler = read_json(&path)?;
-    if scheduler.use_dynamic_shifting {
-        bail!("{}: use_dynamic_shifting is not supported, Z-Image does not use it", path.display());
+    ensure!(
+        scheduler.class_name == SCHEDULER,
+        "{}: the scheduler is {}, and students are trained for the grid of {SCHEDULER}",
+        path.display(),
+        scheduler.class_name
+    );
+    for setting in OTHER_GRIDS {
+        let found = scheduler.more.get(setting).unwrap_or(&Value::Null);
+        ensure!(
+            matches!(found, Value::Null | Value::Bool(false)),
+            "{}: {setting} is {found}, which is not supported: the student would be trained for another \
+             grid than it is sampled on",
+            path.display()
+        );
     }
     Shift::new(scheduler.shift).with_context(|| path.display().to_string())
 }

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
 use crate::text::qwen3::Qwen3Encoder;
-use crate::text::tokenizer::PromptTokenizer;
+use crate::text::tokenizer::{MAX_TOKENS, PromptTokenizer};
 
 /// Tokenizer and language model of a diffusers folder.
 #[derive(Debug)]
@@ -34,7 +34,8 @@ impl TextEncoder {
 
     /// Features `[L_i, F]` of each prompt, L_i its own number of tokens, in the dtype and on the
     /// device of the weights. Prompts are run one by one, so that there is neither padding nor a mask;
-    /// those of a training are encoded once and kept.
+    /// those of a training are encoded once and kept. A prompt of more than [`MAX_TOKENS`] is cut off at its
+    /// end, with a warning on standard error.
     ///
     /// # Errors
     /// If the tokenizer or libtorch fails, or features are not finite (as in float16, which is too
@@ -43,11 +44,29 @@ impl TextEncoder {
         prompts
             .iter()
             .map(|prompt| {
-                let features = self.model.forward(&self.tokenizer.encode(prompt)?)?;
+                let (ids, cut) = self.tokenizer.encode(prompt)?;
+                if cut > 0 {
+                    eprintln!(
+                        "warning: {cut} tokens at the end of {:?} are cut off: a prompt has at most \
+                         {MAX_TOKENS}, its frame included",
+                        beginning(prompt)
+                    );
+                }
+                let features = self.model.forward(&ids)?;
                 let finite = features.f_isfinite()?.f_all()?;
                 ensure!(bool::try_from(&finite)?, "features of {prompt:?} are not finite");
                 Ok(features)
             })
             .collect()
     }
+}
+
+/// The first words of a prompt, by which it is known.
+fn beginning(prompt: &str) -> String {
+    const CHARACTERS: usize = 60;
+    let mut text: String = prompt.chars().take(CHARACTERS).collect();
+    if text.len() < prompt.len() {
+        text.push('…');
+    }
+    text
 }

@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 use tch_training::Parameters;
-use tch_training::files::{read_json, write_json};
-use tch_training::run::Hash;
+use tch_training::files::{create_folder, read_json, write_json};
+use tch_training::run::{Hash, Lock};
 use tch_training::safetensors::{read_tensors, write_tensors};
 
 use crate::progress::progress_bar;
@@ -87,7 +87,8 @@ impl FeatureCache {
     /// Adds to the cache in `folder`, which is made where there is none, the features of `prompts` and
     /// of the empty prompt, by the text encoder of the diffusers folder `model` in `kind`. Entries that
     /// are there already stay, so that an interrupted run goes on where it was; broken ones are made
-    /// anew. The encoder is loaded only if something is to be made.
+    /// anew. The encoder is loaded only if something is to be made. Runs may share a folder: one encodes at a
+    /// time, and the others wait for it.
     ///
     /// `progress` is told after each prompt how many are done, and of how many.
     ///
@@ -101,6 +102,14 @@ impl FeatureCache {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self> {
         let key = encoder_key(model, kind)?;
+        create_folder(folder)?;
+        let _lock = match Lock::take(folder) {
+            Err(tch_training::Error::Locked { .. }) => {
+                eprintln!("Waiting for another run, which encodes prompts in {}", folder.display());
+                Lock::wait(folder)
+            }
+            lock => lock,
+        }?;
         let mut encoder = None;
         let cache = if folder.join(MANIFEST).exists() {
             let cache = Self::open(folder)?;
@@ -150,7 +159,6 @@ impl FeatureCache {
     }
 
     fn create(folder: &Path, manifest: Manifest) -> Result<Self> {
-        fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
         write_json(&folder.join(MANIFEST), &manifest)?;
         Ok(Self { folder: folder.into(), manifest })
     }

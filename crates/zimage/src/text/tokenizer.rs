@@ -57,14 +57,15 @@ impl PromptTokenizer {
         Ok(tokenizer)
     }
 
-    /// Ids of the framed prompt, at most [`MAX_TOKENS`].
+    /// Ids of the framed prompt, at most [`MAX_TOKENS`], and how many are cut off behind them.
     ///
     /// # Errors
     /// If the tokenizer fails.
-    pub fn encode(&self, prompt: &str) -> Result<Vec<i64>> {
+    pub fn encode(&self, prompt: &str) -> Result<(Vec<i64>, usize)> {
         let mut ids = self.split(&frame(prompt))?;
+        let cut = ids.len().saturating_sub(MAX_TOKENS);
         ids.truncate(MAX_TOKENS);
-        Ok(ids)
+        Ok((ids, cut))
     }
 
     fn split(&self, text: &str) -> Result<Vec<i64>> {

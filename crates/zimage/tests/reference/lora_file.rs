@@ -147,11 +147,11 @@ fn files_of_other_programs_load_with_their_scale() -> Result<()> {
 
     // Rank and alpha in the metadata, as diffusers writes them.
     let named = |(name, t): (String, Tensor)| (format!("transformer.{name}"), t.detach());
-    let tensors = lora.parameters().into_iter().map(named).collect();
+    let tensors: Parameters = lora.parameters().into_iter().map(named).collect();
     let moved = max_difference(&output(&tensors)?, &expected);
     assert!(moved > 1e-2, "the scale must matter");
     let plain = std::fs::read(&path)?;
-    let with_metadata = |settings: &str| -> Result<Lora> {
+    let with_metadata = |plain: &[u8], settings: &str| -> Result<Lora> {
         let (length, rest) = plain.split_at(8);
         let length = u64::from_le_bytes(length.try_into()?) as usize;
         let mut header: serde_json::Value = serde_json::from_slice(&rest[..length])?;
@@ -165,7 +165,7 @@ fn files_of_other_programs_load_with_their_scale() -> Result<()> {
         )?;
         Ok(Lora::load(&path, &model.config().linears(), &ADAPTER_PREFIXES, Device::Cpu)?)
     };
-    let loaded = with_metadata(r#"{"transformer.r": 3, "transformer.lora_alpha": 6}"#)?;
+    let loaded = with_metadata(&plain, r#"{"transformer.r": 3, "transformer.lora_alpha": 6}"#)?;
     let found = inputs.run(&model, Role::adapted(&loaded))?;
     assert_rounding("metadata", &expected, &found, &exact);
     for (settings, part) in [
@@ -179,11 +179,21 @@ fn files_of_other_programs_load_with_their_scale() -> Result<()> {
             r#"{"transformer.r": 3, "transformer.lora_alpha": 6, "transformer.rank_pattern": {"w1": 2}}"#,
             "rank_pattern",
         ),
+        (r#"{"transformer.r": 4, "transformer.lora_alpha": 6}"#, "another rank of"),
         ("rank 3", "parsing the metadata"),
     ] {
-        let error = format!("{:#}", with_metadata(settings).expect_err(part));
+        let error = format!("{:#}", with_metadata(&plain, settings).expect_err(part));
         assert!(error.contains(part), "{error}");
     }
+    // A scale that is said twice would be taken twice.
+    let mut twice = tensors;
+    for module in lora.pairs().keys() {
+        twice.insert(format!("transformer.{module}.alpha"), Tensor::from(6.0f32));
+    }
+    write_tensors(&path, &twice)?;
+    let settings = r#"{"transformer.r": 3, "transformer.lora_alpha": 6}"#;
+    let refused = with_metadata(&std::fs::read(&path)?, settings).expect_err("two scales");
+    assert!(format!("{refused:#}").contains("again in tensors of alpha"), "{refused:#}");
     Ok(())
 }
 
