@@ -3,9 +3,10 @@
 
 use tch::{Kind, Tensor};
 
+use crate::arithmetic::{Arithmetic, number};
 use crate::checks::{check_device, check_range, check_samples, check_size};
 use crate::error::{Error, Result};
-use crate::numeric::{batch_size, compute_kind, per_sample, sample_mean, widen};
+use crate::numeric::{batch_size, compute_kind, masked, per_sample, sample_mean, widen};
 use crate::renoising::normal_quantile;
 use crate::value::checked;
 
@@ -181,12 +182,12 @@ impl AugmentationDraw {
 
     /// A column mapped from [0, 1] to `[low, high]`.
     fn between(&self, column: i64, low: f64, high: f64) -> Result<Tensor> {
-        Ok(self.column(column)?.f_mul_scalar(high - low)?.f_add_scalar(low)?)
+        self.column(column)?.times(high - low)?.plus(low)
     }
 
     /// A column as normal numbers of the standard deviation `std`.
     fn normal(&self, column: i64, std: f64) -> Result<Tensor> {
-        Ok(normal_quantile(&self.column(column)?)?.f_mul_scalar(std)?)
+        normal_quantile(&self.column(column)?)?.times(std)
     }
 
     fn moved(&self, x: &Tensor, blit: bool, geometric: bool) -> Result<Tensor> {
@@ -195,14 +196,16 @@ impl AugmentationDraw {
         let (tall, wide) = (height as f64, width as f64);
         let mut total = Affine::identity(&self.column(0)?)?;
         if blit {
-            let flip = self.column(0)?.f_lt(0.5)?.f_to_kind(Kind::Double)?;
-            total = total.scaled(&flip.f_mul_scalar(-2.0)?.f_add_scalar(1.0)?, None)?;
+            let flip = self.column(0)?.below(0.5)?.f_to_kind(Kind::Double)?;
+            total = total.scaled(&flip.times(-2.0)?.plus(1.0)?, None)?;
             // 1 at the number of quarter turns, so that no cosine is rounded.
-            let turns = self.column(1)?.f_mul_scalar(4.0)?.f_floor()?.f_clamp_max(3.0)?;
-            let is = |turn: f64| turns.f_eq(turn)?.f_to_kind(Kind::Double);
+            let turns = self.column(1)?.times(4.0)?.f_floor()?.at_most(3.0)?;
+            let is = |turn: f64| -> Result<Tensor> {
+                Ok(turns.f_eq_tensor(&number(turn, &turns)?)?.f_to_kind(Kind::Double)?)
+            };
             total = total.turned(&is(0.0)?.f_sub(&is(2.0)?)?, &is(1.0)?.f_sub(&is(3.0)?)?)?;
             let whole = |column, side: f64| -> Result<Tensor> {
-                Ok(self.between(column, -0.125, 0.125)?.f_mul_scalar(side)?.f_round()?.f_neg()?)
+                Ok(self.between(column, -0.125, 0.125)?.times(side)?.f_round()?.f_neg()?)
             };
             total = total.shifted(&whole(2, wide)?, &whole(3, tall)?)?;
         }
@@ -252,14 +255,16 @@ impl AugmentationDraw {
             if let Some(length) = shape.iter_mut().rev().nth(from_end) {
                 *length = count;
             }
-            let places = Tensor::f_arange(count, (Kind::Double, x.device()))?;
-            let places = places.f_add_scalar(0.5)?.f_div_scalar(count as f64)?;
+            // 1, 2, .. to the middles of the elements.
+            let places =
+                Tensor::f_ones([count], (Kind::Double, x.device()))?.f_cumsum(0, None::<Kind>)?;
+            let places = places.minus(0.5)?.over(count as f64)?;
             let centre = per_sample(&self.column(column)?, x)?;
             let distance = places.f_view(shape.as_slice())?.f_sub(&centre)?.f_abs()?;
-            Ok(distance.f_lt(0.5 * side)?)
+            distance.below(0.5 * side)
         };
         let cut = within(0, 13)?.f_logical_and(&within(1, 14)?)?;
-        Ok(x.f_where_scalarother(&cut.f_logical_not()?, 0.0)?)
+        masked(x, Some(&cut.f_logical_not()?))
     }
 }
 

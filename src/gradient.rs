@@ -3,6 +3,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::arithmetic::Arithmetic;
 use crate::checks::{check_like, check_samples};
 use crate::error::{Error, Result};
 use crate::numeric::{row_squares, widen};
@@ -27,10 +28,10 @@ pub fn surrogate(x: &Tensor, direction: &Tensor) -> Result<Tensor> {
     let x = widen(x)?;
     let direction = direction.f_detach()?.f_to_kind(x.f_kind()?)?;
     let squares = row_squares(&direction)?.f_sum(None::<Kind>)?;
-    let value = squares.f_mul_scalar(0.5 / x.numel() as f64)?;
+    let value = squares.times(0.5 / x.numel() as f64)?;
     // Only the gradient of the slope is used. A dot product makes no temporary.
     let slope = x.f_flatten(0, -1)?.f_dot(&direction.f_flatten(0, -1)?)?;
-    let slope = slope.f_div_scalar(x.numel() as f64)?;
+    let slope = slope.over(x.numel() as f64)?;
     // The bracket is exactly zero, so the value keeps all its bits.
     Ok(value.f_add(&slope.f_detach()?.f_sub(&slope)?)?)
 }

@@ -65,6 +65,7 @@
     )
 )]
 
+mod arithmetic;
 mod augmentation;
 mod batch;
 mod checks;

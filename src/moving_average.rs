@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor, no_grad_guard};
 
+use crate::arithmetic::Arithmetic;
 use crate::checks::check_size;
 use crate::error::{Error, Result};
 use crate::value::checked;
@@ -58,7 +59,7 @@ pub fn move_toward<'t>(
     for (mut parameter, target) in fitting {
         // One at a time: a copy of all would be as large as the network.
         let target = target.f_to_device(parameter.device())?.f_to_kind(parameter.f_kind()?)?;
-        let _ = parameter.f_lerp_(&target, share)?;
+        let _ = parameter.toward_(&target, share)?;
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use crate::arithmetic::{Arithmetic, number};
 use crate::error::Result;
 use crate::guidance::Guidance;
 use crate::numeric::{masked, masked_mean, sample_distance};
@@ -197,21 +198,20 @@ impl Normalizer {
                 let sum = masked(&distance, mask)?.f_sum(None::<Kind>)?;
                 let mean = match mask {
                     Some(mask) => sum.f_div(&mask.f_sum(Kind::Int64)?)?,
-                    None => sum.f_div_scalar(x.numel() as f64)?,
+                    None => sum.over(x.numel() as f64)?,
                 };
                 let batch: Vec<i64> = x.size().into_iter().take(1).collect();
                 mean.f_expand(batch, false)?
             }
         };
         Ok(match self.guard {
-            Guard::None => Distance { guarded: mean.f_le(0.0)?, n: mean },
+            Guard::None => Distance { guarded: mean.f_le_tensor(&number(0.0, &mean)?)?, n: mean },
             Guard::Floor(floor) => {
-                Distance { guarded: mean.f_lt(floor.get())?, n: mean.f_clamp_min(floor.get())? }
+                Distance { guarded: mean.below(floor.get())?, n: mean.at_least(floor.get())? }
             }
-            Guard::Epsilon(epsilon) => Distance {
-                guarded: mean.f_lt(epsilon.get())?,
-                n: mean.f_add_scalar(epsilon.get())?,
-            },
+            Guard::Epsilon(epsilon) => {
+                Distance { guarded: mean.below(epsilon.get())?, n: mean.plus(epsilon.get())? }
+            }
         })
     }
 }

@@ -4,6 +4,7 @@ use std::cell::OnceCell;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 
 /// The type to compute in: float32, or float64 where the input has it.
@@ -48,7 +49,7 @@ pub(crate) fn per_sample(values: &Tensor, like: &Tensor) -> Result<Tensor> {
 pub(crate) fn slope(difference: &Tensor, between: &Tensor) -> Result<Tensor> {
     let between = per_sample(&between.f_to_kind(difference.f_kind()?)?, difference)?;
     let slope = difference.f_div(&between)?;
-    Ok(slope.f_where_self(&between.f_abs()?.f_gt(0.0)?, &slope.f_zeros_like()?)?)
+    Ok(slope.f_where_self(&between.f_abs()?.above(0.0)?, &slope.f_zeros_like()?)?)
 }
 
 /// Mean over everything but the batch, `[B]`.
@@ -68,26 +69,41 @@ pub(crate) fn sample_distance(one: &Tensor, two: &Tensor) -> Result<Tensor> {
     let rows = |tensor: &Tensor| tensor.f_reshape([-1, 1, width]);
     let distances = Tensor::f_cdist(&rows(one)?, &rows(two)?, 1.0, None::<i64>)?;
     let per_sample = distances.f_reshape([batch_size(one), -1])?;
-    Ok(per_sample.f_mean_dim(&[1i64][..], false, None::<Kind>)?.f_div_scalar(width)?)
+    per_sample.f_mean_dim(&[1i64][..], false, None::<Kind>)?.over(width as f64)
 }
 
 /// Sums of squares over the last axis, `[B, ..]` to `[B, ..]` with one axis less: as exact as squaring and
 /// summing, without a tensor of the squares.
 pub(crate) fn row_squares(tensor: &Tensor) -> Result<Tensor> {
-    Ok(tensor.f_norm_scalaropt_dim(2.0, &[-1i64][..], false)?.f_square()?)
+    Ok(frobenius_norm(tensor, -2, false)?.f_square()?)
+}
+
+/// The norm over `axis`, of which 1 is left.
+pub(crate) fn norm(tensor: &Tensor, axis: i64) -> Result<Tensor> {
+    Ok(frobenius_norm(tensor, axis, true)?.f_squeeze_dim(-1)?)
+}
+
+/// The norm over `axis` of a tensor to which an axis is added at the end: the norm of matrices is the one that tch
+/// asks for by a name and not by a number.
+fn frobenius_norm(tensor: &Tensor, axis: i64, is_kept: bool) -> Result<Tensor> {
+    let matrices = tensor.f_unsqueeze(-1)?;
+    Ok(matrices.f_linalg_norm_ord_str("fro", &[axis, -1][..], is_kept, None::<Kind>)?)
 }
 
 /// Mean of all elements, written as sum / count: its gradient stays an expanded scalar, where libtorch's own
 /// mean makes a full tensor, until an operation needs the latter.
 pub(crate) fn mean(tensor: &Tensor) -> Result<Tensor> {
-    Ok(tensor.f_sum(None::<Kind>)?.f_div_scalar(tensor.numel() as f64)?)
+    tensor.f_sum(None::<Kind>)?.over(tensor.numel() as f64)
 }
 
 /// `tensor` with zeros where `mask`, a boolean of its shape, is false, also in place of NaN; no gradient
 /// passes there.
 pub(crate) fn masked(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     match mask {
-        Some(mask) => Ok(tensor.f_where_scalarother(mask, 0.0)?),
+        Some(mask) => {
+            let zero = Tensor::f_zeros([0i64; 0], (tensor.f_kind()?, tensor.device()))?;
+            Ok(tensor.f_where_self(mask, &zero)?)
+        }
         None => Ok(tensor.shallow_clone()),
     }
 }
@@ -106,7 +122,7 @@ pub(crate) fn masked_mean(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tens
     let kept = mask.f_flatten(1, -1)?.f_sum_dim_intlist(&[1i64][..], false, Kind::Int64)?;
     let sum = masked(tensor, Some(mask))?.f_flatten(1, -1)?;
     let sum = sum.f_sum_dim_intlist(&[1i64][..], false, None::<Kind>)?;
-    Ok(sum.f_div(&kept.f_clamp_min(1)?)?)
+    Ok(sum.f_div(&kept.f_maximum(&kept.f_ones_like()?)?)?)
 }
 
 /// Unit Gaussian noise with the shape, type and device of `like`.

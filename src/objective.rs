@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor, no_grad_guard};
 
+use crate::arithmetic::Arithmetic;
 use crate::batch::Batch;
 use crate::checks::{check_per_sample, check_size};
 use crate::denoiser::Denoiser;
@@ -268,7 +269,7 @@ impl<'a> Objective<'a> {
                     return Err(Error::SameName { name: name.clone() });
                 }
                 let loss = term.loss(&probe).map_err(|error| error.in_term(name))?;
-                let weighted = loss.f_mul_scalar(*weight)?;
+                let weighted = loss.times(*weight)?;
                 total = Some(match total {
                     Some(total) => total.f_add(&weighted)?,
                     None => weighted,

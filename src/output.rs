@@ -4,9 +4,10 @@ use std::cell::OnceCell;
 
 use tch::Tensor;
 
+use crate::arithmetic::{Arithmetic, filled, number};
 use crate::error::Result;
 use crate::guidance::Guidance;
-use crate::numeric::{once, per_sample, widen};
+use crate::numeric::{norm, once, per_sample, widen};
 use crate::path::{Coefficients, NoisePath};
 use crate::prediction::Prediction;
 use crate::time::PostShift;
@@ -85,17 +86,18 @@ impl ModelOutput {
     /// # Errors
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
     pub fn guided(&self, null: &Self, guidance: Guidance) -> Result<Self> {
-        let mut output = null.output.f_lerp(&self.output, guidance.get())?;
+        let mut output = null.output.toward(&self.output, guidance.get())?;
         if guidance.is_rescaled() {
-            let norm = |tensor: &Tensor| tensor.f_norm_scalaropt_dim(2.0, &[1i64][..], true);
             // Where the guided output vanishes it stays zero.
             let least = f64::from(f32::MIN_POSITIVE);
-            let factor = norm(&self.output)?.f_div(&norm(&output)?.f_clamp_min(least)?)?;
+            let factor = norm(&self.output, 1)?.f_div(&norm(&output, 1)?.at_least(least)?)?;
             output = output.f_mul(&factor)?;
         }
         if let Some((low, high)) = guidance.interval() {
             let time = self.time.tensor();
-            let inside = time.f_ge(low)?.f_logical_and(&time.f_le(high)?)?;
+            let inside = time
+                .f_ge_tensor(&number(low, time)?)?
+                .f_logical_and(&time.f_le_tensor(&number(high, time)?)?)?;
             output = output.f_where_self(&per_sample(&inside, &self.output)?, &self.output)?;
         }
         Ok(Self {
@@ -164,9 +166,9 @@ impl Difference {
     pub(crate) fn over(self, n: Option<&Tensor>) -> Result<Tensor> {
         let mut tensor = widen(&self.tensor)?;
         let factor = match n {
-            Some(n) => Some(per_sample(&n.f_reciprocal()?, &tensor)?.f_mul_scalar(self.weight)?),
+            Some(n) => Some(per_sample(&n.f_reciprocal()?, &tensor)?.times(self.weight)?),
             None if (self.weight - 1.0).abs() > 0.0 => {
-                Some(Tensor::f_full([1], self.weight, (tensor.f_kind()?, tensor.device()))?)
+                Some(filled(&[1], self.weight, (tensor.f_kind()?, tensor.device()))?)
             }
             None => None,
         };

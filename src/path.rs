@@ -16,6 +16,7 @@ pub use variance_preserving::VariancePreserving;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::arithmetic::Arithmetic;
 use crate::checks::{check_like, check_per_sample, check_samples};
 use crate::error::Result;
 use crate::numeric::{compute_kind, numbers, per_sample, widen, widen_like};
@@ -180,7 +181,7 @@ pub trait NoisePath {
         let what = "share of noise at the cleanest time";
         checked(what, "positive: a clean sample has no noise", level, level > 0.0)?;
         let kept = to.data.f_mul(&from.noise)?.f_div(&from.data)?.f_div(&to.noise)?;
-        let added = kept.f_square()?.f_neg()?.f_add_scalar(1.0)?;
+        let added = kept.f_square()?.complement()?;
         let [least] = numbers([added.f_min()?])?;
         let what = "share of fresh noise";
         // Times in float32 that are equal may give a share below 0 by their rounding.
@@ -190,7 +191,7 @@ pub trait NoisePath {
             least,
             least >= -1e-5,
         )?;
-        let added = added.f_clamp_min(0.0)?.f_sqrt()?;
+        let added = added.at_least(0.0)?.f_sqrt()?;
         let (kept, added) = (factor(&kept, implied)?, factor(&added, implied)?);
         Ok(widen(implied)?.f_mul(&kept)?.f_add(&widen_like(fresh, implied)?.f_mul(&added)?)?)
     }

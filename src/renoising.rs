@@ -14,6 +14,7 @@ pub use uniform::{AboveStudent, Uniform};
 
 use tch::Tensor;
 
+use crate::arithmetic::Arithmetic;
 use crate::checks::{check_per_sample, check_range, check_samples, check_vector};
 use crate::error::Result;
 use crate::numeric::{batch_size, compute_kind};
@@ -63,7 +64,7 @@ forward_time_distribution!(std::rc::Rc<S>);
 
 /// Standard normal numbers for unit-uniform draws, at most [`Z_MAX`] from 0.
 pub(crate) fn normal_quantile(u: &Tensor) -> Result<Tensor> {
-    Ok(u.f_special_ndtri()?.f_clamp(-Z_MAX, Z_MAX)?)
+    u.f_special_ndtri()?.within(-Z_MAX, Z_MAX)
 }
 
 /// The re-noising of a group: a [`TimeDistribution`] of tau, and the [`Shift`] of its times. The path of the

@@ -235,7 +235,7 @@ impl<'a> Sampler<'a> {
             let _no_grad = no_grad_guard();
             let path = self.denoiser.path();
             let noised = path.renoise(real, &time, noise)?;
-            let first = per_sample(&steps.f_eq(0)?, real)?;
+            let first = per_sample(&steps.f_logical_not()?, real)?;
             path.start(noise)?.f_where_self(&first, &noised)?
         };
         self.evaluate(input, time, student_time, cond)

@@ -10,6 +10,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::arithmetic::{Arithmetic, filled};
 use crate::checks::{check_floating, check_range, check_size, check_vector};
 use crate::error::{Error, Result};
 use crate::numeric::{widen, widen_like};
@@ -54,9 +55,8 @@ macro_rules! time_methods {
                 check_floating($what, options.0)?;
                 checked($what, "in [0, 1]", time, (0.0..=1.0).contains(&time))?;
                 // As the type rounds it: in bfloat16, 0.999 is 1.
-                let time =
-                    Tensor::f_full([1], time, (options.0, Device::Cpu))?.f_double_value(&[0])?;
-                Ok(Self::within(Tensor::f_full([batch], time, options)?, (time, time)))
+                let time = filled(&[], time, (options.0, Device::Cpu))?.f_double_value(&[])?;
+                Ok(Self::within(filled(&[batch], time, options)?, (time, time)))
             }
 
             /// Times that are known to lie in `range`. The range is on the host, so that checks of the
@@ -77,7 +77,7 @@ macro_rules! time_methods {
             /// [`Error::OutOfRange`] unless `by` is in [-1, 1].
             pub fn moved(&self, by: f64) -> Result<Self> {
                 checked("distance in time", "in [-1, 1]", by, (-1.0..=1.0).contains(&by))?;
-                let times = widen(&self.times)?.f_add_scalar(by)?.f_clamp(0.0, 1.0)?;
+                let times = widen(&self.times)?.plus(by)?.within(0.0, 1.0)?;
                 let moved = |end: f64| (end + by).clamp(0.0, 1.0);
                 Ok(Self::within(times, (moved(self.range.0), moved(self.range.1))))
             }
@@ -106,7 +106,7 @@ impl PostShift {
     pub fn between(&self, other: &Self, share: f64) -> Result<Self> {
         checked("share of the way", "in [0, 1]", share, (0.0..=1.0).contains(&share))?;
         self.check_count(other)?;
-        let times = widen(&self.times)?.f_lerp(&widen_like(&other.times, &self.times)?, share)?;
+        let times = widen(&self.times)?.toward(&widen_like(&other.times, &self.times)?, share)?;
         let end = |one: f64, two: f64| one + share * (two - one);
         let range = (end(self.range.0, other.range.0), end(self.range.1, other.range.1));
         Ok(Self::within(times, range))
@@ -251,7 +251,7 @@ fn rational(t: &Tensor, k: f64) -> Result<Tensor> {
     let t = widen(t)?;
     // The sum as written: t plus a number that is not negative never rounds below t, so that no quotient
     // exceeds 1. With `t (1 - k) + k` one can.
-    let denominator = t.f_neg()?.f_add_scalar(1.0)?.f_mul_scalar(k)?.f_add(&t)?;
+    let denominator = t.complement()?.times(k)?.f_add(&t)?;
     Ok(t.f_div(&denominator)?)
 }
 

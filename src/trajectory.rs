@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::arithmetic::whole_number;
 use crate::checks::check_device;
 use crate::error::{Error, Result};
 use crate::grid::FewStepGrid;
@@ -78,8 +79,9 @@ pub(crate) fn spread_steps(count: i64, batch: i64, device: Device) -> Result<Ten
     // are taken equally often, up to one, and each sample takes all of them with one probability.
     let offset = Tensor::f_randint(count.saturating_mul(batch), [1], options)?;
     let order = Tensor::f_randperm(batch, options)?;
-    let points = order.f_mul_scalar(count)?.f_add(&offset)?;
-    Ok(points.f_div_scalar_mode(batch, "floor")?.f_remainder(count)?)
+    let (count, batch) = (whole_number(count)?, whole_number(batch)?);
+    let points = order.f_mul(&count)?.f_add(&offset)?;
+    Ok(points.f_div_tensor_mode(&batch, "floor")?.f_remainder_tensor(&count)?)
 }
 
 /// Refuses anything but `batch` whole numbers below `count`, on the device of `like`. Reads them.

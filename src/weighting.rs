@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 use crate::path::Coefficients;
 use crate::prediction::Prediction;
@@ -92,12 +93,12 @@ impl Weighting {
             }
             Weight::MinSnr(clip) => {
                 let Gain { snr, plain, .. } = Gain::of(own, at)?;
-                snr.f_minimum(&plain.f_mul_scalar(clip.get())?)?
+                snr.f_minimum(&plain.times(clip.get())?)?
             }
             Weight::Edm(std) => {
                 // (sigma^2 + d^2) / (sigma d)^2 = 1 / d^2 + SNR
                 let Gain { snr, plain, .. } = Gain::of(own, at)?;
-                snr.f_add(&plain.f_div_scalar(std.get() * std.get())?)?
+                snr.f_add(&plain.over(std.get() * std.get())?)?
             }
         };
         Ok(Some(factor))

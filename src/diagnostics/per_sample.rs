@@ -2,7 +2,9 @@
 
 use tch::{Kind, Tensor};
 
+use crate::arithmetic::number_like;
 use crate::error::{Error, Result};
+use crate::numeric::masked;
 
 /// One number for each sample of the batch, on the device. Samples at which it is undefined are marked: a
 /// cosine with a vanishing vector, a sample that is not finite or wholly masked.
@@ -16,7 +18,7 @@ impl PerSample {
     /// `values` `[B]` where `defined` (booleans `[B]`) says so and they are finite.
     pub(crate) fn new(values: Tensor, defined: &Tensor) -> Result<Self> {
         let defined = values.f_isfinite()?.f_logical_and(defined)?;
-        let values = values.f_to_kind(Kind::Double)?.f_where_scalarother(&defined, 0.0)?;
+        let values = masked(&values.f_to_kind(Kind::Double)?, Some(&defined))?;
         Ok(Self { values, defined })
     }
 
@@ -69,9 +71,14 @@ impl PerSample {
     /// # Errors
     /// [`Error::Torch`] if libtorch fails.
     pub fn to_vec(&self) -> Result<Vec<Option<f64>>> {
-        let values = self.values.f_where_scalarother(&self.defined, f64::NAN)?;
+        let values = self.or_else(f64::NAN)?;
         let values = Vec::<f64>::try_from(values).map_err(Error::from)?;
         Ok(values.into_iter().map(|value| (!value.is_nan()).then_some(value)).collect())
+    }
+
+    /// The values, with `number` where undefined.
+    fn or_else(&self, number: f64) -> Result<Tensor> {
+        Ok(self.values.f_where_self(&self.defined, &number_like(number, &self.values)?)?)
     }
 
     /// NaN if no sample is defined.
@@ -82,12 +89,12 @@ impl PerSample {
 
     /// Infinite if no sample is defined.
     pub(crate) fn min_tensor(&self) -> Result<Tensor> {
-        Ok(self.values.f_where_scalarother(&self.defined, f64::INFINITY)?.f_min()?)
+        Ok(self.or_else(f64::INFINITY)?.f_min()?)
     }
 
     /// Infinite if no sample is defined.
     pub(crate) fn max_tensor(&self) -> Result<Tensor> {
-        Ok(self.values.f_where_scalarother(&self.defined, f64::NEG_INFINITY)?.f_max()?)
+        Ok(self.or_else(f64::NEG_INFINITY)?.f_max()?)
     }
 
     /// The standard deviation over the samples, from the biased variance; NaN if none is defined.

@@ -3,6 +3,7 @@
 use tch::{Kind, Tensor};
 
 use super::{PerSample, any_kept};
+use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 use crate::normalizer::Distance;
 use crate::numeric::{compute_kind, masked_mean};
@@ -79,7 +80,7 @@ impl TermDiagnostics {
         let mask = self.mask.as_ref();
         let rms =
             |t: &Tensor| -> Result<Tensor> { Ok(masked_mean(&t.f_square()?, mask)?.f_sqrt()?) };
-        let smallest = rms(noised)?.f_mul_scalar(resolution(noised)?)?;
+        let smallest = rms(noised)?.times(resolution(noised)?)?;
         let (real_rms, fake_rms) = (rms(real)?, rms(fake)?);
         let real_there = real_rms.f_gt_tensor(&smallest)?;
         let both_there = fake_rms.f_gt_tensor(&smallest)?.f_logical_and(&real_there)?;
@@ -141,7 +142,7 @@ pub(super) fn cos_of(one: &TermDiagnostics, two: &TermDiagnostics) -> Result<Opt
     let (Some(left), Some(left_rms)) = (&one.direction, &one.update_rms) else { return Ok(None) };
     let (Some(right), Some(right_rms)) = (&two.direction, &two.update_rms) else { return Ok(None) };
     let there = |rms: &PerSample| -> Result<Tensor> {
-        Ok(rms.values().f_gt(resolution(left)?)?.f_logical_and(rms.defined())?)
+        Ok(rms.values().above(resolution(left)?)?.f_logical_and(rms.defined())?)
     };
     let defined = there(left_rms)?.f_logical_and(&there(right_rms)?)?;
     let product = masked_mean(&left.f_mul(right)?, one.mask.as_ref())?;

@@ -8,6 +8,7 @@ use std::cell::{Cell, OnceCell};
 pub use tangent::Tangent;
 use tch::Tensor;
 
+use crate::arithmetic::{Arithmetic, number};
 use crate::denoiser::Denoiser;
 use crate::engine::Engine;
 use crate::error::Result;
@@ -227,7 +228,8 @@ impl<'a> Consistency<'a> {
         let to = shift.apply(&shift.invert(point.time)?.moved(step)?)?;
         let target = self.at(probe, &point, &to)?;
         // The consistency function is the identity at the clean end.
-        let at_the_end = per_sample(&to.tensor().f_ge(1.0)?, &point.teacher)?;
+        let at_the_end =
+            per_sample(&to.tensor().f_ge_tensor(&number(1.0, to.tensor())?)?, &point.teacher)?;
         Ok(point.teacher.f_where_self(&at_the_end, target.sample()?)?.f_sub(&point.own)?)
     }
 
@@ -242,19 +244,19 @@ impl<'a> Consistency<'a> {
         let mut direction = if w > 0.0 {
             let slope = self.slope(probe, &point, tangent, &angle)?;
             // T = -c df/dphi
-            slope.f_mul(&c.f_mul_scalar(-w)?)?
+            slope.f_mul(&c.times(-w)?)?
         } else {
             like.f_zeros_like()?
         };
         if w < 1.0 {
-            let factor = c.f_square()?.f_div(&q)?.f_mul_scalar(1.0 - w)?;
+            let factor = c.f_square()?.f_div(&q)?.times(1.0 - w)?;
             direction = direction.f_addcmul(&point.teacher.f_sub(like)?, &factor)?;
         }
         let rms = probe.masked_mean(&direction.f_square()?)?.f_sqrt()?;
         probe.observe("tangent_rms", || Ok(rms.shallow_clone()))?;
-        let mut divisor = q.f_mul_scalar(self.data_std.get())?;
+        let mut divisor = q.times(self.data_std.get())?;
         if let Some(kappa) = self.kappa {
-            divisor = divisor.f_mul(&per_sample(&rms.f_add_scalar(kappa)?, like)?)?;
+            divisor = divisor.f_mul(&per_sample(&rms.plus(kappa)?, like)?)?;
         }
         Ok(direction.f_div(&divisor)?)
     }
@@ -284,11 +286,10 @@ impl<'a> Consistency<'a> {
                     let rms = |tensor: &Tensor| -> Result<Tensor> {
                         Ok(probe.masked_mean(&tensor.f_square()?)?.f_sqrt()?)
                     };
-                    let two = Tensor::f_full([1], 2.0, (ahead.f_kind()?, ahead.device()))?;
-                    let bend = ahead.f_add(behind)?.f_sub(&point.own.f_mul(&two)?)?;
+                    let bend = ahead.f_add(behind)?.f_sub(&point.own.times(2.0)?)?;
                     let (bend, difference) = (rms(&bend)?, rms(&ahead.f_sub(behind)?)?);
                     let share = bend.f_div(&bend.f_add(&difference)?)?;
-                    Ok(share.f_where_self(&difference.f_gt(0.0)?, &share.f_ones_like()?)?)
+                    Ok(share.f_where_self(&difference.above(0.0)?, &share.f_ones_like()?)?)
                 })?;
                 slope(&ahead.f_sub(behind)?, &angle_at(&to)?.minus(&angle_at(&from)?)?)
             }
@@ -312,7 +313,7 @@ impl Engine for Consistency<'_> {
                     None => direction,
                     Some(kappa) => {
                         let rms = probe.masked_mean(&direction.f_square()?)?.f_sqrt()?;
-                        direction.f_div(&per_sample(&rms.f_add_scalar(kappa)?, &direction)?)?
+                        direction.f_div(&per_sample(&rms.plus(kappa)?, &direction)?)?
                     }
                 }
             }

@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor, no_grad_guard};
 
+use crate::arithmetic::Arithmetic;
 use crate::batch::Batch;
 use crate::checks::{check_like, check_per_sample};
 use crate::denoiser::Denoiser;
@@ -228,7 +229,7 @@ impl<'a> MeanFlow<'a> {
         let from = if self.from_noise { earlier.f_zeros_like()? } else { earlier };
         let mut to = one.tensor().f_maximum(two.tensor())?;
         if self.instantaneous > 0.0 {
-            let same = unit_uniform(x)?.f_lt(self.instantaneous)?;
+            let same = unit_uniform(x)?.below(self.instantaneous)?;
             to = from.f_where_self(&same, &to)?;
         }
         let from = if self.from_noise { PreShift::within(from, (0.0, 0.0)) } else { within(from) };
@@ -282,7 +283,7 @@ impl<'a> MeanFlow<'a> {
         let squares = sample_mean(&error)?;
         let raw = squares.f_detach()?;
         let weighted = if self.power > 0.0 {
-            let weight = raw.f_add_scalar(self.constant.get())?.f_pow_tensor_scalar(-self.power)?;
+            let weight = raw.plus(self.constant.get())?.power(-self.power)?;
             squares.f_mul(&weight)?
         } else {
             squares
@@ -305,9 +306,9 @@ impl<'a> MeanFlow<'a> {
             FlowRule::Fraction { share } => {
                 let v = self.velocity(batch, x, from)?;
                 let middle = from.between(to, share)?;
-                let point = x.f_sub(&v.f_mul(&length.f_mul_scalar(share)?)?)?;
+                let point = x.f_sub(&v.f_mul(&length.times(share)?)?)?;
                 let rest = u(&point, &middle, to)?;
-                Ok(rest.f_lerp(&v, share)?)
+                rest.toward(&v, share)
             }
             FlowRule::Eulerian(tangent) => {
                 let v = self.velocity(batch, x, from)?;

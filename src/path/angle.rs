@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 use crate::numeric::{per_sample, widen_like};
 use crate::path::{Coefficients, NoisePath, coefficients_at};
@@ -46,7 +47,7 @@ impl NoiseAngle {
     pub fn at(path: &dyn NoisePath, time: &PostShift, data_std: f64) -> Result<Self> {
         let data_std = Positive::new("standard deviation of the data", data_std)?.get();
         let Coefficients { data, noise } = path.coefficients(time)?;
-        let data = data.f_to_kind(Kind::Double)?.f_mul_scalar(data_std)?;
+        let data = data.f_to_kind(Kind::Double)?.times(data_std)?;
         let noise = noise.f_to_kind(Kind::Double)?;
         let norm = data.f_hypot(&noise)?;
         Ok(Self {

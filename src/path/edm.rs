@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use crate::arithmetic::Arithmetic;
 use crate::checks::{check_like, check_per_sample, check_samples, check_vector};
 use crate::error::Result;
 use crate::network::IntoOutput;
@@ -75,8 +76,8 @@ impl Edm {
     pub fn sigma(&self, t: &Tensor) -> Result<Tensor> {
         check_vector("t", t)?;
         let (low, high) = self.roots();
-        let root = wide_time(t)?.f_mul_scalar(low - high)?.f_add_scalar(high)?;
-        Ok(root.f_pow_tensor_scalar(self.rho)?)
+        let root = wide_time(t)?.times(low - high)?.plus(high)?;
+        root.power(self.rho)
     }
 
     /// The crate's time at which sigma is `sigma`.
@@ -98,21 +99,21 @@ impl Edm {
         let valid = is_positive(sigma_data);
         checked("sigma_data", "finite and positive", sigma_data, valid)?;
         let sigma = self.sigma(t)?;
-        let variance = sigma.f_square()?.f_add_scalar(sigma_data * sigma_data)?;
+        let variance = sigma.f_square()?.plus(sigma_data * sigma_data)?;
         Ok(Preconditioning {
-            skip: variance.f_reciprocal()?.f_mul_scalar(sigma_data * sigma_data)?,
-            output: sigma.f_mul_scalar(sigma_data)?.f_mul(&variance.f_rsqrt()?)?,
+            skip: variance.f_reciprocal()?.times(sigma_data * sigma_data)?,
+            output: sigma.times(sigma_data)?.f_mul(&variance.f_rsqrt()?)?,
             input: variance.f_rsqrt()?,
-            noise: sigma.f_log()?.f_mul_scalar(0.25)?,
+            noise: sigma.f_log()?.times(0.25)?,
         })
     }
 
     /// The times `[B]` of sigmas `[B]`, which are first clamped to their range.
     pub(crate) fn times_near(&self, sigma: &Tensor) -> Result<Tensor> {
         let (low, high) = self.roots();
-        let root = sigma.f_clamp(self.sigma_min, self.sigma_max)?;
-        let root = root.f_pow_tensor_scalar(self.rho.recip())?;
-        Ok(root.f_sub_scalar(high)?.f_div_scalar(low - high)?.f_clamp(0.0, 1.0)?)
+        let root = sigma.within(self.sigma_min, self.sigma_max)?;
+        let root = root.power(self.rho.recip())?;
+        root.minus(high)?.over(low - high)?.within(0.0, 1.0)
     }
 
     fn roots(&self) -> (f64, f64) {

@@ -1,5 +1,6 @@
 //! Rectified flow, the straight path.
 
+use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 use crate::numeric::widen;
 use crate::path::{Coefficients, NoisePath};
@@ -19,7 +20,7 @@ impl NoisePath for RectifiedFlow {
     fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
         // A single rounding in the type of the time: float64 would not improve on it.
         let data = widen(time.tensor())?;
-        let noise = data.f_neg()?.f_add_scalar(1.0)?;
+        let noise = data.complement()?;
         Ok(Coefficients { data, noise })
     }
 

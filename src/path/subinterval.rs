@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 use crate::path::{Coefficients, NoisePath, coefficients_at, wide_time};
 use crate::time::{PostShift, Shift};
@@ -48,7 +49,7 @@ impl<P: NoisePath> Subinterval<P> {
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
     pub fn base_time(&self, time: &PostShift) -> Result<PostShift> {
         let (low, high) = time.range();
-        let times = time.tensor().f_mul_scalar(self.end)?;
+        let times = time.tensor().times(self.end)?;
         Ok(PostShift::within(times, (low * self.end, high * self.end)))
     }
 
@@ -70,8 +71,8 @@ impl<P: NoisePath> Subinterval<P> {
         let base = self.path.coefficients(&self.base_time(time)?)?;
         let level = wide_time(&base.noise)?;
         let Coefficients { data, noise } = self.coefficients(time)?;
-        let of_sample = noise.f_div(&level)?.f_square()?.f_mul_scalar(self.data)?;
-        let of_noised = level.f_reciprocal()?.f_mul_scalar(self.noise)?.f_square()?.f_mul(&data)?;
+        let of_sample = noise.f_div(&level)?.f_square()?.times(self.data)?;
+        let of_noised = level.f_reciprocal()?.times(self.noise)?.f_square()?.f_mul(&data)?;
         Ok(Some(Coefficients { data: of_sample, noise: of_noised }))
     }
 }
@@ -82,9 +83,9 @@ impl<P: NoisePath> NoisePath for Subinterval<P> {
         if self.noise <= 0.0 {
             return Ok(base);
         }
-        let data = wide_time(&base.data)?.f_div_scalar(self.data)?;
-        let kept = data.f_mul_scalar(self.noise)?.f_square()?;
-        let noise = wide_time(&base.noise)?.f_square()?.f_sub(&kept)?.f_clamp_min(0.0)?.f_sqrt()?;
+        let data = wide_time(&base.data)?.over(self.data)?;
+        let kept = data.times(self.noise)?.f_square()?;
+        let noise = wide_time(&base.noise)?.f_square()?.f_sub(&kept)?.at_least(0.0)?.f_sqrt()?;
         Ok(Coefficients { data, noise })
     }
 

@@ -4,6 +4,7 @@ use std::f64::consts::FRAC_PI_2;
 
 use tch::Tensor;
 
+use crate::arithmetic::Arithmetic;
 use crate::checks::check_vector;
 use crate::error::Result;
 use crate::path::{Coefficients, NoisePath, wide_time};
@@ -31,14 +32,14 @@ impl TrigFlow {
     /// and floating point.
     pub fn angle(&self, t: &Tensor) -> Result<Tensor> {
         check_vector("t", t)?;
-        Ok(wide_time(t)?.f_neg()?.f_add_scalar(1.0)?.f_mul_scalar(FRAC_PI_2)?)
+        wide_time(t)?.complement()?.times(FRAC_PI_2)
     }
 }
 
 impl NoisePath for TrigFlow {
     fn coefficients(&self, time: &PostShift) -> Result<Coefficients> {
         // cos(pi/2 (1 - t)) as a sine: exactly zero at the noise end, and precise near it.
-        let data = wide_time(time.tensor())?.f_mul_scalar(FRAC_PI_2)?.f_sin()?;
+        let data = wide_time(time.tensor())?.times(FRAC_PI_2)?.f_sin()?;
         Ok(Coefficients { data, noise: self.angle(time.tensor())?.f_sin()? })
     }
 }

@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use crate::arithmetic::Arithmetic;
 use crate::checks::{check_samples, check_vector};
 use crate::error::{Error, Result};
 use crate::numeric::widen;
@@ -116,11 +117,11 @@ impl VariancePreserving {
     /// [`Error::Shape`] or [`Error::Kind`] unless `t` is `[B]` and floating point.
     pub fn timestep(&self, t: &Tensor) -> Result<Tensor> {
         check_vector("t", t)?;
-        let reversed = wide_time(t)?.f_neg()?.f_add_scalar(1.0)?;
+        let reversed = wide_time(t)?.complement()?;
         let Form::Table(table) = &self.0 else { return Ok(reversed) };
         let levels = table.len() as f64;
-        let index = reversed.f_mul_scalar(levels)?.f_round()?.f_sub_scalar(1.0)?;
-        Ok(index.f_clamp(0.0, levels - 1.0)?.f_to_kind(Kind::Int64)?)
+        let index = reversed.times(levels)?.f_round()?.minus(1.0)?;
+        Ok(index.within(0.0, levels - 1.0)?.f_to_kind(Kind::Int64)?)
     }
 
     /// The crate's time at which [`timestep`](Self::timestep) is `timestep`: an index in [0, N - 1] of
@@ -181,10 +182,10 @@ impl NoisePath for VariancePreserving {
         let timestep = self.timestep(time.tensor())?;
         match &self.0 {
             Form::Linear { beta_min, beta_max } => {
-                let slope = timestep.f_mul_scalar((beta_max - beta_min) / 2.0)?;
-                let log_abar = slope.f_add_scalar(*beta_min)?.f_mul(&timestep)?.f_neg()?;
+                let slope = timestep.times((beta_max - beta_min) / 2.0)?;
+                let log_abar = slope.plus(*beta_min)?.f_mul(&timestep)?.f_neg()?;
                 Ok(Coefficients {
-                    data: log_abar.f_mul_scalar(0.5)?.f_exp()?,
+                    data: log_abar.times(0.5)?.f_exp()?,
                     // 1 - abar without the cancellation near the clean end.
                     noise: log_abar.f_expm1()?.f_neg()?.f_sqrt()?,
                 })
@@ -195,7 +196,7 @@ impl NoisePath for VariancePreserving {
                 let table =
                     Tensor::f_from_slice(table)?.f_to_device_(device, Kind::Double, true, false)?;
                 let abar = table.f_index_select(0, &timestep)?;
-                let noise = abar.f_neg()?.f_add_scalar(1.0)?.f_sqrt()?;
+                let noise = abar.complement()?.f_sqrt()?;
                 Ok(Coefficients { data: abar.f_sqrt()?, noise })
             }
         }

@@ -4,6 +4,7 @@ use std::cell::OnceCell;
 
 use tch::{Tensor, no_grad_guard};
 
+use crate::arithmetic::Arithmetic;
 use crate::batch::Batch;
 use crate::checks::check_per_sample;
 use crate::denoiser::Denoiser;
@@ -121,7 +122,7 @@ impl<'a> DistributionMatching<'a> {
         }
         let log_ratio = log_ratio(probe)?;
         check_per_sample("log ratio", &log_ratio, probe.x())?;
-        let ratio = widen_like(&log_ratio, probe.x())?.f_exp()?.f_clamp(0.1, 20.0)?;
+        let ratio = widen_like(&log_ratio, probe.x())?.f_exp()?.within(0.1, 20.0)?;
         probe.observe("ratio", || Ok(ratio.shallow_clone()))?;
         divergence.weight(&ratio)
     }

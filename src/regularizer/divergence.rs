@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 
 /// The divergence D_f that Distribution Matching descends, with r = p_teacher / p_student at the noised
@@ -61,14 +62,14 @@ impl Divergence {
     /// # Errors
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
     pub fn weight(self, ratio: &Tensor) -> Result<Option<Tensor>> {
-        let above = || ratio.f_add_scalar(1.0);
+        let above = || ratio.plus(1.0);
         Ok(Some(match self {
             Self::ReverseKl => return Ok(None),
             Self::ForwardKl => ratio.shallow_clone(),
             Self::JensenShannon => ratio.f_div(&above()?)?,
             Self::SoftenedReverseKl => above()?.f_reciprocal()?,
-            Self::Neyman => ratio.f_reciprocal()?.f_mul_scalar(2.0)?,
-            Self::SquaredHellinger => ratio.f_sqrt()?.f_mul_scalar(0.5)?,
+            Self::Neyman => ratio.f_reciprocal()?.times(2.0)?,
+            Self::SquaredHellinger => ratio.f_sqrt()?.times(0.5)?,
             Self::Jeffreys => above()?,
         }))
     }

@@ -5,6 +5,7 @@ mod kernel;
 pub use kernel::{Bandwidth, Kernel};
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
+use crate::arithmetic::Arithmetic;
 use crate::checks::{check_device, check_samples, check_size};
 use crate::error::{Error, Result};
 use crate::gradient::{gradient_only_in, with_gradient};
@@ -237,15 +238,12 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         let (own_sum, own_slope) = self.among_rows(x, &unit, true)?;
         let (real_sum, _) = self.among_rows(y, &unit, false)?;
         let (cross_sum, cross_slope) = self.between_rows(x, y, &unit)?;
-        let mean = |sum: Tensor, diagonal: f64, pairs: f64| {
-            sum.f_sub_scalar(diagonal)?.f_mul_scalar(1.0 / pairs)
-        };
+        let mean = |sum: Tensor, diagonal: f64, pairs: f64| sum.minus(diagonal)?.times(1.0 / pairs);
         let value = mean(own_sum, m * diagonal, own)?
             .f_add(&mean(real_sum, n * diagonal, real)?)?
             .f_sub(&mean(cross_sum, 0.0, 0.5 * m * n)?)?;
         // x is on both sides of the pairs with itself.
-        let slope =
-            own_slope.f_mul_scalar(2.0 / own)?.f_sub(&cross_slope.f_mul_scalar(2.0 / (m * n))?)?;
+        let slope = own_slope.times(2.0 / own)?.f_sub(&cross_slope.times(2.0 / (m * n))?)?;
         Ok((value.f_to_kind(x.f_kind()?)?, slope))
     }
 
@@ -278,7 +276,7 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
             (later, slope_of_later) = (after(&later)?, after(&slope_of_later)?);
             let own = self.pairs(&rows, &rows, unit)?;
             let cross = self.pairs(&rows, &later, unit)?;
-            sum = sum.f_add(&own.sum)?.f_add(&cross.sum.f_mul_scalar(2.0)?)?;
+            sum = sum.f_add(&own.sum)?.f_add(&cross.sum.times(2.0)?)?;
             if is_sloped {
                 let _ = slope_of_rows.f_add_(&own.slope_in_rows(&rows, &rows)?)?;
                 let _ = slope_of_rows.f_add_(&cross.slope_in_rows(&rows, &later)?)?;
@@ -295,7 +293,7 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         let distance = Tensor::f_cdist(x, y, 2.0, EXPLICIT_DIFFERENCES)?;
         let (value, mut slope) = self.kernel.evaluate(&distance.f_square()?, unit)?;
         // d k(d^2) / dd = 2 d k'; where d = 0 its gradient in x is taken as 0.
-        let slope = slope.f_mul_(&distance)?.f_mul_scalar_(2.0)?;
+        let slope = slope.f_mul_(&distance)?.times_(2.0)?;
         Ok(Pairs { sum: value.f_sum(Kind::Double)?, slope, distance })
     }
 }

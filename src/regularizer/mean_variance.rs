@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 
 use tch::{Device, Kind, Tensor};
 
+use crate::arithmetic::{Arithmetic, filled};
 use crate::checks::{check_like, check_samples, check_size};
 use crate::error::{Error, Result};
 use crate::numeric::{numbers, widen};
@@ -95,8 +96,8 @@ impl MeanVariance {
     /// # Errors
     /// [`Error::OutOfRange`] unless `mean` is finite and `variance` finite and positive.
     pub fn per_sample(mean: f64, variance: f64) -> Result<Self> {
-        let target = |value: f64| Tensor::from(value);
-        Self::toward(Statistics::PerSample, target(mean), target(variance))
+        let target = |value: f64| filled(&[], value, (Kind::Double, Device::Cpu));
+        Self::toward(Statistics::PerSample, target(mean)?, target(variance)?)
     }
 
     /// A target for every channel: `[C]` each, on any device.
@@ -168,7 +169,7 @@ impl MeanVariance {
         } else {
             1.0 / updates as f64
         };
-        let step = |old: &Tensor, new: &Tensor| old.f_to_device(new.device())?.f_lerp(new, rate);
+        let step = |old: &Tensor, new: &Tensor| old.f_to_device(new.device())?.toward(new, rate);
         let _old = self.target.replace((step(&target.0, &mean)?, step(&target.1, &variance)?));
         self.updates.set(updates);
         Ok(())
@@ -237,13 +238,13 @@ fn moments(what: &'static str, x: &Tensor, statistics: Statistics) -> Result<(Te
     let x = widen(x)?;
     let axes: Vec<i64> = (first_axis as i64..x.dim() as i64).collect();
     let count = x.size().iter().skip(first_axis).product::<i64>() as f64;
-    let mean = x.f_sum_dim_intlist(&axes[..], true, None::<Kind>)?.f_div_scalar(count)?;
+    let mean = x.f_sum_dim_intlist(&axes[..], true, None::<Kind>)?.over(count)?;
     // v does not change with m, which is where sum (x - m)^2 is least.
     let centred = x.f_sub(&mean.f_detach()?)?;
     let squares = centred.f_mul(&centred.f_detach()?)?;
-    let half = squares.f_sum_dim_intlist(&axes[..], true, None::<Kind>)?.f_div_scalar(count)?;
+    let half = squares.f_sum_dim_intlist(&axes[..], true, None::<Kind>)?.over(count)?;
     // One factor of a square has half of its slope, in fewer passes than both.
-    let variance = half.f_mul_scalar(2.0)?.f_sub(&half.f_detach()?)?;
+    let variance = half.times(2.0)?.f_sub(&half.f_detach()?)?;
     let flat = |t: Tensor| t.f_flatten((first_axis as i64).saturating_sub(1), -1);
     Ok((flat(mean)?, flat(variance)?))
 }
@@ -265,15 +266,12 @@ impl Regularizer for MeanVariance {
         let (target_mean, target_variance) =
             (like_mean(&target_mean)?, like_mean(&target_variance)?);
         let offset = mean.f_sub(&target_mean)?.f_square()?;
-        let floored = variance.f_clamp_min(self.floor)?;
+        let floored = variance.at_least(self.floor)?;
         // Zero above the floor, with zero gradient; below it, the slope of the tangent.
-        let tangent = variance.f_div(&floored)?.f_sub_scalar(1.0)?;
+        let tangent = variance.f_div(&floored)?.minus(1.0)?;
         let logarithm = floored.f_div(&target_variance)?.f_log()?.f_add(&tangent)?;
-        let divergence = variance
-            .f_add(&offset)?
-            .f_div(&target_variance)?
-            .f_sub_scalar(1.0)?
-            .f_sub(&logarithm)?;
-        Ok(divergence.f_mean(None::<Kind>)?.f_mul_scalar(0.5)?)
+        let divergence =
+            variance.f_add(&offset)?.f_div(&target_variance)?.minus(1.0)?.f_sub(&logarithm)?;
+        divergence.f_mean(None::<Kind>)?.times(0.5)
     }
 }

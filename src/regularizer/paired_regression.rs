@@ -5,6 +5,7 @@ mod distance;
 pub use distance::{Distance, Perceptual, PseudoHuber};
 use tch::Tensor;
 
+use crate::arithmetic::Arithmetic;
 use crate::augmentation::{Augmentation, AugmentationDraw};
 use crate::checks::{check_like, check_samples};
 use crate::error::Result;
@@ -132,7 +133,7 @@ impl<'a> PairedRegression<'a> {
         if self.absolute <= 0.0 {
             return Ok(loss);
         }
-        let absolute = mean(&x.f_sub(&target)?.f_abs()?)?.f_mul_scalar(self.absolute)?;
+        let absolute = mean(&x.f_sub(&target)?.f_abs()?)?.times(self.absolute)?;
         Ok(loss.f_add(&absolute)?)
     }
 }

@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor, no_grad_guard};
 
+use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 use crate::gradient::gradient_only_in;
 use crate::guidance::Guidance;
@@ -118,7 +119,7 @@ impl Regularizer for ScoreIdentity<'_> {
                         let _no_grad = no_grad_guard();
                         probe.normalize(x.f_ones_like()?)?
                     };
-                    let rest = real.f_sub(x)?.f_sub(&delta.f_mul_scalar(alpha)?)?;
+                    let rest = real.f_sub(x)?.f_sub(&delta.times(alpha)?)?;
                     mean(&probe.masked(&delta.f_mul(&rest)?)?.f_mul(&scale)?)
                 }
                 Form::PseudoHuber(c) => {
@@ -126,10 +127,10 @@ impl Regularizer for ScoreIdentity<'_> {
                     let rest = probe.masked(&fake.f_sub(x)?)?;
                     let product = sample_sum(&delta.f_mul(&rest)?)?;
                     let square = row_squares(&delta.f_flatten(1, -1)?)?;
-                    let length = square.f_add_scalar(c * c)?.f_sqrt()?;
+                    let length = square.plus(c * c)?.f_sqrt()?;
                     let elements = x.numel() as f64;
                     let sum = product.f_div(&length)?.f_sum(None::<Kind>)?;
-                    Ok(sum.f_div_scalar(elements)?)
+                    sum.over(elements)
                 }
             }
         })

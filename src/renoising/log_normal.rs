@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 use crate::numeric::compute_kind;
 use crate::path::Edm;
@@ -76,7 +77,7 @@ impl TimeDistribution for LogNormal {
         let Self { path, mean, std } = self;
         // A larger draw is a cleaner time, as in the other distributions.
         let z = normal_quantile(&u.f_to_kind(Kind::Double)?)?.f_neg()?;
-        let sigma = z.f_mul_scalar(*std)?.f_add_scalar(*mean)?.f_exp()?;
+        let sigma = z.times(*std)?.plus(*mean)?.f_exp()?;
         let times = path.times_near(&sigma)?;
         let end = |z: f64| path.time_near((mean + std * z).exp());
         let times = times.f_to_kind(compute_kind(u.f_kind()?))?;

@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 use crate::numeric::compute_kind;
 use crate::renoising::{TimeDistribution, Z_MAX, normal_quantile};
@@ -44,8 +45,8 @@ impl LogitNormal {
 impl TimeDistribution for LogitNormal {
     fn times(&self, u: &Tensor, _student: Option<&PreShift>) -> Result<PreShift> {
         let z = normal_quantile(&u.f_to_kind(Kind::Double)?)?;
-        let logit = z.f_mul_scalar(self.std)?.f_add_scalar(self.mean)?;
-        let times = logit.f_sigmoid()?.f_clamp(OPEN_END, 1.0 - OPEN_END)?;
+        let logit = z.times(self.std)?.plus(self.mean)?;
+        let times = logit.f_sigmoid()?.within(OPEN_END, 1.0 - OPEN_END)?;
         let end = |z: f64| {
             let logit = self.mean + self.std * z;
             (1.0 / (1.0 + (-logit).exp())).clamp(OPEN_END, 1.0 - OPEN_END)

@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 use crate::numeric::widen;
 use crate::renoising::TimeDistribution;
@@ -29,6 +30,6 @@ impl Power {
 
 impl TimeDistribution for Power {
     fn times(&self, u: &Tensor, _student: Option<&PreShift>) -> Result<PreShift> {
-        Ok(PreShift::within(widen(u)?.f_pow_tensor_scalar(self.0.get())?, (0.0, 1.0)))
+        Ok(PreShift::within(widen(u)?.power(self.0.get())?, (0.0, 1.0)))
     }
 }

@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use crate::arithmetic::Arithmetic;
 use crate::error::{Error, Result};
 use crate::numeric::widen;
 use crate::renoising::TimeDistribution;
@@ -34,7 +35,7 @@ impl Uniform {
 
 impl TimeDistribution for Uniform {
     fn times(&self, u: &Tensor, _student: Option<&PreShift>) -> Result<PreShift> {
-        let times = widen(u)?.f_mul_scalar(self.high - self.low)?.f_add_scalar(self.low)?;
+        let times = widen(u)?.times(self.high - self.low)?.plus(self.low)?;
         Ok(PreShift::within(times, (self.low, self.high)))
     }
 }
@@ -70,8 +71,8 @@ impl TimeDistribution for AboveStudent {
     fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift> {
         let missing = Error::Missing { what: "student time", setter: "with_student_time" };
         let student = student.ok_or(missing)?;
-        let low = widen(student.tensor())?.f_add_scalar(self.gap)?.f_clamp_max(self.high)?;
-        let width = low.f_neg()?.f_add_scalar(self.high)?;
+        let low = widen(student.tensor())?.plus(self.gap)?.at_most(self.high)?;
+        let width = low.f_neg()?.plus(self.high)?;
         let noisiest = (student.range().0 + self.gap).min(self.high);
         Ok(PreShift::within(low.f_add(&widen(u)?.f_mul(&width)?)?, (noisiest, self.high)))
     }

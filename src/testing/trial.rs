@@ -3,6 +3,7 @@
 use tch::{Kind, Tensor, no_grad_guard};
 
 use super::{Check, Result, require};
+use crate::arithmetic::Arithmetic;
 use crate::batch::{Batch, Condition};
 use crate::denoiser::Denoiser;
 use crate::probe::Probe;
@@ -30,10 +31,16 @@ impl Trial {
         let kind = x.f_kind()?;
         let tau_kind = if kind == Kind::Double { Kind::Double } else { Kind::Float };
         let numel = x.numel() as i64;
-        let phase = Tensor::f_arange(numel, (Kind::Double, x.device()))?.f_mul_scalar(2.4)?;
+        let phase = Tensor::f_ones([numel], (Kind::Double, x.device()))?
+            .f_cumsum(0, None::<Kind>)?
+            .times(2.4)?;
         // A wave without a period, of unit variance.
-        let noise =
-            phase.f_sin()?.f_mul_scalar(std::f64::consts::SQRT_2)?.f_view(x.size().as_slice())?;
+        let noise = phase.f_sin()?.times(std::f64::consts::SQRT_2)?.f_view(x.size().as_slice())?;
+        // From 0.1 to 0.9.
+        let places = Tensor::f_ones([count], (tau_kind, x.device()))?
+            .f_cumsum(0, None::<Kind>)?
+            .minus(1.0)?;
+        let tau = places.times(0.8 / (count as f64 - 1.0))?.plus(0.1)?;
         let input = batch.student_input().ok();
         Ok(Self {
             cond: shared(batch.cond()),
@@ -44,7 +51,7 @@ impl Trial {
             student_time: batch.student_time().map(PreShift::shallow_clone),
             student_input: input.map(|(input, time)| (input.shallow_clone(), time.shallow_clone())),
             mask: batch.mask().map(Tensor::shallow_clone),
-            tau: Tensor::f_linspace(0.1, 0.9, count, (tau_kind, x.device()))?,
+            tau,
             noise: noise.f_to_kind(kind)?,
             x: leaf(&x)?,
         })
@@ -102,7 +109,7 @@ impl Trial {
     pub(super) fn with_bad_first(&self) -> Result<Self> {
         let spoil = |tensor: &Tensor| -> Result<()> {
             let _no_grad = no_grad_guard();
-            let _ = tensor.f_narrow(0, 0, 1)?.f_fill_(f64::NAN)?;
+            let _ = tensor.f_narrow(0, 0, 1)?.times_(f64::NAN)?;
             Ok(())
         };
         let mut spoilt = self.same()?;
@@ -118,7 +125,7 @@ impl Trial {
     pub(super) fn moved(&self, element: i64, offset: f64) -> Result<Self> {
         let moved = self.same()?;
         let _no_grad = no_grad_guard();
-        let _ = moved.x.f_view([-1])?.f_narrow(0, element, 1)?.f_add_scalar_(offset)?;
+        let _ = moved.x.f_view([-1])?.f_narrow(0, element, 1)?.plus_(offset)?;
         Ok(moved)
     }
 

@@ -2,6 +2,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod out_of_memory;
 mod tensors;
 
 use common::{gaussian_teacher, seeded, wave};

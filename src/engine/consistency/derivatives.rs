@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor, with_grad};
 
+use crate::arithmetic::Arithmetic;
 use crate::error::{Error, Result};
 use crate::path::{Coefficients, NoisePath};
 use crate::prediction::Prediction;
@@ -45,7 +46,7 @@ impl Derivatives {
                 noise: double(&coefficients.noise)?,
             };
             let (of_input, of_output) = prediction.conversion(&at)?;
-            let angle = at.noise.f_atan2(&at.data.f_mul_scalar(data_std)?)?;
+            let angle = at.noise.f_atan2(&at.data.times(data_std)?)?;
             let by_time = |value: &Tensor| -> Result<Tensor> {
                 if !value.requires_grad() {
                     return Ok(leaf.f_zeros_like()?.f_detach()?);
@@ -103,7 +104,7 @@ mod tests {
                     let angle = at
                         .noise
                         .f_to_kind(Kind::Double)?
-                        .f_atan2(&at.data.f_to_kind(Kind::Double)?.f_mul_scalar(0.7)?)?;
+                        .f_atan2(&at.data.f_to_kind(Kind::Double)?.times(0.7)?)?;
                     Ok([at.data, at.noise, input, output, angle])
                 };
                 let (later, earlier) = (values(h)?, values(-h)?);

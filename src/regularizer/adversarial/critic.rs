@@ -3,6 +3,7 @@
 use tch::{Kind, Tensor};
 
 use super::{Adversarial, changed, paired_real};
+use crate::arithmetic::Arithmetic;
 use crate::augmentation::AugmentationDraw;
 use crate::batch::{Batch, Condition};
 use crate::checks::{check_like, check_per_sample, check_size};
@@ -153,7 +154,7 @@ impl Adversarial<'_> {
                 let others = renoise(&clean.f_roll([1], [0])?, real_time, real_noise)?;
                 let logits = self.critic.logits(&others, real_time, real_cond)?;
                 let others = self.average(&self.gan_loss.of_fake(&logits)?, real_time)?;
-                fakes = fakes.f_lerp(&others, self.mismatched)?;
+                fakes = fakes.toward(&others, self.mismatched)?;
             }
             fakes.f_add(&self.average(&self.gan_loss.of_real(&real_logits)?, real_time)?)?
         };
@@ -231,15 +232,15 @@ impl Adversarial<'_> {
             CriticPenalty::R1 { gamma } => tch::with_grad(|| {
                 let real = real.f_set_requires_grad(true)?;
                 let logits = self.critic.logits(&real, time, cond)?;
-                let slope = slope(&logits, &real)?.f_mul_scalar(0.5 * gamma)?;
+                let slope = slope(&logits, &real)?.times(0.5 * gamma)?;
                 Ok((logits, slope))
             }),
             CriticPenalty::ApproximateR1 { weight, sigma } => {
                 let logits = self.critic.logits(real, time, cond)?;
-                let shift = widen(perturbation)?.f_mul_scalar(sigma)?;
+                let shift = widen(perturbation)?.times(sigma)?;
                 let moved = self.critic.logits(&real.f_add(&shift)?, time, cond)?;
                 let square = logits.f_sub(&moved)?.f_square()?.f_mean(None::<Kind>)?;
-                Ok((logits, square.f_mul_scalar(weight)?))
+                Ok((logits, square.times(weight)?))
             }
         }
     }

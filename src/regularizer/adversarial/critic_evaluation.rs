@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor, no_grad_guard};
 
+use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 use crate::numeric::numbers;
 
@@ -38,8 +39,8 @@ impl CriticEvaluation {
         let mean = |tensor: &Tensor| tensor.f_mean(Kind::Double);
         let (real, fake) = (mean(&self.real_logits)?, mean(&self.fake_logits)?);
         let gap = real.f_sub(&fake)?;
-        let real_right = mean(&self.real_logits.f_gt(0.0)?)?;
-        let fake_right = mean(&self.fake_logits.f_lt(0.0)?)?;
+        let real_right = mean(&self.real_logits.above(0.0)?)?;
+        let fake_right = mean(&self.fake_logits.below(0.0)?)?;
         let values = numbers([real, fake, gap, real_right, fake_right])?;
         let names = ["real_logit", "fake_logit", "logit_gap", "real_accuracy", "fake_accuracy"];
         Ok(names.into_iter().zip(values).collect())

@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor, nn};
 
+use crate::arithmetic::Arithmetic;
 use crate::checks::{check_device, check_samples, check_size};
 use crate::error::{Error, Result};
 use crate::numeric::batch_size;
@@ -202,7 +203,7 @@ impl Head {
         if let Some(read) = self.projected(embedding, &features)? {
             let width = read.size().get(1).copied().unwrap_or(1) as f64;
             let given = hidden.f_mul(&read)?.f_sum_dim_intlist(&[1i64][..], true, None::<Kind>)?;
-            logits = logits.f_add(&given.f_div_scalar(width.sqrt())?)?;
+            logits = logits.f_add(&given.over(width.sqrt())?)?;
         }
         let Some(Attention { query, keys }) = &self.attention else {
             return Ok(logits.f_mean_dim(&[2i64][..], false, None::<Kind>)?);
@@ -210,7 +211,7 @@ impl Head {
         let keys = features.f_conv1d(keys, None::<&Tensor>, 1, 0, 1, 1)?;
         let width = query.numel() as f64;
         let scores = keys.f_mul(query)?.f_sum_dim_intlist(&[1i64][..], true, None::<Kind>)?;
-        let weights = scores.f_div_scalar(width.sqrt())?.f_softmax(2, None::<Kind>)?;
+        let weights = scores.over(width.sqrt())?.f_softmax(2, None::<Kind>)?;
         Ok(logits.f_mul(&weights)?.f_sum_dim_intlist(&[2i64][..], false, None::<Kind>)?)
     }
 

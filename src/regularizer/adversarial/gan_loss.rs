@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 use crate::value::{checked, is_finite, is_positive};
 
@@ -56,7 +57,7 @@ impl GanLoss {
     pub(super) fn of_fake(self, fake: &Tensor) -> Result<Tensor> {
         match self {
             Self::NonSaturating | Self::Relativistic => softplus(fake),
-            Self::Hinge => Ok(fake.f_add_scalar(1.0)?.f_relu()?),
+            Self::Hinge => Ok(fake.plus(1.0)?.f_relu()?),
         }
     }
 

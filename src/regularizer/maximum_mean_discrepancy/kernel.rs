@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::arithmetic::{Arithmetic, filled};
 use crate::error::{Error, Result};
 use crate::numeric::batch_size;
 use crate::value::{checked, is_positive};
@@ -115,7 +116,7 @@ impl Kernel {
         };
         let options: (Kind, Device) = (x.f_kind()?, x.device());
         let squared = match bandwidth {
-            Bandwidth::Fixed(b) => Tensor::f_full([0i64; 0], b, options)?,
+            Bandwidth::Fixed(b) => filled(&[], b, options)?,
             Bandwidth::Median => {
                 let points = Tensor::f_cat(&[x, y], 0)?;
                 let count = batch_size(&points);
@@ -127,9 +128,9 @@ impl Kernel {
             Bandwidth::Mean => Tensor::f_cat(&[x, y], 0)?
                 .f_var_dim(&[0i64][..], true, false)?
                 .f_sum(None::<Kind>)?
-                .f_mul_scalar(2.0)?,
+                .times(2.0)?,
         };
-        Ok(squared.f_clamp_min(SMALLEST)?)
+        squared.at_least(SMALLEST)
     }
 
     /// k and its derivative in d^2, at squared distances.
@@ -149,7 +150,7 @@ impl Kernel {
             Self::Energy => {
                 let distance = squared.f_sqrt()?;
                 // Where d = 0 the slope multiplies a zero difference.
-                let slope = distance.f_clamp_min(SMALLEST)?.f_reciprocal()?.f_mul_scalar(-0.5)?;
+                let slope = distance.at_least(SMALLEST)?.f_reciprocal()?.times(-0.5)?;
                 Ok((distance.f_neg()?, slope))
             }
         }
@@ -166,9 +167,9 @@ fn mixture(
 ) -> Result<(Tensor, Tensor)> {
     let (mut value, mut slope) = (squared.f_zeros_like()?, squared.f_zeros_like()?);
     for &scale in scales {
-        let (own, fall) = part(&unit.f_mul_scalar(scale)?)?;
+        let (own, fall) = part(&unit.times(scale)?)?;
         (value, slope) = (value.f_add_(&own)?, slope.f_sub_(&fall)?);
     }
     let share = 1.0 / scales.len() as f64;
-    Ok((value.f_mul_scalar_(share)?, slope.f_mul_scalar_(share)?))
+    Ok((value.times_(share)?, slope.times_(share)?))
 }

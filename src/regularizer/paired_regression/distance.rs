@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor, no_grad_guard};
 
+use crate::arithmetic::Arithmetic;
 use crate::checks::{check_floating, check_like, check_samples};
 use crate::error::{Error, Result};
 use crate::gradient::gradient_only_in;
@@ -73,7 +74,7 @@ fn width(c: f64) -> Result<PseudoHuber> {
 impl PseudoHuber {
     /// `sqrt(square + c^2) - c`.
     fn of(self, square: &Tensor) -> Result<Tensor> {
-        Ok(square.f_add_scalar(self.0 * self.0)?.f_sqrt()?.f_sub_scalar(self.0)?)
+        square.plus(self.0 * self.0)?.f_sqrt()?.minus(self.0)
     }
 }
 
@@ -139,7 +140,7 @@ impl<'a> Perceptual<'a> {
                 let weight = weight.f_view(shape.as_slice())?;
                 let square = own.f_sub(target)?.f_square()?.f_mul(&weight)?;
                 let places = own.numel() as f64 / own.size().get(1).copied().unwrap_or(1) as f64;
-                let distance = square.f_sum(None::<Kind>)?.f_div_scalar(places)?;
+                let distance = square.f_sum(None::<Kind>)?.over(places)?;
                 sum = Some(match sum {
                     Some(sum) => sum.f_add(&distance)?,
                     None => distance,
@@ -167,7 +168,7 @@ impl<'a> Perceptual<'a> {
             check_floating(WHAT, layer.f_kind()?)?;
             let layer = widen(layer)?;
             let square = layer.f_square()?.f_sum_dim_intlist(&[1i64][..], true, None::<Kind>)?;
-            unit.push(layer.f_div(&square.f_add_scalar(1e-8)?.f_sqrt()?)?);
+            unit.push(layer.f_div(&square.plus(1e-8)?.f_sqrt()?)?);
         }
         Ok(unit)
     }
