@@ -92,6 +92,7 @@ mod renoising;
 mod rollout;
 mod schedule;
 mod simulation;
+mod steps;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod time;
@@ -135,6 +136,7 @@ pub use renoising::{
 pub use rollout::{Sampler, Transition};
 pub use schedule::{Schedule, Shifts};
 pub use simulation::Simulation;
+pub use steps::Steps;
 pub use time::{PostShift, PreShift, Shift};
 pub use trajectory::Trajectory;
 pub use update_ratio::UpdateRatio;

@@ -54,7 +54,7 @@ pub struct Event {
     pub crossing: Crossing,
     /// The operator that made it.
     pub operator: String,
-    /// The lines of this workspace that led to it, the innermost first.
+    /// The lines of this workspace that led to a wait, the innermost first.
     pub at: Vec<String>,
 }
 
@@ -112,7 +112,10 @@ extern "C" fn record_event(event: i32, operator: *const c_char) {
         4 => Crossing::Asynchronous,
         _ => Crossing::Synchronize,
     };
-    let event = Event { crossing, operator: text(operator), at: lines_of_this_workspace() };
+    let mut event = Event { crossing, operator: text(operator), at: Vec::new() };
+    if event.waits() {
+        event.at = lines_of_this_workspace();
+    }
     if let Ok(mut seen) = SEEN.lock()
         && let Some(seen) = seen.as_mut()
     {
@@ -151,7 +154,7 @@ fn lines_of_this_workspace() -> Vec<String> {
 }
 
 /// What `work` returns, and what was seen of the device meanwhile: nothing where the device is a true one. One at a
-/// time, as it sees the whole process; slow, as every event takes a backtrace.
+/// time, as it sees the whole process; slow, as every wait takes a backtrace.
 pub fn watch<T>(work: impl FnOnce() -> T) -> (T, Seen) {
     let watching = |seen: Option<Seen>| {
         let mut place = SEEN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());

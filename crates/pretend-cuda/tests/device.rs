@@ -60,7 +60,7 @@ fn waits_are_seen_with_the_line_that_waits() {
     use Crossing::{Asynchronous, Read, Size, ToDevice, ToHost};
     assert_eq!(crossings, [ToDevice, Read, ToHost, Size, Asynchronous]);
     assert_eq!(seen.waits().len(), 4);
-    for event in &seen.events {
+    for event in seen.waits() {
         assert!(event.at[0].starts_with("crates/pretend-cuda/tests/device.rs:"), "{event}");
     }
     assert_eq!(seen.operators["aten::sum.IntList_out"] + seen.operators["aten::nonzero"], 2);
