@@ -312,7 +312,9 @@ impl Affine {
         let both = Tensor::f_cat(&[&self.matrix, &self.shift], 2)?;
         let factors = [[1.0, tall / wide, 2.0 / wide], [wide / tall, 1.0, 2.0 / tall]].concat();
         let factors = Tensor::f_from_slice(&factors)?.f_view([2, 3])?;
-        Ok(both.f_mul(&factors.f_to_device(both.device())?)?)
+        // Not waited for: libtorch reads the factors before it returns.
+        let factors = factors.f_to_device_(both.device(), Kind::Double, true, false)?;
+        Ok(both.f_mul(&factors)?)
     }
 }
 

@@ -92,8 +92,17 @@ impl Diagnostics {
     pub fn variance_drift(&self, target: f64) -> Result<Option<f64>> {
         let valid = is_positive(target);
         checked("target variance", "finite and positive", target, valid)?;
-        let mean = self.x_std.map(|std| Ok(std.f_square()?))?.mean()?;
-        Ok(mean.map(|mean| (mean / target).ln()))
+        let mean = self.mean_variance()?.f_double_value(&[])?;
+        Ok((!mean.is_nan()).then(|| (mean / target).ln()))
+    }
+
+    /// The mean over the samples of their variance v_i, a scalar in float64, NaN where no sample is finite: what
+    /// [`variance_drift`](Self::variance_drift) compares, without waiting for the device.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn mean_variance(&self) -> Result<Tensor> {
+        self.x_std.map(|std| Ok(std.f_square()?))?.mean_tensor()
     }
 
     /// The ratio of the updates of two terms, mean_i rms over mean_i rms: `("dm", "ca")` says how strong

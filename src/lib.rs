@@ -93,6 +93,7 @@ mod renoising;
 mod rollout;
 mod schedule;
 mod simulation;
+mod steps;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod time;
@@ -136,6 +137,7 @@ pub use renoising::{
 pub use rollout::{Sampler, Transition};
 pub use schedule::{Schedule, Shifts};
 pub use simulation::Simulation;
+pub use steps::Steps;
 pub use time::{PostShift, PreShift, Shift};
 pub use trajectory::Trajectory;
 pub use update_ratio::UpdateRatio;

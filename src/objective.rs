@@ -138,6 +138,15 @@ impl Evaluation {
     /// # Errors
     /// [`Error::Torch`] if libtorch fails.
     pub fn report(&self) -> Result<Vec<(String, f64)>> {
+        read_together(self.scalars()?)
+    }
+
+    /// What [`report`](Self::report) reads, as scalar tensors in float64 without a graph, NaN or infinite where
+    /// undefined. No device is waited for: a loop can read them together with numbers of its own.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if libtorch fails.
+    pub fn scalars(&self) -> Result<Vec<(String, Tensor)>> {
         let _no_grad = no_grad_guard();
         let double = |value: &Tensor| value.f_detach()?.f_to_kind(Kind::Double);
         let mut named = vec![("loss".to_owned(), double(&self.loss)?)];
@@ -147,7 +156,7 @@ impl Evaluation {
         if let Some(diagnostics) = &self.diagnostics {
             diagnostics.named(&mut named)?;
         }
-        read_together(named)
+        Ok(named)
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod angle;
 mod edm;
+mod levels;
 mod rectified_flow;
 mod subinterval;
 mod trig_flow;

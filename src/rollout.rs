@@ -10,9 +10,9 @@ use crate::grid::FewStepGrid;
 use crate::guidance::Guidance;
 use crate::numeric::{batch_size, compute_kind, noise_like, per_sample};
 use crate::simulation::Simulation;
+use crate::steps::Steps;
 use crate::time::{PostShift, PreShift, Shift};
 use crate::trajectory::Trajectory;
-use crate::trajectory::{check_steps, spread_steps};
 use crate::value::checked;
 
 /// The step from a clean prediction to the next time. Train and sample with the same one.
@@ -178,7 +178,7 @@ impl<'a> Sampler<'a> {
         &self,
         trajectory: &Trajectory,
         cond: &Condition,
-        steps: &Tensor,
+        steps: &Steps,
     ) -> Result<Simulation> {
         let same = trajectory.grid == self.grid;
         let requirement = "those of a rollout on the sampler's own grid";
@@ -197,12 +197,11 @@ impl<'a> Sampler<'a> {
     /// As [`simulate_from_real_at`](Self::simulate_from_real_at).
     pub fn simulate_from_real(&self, real: &Tensor, cond: &Condition) -> Result<Simulation> {
         check_samples("real samples", real, 2)?;
-        let steps = spread_steps(self.steps(), batch_size(real), real.device())?;
+        let steps = Steps::spread(self.steps(), batch_size(real), real.device())?;
         self.predict_from_real(real, cond, &steps, &noise_like(real)?)
     }
 
-    /// [`simulate_from_real`](Self::simulate_from_real) at given steps `[B]`, whole numbers from 0, and unit
-    /// noise `[B, ..]`.
+    /// [`simulate_from_real`](Self::simulate_from_real) at given steps `[B]` and unit noise `[B, ..]`.
     ///
     /// # Errors
     /// [`Error::OutOfRange`] if the grid has no such step; [`Error::Shape`], [`Error::Kind`] or
@@ -211,12 +210,12 @@ impl<'a> Sampler<'a> {
         &self,
         real: &Tensor,
         cond: &Condition,
-        steps: &Tensor,
+        steps: &Steps,
         noise: &Tensor,
     ) -> Result<Simulation> {
         check_samples("real samples", real, 2)?;
         check_like("noise", noise, real)?;
-        check_steps(steps, self.steps(), batch_size(real), real)?;
+        steps.check(self.steps(), batch_size(real), real)?;
         self.predict_from_real(real, cond, steps, noise)
     }
 
@@ -225,17 +224,17 @@ impl<'a> Sampler<'a> {
         &self,
         real: &Tensor,
         cond: &Condition,
-        steps: &Tensor,
+        steps: &Steps,
         noise: &Tensor,
     ) -> Result<Simulation> {
-        let times = self.times_like(real)?.f_index_select(0, steps)?;
+        let times = self.times_like(real)?.f_index_select(0, steps.tensor())?;
         let student_time = PreShift::within(times, self.grid.range());
         let time = self.shift()?.apply(&student_time)?;
         let input = {
             let _no_grad = no_grad_guard();
             let path = self.denoiser.path();
             let noised = path.renoise(real, &time, noise)?;
-            let first = per_sample(&steps.f_logical_not()?, real)?;
+            let first = per_sample(&steps.tensor().f_logical_not()?, real)?;
             path.start(noise)?.f_where_self(&first, &noised)?
         };
         self.evaluate(input, time, student_time, cond)

@@ -1,14 +1,12 @@
 //! Trajectories: whole rollouts, with the input and the prediction of every step, for several losses.
 
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
-use crate::arithmetic::whole_number;
-use crate::checks::check_device;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::grid::FewStepGrid;
-use crate::numeric::{batch_size, numbers, per_sample};
+use crate::numeric::{batch_size, per_sample};
+use crate::steps::Steps;
 use crate::time::PreShift;
-use crate::value::checked;
 
 /// One rollout of a student over its grid, without a graph;
 /// [`Sampler::trajectory`](crate::Sampler::trajectory) returns it.
@@ -44,20 +42,21 @@ impl Trajectory {
     /// order, from libtorch's global generator. Each sample gets every step equally often.
     ///
     /// # Errors
-    /// [`Error::Torch`] if libtorch fails.
-    pub fn draw_steps(&self) -> Result<Tensor> {
-        spread_steps(self.steps(), self.batch_size(), self.samples.device())
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn draw_steps(&self) -> Result<Steps> {
+        Steps::spread(self.steps(), self.batch_size(), self.samples.device())
     }
 
     /// The clean predictions `[B, ..]` of each sample at its step of `steps` `[B]`, without a graph, to train
     /// a fake score on.
     ///
     /// # Errors
-    /// [`Error::Shape`] or [`Error::Kind`] unless `steps` are B whole numbers, [`Error::Device`]
-    /// unless they are where the rollout is, [`Error::OutOfRange`] if the grid has no such step.
-    pub fn samples_at(&self, steps: &Tensor) -> Result<Tensor> {
-        check_steps(steps, self.steps(), self.batch_size(), &self.samples)?;
-        gather(&self.samples, steps)
+    /// [`Error::Shape`](crate::Error::Shape) unless there is a step for each sample,
+    /// [`Error::Device`](crate::Error::Device) unless they are where the rollout is,
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if the grid has no such step.
+    pub fn samples_at(&self, steps: &Steps) -> Result<Tensor> {
+        steps.check(self.steps(), self.batch_size(), &self.samples)?;
+        gather(&self.samples, steps.tensor())
     }
 
     /// The student's inputs x_t `[B, ..]` and their pre-shift times, each sample's at its step of
@@ -65,40 +64,12 @@ impl Trajectory {
     ///
     /// # Errors
     /// As [`samples_at`](Self::samples_at).
-    pub fn inputs_at(&self, steps: &Tensor) -> Result<(Tensor, PreShift)> {
-        check_steps(steps, self.steps(), self.batch_size(), &self.samples)?;
-        let times = PreShift::within(self.times.f_index_select(0, steps)?, self.grid.range());
-        Ok((gather(&self.noised, steps)?, times))
+    pub fn inputs_at(&self, steps: &Steps) -> Result<(Tensor, PreShift)> {
+        steps.check(self.steps(), self.batch_size(), &self.samples)?;
+        let times = self.times.f_index_select(0, steps.tensor())?;
+        let times = PreShift::within(times, self.grid.range());
+        Ok((gather(&self.noised, steps.tensor())?, times))
     }
-}
-
-/// One of `count` steps for each of `batch` samples, spread evenly, in random order, `[B]`.
-pub(crate) fn spread_steps(count: i64, batch: i64, device: Device) -> Result<Tensor> {
-    let options = (Kind::Int64, device);
-    // B points at equal distances on a circle of K steps, turned by a random angle: any two steps
-    // are taken equally often, up to one, and each sample takes all of them with one probability.
-    let offset = Tensor::f_randint(count.saturating_mul(batch), [1], options)?;
-    let order = Tensor::f_randperm(batch, options)?;
-    let (count, batch) = (whole_number(count)?, whole_number(batch)?);
-    let points = order.f_mul(&count)?.f_add(&offset)?;
-    Ok(points.f_div_tensor_mode(&batch, "floor")?.f_remainder_tensor(&count)?)
-}
-
-/// Refuses anything but `batch` whole numbers below `count`, on the device of `like`. Reads them.
-pub(crate) fn check_steps(steps: &Tensor, count: i64, batch: i64, like: &Tensor) -> Result<()> {
-    if steps.size() != [batch] {
-        return Err(Error::shape("steps", format!("[{batch}]"), &steps.size()));
-    }
-    let found = steps.f_kind()?;
-    if found != Kind::Int64 {
-        return Err(Error::Kind { what: "steps", expected: "Int64", found });
-    }
-    check_device("steps", steps, like)?;
-    for value in numbers([steps.f_min()?, steps.f_max()?])? {
-        let valid = (0.0..count as f64).contains(&value);
-        checked("step", "below the number of steps", value, valid)?;
-    }
-    Ok(())
 }
 
 /// From `[K, B, ..]` the row at `steps[b]` for each b, `[B, ..]`.

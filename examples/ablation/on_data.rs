@@ -6,7 +6,7 @@ use decoupled_dmd::{
     Perceptual, PostShift, Renoising, Uniform,
 };
 use tch::{Kind, Tensor};
-use zimage::distil::{Captions, Networks, Record};
+use zimage::distil::{Captions, Networks, Readings};
 
 use super::arm::{Arm, ConsistencyForm, OnData, RegressionDistance};
 use super::training::Material;
@@ -25,7 +25,7 @@ pub fn loss(
     material: &Material<'_>,
     networks: &Networks<'_>,
     captions: &Captions,
-) -> Result<(Tensor, Record)> {
+) -> Result<(Tensor, Readings)> {
     let guidance = Guidance::new(arm.guidance)?;
     match loss {
         OnData::Consistency { form, weight } => {
@@ -52,7 +52,7 @@ fn consistency_loss(
     weight: f64,
     networks: &Networks<'_>,
     captions: &Captions,
-) -> Result<(Tensor, Record)> {
+) -> Result<(Tensor, Readings)> {
     let real = captions.real.as_ref().context("consistency needs real pictures")?;
     let path = networks.teacher.path();
     let (low, high) = NOISED;
@@ -68,9 +68,10 @@ fn consistency_loss(
         .with(group.engine("consistency", weight, consistency))
         .observed();
     let evaluation = objective.evaluate(&batch)?;
-    let record = evaluation.report()?.into_iter();
-    let record = record.filter(|(name, _)| name.starts_with("consistency")).collect();
-    Ok((evaluation.loss, record))
+    let scalars = evaluation.scalars()?.into_iter();
+    let mut readings = Readings::default();
+    readings.observe(scalars.filter(|(name, _)| name.starts_with("consistency")))?;
+    Ok((evaluation.loss, readings))
 }
 
 fn mean_flow_loss(
@@ -78,7 +79,7 @@ fn mean_flow_loss(
     guidance: Guidance,
     networks: &Networks<'_>,
     captions: &Captions,
-) -> Result<(Tensor, Record)> {
+) -> Result<(Tensor, Readings)> {
     let real = captions.real.as_ref().context("MeanFlow needs real pictures")?;
     let map = networks.flow_map.clone().context("MeanFlow needs a flow map")?;
     let mean_flow = MeanFlow::new(map, networks.teacher.clone())?
@@ -87,8 +88,9 @@ fn mean_flow_loss(
         .times(Uniform::FULL);
     let batch = Batch::new(real, &captions.cond)?.with_null(&captions.null);
     let evaluation = mean_flow.evaluate(&batch)?;
-    let raw = f64::try_from(evaluation.squares.f_mean(Kind::Double)?)?;
-    Ok((evaluation.loss, vec![("mean_flow_loss".to_owned(), raw)]))
+    let mut readings = Readings::default();
+    readings.push("mean_flow_loss", &evaluation.squares.f_mean(Kind::Double)?)?;
+    Ok((evaluation.loss, readings))
 }
 
 fn regression_loss(
@@ -96,7 +98,7 @@ fn regression_loss(
     batch: usize,
     material: &Material<'_>,
     networks: &Networks<'_>,
-) -> Result<(Tensor, Record)> {
+) -> Result<(Tensor, Readings)> {
     let pairs = material.pairs.as_ref().context("regression needs pairs")?;
     let pair = pairs.draw(batch, material.teacher.device())?;
     let (cond, _) = material.prompts.conditions(&pair.items)?;
@@ -107,8 +109,9 @@ fn regression_loss(
         RegressionDistance::Perceptual => Distance::Perceptual(perceptual(material)?),
     };
     let loss = PairedRegression::new(distance).between(&x, &pair.samples)?;
-    let value = f64::try_from(&loss)?;
-    Ok((loss, vec![("regression_loss".to_owned(), value)]))
+    let mut readings = Readings::default();
+    readings.push("regression_loss", &loss)?;
+    Ok((loss, readings))
 }
 
 /// The classifier's layers, all channels alike.

@@ -12,8 +12,8 @@ use tch_training::Parameters;
 use tch_training::seed::begin;
 use zimage::ZImageTransformer;
 use zimage::distil::{
-    Captions, Decay, Distillation, Networks, Pairs, Prompts, Recipe, Record, Rollout, Stream,
-    Terms, denoiser, embedded_optimizer,
+    Captions, Decay, Distillation, Networks, Pairs, Prompts, Readings, Recipe, Record, Rollout,
+    Stream, Terms, denoiser, embedded_optimizer,
 };
 use zimage::emoji::Classifier;
 
@@ -262,7 +262,7 @@ impl Terms for ArmTerms<'_> {
         update: u64,
         networks: &Networks<'_>,
         captions: &Captions,
-    ) -> Result<Option<(Tensor, Record)>> {
+    ) -> Result<Option<(Tensor, Readings)>> {
         let is_over = self.arm.first_stage.is_some_and(|updates| update >= updates);
         let Some(loss) = self.arm.on_data.filter(|_| !is_over) else { return Ok(None) };
         on_data::loss(loss, self.arm, update, self.material, networks, captions).map(Some)
@@ -285,9 +285,9 @@ impl Terms for ArmTerms<'_> {
         &mut self,
         rollout: &Rollout<'_>,
         dm: Option<&DistributionMatching<'_>>,
-    ) -> Result<Record> {
+    ) -> Result<Readings> {
         if self.critic.is_none() {
-            return Ok(Record::new());
+            return Ok(Readings::default());
         }
         let loss = {
             let steps = rollout.trajectory.draw_steps()?;
@@ -303,9 +303,11 @@ impl Terms for ArmTerms<'_> {
                 }
             }
         };
-        let Some(critic) = &mut self.critic else { return Ok(Record::new()) };
+        let Some(critic) = &mut self.critic else { return Ok(Readings::default()) };
         let _norm = critic.trainer.descend(&loss, None)?;
-        Ok(vec![("critic".to_owned(), f64::try_from(&loss)?)])
+        let mut readings = Readings::default();
+        readings.push("critic", &loss)?;
+        Ok(readings)
     }
 
     fn state(&self) -> Parameters {

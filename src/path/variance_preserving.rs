@@ -6,6 +6,7 @@ use crate::arithmetic::Arithmetic;
 use crate::checks::{check_samples, check_vector};
 use crate::error::{Error, Result};
 use crate::numeric::widen;
+use crate::path::levels::Levels;
 use crate::path::{Coefficients, NoisePath, wide_time};
 use crate::time::PostShift;
 use crate::value::{MOST_STEPS, checked, is_finite};
@@ -52,7 +53,7 @@ pub struct VariancePreserving(Form);
 #[derive(Debug, Clone, PartialEq)]
 enum Form {
     Linear { beta_min: f64, beta_max: f64 },
-    Table(Vec<f64>),
+    Table(Levels),
 }
 
 impl VariancePreserving {
@@ -107,7 +108,7 @@ impl VariancePreserving {
         for (previous, &next) in table.iter().zip(table.iter().skip(1)) {
             checked("alphas_cumprod", "below the one before", next, next < *previous)?;
         }
-        Ok(Self(Form::Table(table)))
+        Ok(Self(Form::Table(Levels::new(table))))
     }
 
     /// The time in the network's own clock for times `t` `[B]` in [0, 1] on the crate's, as a network
@@ -171,7 +172,7 @@ mod config {
         fn from(path: super::VariancePreserving) -> Self {
             match path.0 {
                 super::Form::Linear { beta_min, beta_max } => Self::Linear { beta_min, beta_max },
-                super::Form::Table(table) => Self::AlphasCumprod(table),
+                super::Form::Table(table) => Self::AlphasCumprod(table.into_vec()),
             }
         }
     }
@@ -191,11 +192,7 @@ impl NoisePath for VariancePreserving {
                 })
             }
             Form::Table(table) => {
-                let device = timestep.device();
-                // Not waited for: libtorch copies the table before it returns.
-                let table =
-                    Tensor::f_from_slice(table)?.f_to_device_(device, Kind::Double, true, false)?;
-                let abar = table.f_index_select(0, &timestep)?;
+                let abar = table.on(timestep.device())?.f_index_select(0, &timestep)?;
                 let noise = abar.complement()?.f_sqrt()?;
                 Ok(Coefficients { data: abar.f_sqrt()?, noise })
             }

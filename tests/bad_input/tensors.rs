@@ -7,7 +7,7 @@ use decoupled_dmd::{
     AboveStudent, Adversarial, Batch, CfgAugmentation, Coefficients, Condition, CriticHeads,
     Denoiser, DistributionMatching, Draw, Edm, Error, FewStepGrid, Group, Guidance, Kernel,
     MaximumMeanDiscrepancy, MeanVariance, NoisePath, Objective, PostShift, PreShift, Prediction,
-    Probe, RectifiedFlow, Regularizer, Renoising, Result, Sampler, Statistics, Transition,
+    Probe, RectifiedFlow, Regularizer, Renoising, Result, Sampler, Statistics, Steps, Transition,
     TrigFlow, Uniform, VariancePreserving,
 };
 use tch::{Device, Kind, Tensor, nn};
@@ -289,7 +289,9 @@ fn noise_steps_and_rollouts_of_a_sampler() -> Result<()> {
         assert_eq!(refusal(sampler.trajectory(bad, &cond)), ("noise", *why));
         assert_eq!(refusal(sampler.simulate_from_real(bad, &cond)), ("real samples", *why));
     }
-    let (steps, kept) = (Tensor::from_slice(&[0i64, 3]), sampler.trajectory(&noise, &cond)?);
+    let given = |steps: &Tensor| Steps::new(steps.shallow_clone());
+    let steps = given(&Tensor::from_slice(&[0i64, 3]))?;
+    let kept = sampler.trajectory(&noise, &cond)?;
     for (bad, why) in unlike() {
         assert_eq!(
             refusal(sampler.simulate_from_real_at(&noise, &cond, &steps, &bad)),
@@ -304,13 +306,15 @@ fn noise_steps_and_rollouts_of_a_sampler() -> Result<()> {
         (Tensor::from_slice(&[0i64, 4]), ("step", "range")),
         (Tensor::from_slice(&[-1i64, 0]), ("step", "range")),
     ] {
-        assert_eq!(refusal(sampler.simulate_on(&kept, &cond, &bad)), refused);
-        assert_eq!(refusal(kept.samples_at(&bad)), refused);
-        assert_eq!(refusal(sampler.simulate_from_real_at(&noise, &cond, &bad, &noise)), refused);
+        let on = |steps: Steps| sampler.simulate_on(&kept, &cond, &steps);
+        assert_eq!(refusal(given(&bad).and_then(on)), refused);
+        assert_eq!(refusal(given(&bad).and_then(|steps| kept.samples_at(&steps))), refused);
+        let at = |steps: Steps| sampler.simulate_from_real_at(&noise, &cond, &steps, &noise);
+        assert_eq!(refusal(given(&bad).and_then(at)), refused);
     }
     // The rollout of another grid has other times, and was perhaps shifted otherwise.
     let foreign = on(3)?.trajectory(&noise, &cond)?;
-    let refused = refusal(sampler.simulate_on(&foreign, &cond, &Tensor::from_slice(&[0i64, 1])));
+    let refused = refusal(sampler.simulate_on(&foreign, &cond, &steps));
     assert_eq!(refused, ("steps of the trajectory", "range"));
     let fresh = |_: usize, _: &Tensor| Ok(wave(&[1, 3, 4], 0.0, Kind::Float));
     let grid = FewStepGrid::even(2)?;

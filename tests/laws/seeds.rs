@@ -4,7 +4,7 @@ use decoupled_dmd::{
     AboveStudent, Adversarial, Augmentation, Batch, Condition, CriticPenalty, Denoiser, Distance,
     DistributionMatching, Draw, Edm, FewStepGrid, Group, Guidance, LogNormal, LogitNormal,
     Objective, PairedRegression, Power, PreShift, Prediction, Probe, RectifiedFlow, Renoising,
-    Result, Sampler, Schedule, Shift, TimeDistribution, Transition, Uniform,
+    Result, Sampler, Schedule, Shift, Steps, TimeDistribution, Transition, Uniform,
 };
 use tch::{Kind, Tensor};
 
@@ -180,7 +180,8 @@ fn rollouts() -> Result<()> {
         let simulate = || Ok(vec![sampler.simulate(&noise, &s.cond, 2)?.x]);
         let trajectory = || {
             let kept = sampler.trajectory(&noise, &s.cond)?;
-            Ok(vec![kept.samples_at(&Tensor::from_slice(&[0i64, 1, 2, 3]))?])
+            let steps = Steps::new(Tensor::from_slice(&[0i64, 1, 2, 3]))?;
+            Ok(vec![kept.samples_at(&steps)?])
         };
         // Euler steps start from noise and need no more of it.
         type Rollout<'a> = (&'a str, &'a dyn Fn() -> Result<Vec<Tensor>>);
@@ -210,7 +211,7 @@ fn rollouts() -> Result<()> {
         draws("steps of a trajectory", || {
             let many = wave(&[12, 6], 5.0, Kind::Float);
             let cond = Condition::from(many.shallow_clone());
-            Ok(vec![sampler.trajectory(&many, &cond)?.draw_steps()?])
+            Ok(vec![sampler.trajectory(&many, &cond)?.draw_steps()?.tensor().shallow_clone()])
         });
     }
     Ok(())

@@ -2,7 +2,7 @@
 
 use decoupled_dmd::{
     Condition, Denoiser, Error, FewStepGrid, Prediction, RectifiedFlow, Result, Sampler, Shift,
-    Transition, VariancePreserving,
+    Steps, Transition, VariancePreserving,
 };
 use tch::{Kind, Tensor};
 
@@ -89,7 +89,7 @@ fn a_grid_may_start_off_the_noise_end() -> Result<()> {
     let trained = |first| -> Result<()> {
         let grid = FewStepGrid::new(vec![first, 0.5])?;
         let (sampler, none) = (Sampler::new(&eps, grid, Transition::Ddim), Condition::none());
-        let (x, at) = (noise(), Tensor::from_slice(&[0i64, 1]));
+        let (x, at) = (noise(), Steps::new(Tensor::from_slice(&[0i64, 1]))?);
         let _from_real = sampler.simulate_from_real_at(&x, &none, &at, &x)?;
         let _kept = sampler.simulate_on(&sampler.trajectory(&x, &none)?, &none, &at)?;
         Ok(())

@@ -2,7 +2,7 @@
 
 use decoupled_dmd::{
     Condition, Denoiser, Edm, Error, FewStepGrid, Guidance, NoisePath, PostShift, Prediction,
-    RectifiedFlow, Result, Sampler, Shift, Transition, TrigFlow, VariancePreserving,
+    RectifiedFlow, Result, Sampler, Shift, Steps, Transition, TrigFlow, VariancePreserving,
 };
 use tch::{Kind, Tensor};
 
@@ -197,8 +197,8 @@ fn every_path_starts_from_its_noise_and_follows_its_own_ode_step() -> Result<()>
     Ok(())
 }
 
-fn steps(steps: &[i64]) -> Tensor {
-    Tensor::from_slice(steps)
+fn steps(steps: &[i64]) -> Steps {
+    Steps::new(Tensor::from_slice(steps)).unwrap()
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use decoupled_dmd::{
     Condition, Denoiser, Error, FewStepGrid, Prediction, RectifiedFlow, Result, Sampler, Shift,
-    Transition,
+    Steps, Transition,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -28,7 +28,7 @@ fn every_sample_has_the_prediction_of_its_own_step() -> Result<()> {
     let trajectory = sampler.trajectory(&noise, &cond)?;
     assert_eq!((trajectory.steps(), trajectory.batch_size()), (4, 2));
     for (first, second) in [(0, 3), (2, 1), (3, 3)] {
-        let steps = Tensor::from_slice(&[first as i64, second as i64]);
+        let steps = Steps::new(Tensor::from_slice(&[first as i64, second as i64]))?;
         let kept = trajectory.samples_at(&steps)?;
         let again = sampler.simulate_on(&trajectory, &cond, &steps)?;
         assert!(max_difference(&kept, &again.x) < 1e-14);
@@ -50,7 +50,8 @@ fn a_renoising_rollout_draws_its_noise_as_backward_simulation_does() -> Result<(
     let sampler = Sampler::new(&denoiser, grid()?, Transition::Renoise);
     let kept = {
         let _guard = seeded(3);
-        sampler.trajectory(&noise, &cond)?.samples_at(&Tensor::from_slice(&[3i64, 3]))?
+        let steps = Steps::new(Tensor::from_slice(&[3i64, 3]))?;
+        sampler.trajectory(&noise, &cond)?.samples_at(&steps)?
     };
     let _guard = seeded(3);
     assert!(max_difference(&kept, &sampler.sample(&noise, &cond)?) < 1e-14);
@@ -65,7 +66,7 @@ fn the_gradient_passes_one_forward_at_the_step_asked_for() -> Result<()> {
     let sampler = Sampler::new(&denoiser, grid()?, Transition::Ddim);
     let cond = Condition::from(wave(&SHAPE, 2.0, Kind::Double));
     let trajectory = sampler.trajectory(&wave(&SHAPE, 0.4, Kind::Double), &cond)?;
-    let steps = Tensor::from_slice(&[1i64, 2]);
+    let steps = Steps::new(Tensor::from_slice(&[1i64, 2]))?;
     assert!(!trajectory.samples_at(&steps)?.requires_grad());
     let x = sampler.simulate_on(&trajectory, &cond, &steps)?.x;
     x.sum(Kind::Double).backward();
@@ -85,11 +86,11 @@ fn drawn_steps_cover_the_grid_evenly() -> Result<()> {
     let trajectory = sampler.trajectory(&wave(&shape, 0.4, Kind::Double), &cond)?;
     let (one, two) = (trajectory.draw_steps()?, trajectory.draw_steps()?);
     for steps in [&one, &two] {
-        let mut sorted = Vec::<i64>::try_from(steps).unwrap();
+        let mut sorted = Vec::<i64>::try_from(steps.tensor()).unwrap();
         sorted.sort_unstable();
         assert_eq!(sorted, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]);
     }
-    assert_ne!(values(&one), values(&two));
+    assert_ne!(values(one.tensor()), values(two.tensor()));
     Ok(())
 }
 
@@ -106,7 +107,7 @@ fn drawn_steps_are_spread_whatever_the_numbers_of_samples_and_steps() -> Result<
         let trajectory = sampler.trajectory(&noise, &Condition::from(noise.shallow_clone()))?;
         let mut of_the_first = vec![0; steps];
         for _ in 0..1000 {
-            let drawn = Vec::<i64>::try_from(trajectory.draw_steps()?).unwrap();
+            let drawn = Vec::<i64>::try_from(trajectory.draw_steps()?.tensor()).unwrap();
             of_the_first[drawn[0] as usize] += 1;
             let mut counts = vec![0; steps];
             for &step in &drawn {
@@ -139,14 +140,30 @@ fn steps_that_do_not_fit_are_refused() -> Result<()> {
     let sampler = Sampler::new(&denoiser, grid()?, Transition::Ddim);
     let cond = Condition::from(wave(&SHAPE, 2.0, Kind::Double));
     let trajectory = sampler.trajectory(&wave(&SHAPE, 0.4, Kind::Double), &cond)?;
-    let at = |steps: &Tensor| trajectory.samples_at(steps);
+    let at = |steps: Tensor| trajectory.samples_at(&Steps::new(steps)?);
     for bad in [[0i64, 4], [-1, 0]] {
-        let found = at(&Tensor::from_slice(&bad));
+        let found = at(Tensor::from_slice(&bad));
         assert!(matches!(found, Err(Error::OutOfRange { what: "step", .. })), "{found:?}");
     }
-    let found = at(&Tensor::from_slice(&[0i64]));
+    let found = at(Tensor::from_slice(&[0i64]));
     assert!(matches!(found, Err(Error::Shape { what: "steps", .. })), "{found:?}");
-    let found = at(&Tensor::zeros([2], (Kind::Float, Device::Cpu)));
+    let found = at(Tensor::zeros([2], (Kind::Float, Device::Cpu)));
     assert!(matches!(found, Err(Error::Kind { what: "steps", .. })), "{found:?}");
+    Ok(())
+}
+
+#[test]
+fn a_part_of_the_steps_keeps_their_bound() -> Result<()> {
+    let steps = Steps::new(Tensor::from_slice(&[0i64, 4, 1, 2]))?;
+    assert_eq!(values(steps.narrow(1, 2)?.tensor()), [4.0, 1.0]);
+    assert!(matches!(steps.narrow(0, 0), Err(Error::OutOfRange { .. })));
+    assert!(matches!(steps.narrow(3, 2), Err(Error::Torch(_))));
+    // The bound is that of all: whether steps fit does not depend on what was drawn for a part.
+    let denoiser = gaussian_teacher(0.5);
+    let sampler = Sampler::new(&denoiser, grid()?, Transition::Ddim);
+    let cond = Condition::from(wave(&SHAPE, 2.0, Kind::Double));
+    let trajectory = sampler.trajectory(&wave(&SHAPE, 0.4, Kind::Double), &cond)?;
+    let found = trajectory.samples_at(&steps.narrow(2, 2)?);
+    assert!(matches!(found, Err(Error::OutOfRange { what: "step", .. })), "{found:?}");
     Ok(())
 }

@@ -6,8 +6,8 @@ use std::cell::RefCell;
 use decoupled_dmd::{
     Batch, CfgAugmentation, Condition, Denoiser, Distance, DistributionMatching, Draw, Error,
     FewStepGrid, Group, Guidance, NoisePath, Normalizer, Objective, PairedRegression, PostShift,
-    Power, PreShift, Prediction, RectifiedFlow, Renoising, Result, Sampler, Shift, Subinterval,
-    TimeDistribution, Times, Transition, Uniform,
+    Power, PreShift, Prediction, RectifiedFlow, Renoising, Result, Sampler, Shift, Steps,
+    Subinterval, TimeDistribution, Times, Transition, Uniform,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -189,7 +189,7 @@ fn a_point_off_the_rollout_lies_on_the_line_of_the_prediction() -> Result<()> {
     let last = sampler.simulate_from_real_at(
         &end,
         &cond,
-        &Tensor::zeros([3], (Kind::Int64, Device::Cpu)),
+        &Steps::new(Tensor::zeros([3], (Kind::Int64, Device::Cpu)))?,
         &noise,
     )?;
     assert!(sampler.simulate_off_trajectory(&last, &cond, &times).is_ok(), "from pure noise");

@@ -11,6 +11,7 @@ use tch_training::{Parameters, Tape};
 use crate::distil::adapter::denoiser;
 use crate::distil::fake_score::FakeScore;
 use crate::distil::prompts::{Buckets, Prompts};
+use crate::distil::readings::Readings;
 use crate::distil::recipe::{Decay, Recipe};
 use crate::distil::role_trainer::RoleTrainer;
 use crate::distil::rollout::{Captions, Rollout};
@@ -23,6 +24,8 @@ use crate::model::ZImageTransformer;
 /// Names of the counts in the state.
 const WARMED: &str = "fake_warmup_updates";
 const UPDATES: &str = "updates";
+/// The log of the samples' mean variance over that of the data.
+const VARIANCE_DRIFT: &str = "variance_drift";
 
 /// What one update of the student has shown: names and values.
 pub type Record = Vec<(String, f64)>;
@@ -200,14 +203,15 @@ impl<'a, T: Terms> Distillation<'a, T> {
     pub fn warm_up(&mut self) -> Result<()> {
         let end = (self.warmed + self.recipe.fake_updates.max(1)).min(self.recipe.fake_warmup);
         begin(self.recipe.seed, Stream::WarmUp(self.warmed));
-        self.gradient_norm = 0.0;
         let captions = self.draw_captions()?;
         let rollout =
             self.roll_out(&captions, self.rollout_steps().unwrap_or(self.recipe.steps))?;
+        let mut readings = Readings::default();
         while self.warmed < end {
-            self.train_fake(&rollout)?;
+            self.train_fake(&rollout, &mut readings)?;
             self.warmed += 1;
         }
+        (_, self.gradient_norm) = readings.read()?;
         Ok(())
     }
 
@@ -215,34 +219,43 @@ impl<'a, T: Terms> Distillation<'a, T> {
     /// record holds the diagnostics of the terms besides the losses.
     ///
     /// What the student draws does not depend on which other networks are trained: distillations of one seed
-    /// start from the same captions and noise at each update.
+    /// start from the same captions and noise at each update. The device is waited for once, at the end, for all
+    /// numbers together.
     ///
     /// # Errors
     /// If libtorch fails. Numbers that are not finite are no error: see [`Self::check_gradients`].
     pub fn step(&mut self, observe: bool) -> Result<Record> {
         begin(self.recipe.seed, Stream::Update(self.update));
-        self.gradient_norm = 0.0;
         self.student.trainer.optimizer.settings.learning_rate =
             self.recipe.student.learning_rate * self.learning_rate_factor();
         let captions = self.draw_captions()?;
         let roll_out = |steps| self.roll_out(&captions, steps);
         let rollout = self.rollout_steps().map(roll_out).transpose()?;
-        let mut record = self.train_student(&captions, rollout.as_ref(), observe)?;
+        let mut readings = self.train_student(&captions, rollout.as_ref(), observe)?;
         if let Some(rollout) = &rollout {
             if self.fake.is_some() {
-                let mut loss = 0.0;
+                let mut sum = Tensor::f_zeros([], (Kind::Double, self.teacher.device()))?;
                 for _ in 0..self.recipe.fake_updates {
-                    loss += self.train_fake(rollout)?;
+                    if let Some(loss) = self.train_fake(rollout, &mut readings)? {
+                        sum = sum.f_add(&loss.f_detach()?.f_to_kind(Kind::Double)?)?;
+                    }
                 }
-                record.push(("fake".into(), loss / self.recipe.fake_updates.max(1) as f64));
+                let count = self.recipe.fake_updates.max(1) as f64;
+                readings.push("fake", &sum.f_div_scalar(count)?)?;
             }
             let (base, shift) = (self.teacher, self.recipe.shift);
             let dm = self.fake.as_ref().map(|fake| fake.matching(base, shift));
-            record.extend(self.terms.train(rollout, dm.as_ref())?);
+            readings.extend(self.terms.train(rollout, dm.as_ref())?);
         }
         self.update += 1;
         let current = self.student.parameters();
         update_average(&self.average.parameters(), &current, self.recipe.ema, self.update)?;
+        let (mut record, norm) = readings.read()?;
+        self.gradient_norm = norm;
+        let of_samples = record.iter_mut().find(|(name, _)| name == VARIANCE_DRIFT);
+        if let (Some((_, value)), Some(of_data)) = (of_samples, self.data_variance) {
+            *value = (*value / of_data).ln();
+        }
         Ok(record)
     }
 
@@ -275,31 +288,31 @@ impl<'a, T: Terms> Distillation<'a, T> {
         captions: &Captions,
         rollout: Option<&Rollout<'_>>,
         observe: bool,
-    ) -> Result<Record> {
+    ) -> Result<Readings> {
         let tape = self.tape();
         let (student, flow_map) =
             self.student.training(self.teacher, tape.as_ref(), self.recipe.shift);
         let teacher = denoiser(self.teacher, self.recipe.shift);
-        let (mut losses, mut record) = (Vec::new(), Record::new());
+        let (mut losses, mut readings) = (Vec::new(), Readings::default());
         if let Some(rollout) = rollout {
             let (loss, seen) = self.loss_on_rollout(teacher.clone(), &student, rollout, observe)?;
             losses.push(loss);
-            record.extend(seen);
+            readings.extend(seen);
         }
         let networks = Networks { teacher, student, flow_map };
         if let Some((loss, seen)) = self.terms.loss_on_data(self.update, &networks, captions)? {
             losses.push(loss);
-            record.extend(seen);
+            readings.extend(seen);
         }
         drop(networks);
         let sum = losses.into_iter().map(Ok).reduce(|sum, loss| Ok(sum?.f_add(&loss?)?));
         let loss: Result<Tensor> = sum.context("the student is trained by no loss")?;
-        let norm = f64::try_from(self.student.trainer.descend(&loss?, tape.as_ref())?)?;
-        self.note_norm(norm);
+        let norm = self.student.trainer.descend(&loss?, tape.as_ref())?;
+        readings.push_norm(&norm)?;
         if observe {
-            record.push(("student_gradient".into(), norm));
+            readings.push("student_gradient", &norm)?;
         }
-        Ok(record)
+        Ok(readings)
     }
 
     /// The objective's loss, and what it shows.
@@ -309,7 +322,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
         student: &Denoiser<'_>,
         rollout: &Rollout<'_>,
         observe: bool,
-    ) -> Result<(Tensor, Record)> {
+    ) -> Result<(Tensor, Readings)> {
         let Rollout { trajectory, captions, .. } = rollout;
         let (base, shift) = (self.teacher, self.recipe.shift);
         let dm = self.fake.as_ref().map(|fake| fake.matching(base, shift));
@@ -326,27 +339,26 @@ impl<'a, T: Terms> Distillation<'a, T> {
             batch = batch.with_real(real)?;
         }
         let evaluation = objective.evaluate(&batch)?;
-        let mut record = evaluation.report()?;
-        if let (Some(diagnostics), Some(variance)) = (&evaluation.diagnostics, self.data_variance) {
-            let drift = diagnostics.variance_drift(variance)?;
-            record.extend(drift.map(|drift| ("variance_drift".to_owned(), drift)));
+        let mut readings = Readings::default();
+        readings.observe(evaluation.scalars()?)?;
+        if let Some(diagnostics) = evaluation.diagnostics.filter(|_| self.data_variance.is_some()) {
+            let variance = diagnostics.mean_variance()?;
+            readings.observe([(VARIANCE_DRIFT.to_owned(), variance)])?;
         }
-        Ok((evaluation.loss, record))
+        Ok((evaluation.loss, readings))
     }
 
-    fn train_fake(&mut self, rollout: &Rollout<'_>) -> Result<f64> {
+    /// One update of the fake score, if there is one; its loss.
+    fn train_fake(
+        &mut self,
+        rollout: &Rollout<'_>,
+        readings: &mut Readings,
+    ) -> Result<Option<Tensor>> {
         let tape = self.tape();
-        let Some(fake) = &mut self.fake else { return Ok(0.0) };
+        let Some(fake) = &mut self.fake else { return Ok(None) };
         let (loss, norm) = fake.train(self.teacher, rollout, self.recipe.shift, tape.as_ref())?;
-        self.note_norm(f64::try_from(&norm)?);
-        Ok(f64::try_from(&loss)?)
-    }
-
-    /// Keeps the largest norm; NaN is above all.
-    fn note_norm(&mut self, norm: f64) {
-        if norm.is_nan() || norm > self.gradient_norm {
-            self.gradient_norm = norm;
-        }
+        readings.push_norm(&norm)?;
+        Ok(Some(loss))
     }
 
     /// Fresh captions.

@@ -125,7 +125,9 @@ impl Pairs {
         let positions = self.buckets.draw(batch)?;
         let index = Tensor::f_from_slice(&positions)?;
         let at = |tensor: &Tensor| -> Result<Tensor> {
-            Ok(tensor.f_index_select(0, &index)?.f_to_device(device)?)
+            let rows = tensor.f_index_select(0, &index)?;
+            // Not waited for: libtorch reads the rows before it returns.
+            Ok(rows.f_to_device_(device, rows.f_kind()?, true, false)?)
         };
         Ok(PairBatch {
             items: positions.iter().map(|position| self.items[*position as usize]).collect(),

@@ -85,7 +85,9 @@ impl Prompts {
         );
         let captions: Vec<&Tensor> =
             items.iter().map(|item| self.caption(*item)).collect::<Result<_>>()?;
-        let captions = Tensor::f_stack(&captions, 0)?.f_to_device(self.device)?;
+        let captions = Tensor::f_stack(&captions, 0)?;
+        // Not waited for: libtorch reads the captions before it returns.
+        let captions = captions.f_to_device_(self.device, captions.f_kind()?, true, false)?;
         let null = self.empty.f_expand([items.len() as i64, -1, -1], false)?;
         Ok((captions.into(), null.into()))
     }

@@ -1,8 +1,8 @@
 //! Captions and a rollout of the student for them.
 
 use anyhow::Result;
-use decoupled_dmd::{Condition, Trajectory};
-use tch::Tensor;
+use decoupled_dmd::{Condition, Steps, Trajectory};
+use tch::{Kind, Tensor};
 
 /// The captions of an update.
 #[derive(Debug)]
@@ -30,9 +30,12 @@ impl Rollout<'_> {
     ///
     /// # Errors
     /// If libtorch fails.
-    pub fn cond_at(&self, steps: &Tensor) -> Result<Condition> {
+    pub fn cond_at(&self, steps: &Steps) -> Result<Condition> {
         let cond = self.captions.cond[0].shallow_clone();
-        let items = Tensor::f_from_slice(&self.captions.items)?.f_to_device(steps.device())?;
+        let steps = steps.tensor();
+        // Not waited for: libtorch reads the indices before it returns.
+        let items = Tensor::f_from_slice(&self.captions.items)?;
+        let items = items.f_to_device_(steps.device(), Kind::Int64, true, false)?;
         Ok(Condition::from(vec![cond, steps.f_mul_scalar(self.stride)?, items]))
     }
 }

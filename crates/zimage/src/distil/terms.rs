@@ -7,7 +7,7 @@ use decoupled_dmd::{
 use tch::Tensor;
 use tch_training::Parameters;
 
-use crate::distil::distillation::Record;
+use crate::distil::readings::Readings;
 use crate::distil::recipe::Recipe;
 use crate::distil::rollout::{Captions, Rollout};
 
@@ -55,7 +55,7 @@ pub trait Terms {
         update: u64,
         networks: &Networks<'_>,
         captions: &Captions,
-    ) -> Result<Option<(Tensor, Record)>> {
+    ) -> Result<Option<(Tensor, Readings)>> {
         let _ = (update, networks, captions);
         Ok(None)
     }
@@ -89,9 +89,9 @@ pub trait Terms {
         &mut self,
         rollout: &Rollout<'_>,
         dm: Option<&DistributionMatching<'_>>,
-    ) -> Result<Record> {
+    ) -> Result<Readings> {
         let _ = (rollout, dm);
-        Ok(Record::new())
+        Ok(Readings::default())
     }
 
     /// All that training changes in the networks of the terms, by name; storage is shared.

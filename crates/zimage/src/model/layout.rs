@@ -161,6 +161,7 @@ pub(crate) fn longest(lengths: &[i64]) -> i64 {
 
 /// True where a place of `[B, length]` lies within the item's own length.
 fn own_tokens(lengths: &[i64], length: i64, device: Device) -> Result<Tensor> {
-    let lengths = Tensor::f_from_slice(lengths)?.f_to_device(device)?;
+    // Not waited for: libtorch reads the lengths before it returns.
+    let lengths = Tensor::f_from_slice(lengths)?.f_to_device_(device, Kind::Int64, true, false)?;
     Ok(Tensor::f_arange(length, (Kind::Int64, device))?.f_lt_tensor(&lengths.f_unsqueeze(1)?)?)
 }

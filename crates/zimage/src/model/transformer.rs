@@ -259,7 +259,7 @@ impl ZImageTransformer {
 
     /// The raw output for items of any sizes and captions of any lengths in one batch, each as if it were
     /// alone: `latents` `[C, F_i, H_i, W_i]` with F frames (1 for images), `t` `[B]`, `captions`
-    /// `[L_i, cap_feat_dim]`. The outputs have the shapes and dtypes of the latents.
+    /// `[L_i, cap_feat_dim]`, all on any device. The outputs have the shapes, dtypes and devices of the latents.
     ///
     /// The work is that of the longest item for all; a batch of one padded length is faster than others
     /// also because it needs no mask.
@@ -291,7 +291,8 @@ impl ZImageTransformer {
             rows.push(patchify(&latent.f_unsqueeze(0)?, patch)?.f_squeeze_dim(0)?);
         }
         let encoded = self.refine_captions(captions, &counts, role)?;
-        let output = self.transform(&stack_tokens(&rows)?, &items, t, &encoded, role)?;
+        let t = t.f_to_device(self.device())?;
+        let output = self.transform(&stack_tokens(&rows)?, &items, &t, &encoded, role)?;
         (0..)
             .zip(items.iter().zip(latents))
             .map(|(index, ((grid, _), latent))| {

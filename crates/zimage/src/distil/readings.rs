@@ -1,0 +1,90 @@
+//! What an update has shown, while it is still on the device.
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use crate::distil::distillation::Record;
+
+/// Scalars that are read together, so that an update waits for its device once.
+#[derive(Debug, Default)]
+pub struct Readings {
+    scalars: Vec<Scalar>,
+    /// Norms of gradients.
+    norms: Vec<Tensor>,
+}
+
+#[derive(Debug)]
+struct Scalar {
+    name: String,
+    /// In float64, without a graph.
+    value: Tensor,
+    /// Whether the number is left out of the record where it is not finite.
+    may_be_undefined: bool,
+}
+
+impl Readings {
+    /// Adds a number that is part of the record whatever it is, such as a loss.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn push(&mut self, name: impl Into<String>, scalar: &Tensor) -> Result<()> {
+        self.add(name.into(), scalar, false)
+    }
+
+    /// Adds observations, of which those are left out of the record that are not finite.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub fn observe(&mut self, scalars: impl IntoIterator<Item = (String, Tensor)>) -> Result<()> {
+        scalars.into_iter().try_for_each(|(name, scalar)| self.add(name, &scalar, true))
+    }
+
+    fn add(&mut self, name: String, scalar: &Tensor, may_be_undefined: bool) -> Result<()> {
+        let value = scalar.f_detach()?.f_to_kind(Kind::Double)?;
+        self.scalars.push(Scalar { name, value, may_be_undefined });
+        Ok(())
+    }
+
+    /// Adds the norm of a gradient, which is no part of the record.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub(super) fn push_norm(&mut self, norm: &Tensor) -> Result<()> {
+        self.norms.push(norm.f_to_kind(Kind::Double)?);
+        Ok(())
+    }
+
+    /// Adds what others hold.
+    pub(super) fn extend(&mut self, others: Self) {
+        self.scalars.extend(others.scalars);
+        self.norms.extend(others.norms);
+    }
+
+    /// Reads all, and waits for the device once: the record, and the largest norm, NaN if one was.
+    ///
+    /// # Errors
+    /// If libtorch fails, or the scalars are on several devices.
+    pub(super) fn read(self) -> Result<(Record, f64)> {
+        let values = self.scalars.iter().map(|scalar| &scalar.value).chain(&self.norms);
+        let values: Vec<&Tensor> = values.collect();
+        if values.is_empty() {
+            return Ok((Record::new(), 0.0));
+        }
+        let together = Tensor::f_stack(&values, 0)?.f_to_device(Device::Cpu)?;
+        let values = Vec::<f64>::try_from(together)?;
+        let (values, norms) = values.split_at(self.scalars.len());
+        let record = self.scalars.into_iter().zip(values);
+        let record = record
+            .filter(|(scalar, value)| value.is_finite() || !scalar.may_be_undefined)
+            .map(|(scalar, value)| (scalar.name, *value))
+            .collect();
+        // Once NaN, no comparison holds: it stays.
+        let norm = norms.iter().fold(
+            0.0,
+            |most: f64, norm| {
+                if norm.is_nan() || *norm > most { *norm } else { most }
+            },
+        );
+        Ok((record, norm))
+    }
+}
