@@ -8,6 +8,7 @@ use tch::{Kind, Tensor, no_grad_guard};
 pub(crate) use term::Role;
 pub use term::{ScoreDiagnostics, TermDiagnostics};
 
+use crate::arithmetic::Arithmetic;
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::numeric::{masked, masked_mean, per_sample, widen};
@@ -23,9 +24,10 @@ use crate::value::{checked, is_positive};
 /// | what | formula, for sample i | where |
 /// |---|---|---|
 /// | x_mean, x_std, x_rms | m_i, sqrt v_i, sqrt mean x^2 | fields |
+/// | x_spread | root of the mean over elements of their unbiased variance over the batch | [`spread`](Self::spread) |
 /// | variance drift | ln(mean_i v_i / target) | [`variance_drift`](Self::variance_drift) |
 /// | share of samples that are not finite | in x or in a direction | [`not_finite`](Self::not_finite) |
-/// | update_rms, n, on_guard, rel_gap, cos, mag_ratio | see there | [`TermDiagnostics`], [`ScoreDiagnostics`] |
+/// | update_rms, n, on_guard, rel_gap, cos, mag_ratio, error_ratio | see there | [`TermDiagnostics`], [`ScoreDiagnostics`] |
 /// | regularizer to engine, dm_to_ca | mean_i rms(d_DM) / mean_i rms(d_CA) | [`update_balance`](Self::update_balance) |
 /// | ca_dm_cos | cos(d_CA, d_DM), each at its own tau | [`update_cos`](Self::update_cos) |
 ///
@@ -42,6 +44,8 @@ pub struct Diagnostics {
     /// The diagnostics of each term, under its name, in the order of the objective.
     pub terms: Vec<(String, TermDiagnostics)>,
     finite: Tensor,
+    /// A scalar in float64, NaN where undefined.
+    spread: Tensor,
 }
 
 impl Diagnostics {
@@ -52,12 +56,14 @@ impl Diagnostics {
         let variance = masked_mean(&x.f_sub(&per_sample(&mean, &x)?)?.f_square()?, mask)?;
         let rms = masked_mean(&x.f_square()?, mask)?.f_sqrt()?;
         let any = any_kept(&x, mask)?;
+        let finite = all_finite(&masked(&x, mask)?)?;
         Ok(Self {
             x_mean: PerSample::new(mean, &any)?,
             x_std: PerSample::new(variance.f_sqrt()?, &any)?,
             x_rms: PerSample::new(rms, &any)?,
             terms: Vec::new(),
-            finite: all_finite(&masked(&x, mask)?)?,
+            spread: spread(&x, mask, &finite)?,
+            finite,
         })
     }
 
@@ -103,6 +109,18 @@ impl Diagnostics {
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
     pub fn mean_variance(&self) -> Result<Tensor> {
         self.x_std.map(|std| Ok(std.f_square()?))?.mean_tensor()
+    }
+
+    /// How far the samples of the batch are from one another: the root of the mean over elements of their unbiased
+    /// variance over the batch, which is the rms distance of two samples over the root of 2. It falls where samples
+    /// of one condition become alike, which no other number here sees; compare it with its own start, and take batches
+    /// of one condition where the conditions themselves differ. `None` for fewer than two finite samples.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    pub fn spread(&self) -> Result<Option<f64>> {
+        let spread = self.spread.f_double_value(&[])?;
+        Ok(spread.is_finite().then_some(spread))
     }
 
     /// The ratio of the updates of two terms, mean_i rms over mean_i rms: `("dm", "ca")` says how strong
@@ -154,6 +172,7 @@ impl Diagnostics {
             ("x_mean".to_owned(), self.x_mean.mean_tensor()?),
             ("x_std".to_owned(), self.x_std.mean_tensor()?),
             ("x_rms".to_owned(), self.x_rms.mean_tensor()?),
+            ("x_spread".to_owned(), self.spread.shallow_clone()),
             ("not_finite".to_owned(), self.not_finite_tensor()?),
         ]);
         for (name, term) in &self.terms {
@@ -195,6 +214,23 @@ fn balance(above: &TermDiagnostics, below: &TermDiagnostics) -> Result<Option<Te
         return Ok(None);
     };
     Ok(Some(above.mean_tensor()?.f_div(&below.mean_tensor()?)?))
+}
+
+/// The root of the mean over elements of their unbiased variance over the batch, over the elements that the mask
+/// keeps in two `finite` samples `[B]` or more; a scalar in float64, NaN where there is none.
+fn spread(x: &Tensor, mask: Option<&Tensor>, finite: &Tensor) -> Result<Tensor> {
+    let finite = per_sample(finite, x)?.f_expand_as(x)?;
+    let kept =
+        mask.map_or_else(|| Ok(finite.shallow_clone()), |mask| mask.f_logical_and(&finite))?;
+    let x = masked(&x.f_to_kind(Kind::Double)?, Some(&kept))?;
+    let kept = kept.f_to_kind(Kind::Double)?;
+    let over_batch = |tensor: &Tensor| tensor.f_sum_dim_intlist(&[0i64][..], true, None::<Kind>);
+    let count = over_batch(&kept)?;
+    let offset = x.f_sub(&over_batch(&x)?.f_div(&count.at_least(1.0)?)?)?.f_mul(&kept)?;
+    let variance = over_batch(&offset.f_square()?)?.f_div(&count.minus(1.0)?.at_least(1.0)?)?;
+    let counts = count.above(1.5)?.f_to_kind(Kind::Double)?;
+    let sum = variance.f_mul(&counts)?.f_sum(Kind::Double)?;
+    Ok(sum.f_div(&counts.f_sum(Kind::Double)?)?.f_sqrt()?)
 }
 
 /// Whether all elements of a sample are finite, `[B]`.

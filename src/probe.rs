@@ -11,7 +11,7 @@ use crate::diagnostics::{Role, TermDiagnostics};
 use crate::error::Result;
 use crate::gradient::surrogate;
 use crate::normalizer::{Distance, Normalizer, Reference};
-use crate::numeric::{masked, masked_mean, noise_like, once};
+use crate::numeric::{masked, masked_mean, noise_like, once, widen_like};
 use crate::output::{Difference, ModelOutput};
 use crate::renoising::Renoising;
 use crate::time::PostShift;
@@ -276,8 +276,9 @@ impl<'a> Probe<'a> {
         let at = self.teacher.path().coefficients(&self.tau)?.like(&self.noised)?;
         let scale = at.data.f_add(&at.noise)?;
         let flow = |x0: &Tensor| self.noised.f_sub(&x0.f_mul(&scale)?);
+        let own = flow(&widen_like(&self.x.f_detach()?, &self.noised)?)?;
         let (real, fake) = (flow(&real)?, flow(&fake)?);
-        self.record(|term| term.set_scores(&self.noised, &real, &fake))
+        self.record(|term| term.set_scores(&self.noised, [&real, &fake, &own]))
     }
 
     /// Calls `set` on the diagnostics. Their `RefCell` is borrowed meanwhile: `set` must not call `record`.

@@ -4,6 +4,7 @@ use decoupled_dmd::{
     AboveStudent, Divergence, FlowRule, Renoising, Shift, Tangent, Times, Transition, Uniform,
 };
 use serde::{Deserialize, Serialize};
+use zimage::distil::Decay;
 
 /// The times to which a term re-noises the samples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -120,6 +121,9 @@ pub struct Arm {
     pub coupled: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_data: Option<OnData>,
+    /// Distribution matching off the student's rollout besides, as in CDM.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub off_trajectory: bool,
     /// Updates on data before the first on rollouts, after which data are not used any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_stage: Option<u64>,
@@ -141,10 +145,21 @@ pub struct Arm {
     pub fake_learning_rate: f64,
     /// Updates over which the student's learning rate rises from zero.
     pub warmup: u64,
+    /// How that learning rate ends.
+    #[serde(default = "constant", skip_serializing_if = "is_constant")]
+    pub decay: Decay,
     /// Decay of the moving average of the student's weights, which is what is measured.
     pub ema: f64,
     /// Updates between two measurements.
     pub measure_every: u64,
+}
+
+fn constant() -> Decay {
+    Decay::None
+}
+
+fn is_constant(decay: &Decay) -> bool {
+    *decay == Decay::None
 }
 
 impl Arm {
@@ -159,6 +174,7 @@ impl Arm {
             regularizers: Vec::new(),
             coupled: false,
             on_data: None,
+            off_trajectory: false,
             first_stage: None,
             trained: Vec::new(),
             observer: false,
@@ -170,6 +186,8 @@ impl Arm {
             student_learning_rate: 1e-4,
             fake_learning_rate: 4e-4,
             warmup: 8,
+            // A decay would end some arms before they show what they do.
+            decay: constant(),
             ema: 0.9,
             measure_every: 10,
         }
@@ -295,7 +313,9 @@ impl Arm {
             (false, true) => 6.0,
             (false, false) => 0.0,
         };
-        let networks = rollout + 3.0 + terms + fake + critic;
+        // A forward on the rollout, the student with its graph, teacher and fake score.
+        let off_trajectory = if self.off_trajectory { 6.0 } else { 0.0 };
+        let networks = rollout + 3.0 + terms + fake + critic + off_trajectory;
         let on_rollouts = if self.has_objective() { networks } else { 0.0 };
         match self.first_stage {
             Some(first) => {

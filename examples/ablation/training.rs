@@ -3,17 +3,17 @@
 use anyhow::{Context, Result, ensure};
 use decoupled_dmd::{
     Adversarial, AdversarialDistributionMatching, Batch, CfgAugmentation, Condition, Denoiser,
-    DistributionMatching, Group, Guidance, Kernel, MaximumMeanDiscrepancy, MeanVariance, NoisePath,
-    Normalizer, Objective, Probe, RectifiedFlow, Renoising, Reward, Schedule, ScoreIdentity, Shift,
-    Statistics, Uniform,
+    DistributionMatching, FewStepGrid, Group, Guidance, Kernel, MaximumMeanDiscrepancy,
+    MeanVariance, NoisePath, Normalizer, Objective, Probe, RectifiedFlow, Renoising, Reward,
+    Sampler, Schedule, ScoreIdentity, Shift, Statistics, TimeDistribution, Uniform,
 };
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use tch_training::Parameters;
 use tch_training::seed::begin;
 use zimage::ZImageTransformer;
 use zimage::distil::{
-    Captions, Decay, Distillation, Networks, Pairs, Prompts, Readings, Recipe, Record, Rollout,
-    Stream, Terms, denoiser, embedded_optimizer,
+    Captions, Distillation, Networks, Pairs, Prompts, Readings, Recipe, Record, Rollout, Stream,
+    Terms, denoiser, embedded_optimizer,
 };
 use zimage::emoji::Classifier;
 
@@ -27,6 +27,9 @@ const SMALL_SIDE: i64 = 8;
 /// The last time before the shift from which adversarial distribution matching takes its step of 1/64 in the time
 /// that the network sees, at a shift of 1.6 or more.
 const LAST_STEP: f64 = 0.99;
+
+/// The times before the shift of CDM's points off the rollout.
+const OFF_TRAJECTORY: (f64, f64) = (0.02, 0.98);
 
 /// What all arms share.
 #[derive(Debug)]
@@ -75,8 +78,7 @@ pub fn training<'a>(arm: &'a Arm, seed: u64, material: &'a Material<'a>) -> Resu
         student: embedded_optimizer(arm.student_learning_rate),
         fake: embedded_optimizer(arm.fake_learning_rate),
         warmup: arm.warmup,
-        // A decay would end some arms before they show what they do.
-        decay: Decay::None,
+        decay: arm.decay,
         ema: arm.ema,
         adapter: None,
         checkpointing: false,
@@ -257,15 +259,22 @@ impl Terms for ArmTerms<'_> {
         matches!(self.arm.on_data, Some(OnData::MeanFlow { .. }))
     }
 
-    fn loss_on_data(
+    fn more_losses(
         &self,
         update: u64,
         networks: &Networks<'_>,
         captions: &Captions,
-    ) -> Result<Option<(Tensor, Readings)>> {
+        rollout: Option<&Rollout<'_>>,
+    ) -> Result<Vec<(Tensor, Readings)>> {
         let is_over = self.arm.first_stage.is_some_and(|updates| update >= updates);
-        let Some(loss) = self.arm.on_data.filter(|_| !is_over) else { return Ok(None) };
-        on_data::loss(loss, self.arm, update, self.material, networks, captions).map(Some)
+        let on_data =
+            self.arm.on_data.filter(|_| !is_over).map(|loss| {
+                on_data::loss(loss, self.arm, update, self.material, networks, captions)
+            });
+        let off_rollout = rollout
+            .filter(|_| self.arm.off_trajectory)
+            .map(|rollout| off_trajectory(self.arm, networks, rollout));
+        on_data.into_iter().chain(off_rollout).collect()
     }
 
     fn has_fake_score(&self) -> bool {
@@ -313,4 +322,34 @@ impl Terms for ArmTerms<'_> {
     fn state(&self) -> Parameters {
         self.critic.iter().flat_map(|critic| critic.trainer.state()).collect()
     }
+}
+
+/// Distribution matching without the engine off the student's rollout, as in CDM: one more evaluation of the student at
+/// a point of the line that a prediction of its rollout draws through its input.
+fn off_trajectory(
+    arm: &Arm,
+    networks: &Networks<'_>,
+    rollout: &Rollout<'_>,
+) -> Result<(Tensor, Readings)> {
+    let dm = networks.dm.context("distribution matching off the rollout needs a fake score")?;
+    let Rollout { trajectory, captions, .. } = rollout;
+    let grid = FewStepGrid::even(trajectory.steps() as usize)?;
+    let sampler = Sampler::new(&networks.student, grid, arm.transition);
+    let steps = trajectory.draw_steps()?;
+    let from = {
+        let _guard = tch::no_grad_guard();
+        sampler.simulate_on(trajectory, &captions.cond, &steps)?
+    };
+    let (low, high) = OFF_TRAJECTORY;
+    let options = (Kind::Float, from.x.device());
+    let times =
+        Uniform::new(low, high)?.times(&Tensor::f_rand([arm.batch as i64], options)?, None)?;
+    let made = sampler.simulate_off_trajectory(&from, &captions.cond, &times)?;
+    let cond = rollout.cond_at(&steps)?;
+    let batch = Batch::of(&made, &cond)?;
+    let group = Group::new(Renoising::new(Uniform::FULL)).regularizer("dm", 1.0, dm);
+    let evaluation = Objective::new(networks.teacher.clone()).with(group).evaluate(&batch)?;
+    let mut readings = Readings::default();
+    readings.push("off_trajectory_loss", &evaluation.loss)?;
+    Ok((evaluation.loss, readings))
 }

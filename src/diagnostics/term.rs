@@ -70,12 +70,12 @@ impl TermDiagnostics {
         Ok(())
     }
 
-    /// Sets the scores from their flow velocities, given up to one factor for each sample.
+    /// Sets the scores from the flow velocities of teacher, fake score and the sample itself, given up to one factor
+    /// for each sample.
     pub(crate) fn set_scores(
         &mut self,
         noised: &Tensor,
-        real: &Tensor,
-        fake: &Tensor,
+        [real, fake, own]: [&Tensor; 3],
     ) -> Result<()> {
         let mask = self.mask.as_ref();
         let rms =
@@ -87,10 +87,13 @@ impl TermDiagnostics {
         let gap = rms(&real.f_sub(fake)?)?;
         let product = masked_mean(&real.f_mul(fake)?, mask)?;
         let norms = real_rms.f_mul(&fake_rms)?;
+        let (real_error, fake_error) = (rms(&real.f_sub(own)?)?, rms(&fake.f_sub(own)?)?);
+        let errs = real_error.f_gt_tensor(&smallest)?;
         self.scores = Some(ScoreDiagnostics {
             rel_gap: PerSample::new(gap.f_div(&real_rms)?, &real_there)?,
             cos: PerSample::new(product.f_div(&norms)?, &both_there)?,
             mag_ratio: PerSample::new(fake_rms.f_div(&real_rms)?, &real_there)?,
+            error_ratio: PerSample::new(fake_error.f_div(&real_error)?, &errs)?,
         });
         Ok(())
     }
@@ -98,10 +101,11 @@ impl TermDiagnostics {
     /// Appends named scalars in float64, NaN or infinite where undefined.
     pub(super) fn report(&self, name: &str, named: &mut Vec<(String, Tensor)>) -> Result<()> {
         let mut push = |what: &str, value: Tensor| named.push((format!("{name}_{what}"), value));
-        if let Some(ScoreDiagnostics { rel_gap, cos, mag_ratio }) = &self.scores {
+        if let Some(ScoreDiagnostics { rel_gap, cos, mag_ratio, error_ratio }) = &self.scores {
             push("rel_gap", rel_gap.mean_tensor()?);
             push("cos", cos.mean_tensor()?);
             push("mag_ratio", mag_ratio.mean_tensor()?);
+            push("error_ratio", error_ratio.mean_tensor()?);
         }
         if let Some(rms) = &self.update_rms {
             push("update_rms", rms.mean_tensor()?);
@@ -129,12 +133,16 @@ impl TermDiagnostics {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct ScoreDiagnostics {
-    /// rms(u_real - u_fake) / rms(u_real). Rises when the fake lags, or the student leaves the data.
+    /// rms(u_real - u_fake) / rms(u_real): how far the student's samples, as the fake score knows them, are from the
+    /// teacher's. 0 with a fake score that still is the teacher, however bad the samples are.
     pub rel_gap: PerSample,
-    /// cos(u_real, u_fake). Falling: the fake lags.
+    /// cos(u_real, u_fake), the same in angle.
     pub cos: PerSample,
     /// rms(u_fake) / rms(u_real). Away from 1: the fake is mis-scaled.
     pub mag_ratio: PerSample,
+    /// rms(x0_fake - x) / rms(x0_real - x), the errors of fake score and teacher on the student's noised samples. Below
+    /// 1: the fake score knows these samples better, as it must. 1: it is frozen, or lags. Above 1: it is broken.
+    pub error_ratio: PerSample,
 }
 
 /// Cosine of the directions of two terms, undefined where one of them vanishes.

@@ -2,8 +2,9 @@
 
 use decoupled_dmd::{
     Adversarial, Batch, CfgAugmentation, Condition, Denoiser, Diagnostics, DistributionMatching,
-    Draw, Error, Group, Guidance, MeanVariance, Normalizer, Objective, PerSample, Prediction,
-    RectifiedFlow, Renoising, Result, Uniform, default_device, engine_fn, regularizer_fn,
+    Draw, Error, Group, Guidance, MeanVariance, NoisePath, Normalizer, Objective, PerSample,
+    PostShift, Prediction, RectifiedFlow, Renoising, Result, Uniform, default_device, engine_fn,
+    regularizer_fn,
 };
 use tch::{Kind, Tensor};
 
@@ -69,6 +70,7 @@ fn every_number_of_the_table_is_in_the_report() -> Result<()> {
         "x_mean",
         "x_std",
         "x_rms",
+        "x_spread",
         "not_finite",
         "ca_update_rms",
         "ca_n",
@@ -77,6 +79,7 @@ fn every_number_of_the_table_is_in_the_report() -> Result<()> {
         "dm_rel_gap",
         "dm_cos",
         "dm_mag_ratio",
+        "dm_error_ratio",
         "dm_update_rms",
         "dm_n",
         "dm_n_min",
@@ -109,7 +112,7 @@ fn cosines_with_nothing_are_none_and_not_nan() -> Result<()> {
     // The clean end: both scores return the sample.
     let all = Setting { times: [1.0, 0.5, 1.0], ..Setting::default() }.diagnostics()?;
     let scores = all.term("dm").and_then(|dm| dm.scores.as_ref()).expect("scores");
-    for numbers in [&scores.rel_gap, &scores.cos, &scores.mag_ratio] {
+    for numbers in [&scores.rel_gap, &scores.cos, &scores.mag_ratio, &scores.error_ratio] {
         let numbers = numbers.to_vec()?;
         assert!(numbers[0].is_none() && numbers[1].is_some() && numbers[2].is_none());
     }
@@ -123,6 +126,68 @@ fn a_fake_that_has_caught_up_has_no_gap() -> Result<()> {
     assert_eq!(scores.rel_gap.mean()?, Some(0.0));
     approx::assert_relative_eq!(scores.cos.mean()?.unwrap(), 1.0, max_relative = 1e-14);
     approx::assert_relative_eq!(scores.mag_ratio.mean()?.unwrap(), 1.0, max_relative = 1e-14);
+    // Nor does it know the student's samples better than the teacher does: gap and cosine look best, and this warns.
+    approx::assert_relative_eq!(scores.error_ratio.mean()?.unwrap(), 1.0, max_relative = 1e-14);
+    Ok(())
+}
+
+#[test]
+fn the_error_of_the_fake_score_is_measured_by_the_teachers() -> Result<()> {
+    let mask = wave(&SHAPE, 4.0, Kind::Double).gt(-0.4);
+    for mask in [None, Some(mask)] {
+        let setting = Setting { mask, ..Setting::default() };
+        let all = setting.diagnostics()?;
+        let found = all
+            .term("dm")
+            .and_then(|dm| dm.scores.as_ref())
+            .expect("scores")
+            .error_ratio
+            .to_vec()?;
+        let time = PostShift::new(Tensor::from_slice(&setting.times))?;
+        let noise = wave(&SHAPE, 5.0, Kind::Double);
+        let noised = RectifiedFlow.renoise(&setting.x, &time, &noise)?;
+        let cond = Condition::from(wave(&SHAPE, 1.1, Kind::Double));
+        let errors = [setting.fake_variance, 0.5].map(|variance| {
+            let error = gaussian_teacher(variance).denoise(&noised, &time, &cond)? - &setting.x;
+            let kept = setting
+                .mask
+                .as_ref()
+                .map_or_else(|| error.ones_like(), |mask| mask.to_kind(Kind::Double));
+            Ok::<_, Error>((error.square() * kept).sum_dim_intlist(
+                [1i64, 2, 3].as_slice(),
+                false,
+                None::<Kind>,
+            ))
+        });
+        let [fake, teacher] = errors;
+        let expected: Vec<f64> = common::values(&(fake? / teacher?).sqrt());
+        for (found, expected) in found.into_iter().zip(expected) {
+            approx::assert_relative_eq!(found.expect("defined"), expected, max_relative = 1e-12);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn samples_that_become_alike_are_seen() -> Result<()> {
+    let plain = Setting::default();
+    let spread = |x: &Tensor, mask: Option<Tensor>| {
+        Setting { x: x.copy(), mask, ..Setting::default() }.diagnostics()?.spread()
+    };
+    let expected = plain.x.var_dim(0, true, false).mean(Kind::Double).sqrt().double_value(&[]);
+    approx::assert_relative_eq!(spread(&plain.x, None)?.unwrap(), expected, max_relative = 1e-12);
+    let alike = plain.x.narrow(0, 0, 1).expand_as(&plain.x).copy();
+    assert!(spread(&alike, None)?.is_some_and(|spread| spread < 1e-15));
+    // A sample that is not finite, or left out, is none of them.
+    let two = plain.x.index_select(0, &Tensor::from_slice(&[0i64, 2]));
+    let expected = two.var_dim(0, true, false).mean(Kind::Double).sqrt().double_value(&[]);
+    let broken = plain.x.copy();
+    let _ = broken.get(1).fill_(f64::INFINITY);
+    let left_out = Some(Tensor::from_slice(&[true, false, true]));
+    for found in [spread(&broken, None)?, spread(&plain.x, left_out)?] {
+        approx::assert_relative_eq!(found.unwrap(), expected, max_relative = 1e-12);
+    }
+    assert_eq!(spread(&plain.x, Some(Tensor::from_slice(&[true, false, false])))?, None);
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! Decoupled DMD on a Z-Image model: the teacher stays, a student and a fake score start equal to it.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use decoupled_dmd::{Batch, Denoiser, FewStepGrid, Sampler};
 use tch::{Kind, Tensor};
 use tch_training::ema::update_average;
@@ -48,8 +48,8 @@ pub struct Distillation<'a, T = ScheduledTerms> {
     /// Updates of the fake score before the first of the student, so far.
     warmed: u64,
     update: u64,
-    /// The largest norm of a gradient in the last update, NaN if one was.
-    gradient_norm: f64,
+    /// Of the last update, the role with a gradient whose norm is not finite, and that norm.
+    broken: Option<(&'static str, f64)>,
 }
 
 impl<'a> Distillation<'a> {
@@ -100,7 +100,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
             terms,
             warmed: 0,
             update: 0,
-            gradient_norm: 0.0,
+            broken: None,
             recipe,
         })
     }
@@ -211,7 +211,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
             self.train_fake(&rollout, &mut readings)?;
             self.warmed += 1;
         }
-        (_, self.gradient_norm) = readings.read()?;
+        (_, self.broken) = readings.read()?;
         Ok(())
     }
 
@@ -250,8 +250,8 @@ impl<'a, T: Terms> Distillation<'a, T> {
         self.update += 1;
         let current = self.student.parameters();
         update_average(&self.average.parameters(), &current, self.recipe.ema, self.update)?;
-        let (mut record, norm) = readings.read()?;
-        self.gradient_norm = norm;
+        let (mut record, broken) = readings.read()?;
+        self.broken = broken;
         let of_samples = record.iter_mut().find(|(name, _)| name == VARIANCE_DRIFT);
         if let (Some((_, value)), Some(of_data)) = (of_samples, self.data_variance) {
             *value = (*value / of_data).ln();
@@ -265,9 +265,12 @@ impl<'a, T: Terms> Distillation<'a, T> {
     /// # Errors
     /// If the norm of a gradient was not finite.
     pub fn check_gradients(&self) -> Result<()> {
-        let norm = self.gradient_norm;
-        ensure!(norm.is_finite(), "training broke down: the norm of a gradient is {norm}");
-        Ok(())
+        match self.broken {
+            Some((role, norm)) => {
+                bail!("training broke down: the norm of the gradient of the {role} is {norm}")
+            }
+            None => Ok(()),
+        }
     }
 
     /// Linear warm-up, constant, and the decay of the recipe.
@@ -292,15 +295,14 @@ impl<'a, T: Terms> Distillation<'a, T> {
         let tape = self.tape();
         let (student, flow_map) =
             self.student.training(self.teacher, tape.as_ref(), self.recipe.shift);
-        let teacher = denoiser(self.teacher, self.recipe.shift);
+        let (base, shift) = (self.teacher, self.recipe.shift);
+        let dm = self.fake.as_ref().map(|fake| fake.matching(base, shift));
+        let networks =
+            Networks { teacher: denoiser(base, shift), student, flow_map, dm: dm.as_ref() };
         let (mut losses, mut readings) = (Vec::new(), Readings::default());
-        if let Some(rollout) = rollout {
-            let (loss, seen) = self.loss_on_rollout(teacher.clone(), &student, rollout, observe)?;
-            losses.push(loss);
-            readings.extend(seen);
-        }
-        let networks = Networks { teacher, student, flow_map };
-        if let Some((loss, seen)) = self.terms.loss_on_data(self.update, &networks, captions)? {
+        let on_rollout = rollout.map(|rollout| self.loss_on_rollout(&networks, rollout, observe));
+        let more = self.terms.more_losses(self.update, &networks, captions, rollout)?;
+        for (loss, seen) in on_rollout.transpose()?.into_iter().chain(more) {
             losses.push(loss);
             readings.extend(seen);
         }
@@ -308,7 +310,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
         let sum = losses.into_iter().map(Ok).reduce(|sum, loss| Ok(sum?.f_add(&loss?)?));
         let loss: Result<Tensor> = sum.context("the student is trained by no loss")?;
         let norm = self.student.trainer.descend(&loss?, tape.as_ref())?;
-        readings.push_norm(&norm)?;
+        readings.push_norm("student", &norm)?;
         if observe {
             readings.push("student_gradient", &norm)?;
         }
@@ -318,20 +320,17 @@ impl<'a, T: Terms> Distillation<'a, T> {
     /// The objective's loss, and what it shows.
     fn loss_on_rollout(
         &self,
-        teacher: Denoiser<'_>,
-        student: &Denoiser<'_>,
+        networks: &Networks<'_>,
         rollout: &Rollout<'_>,
         observe: bool,
     ) -> Result<(Tensor, Readings)> {
         let Rollout { trajectory, captions, .. } = rollout;
-        let (base, shift) = (self.teacher, self.recipe.shift);
-        let dm = self.fake.as_ref().map(|fake| fake.matching(base, shift));
-        let mut objective = self.terms.objective(teacher, dm.as_ref())?;
+        let mut objective = self.terms.objective(networks.teacher.clone(), networks.dm)?;
         if observe {
             objective = objective.observed();
         }
         let steps = trajectory.draw_steps()?;
-        let sampler = self.sampler(student, trajectory.steps() as usize)?;
+        let sampler = self.sampler(&networks.student, trajectory.steps() as usize)?;
         let simulation = sampler.simulate_on(trajectory, &captions.cond, &steps)?;
         let cond = rollout.cond_at(&steps)?;
         let mut batch = Batch::of(&simulation, &cond)?.with_null(&captions.null);
@@ -357,7 +356,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
         let tape = self.tape();
         let Some(fake) = &mut self.fake else { return Ok(None) };
         let (loss, norm) = fake.train(self.teacher, rollout, self.recipe.shift, tape.as_ref())?;
-        readings.push_norm(&norm)?;
+        readings.push_norm("fake score", &norm)?;
         Ok(Some(loss))
     }
 

@@ -9,8 +9,8 @@ use crate::distil::distillation::Record;
 #[derive(Debug, Default)]
 pub struct Readings {
     scalars: Vec<Scalar>,
-    /// Norms of gradients.
-    norms: Vec<Tensor>,
+    /// Norms of gradients, by whose they are.
+    norms: Vec<(&'static str, Tensor)>,
 }
 
 #[derive(Debug)]
@@ -45,12 +45,12 @@ impl Readings {
         Ok(())
     }
 
-    /// Adds the norm of a gradient, which is no part of the record.
+    /// Adds the norm of the gradient of a role, which is no part of the record.
     ///
     /// # Errors
     /// If libtorch fails.
-    pub(super) fn push_norm(&mut self, norm: &Tensor) -> Result<()> {
-        self.norms.push(norm.f_to_kind(Kind::Double)?);
+    pub(super) fn push_norm(&mut self, role: &'static str, norm: &Tensor) -> Result<()> {
+        self.norms.push((role, norm.f_to_kind(Kind::Double)?));
         Ok(())
     }
 
@@ -60,15 +60,17 @@ impl Readings {
         self.norms.extend(others.norms);
     }
 
-    /// Reads all, and waits for the device once: the record, and the largest norm, NaN if one was.
+    /// Reads all, and waits for the device once: the record, and the role with a gradient whose norm is not
+    /// finite, if there is one, with that norm.
     ///
     /// # Errors
     /// If libtorch fails, or the scalars are on several devices.
-    pub(super) fn read(self) -> Result<(Record, f64)> {
-        let values = self.scalars.iter().map(|scalar| &scalar.value).chain(&self.norms);
-        let values: Vec<&Tensor> = values.collect();
+    pub(super) fn read(self) -> Result<(Record, Option<(&'static str, f64)>)> {
+        let norms = self.norms.iter().map(|(_, norm)| norm);
+        let values: Vec<&Tensor> =
+            self.scalars.iter().map(|scalar| &scalar.value).chain(norms).collect();
         if values.is_empty() {
-            return Ok((Record::new(), 0.0));
+            return Ok((Record::new(), None));
         }
         let together = Tensor::f_stack(&values, 0)?.f_to_device(Device::Cpu)?;
         let values = Vec::<f64>::try_from(together)?;
@@ -78,13 +80,7 @@ impl Readings {
             .filter(|(scalar, value)| value.is_finite() || !scalar.may_be_undefined)
             .map(|(scalar, value)| (scalar.name, *value))
             .collect();
-        // Once NaN, no comparison holds: it stays.
-        let norm = norms.iter().fold(
-            0.0,
-            |most: f64, norm| {
-                if norm.is_nan() || *norm > most { *norm } else { most }
-            },
-        );
-        Ok((record, norm))
+        let roles = self.norms.iter().map(|(role, _)| *role);
+        Ok((record, roles.zip(norms.iter().copied()).find(|(_, norm)| !norm.is_finite())))
     }
 }

@@ -11,7 +11,7 @@ use crate::distil::readings::Readings;
 use crate::distil::recipe::Recipe;
 use crate::distil::rollout::{Captions, Rollout};
 
-/// The networks of an update, for losses on data.
+/// The networks of an update, for losses beside the objective on rollouts.
 #[derive(Debug)]
 pub struct Networks<'n> {
     pub teacher: Denoiser<'n>,
@@ -19,6 +19,8 @@ pub struct Networks<'n> {
     pub student: Denoiser<'n>,
     /// The student with its graph, where it is a flow map.
     pub flow_map: Option<FlowMap<'n>>,
+    /// Distribution matching with the fake score, where one is trained.
+    pub dm: Option<&'n DistributionMatching<'n>>,
 }
 
 /// The objective of a [`Distillation`](super::Distillation), and the networks that its terms own.
@@ -46,18 +48,20 @@ pub trait Terms {
         false
     }
 
-    /// A loss of the student on data of the captions, which is added to that of its rollouts, and what it shows.
+    /// Losses of the student that are added to the objective on its rollout, and what they show: on data of the
+    /// captions, or off the rollout, where there is one.
     ///
     /// # Errors
     /// If libtorch fails.
-    fn loss_on_data(
+    fn more_losses(
         &self,
         update: u64,
         networks: &Networks<'_>,
         captions: &Captions,
-    ) -> Result<Option<(Tensor, Readings)>> {
-        let _ = (update, networks, captions);
-        Ok(None)
+        rollout: Option<&Rollout<'_>>,
+    ) -> Result<Vec<(Tensor, Readings)>> {
+        let _ = (update, networks, captions, rollout);
+        Ok(Vec::new())
     }
 
     /// Whether a fake score is trained beside the student.
