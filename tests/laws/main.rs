@@ -10,4 +10,5 @@ mod seeds;
 mod settings;
 mod shapes_and_types;
 mod sharing;
+mod threads;
 mod without_privilege;

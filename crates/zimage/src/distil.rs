@@ -1,6 +1,7 @@
 //! Decoupled DMD on a Z-Image model: roles of one frozen teacher, their training, and the student that is left.
 
 mod adapter;
+mod alarms;
 mod curves;
 mod distillation;
 mod fake_score;
@@ -23,6 +24,7 @@ mod training_loop;
 mod weights;
 
 pub use adapter::{denoiser, fake_denoiser};
+pub use alarms::{Alarm, Alarms};
 pub use curves::{FONT, register_font, write_curves};
 pub use distillation::{Distillation, Record};
 pub use fake_score::FakeScore;

@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, anyhow};
 use serde_json::{Value, json};
 use tch_training::run::{Interrupt, Log, Progress, StateFolder};
 
+use crate::distil::alarms::Alarms;
 use crate::distil::distillation::{Distillation, Record};
 use crate::distil::terms::Terms;
 use crate::progress::progress_bar;
@@ -92,7 +93,8 @@ impl Session<'_> {
 }
 
 /// Runs all updates that are left, and shows the progress. Goes on from the state in `states` if there is
-/// one; what is observed goes to metrics.jsonl in the folder `out` and is returned.
+/// one; what is observed goes to metrics.jsonl in the folder `out` and is returned. What is wrong by the
+/// diagnostics is said once, on standard error and there ([`Alarms`]).
 ///
 /// # Errors
 /// If training breaks down, a file cannot be written, or the saved state does not fit.
@@ -119,6 +121,11 @@ pub fn train_student<T: Terms>(
         Vec::new()
     });
     let mut history: History = lines.iter().filter_map(observed).collect();
+    let mut alarms = Alarms::default();
+    for (_, record) in &history {
+        // They were raised then.
+        let _ = alarms.look(record);
+    }
     let mut session = Session {
         states,
         log,
@@ -167,6 +174,10 @@ pub fn train_student<T: Terms>(
             line.insert("seconds".into(), session.seconds().into());
             line.extend(record.iter().map(|(name, value)| (name.clone(), (*value).into())));
             session.log.write(&line.into())?;
+            for alarm in alarms.look(&record) {
+                bar.suspend(|| eprintln!("warning: update {update}: {}", alarm.text()));
+                session.log.write(&json!({ "update": update, "alarm": alarm.name() }))?;
+            }
             history.push((update, record));
         }
         if is_due(update, intervals.evaluate) {
@@ -201,7 +212,7 @@ fn observed(line: &Value) -> Option<(u64, Record)> {
         .iter()
         .filter(|(name, _)| !["update", "seconds"].contains(&name.as_str()))
         .map(|(name, value)| Some((name.clone(), value.as_f64()?)))
-        // A line of an evaluation holds an object.
+        // A line of an evaluation holds an object, one of an alarm a text.
         .collect::<Option<_>>()?;
     Some((update, record))
 }
