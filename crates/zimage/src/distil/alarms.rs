@@ -7,6 +7,10 @@ use crate::distil::distillation::Record;
 /// Observations that are averaged, since each depends on the noise levels that it drew.
 const WINDOW: usize = 4;
 
+/// The update from which observations count: before it student and fake score are the teacher still, and the numbers
+/// change fast.
+const SETTLED: u64 = 20;
+
 /// What is wrong with a training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Alarm {
@@ -82,23 +86,27 @@ impl Alarm {
 #[derive(Debug, Default)]
 pub struct Alarms {
     recent: VecDeque<Record>,
-    /// Of the first window.
+    /// Of the first observation.
     first_spread: Option<f64>,
     raised: Vec<Alarm>,
 }
 
 impl Alarms {
-    /// Takes an observation, and gives the alarms that it raises, each once in a training.
-    pub fn look(&mut self, record: &Record) -> Vec<Alarm> {
+    /// Takes what was observed at an update, and gives the alarms that it raises, each once in a training.
+    pub fn look(&mut self, update: u64, record: &Record) -> Vec<Alarm> {
+        if self.first_spread.is_none() {
+            self.first_spread =
+                record.iter().find(|(name, _)| name == "x_spread").map(|(_, spread)| *spread);
+        }
+        if update < SETTLED {
+            return Vec::new();
+        }
         self.recent.push_back(record.clone());
         if self.recent.len() > WINDOW {
             self.recent.pop_front();
         }
         if self.recent.len() < WINDOW {
             return Vec::new();
-        }
-        if self.first_spread.is_none() {
-            self.first_spread = self.mean("x_spread");
         }
         let new = Alarm::ALL
             .into_iter()

@@ -122,9 +122,9 @@ pub fn train_student<T: Terms>(
     });
     let mut history: History = lines.iter().filter_map(observed).collect();
     let mut alarms = Alarms::default();
-    for (_, record) in &history {
+    for (update, record) in &history {
         // They were raised then.
-        let _ = alarms.look(record);
+        let _ = alarms.look(*update, record);
     }
     let mut session = Session {
         states,
@@ -174,7 +174,7 @@ pub fn train_student<T: Terms>(
             line.insert("seconds".into(), session.seconds().into());
             line.extend(record.iter().map(|(name, value)| (name.clone(), (*value).into())));
             session.log.write(&line.into())?;
-            for alarm in alarms.look(&record) {
+            for alarm in alarms.look(update, &record) {
                 bar.suspend(|| eprintln!("warning: update {update}: {}", alarm.text()));
                 session.log.write(&json!({ "update": update, "alarm": alarm.name() }))?;
             }

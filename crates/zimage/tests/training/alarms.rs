@@ -1,0 +1,77 @@
+//! Alarms on what was measured of healthy and of broken trainings of the embedded model.
+
+use zimage::distil::{Alarm, Alarms, Record};
+
+/// Numbers as they were observed every tenth update from the twentieth on.
+type Run = [(&'static str, [f64; 5]); 5];
+
+/// `zimage_8step` with half its updates at twice its learning rates, seed 0.
+const HEALTHY: Run = [
+    ("dm_cos", [0.95, 0.92, 0.90, 0.88, 0.87]),
+    ("dm_error_ratio", [0.95, 0.93, 0.91, 0.90, 0.90]),
+    ("dm_to_ca", [0.15, 0.2, 0.22, 0.25, 0.3]),
+    ("variance_drift", [0.2, 0.3, 0.4, 0.5, 0.55]),
+    ("x_spread", [0.46, 0.48, 0.5, 0.5, 0.52]),
+];
+
+/// Raised alarms, each with the update that raised it.
+fn raised(run: &Run) -> Vec<(u64, Alarm)> {
+    let mut alarms = Alarms::default();
+    let mut raised = Vec::new();
+    for (index, update) in (20..).step_by(10).take(5).enumerate() {
+        let record: Record =
+            run.iter().map(|(name, values)| ((*name).to_owned(), values[index])).collect();
+        raised.extend(alarms.look(update, &record).into_iter().map(|alarm| (update, alarm)));
+    }
+    raised
+}
+
+/// The healthy run with other values of some numbers.
+fn with(changed: &[(&str, [f64; 5])]) -> Run {
+    HEALTHY.map(|(name, values)| {
+        let other = changed.iter().find(|(of, _)| *of == name);
+        (name, other.map_or(values, |(_, values)| *values))
+    })
+}
+
+#[test]
+fn a_healthy_run_raises_none() {
+    assert_eq!(raised(&HEALTHY), []);
+}
+
+#[test]
+fn what_is_broken_is_named_once_within_fifty_updates() {
+    let cases: [(&[(&str, [f64; 5])], Alarm); 6] = [
+        // The teacher's sign turned.
+        (&[("dm_cos", [-0.99, -0.98, -0.97, -0.96, -0.95])], Alarm::WrongSign),
+        // The fake score's sign turned.
+        (&[("dm_error_ratio", [3.5716, 2.7329, 2.38, 2.2, 2.1])], Alarm::FakeBroken),
+        // `--fake-updates 1 --fake-lr 1e-6`.
+        (&[("dm_cos", [1.0, 1.0, 0.9999, 1.0, 1.0])], Alarm::FakeLags),
+        // `--guidance 20`.
+        (&[("dm_to_ca", [0.013, 0.03, 0.05, 0.06, 0.064])], Alarm::EngineAlone),
+        (&[("variance_drift", [1.0, 1.5, 2.0, 2.5, 3.0])], Alarm::Contrast),
+        (&[("x_spread", [0.46, 0.3, 0.1, 0.1, 0.0])], Alarm::Diversity),
+    ];
+    for (changed, expected) in cases {
+        let found = raised(&with(changed));
+        let [(update, alarm)] = found[..] else { panic!("{expected:?}: {found:?}") };
+        assert_eq!(alarm, expected);
+        // A collapse is measured by the start, which takes the first window.
+        assert!(
+            update <= if expected == Alarm::Diversity { 60 } else { 50 },
+            "{expected:?}: {update}"
+        );
+    }
+}
+
+#[test]
+fn what_is_not_observed_raises_none() {
+    let mut alarms = Alarms::default();
+    for update in 1..200 {
+        // Student and fake score start equal to the teacher.
+        let early = vec![("dm_cos".to_owned(), 1.0)];
+        let record = if update < 20 { early } else { vec![("ca".to_owned(), 1.0)] };
+        assert_eq!(alarms.look(update, &record), []);
+    }
+}
