@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::arithmetic::whole_number;
-use crate::checks::check_device;
+use crate::checks::{check_device, check_strided};
 use crate::error::{Error, Result};
 use crate::grid::FewStepGrid;
 use crate::numeric::{batch_size, numbers, per_sample};
@@ -89,6 +89,7 @@ pub(crate) fn check_steps(steps: &Tensor, count: i64, batch: i64, like: &Tensor)
     if steps.size() != [batch] {
         return Err(Error::shape("steps", format!("[{batch}]"), &steps.size()));
     }
+    check_strided("steps", steps)?;
     let found = steps.f_kind()?;
     if found != Kind::Int64 {
         return Err(Error::Kind { what: "steps", expected: "Int64", found });
