@@ -53,7 +53,7 @@ pub(crate) trait Arithmetic {
     fn minus(&self, number: f64) -> Result<Tensor>;
     /// `1 - x`.
     fn complement(&self) -> Result<Tensor>;
-    /// `x ^ number`.
+    /// `x ^ number`; a type narrower than float32 rounds the exponent.
     fn power(&self, number: f64) -> Result<Tensor>;
     /// `max(x, number)`; NaN stays NaN.
     fn at_least(&self, number: f64) -> Result<Tensor>;
@@ -65,7 +65,7 @@ pub(crate) trait Arithmetic {
     fn above(&self, number: f64) -> Result<Tensor>;
     /// `x < number`, booleans.
     fn below(&self, number: f64) -> Result<Tensor>;
-    /// `x + share (other - x)`, and exactly `other` for a share of 1.
+    /// `x + share (other - x)`, and exactly `other` for a share of 1; the type of `x` rounds the share.
     fn toward(&self, other: &Tensor, share: f64) -> Result<Tensor>;
     /// [`times`](Self::times) in place.
     fn times_(&mut self, number: f64) -> Result<Tensor>;
@@ -149,4 +149,89 @@ fn with(
     let kind = x.f_kind()?;
     let result = operator(x, &number_of(number, kind)?)?;
     Ok(if result.f_kind()? == kind { result } else { result.f_to_kind(kind)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Calls of tch beside those here.
+    type Call = fn(&Tensor, &Tensor) -> Result<(Tensor, Tensor)>;
+
+    const CALLS: [(&str, Call); 10] = [
+        ("times", |x, _| Ok((x.times(0.3)?, x.f_mul_scalar(0.3)?))),
+        ("over", |x, _| Ok((x.over(0.3)?, x.f_div_scalar(0.3)?))),
+        ("plus", |x, _| Ok((x.plus(0.3)?, x.f_add_scalar(0.3)?))),
+        ("minus", |x, _| Ok((x.minus(0.3)?, x.f_sub_scalar(0.3)?))),
+        ("complement", |x, _| Ok((x.complement()?, x.f_neg()?.f_add_scalar(1.0)?))),
+        ("power", |x, _| Ok((x.power(0.3)?, x.f_pow_tensor_scalar(0.3)?))),
+        ("at least", |x, _| Ok((x.at_least(0.3)?, x.f_clamp_min(0.3)?))),
+        ("at most", |x, _| Ok((x.at_most(0.3)?, x.f_clamp_max(0.3)?))),
+        ("within", |x, _| Ok((x.within(0.2, 0.6)?, x.f_clamp(0.2, 0.6)?))),
+        ("toward", |x, y| Ok((x.toward(y, 0.25)?, x.f_lerp(y, 0.25)?))),
+    ];
+
+    #[test]
+    fn types_numbers_and_gradients_are_those_of_tch() -> Result<()> {
+        let numbers = Tensor::from_slice(&[0.1, 0.55, 0.9]);
+        let others = Tensor::from_slice(&[0.7, -0.2, 0.4]);
+        for kind in [Kind::Float, Kind::Double, Kind::BFloat16, Kind::Half] {
+            // A tensor without axes would take the type of a number that is one too.
+            for (x, y) in
+                [(numbers.shallow_clone(), others.shallow_clone()), (numbers.get(1), others.get(1))]
+            {
+                let (x, y) = (x.to_kind(kind).set_requires_grad(true), y.to_kind(kind));
+                for (name, call) in CALLS {
+                    if name == "power" && matches!(kind, Kind::BFloat16 | Kind::Half) {
+                        continue;
+                    }
+                    let (found, expected) = call(&x, &y)?;
+                    assert_eq!((found.kind(), found.size()), (kind, x.size()), "{name}");
+                    let gradient = |of: &Tensor| {
+                        Tensor::run_backward(&[of.sum(None)], &[&x], true, false).remove(0)
+                    };
+                    for (one, two) in
+                        [(&found, &expected), (&gradient(&found), &gradient(&expected))]
+                    {
+                        let distance = (one - two).abs().max().double_value(&[]);
+                        let step = if kind == Kind::Double { 1e-15 } else { 1e-7 };
+                        assert!(distance <= step, "{name} {kind:?}: {distance:e}");
+                    }
+                }
+                assert!(x.above(0.5)?.equal(&x.gt(0.5)) && x.below(0.5)?.equal(&x.lt(0.5)));
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_in_place_is() -> Result<()> {
+        let x = Tensor::from_slice(&[1.0f32, -2.0]);
+        let mut same = x.shallow_clone();
+        let _ = same.times_(2.0)?.plus_(1.0)?.toward_(&Tensor::from_slice(&[7.0f32, 7.0]), 0.5)?;
+        assert_eq!(Vec::<f32>::try_from(&x).unwrap(), [5.0, 2.0]);
+        let _ = same.toward_(&Tensor::from_slice(&[0.1f32, 0.2]), 1.0)?;
+        assert_eq!(Vec::<f32>::try_from(&x).unwrap(), [0.1, 0.2]);
+        Ok(())
+    }
+
+    #[test]
+    fn not_a_number_stays_so() -> Result<()> {
+        let nan = Tensor::from_slice(&[f64::NAN]);
+        for result in [nan.at_least(0.0)?, nan.at_most(0.0)?, nan.within(0.0, 1.0)?] {
+            assert!(result.double_value(&[0]).is_nan());
+        }
+        assert!(!nan.above(0.0)?.equal(&nan.isnan()) && !nan.below(0.0)?.equal(&nan.isnan()));
+        Ok(())
+    }
+
+    #[test]
+    fn numbers_take_the_type_and_the_place_that_is_asked() -> Result<()> {
+        let options = (Kind::BFloat16, Device::Cpu);
+        let filled = filled(&[2], 0.5, options)?;
+        assert_eq!((filled.size(), filled.kind()), (vec![2], Kind::BFloat16));
+        assert_eq!(number_like(0.5, &filled)?.kind(), Kind::BFloat16);
+        assert_eq!(whole_number(i64::MAX)?.int64_value(&[]), i64::MAX);
+        Ok(())
+    }
 }

@@ -5,7 +5,9 @@ use std::ops::Deref;
 
 use tch::{Kind, Tensor};
 
-use crate::checks::{check_device, check_like, check_per_sample, check_samples, check_size};
+use crate::checks::{
+    check_device, check_like, check_per_sample, check_samples, check_size, check_strided,
+};
 use crate::error::{Error, Result};
 use crate::numeric::{batch_size, once, per_sample, widen};
 use crate::simulation::Simulation;
@@ -73,9 +75,12 @@ pub struct Batch<'a> {
 impl<'a> Batch<'a> {
     /// Samples `x` `[B, ..]` with the student's gradient, drawn for the condition `cond`.
     ///
+    /// The batch of an `x` in half precision keeps one copy in float32, made when a term first asks for it: a later
+    /// change of such an `x` in place is not seen.
+    ///
     /// # Errors
     /// [`Error::Shape`] unless `x` has a batch axis and at least one more, none of them empty;
-    /// [`Error::Kind`] unless it is floating point.
+    /// [`Error::Kind`] unless it is floating point; [`Error::Layout`] unless it is strided.
     pub fn new(x: &'a Tensor, cond: &'a Condition) -> Result<Self> {
         check_samples("x", x, 2)?;
         Ok(Self {
@@ -197,6 +202,7 @@ impl<'a> Batch<'a> {
         if !mask.defined() || !(is_per_sample || fits) {
             return Err(Error::shape(WHAT, format!("[B] or broadcastable to {whole:?}"), &size));
         }
+        check_strided(WHAT, mask)?;
         if mask.f_kind()? != Kind::Bool {
             return Err(Error::Kind { what: WHAT, expected: "booleans", found: mask.f_kind()? });
         }

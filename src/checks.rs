@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::numeric::numbers;
 use crate::value::checked;
 
-/// Refuses a tensor that is undefined, not floating point, without samples, or below `rank`.
+/// Refuses a tensor that is undefined, not strided, not floating point, without samples, or below `rank`.
 pub(crate) fn check_samples(what: &'static str, tensor: &Tensor, rank: usize) -> Result<()> {
     let size = tensor.size();
     if !tensor.defined() || size.len() < rank || size.contains(&0) {
@@ -17,7 +17,15 @@ pub(crate) fn check_samples(what: &'static str, tensor: &Tensor, rank: usize) ->
         };
         return Err(Error::shape(what, expected, &size));
     }
+    check_strided(what, tensor)?;
     check_floating(what, tensor.f_kind()?)
+}
+
+/// Refuses a defined tensor that is sparse or in the blocks of oneDNN. (Sparse tensors in compressed rows are not
+/// known to tch: they fail in libtorch.)
+pub(crate) fn check_strided(what: &'static str, tensor: &Tensor) -> Result<()> {
+    let is_strided = !(tensor.is_sparse() || tensor.is_mkldnn());
+    if is_strided { Ok(()) } else { Err(Error::Layout { what }) }
 }
 
 /// Refuses a type that is not floating point.
@@ -34,12 +42,13 @@ pub(crate) fn check_like(what: &'static str, tensor: &Tensor, like: &Tensor) -> 
     check_device(what, tensor, like)
 }
 
-/// Refuses a tensor that is not floating point of shape `expected`.
+/// Refuses a tensor that is not strided and floating point of shape `expected`.
 pub(crate) fn check_size(what: &'static str, tensor: &Tensor, expected: &[i64]) -> Result<()> {
     let found = tensor.size();
     if !tensor.defined() || found != expected {
         return Err(Error::shape(what, format!("{expected:?}"), &found));
     }
+    check_strided(what, tensor)?;
     check_floating(what, tensor.f_kind()?)
 }
 
@@ -57,6 +66,18 @@ pub(crate) fn check_per_sample(what: &'static str, values: &Tensor, x: &Tensor) 
     let batch: Vec<i64> = x.size().into_iter().take(1).collect();
     check_size(what, values, &batch)?;
     check_device(what, values, x)
+}
+
+/// Refuses anything but one number, or one for each of `batch` samples, of a type that has a mean.
+pub(crate) fn check_numbers(what: &'static str, tensor: &Tensor, batch: i64) -> Result<()> {
+    let size = tensor.size();
+    if !tensor.defined() || !(size.is_empty() || size == [batch]) {
+        return Err(Error::shape(what, format!("[] or [{batch}]"), &size));
+    }
+    check_strided(what, tensor)?;
+    let found = tensor.f_kind()?;
+    let is_complex = tensor.f_is_complex()?;
+    if is_complex { Err(Error::Kind { what, expected: "real numbers", found }) } else { Ok(()) }
 }
 
 /// Refuses anything but floating-point numbers `[B]`, B >= 1.

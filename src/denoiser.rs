@@ -320,6 +320,16 @@ impl<'a> Denoiser<'a> {
         })
     }
 
+    /// This network with the sign of its output turned.
+    #[cfg(feature = "testing")]
+    pub(crate) fn turned(&self) -> Denoiser<'a> {
+        let network = Rc::clone(&self.network);
+        let turned = move |x: &Tensor, t: &Tensor, cond: &Condition| -> Result<Tensor> {
+            Ok(network(x, t, cond)?.f_neg()?)
+        };
+        Denoiser::new(Rc::clone(&self.path), self.prediction, turned)
+    }
+
     fn check_input(&self, noised: &Tensor, time: &PostShift) -> Result<()> {
         check_samples("noised sample", noised, 1)?;
         check_per_sample("time", time.tensor(), noised)?;

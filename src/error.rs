@@ -40,8 +40,14 @@ pub enum Error {
         /// The device given.
         found: Device,
     },
+    /// A tensor is sparse, or in the blocks of oneDNN: its numbers do not lie one beside the other.
+    #[error("{what}: expected a strided tensor, found a sparse one or one of oneDNN")]
+    Layout {
+        /// The offending argument.
+        what: &'static str,
+    },
     /// A number lies outside its range, or is not a number.
-    #[error("{what}: must be {requirement}, found {value}")]
+    #[error("{what}: must be {requirement}, found {}", legible(*.value))]
     OutOfRange {
         /// The offending argument.
         what: &'static str,
@@ -110,6 +116,13 @@ pub enum Error {
 
 /// `Result` with the crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A number as it is read: a long one with an exponent, in place of hundreds of zeros.
+fn legible(value: f64) -> String {
+    let size = value.abs();
+    let is_short = size == 0.0 || !size.is_finite() || (1e-6..1e6).contains(&size);
+    if is_short { value.to_string() } else { format!("{value:e}") }
+}
 
 /// Libtorch's messages end in some twenty lines of C++ stack; the first line says what is wrong.
 fn first_line(error: &TchError) -> String {

@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor, no_grad_guard};
 
 use crate::arithmetic::Arithmetic;
-use crate::checks::check_size;
+use crate::checks::{check_size, check_strided};
 use crate::error::{Error, Result};
 use crate::value::checked;
 
@@ -35,7 +35,7 @@ use crate::value::checked;
 ///
 /// # Errors
 /// [`Error::OutOfRange`] unless `share` is in [0, 1]; [`Error::Shape`] if a pair is undefined or its
-/// shapes differ; [`Error::Kind`] unless parameters are float32 or float64 and targets floating point.
+/// shapes differ; [`Error::Layout`] unless both are strided; [`Error::Kind`] unless parameters are float32 or float64 and targets floating point.
 pub fn move_toward<'t>(
     pairs: impl IntoIterator<Item = (&'t Tensor, &'t Tensor)>,
     share: f64,
@@ -48,6 +48,7 @@ pub fn move_toward<'t>(
         if !parameter.defined() {
             return Err(Error::shape(what, "of a defined tensor", &parameter.size()));
         }
+        check_strided(what, parameter)?;
         let kind = parameter.f_kind()?;
         if !matches!(kind, Kind::Float | Kind::Double) {
             let expected = "Float or Double, the master weights";

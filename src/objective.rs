@@ -299,7 +299,8 @@ impl<'a> Objective<'a> {
         Ok(Evaluation { loss, terms, diagnostics })
     }
 
-    /// The losses of the regularizers' own networks, by the name of the term.
+    /// The losses of the regularizers' own networks, by the name of the term. A regularizer that is lent to two
+    /// terms has its loss here twice, drawn afresh: a sum over all would train its network twice as fast.
     ///
     /// # Errors
     /// [`Error::Term`] with the name of the term that failed and why, such as a loss that is no

@@ -5,7 +5,7 @@ use std::cell::{OnceCell, RefCell};
 use tch::{Tensor, no_grad_guard};
 
 use crate::batch::Batch;
-use crate::checks::{check_like, check_per_sample};
+use crate::checks::{check_like, check_numbers, check_per_sample};
 use crate::denoiser::Denoiser;
 use crate::diagnostics::{Role, TermDiagnostics};
 use crate::error::Result;
@@ -222,7 +222,8 @@ impl<'a> Probe<'a> {
     /// runs only then, without a graph. It appears in [`TermDiagnostics::observations`].
     ///
     /// # Errors
-    /// Errors of `value`.
+    /// [`Error::Shape`](crate::Error::Shape) unless the tensor is `[]` or `[B]`,
+    /// [`Error::Kind`](crate::Error::Kind) if it is complex, with `name`; errors of `value`.
     pub fn observe(
         &self,
         name: &'static str,
@@ -233,8 +234,10 @@ impl<'a> Probe<'a> {
         }
         let value = {
             let _no_grad = no_grad_guard();
+            let value = value()?;
+            check_numbers(name, &value, self.batch.batch_size())?;
             // The tensor may be an older one, with a graph.
-            value()?.f_detach()?
+            value.f_detach()?
         };
         self.record(|term| {
             term.observations.push((name, value));

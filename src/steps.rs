@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::arithmetic::whole_number;
-use crate::checks::check_device;
+use crate::checks::{check_device, check_strided};
 use crate::error::{Error, Result};
 use crate::numeric::{batch_size, numbers};
 use crate::value::checked;
@@ -30,6 +30,7 @@ impl Steps {
         if steps.dim() != 1 || batch_size(&steps) == 0 {
             return Err(Error::shape("steps", "[B] with B >= 1", &steps.size()));
         }
+        check_strided("steps", &steps)?;
         let found = steps.f_kind()?;
         if found != Kind::Int64 {
             return Err(Error::Kind { what: "steps", expected: "Int64", found });

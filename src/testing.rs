@@ -21,11 +21,14 @@
 //! | shape, type and device of the result; all of it finite | [`check_engine`] | [`check_regularizer`] | [`check_own_loss`] |
 //! | the samples are unchanged | yes | yes | yes |
 //! | no graph on a direction; a gradient that reaches x, finite and not all zero | the first | the second | |
+//! | no gradient to a network | | yes | |
 //! | a graph to a network, and no gradient in x | | | yes |
 //! | the same probe gives the same result | yes | yes | |
 //! | samples in another order give the result in that order | yes | yes | |
 //! | one NaN sample does not change the others | yes | [`check_independence`], where samples do not meet | |
 //! | the gradient is the gradient of the value | | [`check_gradient`], for a plain loss | |
+//!
+//! [`check_denoiser`] asks of a teacher, a student or a fake score that it denoises, and so finds a turned sign.
 //!
 //! Checks use times spread over 0.1 to 0.9 and a fixed noise. Only [`check_own_loss`] draws, from
 //! libtorch's global generator. The batch needs two samples or more. A tensor of a condition, or of real
@@ -35,12 +38,15 @@ mod trial;
 
 use tch::{Kind, Tensor, no_grad_guard};
 
-use crate::batch::Batch;
+use crate::batch::{Batch, Condition};
+use crate::checks::check_samples;
 use crate::denoiser::Denoiser;
 use crate::engine::Engine;
 use crate::error::Error;
+use crate::numeric::{batch_size, widen};
 use crate::probe::Probe;
 use crate::regularizer::Regularizer;
+use crate::time::PostShift;
 use trial::Trial;
 
 /// The types of results: float32 or wider.
@@ -66,6 +72,8 @@ pub enum Check {
     NoGraph,
     /// The gradient of a loss reaches x and is not all zero.
     ReachesSamples,
+    /// The loss sends no gradient to a network of the regularizer.
+    SparesNetwork,
     /// There is an own loss, and it has a graph to a network.
     ReachesNetwork,
     /// The own loss sends no gradient to x.
@@ -78,6 +86,10 @@ pub enum Check {
     BadSample,
     /// The gradient of a loss agrees with its value.
     Gradient,
+    /// A clean prediction is nearer to the data than the noised sample is.
+    Denoises,
+    /// The output of a network has the sign of its [`Prediction`](crate::Prediction).
+    Sign,
 }
 
 /// The failure of a check.
@@ -137,7 +149,10 @@ pub fn check_engine<E: Engine + ?Sized>(
 }
 
 /// Checks a regularizer; see the table of this [module](self). The batch should be one at which the
-/// gradient does not vanish.
+/// gradient does not vanish, unless the loss does: a fake score that is still the teacher has nothing to send.
+///
+/// A loss that runs through a network of the regularizer must not train it:
+/// [`gradient_only_in`](crate::gradient_only_in) ends its gradient in x.
 ///
 /// # Errors
 /// [`Failure::Broken`] with the first check that fails, [`Failure::Term`] if the regularizer does.
@@ -152,7 +167,13 @@ pub fn check_regularizer<R: Regularizer + ?Sized>(
     check_answer(&loss, trial.x(), &[], WIDE)?;
     require(Check::Finite, all_finite(&gradient)?, || "the gradient in x is not finite".into())?;
     let largest = gradient.f_abs()?.f_max()?.f_double_value(&[])?;
-    require(Check::ReachesSamples, largest > 0.0, || "the gradient in x is all zero".into())?;
+    let at_rest = loss.f_double_value(&[])? == 0.0;
+    let reaches = largest > 0.0 || at_rest;
+    require(Check::ReachesSamples, reaches, || "the gradient in x is all zero".into())?;
+    let elsewhere = trial.without_gradient()?.run(teacher, |probe| Ok(regularizer.loss(probe)?))?;
+    require(Check::SparesNetwork, !elsewhere.requires_grad(), || {
+        "the loss sends a gradient to another tensor than x: see gradient_only_in".into()
+    })?;
     check_unchanged(&trial, batch)?;
     let (again, gradient_again) = answer_of(&trial)?;
     check_same(Check::Deterministic, &again, &loss)?;
@@ -160,6 +181,38 @@ pub fn check_regularizer<R: Regularizer + ?Sized>(
     let (turned, turned_gradient) = answer_of(&trial.reversed()?)?;
     check_same(Check::Permutation, &turned, &loss)?;
     check_same(Check::Permutation, &turned_gradient, &gradient.f_flip([0])?)
+}
+
+/// Checks that a network denoises `data` `[B, ..]` under the condition of these samples, at the time 0.9 with a fixed
+/// noise: its clean prediction is nearer to the data than the noised sample is. A teacher passes on its own data, and so do
+/// the student and the fake score that start as its copies; a network that was not trained does not.
+///
+/// Near the data the loss of a network of the wrong sign is small, and it never learns.
+///
+/// # Errors
+/// [`Failure::Broken`] with [`Check::Sign`] if the output would denoise with its sign turned, with
+/// [`Check::Denoises`] if neither would; [`Failure::Term`] if the network fails.
+pub fn check_denoiser(denoiser: &Denoiser<'_>, data: &Tensor, cond: &Condition) -> Result<()> {
+    check_samples("data", data, 1)?;
+    let _no_grad = no_grad_guard();
+    let data = widen(&data.f_detach()?)?;
+    let time = PostShift::all(0.9, batch_size(&data), (data.f_kind()?, data.device()))?;
+    let noised = denoiser.path().renoise(&data, &time, &trial::noise_like(&data)?)?;
+    let distance = |sample: &Tensor| -> Result<f64> {
+        Ok(sample.f_sub(&data)?.f_square()?.f_mean(Kind::Double)?.f_sqrt()?.f_double_value(&[])?)
+    };
+    let given = distance(&noised)?;
+    let share = |denoiser: &Denoiser<'_>| -> Result<f64> {
+        Ok(distance(&denoiser.denoise(&noised, &time, cond)?)? / given)
+    };
+    let (plain, turned) = (share(denoiser)?, share(&denoiser.turned())?);
+    let check = if turned < 1.0 { Check::Sign } else { Check::Denoises };
+    require(check, plain < 1.0, || {
+        format!(
+            "the clean prediction is {plain:.2} times as far from the data as the noised sample, and \
+             {turned:.2} times with the sign of the output turned"
+        )
+    })
 }
 
 /// Checks that a NaN sample does not change the gradients of the others, for a regularizer that does not

@@ -30,12 +30,6 @@ impl Trial {
         let x = batch.x().f_detach()?;
         let kind = x.f_kind()?;
         let tau_kind = if kind == Kind::Double { Kind::Double } else { Kind::Float };
-        let numel = x.numel() as i64;
-        let phase = Tensor::f_ones([numel], (Kind::Double, x.device()))?
-            .f_cumsum(0, None::<Kind>)?
-            .times(2.4)?;
-        // A wave without a period, of unit variance.
-        let noise = phase.f_sin()?.times(std::f64::consts::SQRT_2)?.f_view(x.size().as_slice())?;
         // From 0.1 to 0.9.
         let places = Tensor::f_ones([count], (tau_kind, x.device()))?
             .f_cumsum(0, None::<Kind>)?
@@ -52,7 +46,7 @@ impl Trial {
             student_input: input.map(|(input, time)| (input.shallow_clone(), time.shallow_clone())),
             mask: batch.mask().map(Tensor::shallow_clone),
             tau,
-            noise: noise.f_to_kind(kind)?,
+            noise: noise_like(&x)?,
             x: leaf(&x)?,
         })
     }
@@ -129,6 +123,11 @@ impl Trial {
         Ok(moved)
     }
 
+    /// The trial with samples that no gradient is asked of.
+    pub(super) fn without_gradient(&self) -> Result<Self> {
+        Ok(Self { x: self.x.f_detach()?, ..self.same()? })
+    }
+
     /// A copy of the trial with samples of its own.
     fn same(&self) -> Result<Self> {
         self.map(|tensor| Ok(tensor.shallow_clone()))
@@ -159,6 +158,14 @@ impl Trial {
             x: leaf(&change(&self.x)?)?,
         })
     }
+}
+
+/// A wave without a period, of unit variance, with the shape, type and device of `x`.
+pub(super) fn noise_like(x: &Tensor) -> Result<Tensor> {
+    let count = x.numel() as i64;
+    let places = Tensor::f_ones([count], (Kind::Double, x.device()))?.f_cumsum(0, None::<Kind>)?;
+    let wave = places.times(2.4)?.f_sin()?.times(std::f64::consts::SQRT_2)?;
+    Ok(wave.f_view(x.size().as_slice())?.f_to_kind(x.f_kind()?)?)
 }
 
 fn shared(condition: &Condition) -> Condition {

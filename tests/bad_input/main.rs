@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod layouts;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod out_of_memory;
 mod tensors;

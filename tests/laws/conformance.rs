@@ -301,7 +301,9 @@ fn regularizers_that_break_the_contract_are_found() {
     let cases: [(Check, Loss); 5] = [
         (Check::Shape, |p| Ok(p.x().f_square()?)),
         (Check::ReachesSamples, |p| Ok(p.noised().f_mean(None)?)),
-        (Check::ReachesSamples, |p| Ok(p.x().f_mul_scalar(0.0)?.f_mean(None)?)),
+        (Check::ReachesSamples, |p| {
+            Ok(p.x().f_mul_scalar(0.0)?.f_mean(None)?.f_add_scalar(1.0)?)
+        }),
         (Check::Finite, |p| Ok(p.x().f_abs()?.f_sub(&p.x().f_abs()?)?.f_sqrt()?.f_mean(None)?)),
         (Check::Permutation, |p| Ok(p.x().f_square()?.f_cumsum(0, None)?.f_mean(None)?)),
     ];

@@ -4,6 +4,7 @@
 mod common;
 mod conformance;
 mod diagnostics;
+mod networks;
 mod own_consistency;
 mod properties;
 mod seeds;
