@@ -121,8 +121,13 @@ impl Alarms {
         match alarm {
             Alarm::WrongSign => is("dm_cos", &|cos| cos < 0.0),
             Alarm::FakeBroken => is("dm_error_ratio", &|ratio| ratio > 1.5),
-            Alarm::FakeLags => is("dm_cos", &|cos| cos > 0.999),
-            Alarm::EngineAlone => is("dm_to_ca", &|ratio| ratio < 0.1),
+            Alarm::FakeLags => {
+                is("dm_cos", &|cos| cos > 0.999) && is("dm_error_ratio", &|ratio| ratio > 0.98)
+            }
+            // A fake score that lags is the reason, then.
+            Alarm::EngineAlone => {
+                is("dm_to_ca", &|ratio| ratio < 0.1) && !self.holds(Alarm::FakeLags)
+            }
             Alarm::Contrast => is("variance_drift", &|drift| drift.abs() > 1.5),
             Alarm::Diversity => is("x_spread", &|spread| {
                 self.first_spread.is_some_and(|first| spread < 0.5 * first)
