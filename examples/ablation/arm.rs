@@ -4,7 +4,6 @@ use decoupled_dmd::{
     AboveStudent, Divergence, FlowRule, Renoising, Shift, Tangent, Times, Transition, Uniform,
 };
 use serde::{Deserialize, Serialize};
-use zimage::distil::Decay;
 
 /// The times to which a term re-noises the samples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -145,21 +144,10 @@ pub struct Arm {
     pub fake_learning_rate: f64,
     /// Updates over which the student's learning rate rises from zero.
     pub warmup: u64,
-    /// How that learning rate ends.
-    #[serde(default = "constant", skip_serializing_if = "is_constant")]
-    pub decay: Decay,
     /// Decay of the moving average of the student's weights, which is what is measured.
     pub ema: f64,
     /// Updates between two measurements.
     pub measure_every: u64,
-}
-
-fn constant() -> Decay {
-    Decay::None
-}
-
-fn is_constant(decay: &Decay) -> bool {
-    *decay == Decay::None
 }
 
 impl Arm {
@@ -186,8 +174,6 @@ impl Arm {
             student_learning_rate: 1e-4,
             fake_learning_rate: 4e-4,
             warmup: 8,
-            // A decay would end some arms before they show what they do.
-            decay: constant(),
             ema: 0.9,
             measure_every: 10,
         }

@@ -3,8 +3,6 @@
 use anyhow::Result;
 use decoupled_dmd::{Divergence, FlowRule, Shift, Tangent, Times, Transition, Uniform};
 
-use zimage::distil::Decay;
-
 use super::arm::{
     Arm, ConsistencyForm, OnData, RegressionDistance, Regularization, RenoisingTimes,
 };
@@ -48,7 +46,6 @@ pub fn all() -> Result<Vec<Experiment>> {
         experiment("engine-8", 1, vec![ca_only(8), dm_only(8), hybrid(8)]),
         experiment("trajectories", 3, trajectories()),
         experiment("terms", 3, terms()),
-        experiment("cost", 3, cost()?),
     ])
 }
 
@@ -217,32 +214,4 @@ fn terms() -> Vec<Arm> {
         ca("hybrid-four-one").regularizer(DM),
         ca("cdm").regularizer(DM).with(|arm| arm.off_trajectory = true),
     ]
-}
-
-/// The recipe of the demonstration, and others of half its forwards.
-fn cost() -> Result<Vec<Arm>> {
-    let dm = RenoisingTimes { shift: Some(Shift::new(0.5)?), ..RenoisingTimes::FULL };
-    let arm = |name: &str, updates: u64, batch: usize, fake_updates: u64| {
-        Arm::new(&format!("cost-{name}"), 8)
-            .engine(RenoisingTimes::ABOVE_STUDENT)
-            .regularizer(Regularization::DistributionMatching(dm))
-            .with(|arm| {
-                arm.guidance = 6.0;
-                (arm.updates, arm.batch, arm.fake_updates) = (updates, batch, fake_updates);
-                (arm.fake_warmup, arm.warmup, arm.measure_every) = (20, 20, 50);
-                (arm.student_learning_rate, arm.fake_learning_rate) = (5e-5, 2e-4);
-                (arm.decay, arm.ema) = (Decay::LastThird, 0.95);
-            })
-    };
-    let rates = |arm: Arm, student: f64, fake: f64| {
-        arm.with(|arm| {
-            (arm.student_learning_rate, arm.fake_learning_rate) = (student, fake);
-        })
-    };
-    Ok(vec![
-        rates(arm("updates-150", 150, 24, 5), 1e-4, 4e-4),
-        rates(arm("fake-2", 214, 24, 2), 7e-5, 4e-4),
-        rates(arm("fake-1", 250, 24, 1), 6e-5, 4e-4),
-        arm("full", 300, 24, 5),
-    ])
 }

@@ -12,8 +12,8 @@ use tch_training::Parameters;
 use tch_training::seed::begin;
 use zimage::ZImageTransformer;
 use zimage::distil::{
-    Captions, Distillation, Networks, Pairs, Prompts, Readings, Recipe, Record, Rollout, Stream,
-    Terms, denoiser, embedded_optimizer,
+    Captions, Decay, Distillation, Networks, Pairs, Prompts, Readings, Recipe, Record, Rollout,
+    Stream, Terms, denoiser, embedded_optimizer,
 };
 use zimage::emoji::Classifier;
 
@@ -78,7 +78,8 @@ pub fn training<'a>(arm: &'a Arm, seed: u64, material: &'a Material<'a>) -> Resu
         student: embedded_optimizer(arm.student_learning_rate),
         fake: embedded_optimizer(arm.fake_learning_rate),
         warmup: arm.warmup,
-        decay: arm.decay,
+        // A decay would end some arms before they show what they do.
+        decay: Decay::None,
         ema: arm.ema,
         adapter: None,
         checkpointing: false,

@@ -218,18 +218,18 @@ pub fn embedded_optimizer(learning_rate: f64) -> AdamWSettings {
 fn embedded(shift: Shift) -> Result<Recipe> {
     Ok(Recipe {
         schedule: Schedule::DecoupledHybrid,
-        guidance: Guidance::new(6.0)?,
+        guidance: Guidance::new(4.5)?,
         steps: 8,
         transition: Transition::Ddim,
         shift,
         // With that of the grid, samples become as faint as those of the unguided teacher.
         dm_shift: Shift::new(0.5)?,
-        updates: 300,
+        updates: 150,
         fake_updates: 5,
         fake_warmup: 20,
         batch: 24,
-        student: embedded_optimizer(5e-5),
-        fake: embedded_optimizer(2e-4),
+        student: embedded_optimizer(1e-4),
+        fake: embedded_optimizer(4e-4),
         warmup: 20,
         decay: Decay::LastThird,
         ema: 0.95,
