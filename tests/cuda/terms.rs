@@ -187,7 +187,8 @@ fn score_identity() {
 
 #[test]
 fn regression_and_reward() {
-    let distances: [(&str, fn(Device) -> Result<Distance<'static>>); 5] = [
+    type Make = fn(Device) -> Result<Distance<'static>>;
+    let distances: [(&str, Make); 5] = [
         ("squared", |_| Ok(Distance::Squared)),
         ("absolute", |_| Ok(Distance::Absolute)),
         ("pseudo-Huber", |_| Distance::pseudo_huber(0.1)),
