@@ -1,4 +1,4 @@
-//! Operators that compute on the device in one evaluation: launches of kernels, of which CUDA pays some microseconds each.
+//! Operators that compute on the device in one evaluation: launches of kernels, some microseconds each on CUDA.
 
 use decoupled_dmd::{
     Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Group, Guidance, Objective,

@@ -2,7 +2,12 @@
 //! for it in the loop.
 //!
 //! The device is pretended (`crates/pretend-cuda`) where libtorch has no CUDA half, and a true one elsewhere, on
-//! which waits are not counted: `./with-libtorch cargo test --test cuda`.
+//! which waits are not counted and what is drawn is not compared. The command is the same, but that cuDNN must not
+//! round the inputs of convolutions to TF32, of ten bits:
+//!
+//! ```sh
+//! NVIDIA_TF32_OVERRIDE=0 ./with-libtorch cargo test --test cuda
+//! ```
 //!
 //! Bugs of these kinds fail a test here and none elsewhere; each was planted by hand:
 //!

@@ -6,7 +6,7 @@ use decoupled_dmd::{
 use tch::{Kind, Tensor};
 
 use crate::common::paths;
-use crate::setting::{World, compare, waits};
+use crate::setting::{World, compare, drawn, waits};
 
 #[test]
 fn samples_and_rollouts() {
@@ -31,6 +31,13 @@ fn samples_and_rollouts() {
                     made.student_time.tensor().shallow_clone(),
                 ])
             })?;
+            if transition == Transition::Renoise {
+                results = drawn(results);
+            } else {
+                // Of these, a sample alone draws nothing.
+                let others = results.split_off(1);
+                results.extend(drawn(others));
+            }
             let index = Tensor::from_slice(&[0i64, 3, 1]).to_device(device);
             let steps = waits(device, "steps of one's own", 1, || Steps::new(index))?;
             let made = waits(device, "a given step", 0, || {
@@ -44,7 +51,9 @@ fn samples_and_rollouts() {
             let grid = FewStepGrid::new(vec![0.0, 0.2, 0.7])?;
             let guided = Sampler::new(&student, grid, transition);
             let guided = guided.guided(Guidance::new(2.0)?, &world.null);
-            results.push(waits(device, quiet, 0, || guided.sample(noise, cond))?);
+            let sample = waits(device, quiet, 0, || guided.sample(noise, cond))?;
+            let draws = transition == Transition::Renoise;
+            results.extend(if draws { drawn(vec![sample]) } else { vec![sample] });
             Ok(results)
         });
     }

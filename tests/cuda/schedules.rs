@@ -1,12 +1,12 @@
 //! The paper's schedules, own losses, masks and normalisers.
 
 use decoupled_dmd::{
-    AboveStudent, Batch, CfgAugmentation, DistributionMatching, Draw, FewStepGrid, Group, Guidance,
+    AboveStudent, Batch, CfgAugmentation, DistributionMatching, FewStepGrid, Group, Guidance,
     Normalizer, Objective, PreShift, Renoising, Sampler, Schedule, Transition,
 };
-use tch::{Kind, Tensor};
+use tch::Kind;
 
-use crate::setting::{SHAPE, World, compare, gradients, on, waits};
+use crate::setting::{SHAPE, World, compare, drawn, evaluate_at, gradients, on, waits};
 
 #[test]
 fn every_schedule() {
@@ -43,14 +43,16 @@ fn every_schedule() {
             loss.backward();
             results.extend(gradients(&world.fake.vs));
             results.push(loss.detach());
-            // Given draws are read once a group.
-            let u = Tensor::full([3], 0.4, (Kind::Float, device));
+            let mut results = drawn(results);
+            let x = world.x();
+            let time = PreShift::all(0.25, 3, (Kind::Float, device))?;
+            let batch = Batch::new(&x, &world.cond)?.with_null(&world.null);
+            let batch = batch.with_student_time(&time)?;
             let groups = if schedule == Schedule::CoupledShared { 1 } else { 2 };
-            let draw = |_| Draw { u: u.shallow_clone(), noise: on(device, &SHAPE, 7.0) };
-            let draws: Vec<_> = (0..groups).map(draw).collect();
-            let given =
-                waits(device, "given draws", groups, || objective.evaluate_at(&batch, draws));
-            results.push(given?.loss.detach());
+            let given = evaluate_at(device, &objective, &batch, groups)?;
+            given.loss.backward();
+            results.extend([x.grad(), given.loss.detach()]);
+            results.extend(given.terms.into_iter().map(|(_, value)| value));
             Ok(results)
         });
     }
@@ -87,11 +89,11 @@ fn masks_and_normalizers() {
                 let objective = Objective::new(world.teacher.denoiser())
                     .observed()
                     .with(group.regularizer("dm", 1.0, &dm));
-                let evaluation = waits(device, "an objective", 0, || objective.evaluate(&batch))?;
+                let evaluation = evaluate_at(device, &objective, &batch, 1)?;
                 waits(device, "backward", 0, || evaluation.loss.backward());
                 results.push(x.grad());
                 let own = waits(device, "own losses", 0, || objective.own_losses(&batch))?;
-                results.extend(own.into_iter().map(|(_, loss)| loss.detach()));
+                results.extend(drawn(own.into_iter().map(|(_, loss)| loss.detach()).collect()));
             }
         }
         Ok(results)

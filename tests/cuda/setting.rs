@@ -1,25 +1,41 @@
 //! Three small networks and the tensors of a step, the same on every device.
 
 use decoupled_dmd::{
-    Condition, Denoiser, NoisePath, Prediction, RectifiedFlow, Result, Shift, Shifted,
+    Batch, Condition, Denoiser, Draw, Evaluation, NoisePath, Objective, Prediction, RectifiedFlow,
+    Result, Shift, Shifted,
 };
 use tch::nn::{self, Module};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::wave;
 use crate::device::float32;
-pub use crate::device::{device, waits};
+pub use crate::device::{device, drawn, waits};
 
 pub const SHAPE: [i64; 4] = [3, 4, 6, 6];
 
 /// Compares what the library does in float32 on the CPU and on the device.
 pub fn compare(what: &str, work: impl Fn(Device) -> Result<Vec<Tensor>>) {
-    crate::device::compare(what, float32(), |on, _| work(on));
+    crate::device::compare(what, float32(), work);
 }
 
 /// A tensor that is the same on every device.
 pub fn on(device: Device, shape: &[i64], phase: f64) -> Tensor {
     wave(shape, phase, Kind::Float).to_device(device)
+}
+
+/// An evaluation with given draws, whose numbers are read once for each of so many groups.
+pub fn evaluate_at(
+    device: Device,
+    objective: &Objective<'_>,
+    batch: &Batch<'_>,
+    groups: usize,
+) -> Result<Evaluation> {
+    let draw = |group| {
+        let u = Tensor::full([SHAPE[0]], 0.4 + 0.1 * group as f64, (Kind::Float, device));
+        Draw { u, noise: on(device, &SHAPE, 7.0) }
+    };
+    let draws = (0..groups).map(draw).collect();
+    waits(device, "given draws", groups, || objective.evaluate_at(batch, draws))
 }
 
 /// Fills parameters with numbers that are the same on every device.

@@ -11,7 +11,7 @@ use decoupled_dmd::{
 use tch::nn;
 use tch::{Device, Kind, Tensor};
 
-use crate::setting::{SHAPE, World, compare, fill, gradients, on, path, waits};
+use crate::setting::{SHAPE, World, compare, drawn, evaluate_at, fill, gradients, on, path, waits};
 
 /// The gradient in x and the value of a term, alone in an objective, and the values of what it owns.
 fn results(
@@ -22,11 +22,14 @@ fn results(
 ) -> Result<Vec<Tensor>> {
     let group = Group::new(Renoising::new(Uniform::FULL)).regularizer("term", 0.5, term);
     let objective = Objective::new(world.teacher.denoiser()).with(group);
-    let evaluation = waits(device, "a term", 0, || objective.evaluate(batch))?;
-    waits(device, "its gradient", 0, || evaluation.loss.backward());
+    let with_draws = waits(device, "a term", 0, || objective.evaluate(batch))?;
     let own = waits(device, "its own loss", 0, || objective.own_losses(batch))?;
     let values = own.into_iter().map(|(_, loss)| loss.detach());
-    Ok([batch.x().grad(), evaluation.loss.detach()].into_iter().chain(values).collect())
+    let mut results = drawn([with_draws.loss.detach()].into_iter().chain(values).collect());
+    let given = evaluate_at(device, &objective, batch, 1)?;
+    waits(device, "its gradient", 0, || given.loss.backward());
+    results.extend([batch.x().grad(), given.loss.detach()]);
+    Ok(results)
 }
 
 /// A critic that judges the activations of the fake score's network.
@@ -93,10 +96,11 @@ fn discrepancies() {
                 .features(|x: &Tensor| x.f_adaptive_avg_pool2d([2, 2]));
             let independent = MaximumMeanDiscrepancy::new(kernel.clone())?.independence();
             let mut found = Vec::new();
-            for term in [plain, pooled, independent] {
+            for (term, draws) in [(plain, false), (pooled, false), (independent, true)] {
                 let x = world.x();
                 let batch = Batch::new(&x, &world.cond)?.with_real(&world.real)?;
-                found.extend(results(device, &world, term, &batch)?);
+                let results = results(device, &world, term, &batch)?;
+                found.extend(if draws { drawn(results) } else { results });
             }
             Ok(found)
         });
@@ -115,8 +119,7 @@ fn adversarial_losses() {
             compare(&format!("adversarial {gan_loss:?} {penalty:?}"), |device| {
                 let world = World::new(device);
                 let critic = Critic::new(&world, device)?;
-                let augmentation = Augmentation::new().blit().geometric().colour().cutout(0.5)?;
-                let mut term = critic.adversarial().gan_loss(gan_loss).augmented(augmentation);
+                let mut term = critic.adversarial().gan_loss(gan_loss);
                 if let Some(penalty) = penalty {
                     term = term.penalty(penalty)?;
                 }
@@ -125,8 +128,13 @@ fn adversarial_losses() {
                 let turn = waits(device, "a critic", 0, || term.critic_evaluation(&batch))?;
                 waits(device, "its gradient", 0, || turn.loss.backward());
                 waits(device, "its report", 1, || turn.report())?;
-                let mut found = gradients(&critic.vs);
+                let mut found = drawn(gradients(&critic.vs));
                 found.extend(results(device, &world, &term, &batch)?);
+                let augmentation = Augmentation::new().blit().geometric().colour().cutout(0.5)?;
+                let term = term.augmented(augmentation);
+                let turn = waits(device, "an augmented critic", 0, || term.critic_loss(&batch))?;
+                found.extend(drawn(vec![turn.detach()]));
+                found.extend(drawn(results(device, &world, &term, &batch)?));
                 Ok(found)
             });
         }
@@ -154,7 +162,7 @@ fn matching_by_a_critic() {
         let group = Group::new(Renoising::new(Uniform::new(0.0, 0.9)?));
         let objective =
             Objective::new(world.teacher.denoiser()).with(group.regularizer("adm", 1.0, &term));
-        let evaluation = waits(device, "a term", 0, || objective.evaluate(&batch))?;
+        let evaluation = evaluate_at(device, &objective, &batch, 1)?;
         evaluation.loss.backward();
         found.extend([x.grad(), evaluation.loss.detach()]);
         Ok(found)
@@ -187,7 +195,8 @@ fn score_identity() {
 
 #[test]
 fn regression_and_reward() {
-    let distances: [(&str, fn(Device) -> Result<Distance<'static>>); 5] = [
+    type Make = fn(Device) -> Result<Distance<'static>>;
+    let distances: [(&str, Make); 5] = [
         ("squared", |_| Ok(Distance::Squared)),
         ("absolute", |_| Ok(Distance::Absolute)),
         ("pseudo-Huber", |_| Distance::pseudo_huber(0.1)),
@@ -201,11 +210,13 @@ fn regression_and_reward() {
     for (name, distance) in distances {
         compare(&format!("regression, {name}"), |device| {
             let world = World::new(device);
-            let augmentation = Augmentation::new().blit().geometric().colour().cutout(0.5)?;
-            let term = PairedRegression::new(distance(device)?).augmented(augmentation);
             let x = world.x();
             let batch = Batch::new(&x, &world.cond)?.with_target(&world.real)?;
-            results(device, &world, term, &batch)
+            let term = PairedRegression::new(distance(device)?);
+            let mut found = results(device, &world, &term, &batch)?;
+            let augmentation = Augmentation::new().blit().geometric().colour().cutout(0.5)?;
+            found.extend(drawn(results(device, &world, term.augmented(augmentation), &batch)?));
+            Ok(found)
         });
     }
     compare("reward", |device| {
@@ -242,7 +253,7 @@ fn consistency() {
                 1.0,
                 engine,
             ));
-            let evaluation = waits(device, "consistency", 0, || objective.evaluate(&batch))?;
+            let evaluation = evaluate_at(device, &objective, &batch, 1)?;
             evaluation.loss.backward();
             found.push(evaluation.loss.detach());
         }
@@ -274,13 +285,18 @@ fn flow_maps() {
             let term = MeanFlow::new(map.clone(), teacher)?.rule(rule)?.guided(Guidance::new(2.0)?);
             let real = world.real.shallow_clone();
             let batch = Batch::new(&real, &world.cond)?.with_null(&world.null);
-            let evaluation = waits(device, "mean flow", 0, || term.evaluate(&batch))?;
+            let with_draws = waits(device, "mean flow", 0, || term.evaluate(&batch))?;
+            let [from, to] = [0.2, 0.7].map(|t| PostShift::all(t, 3, (Kind::Float, device)));
+            let evaluation = waits(device, "given times", 1, || {
+                term.evaluate_at(&batch, &world.noise, &from?, &to?)
+            })?;
             evaluation.loss.backward();
             let grid = FewStepGrid::even(2)?;
             let sample = || map.sample(&world.noise, &world.cond, &grid);
             let mut found = vec![waits(device, "a sample", 0, sample)?];
             found.extend(gradients(&world.student.vs));
             found.extend([evaluation.loss.detach(), evaluation.squares]);
+            found.extend(drawn(vec![with_draws.loss.detach()]));
             Ok(found)
         });
     }
@@ -299,7 +315,7 @@ fn guidance_alone() {
             1.0,
             CfgAugmentation::new(guidance),
         ));
-        let evaluation = waits(device, "CFG augmentation", 0, || objective.evaluate(&batch))?;
+        let evaluation = evaluate_at(device, &objective, &batch, 1)?;
         evaluation.loss.backward();
         Ok(vec![x.grad(), evaluation.loss.detach()])
     });

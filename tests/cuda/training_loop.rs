@@ -7,7 +7,7 @@ use decoupled_dmd::{
 use tch::nn::{self, OptimizerConfig};
 use tch::{Kind, Tensor};
 
-use crate::setting::{World, compare, parameters, waits};
+use crate::setting::{World, compare, drawn, parameters, waits};
 
 #[test]
 fn the_loop_of_the_readme_never_waits() {
@@ -39,6 +39,6 @@ fn the_loop_of_the_readme_never_waits() {
             let pairs = fake.iter().map(|(name, tensor)| (tensor, &student[name]));
             move_toward(pairs, 0.9)
         })?;
-        Ok([&world.student.vs, &world.fake.vs].into_iter().flat_map(parameters).collect())
+        Ok(drawn([&world.student.vs, &world.fake.vs].into_iter().flat_map(parameters).collect()))
     });
 }

@@ -10,7 +10,7 @@ use zimage::emoji::Vocabulary;
 use zimage::model::BLOCK_LINEARS;
 
 use crate::common::workspace;
-use crate::device::{compare, waits};
+use crate::device::{compare, drawn, waits};
 use crate::teacher;
 
 /// Of one sample.
@@ -23,14 +23,14 @@ const BFLOAT16: f64 = 0.5;
 /// A caption longer than the others, and so of a bucket of its own.
 const LONG: usize = 12;
 
-fn recipe(seed: i64, fake_updates: u64) -> Recipe {
+fn recipe(fake_updates: u64) -> Recipe {
     let mut recipe = Preset::Embedded.recipe(Shift::new(3.0).unwrap()).unwrap();
     recipe.steps = 4;
     recipe.updates = 4;
     (recipe.fake_updates, recipe.fake_warmup, recipe.warmup) = (fake_updates, 1, 1);
     recipe.batch = 4;
     (recipe.student.learning_rate, recipe.fake.learning_rate) = (1e-3, 1e-3);
-    (recipe.ema, recipe.seed) = (0.5, seed as u64);
+    (recipe.ema, recipe.seed) = (0.5, 7);
     recipe
 }
 
@@ -69,37 +69,38 @@ fn train(device: Device, kind: Kind, recipe: Recipe) -> Result<Vec<Tensor>> {
     distillation.load_state(&saved.collect())?;
     records.push(distillation.step(true)?);
     let numbers: Vec<f64> = records.iter().flatten().map(|(_, value)| *value).collect();
+    assert!(numbers.iter().all(|number| number.is_finite()), "{records:?}");
     let student = distillation.student_weights().role.parameters();
     let mut results = vec![Tensor::from_slice(&numbers).to_device(device)];
     results.extend(student.into_iter().map(|(_, tensor)| tensor.detach()));
-    Ok(results)
+    Ok(drawn(results))
 }
 
 #[test]
 fn whole_weights() {
     // The number of waits does not grow with the updates of the fake score.
     for fake_updates in [1, 3] {
-        compare(&format!("{fake_updates} updates of the fake score"), FLOAT32, |on, seed| {
-            train(on, Kind::Float, recipe(seed, fake_updates))
+        compare(&format!("{fake_updates} updates of the fake score"), FLOAT32, |on| {
+            train(on, Kind::Float, recipe(fake_updates))
         });
     }
 }
 
 #[test]
 fn adapters() {
-    compare("adapters", FLOAT32, |on, seed| {
-        train(on, Kind::Float, Recipe { adapter: adapter(0.0), ..recipe(seed, 2) })
+    compare("adapters", FLOAT32, |on| {
+        train(on, Kind::Float, Recipe { adapter: adapter(0.0), ..recipe(2) })
     });
-    compare("adapters with dropout and checkpointing", FLOAT32, |on, seed| {
-        let recipe = recipe(seed, 2);
+    compare("adapters with dropout and checkpointing", FLOAT32, |on| {
+        let recipe = recipe(2);
         train(on, Kind::Float, Recipe { adapter: adapter(0.5), checkpointing: true, ..recipe })
     });
 }
 
 #[test]
 fn adapters_in_bfloat16() {
-    compare("adapters in bfloat16 with checkpointing", BFLOAT16, |on, seed| {
-        let recipe = recipe(seed, 2);
+    compare("adapters in bfloat16 with checkpointing", BFLOAT16, |on| {
+        let recipe = recipe(2);
         train(on, Kind::BFloat16, Recipe { adapter: adapter(0.0), checkpointing: true, ..recipe })
     });
 }

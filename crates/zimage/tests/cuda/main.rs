@@ -5,6 +5,7 @@ mod common;
 #[path = "../../../../tests/cuda/device.rs"]
 mod device;
 mod distillation;
+mod launches;
 mod model;
 
 use anyhow::Result;

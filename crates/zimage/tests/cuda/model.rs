@@ -17,7 +17,7 @@ fn captions(lengths: &[i64]) -> Vec<Tensor> {
 fn a_forward_and_a_backward_pass() {
     // Half a unit of bfloat16's last bit, some layers deep.
     for (kind, tolerance) in [(Kind::Float, float32()), (Kind::BFloat16, 5e-2)] {
-        compare(&format!("the transformer in {kind:?}"), tolerance, |device, _| -> Result<_> {
+        compare(&format!("the transformer in {kind:?}"), tolerance, |device| -> Result<_> {
             let model = teacher(device, kind)?;
             model.set_requires_grad(true)?;
             // 16 image tokens: half of those that attention sees are padding.
@@ -41,7 +41,7 @@ fn a_forward_and_a_backward_pass() {
 
 #[test]
 fn items_may_be_anywhere() {
-    compare("items of several sizes", float32(), |device, _| -> Result<_> {
+    compare("items of several sizes", float32(), |device| -> Result<_> {
         let model = teacher(device, Kind::Float)?;
         let latents = [[3, 1, 16, 16], [3, 1, 24, 16]].map(|size| wave(&size, 0.4, Kind::Float));
         let t = Tensor::from_slice(&[0.25f32, 0.75]);
