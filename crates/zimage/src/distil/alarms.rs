@@ -126,7 +126,7 @@ impl Alarms {
             }
             // A fake score that lags is the reason, then.
             Alarm::EngineAlone => {
-                is("dm_to_ca", &|ratio| ratio < 0.1) && !self.holds(Alarm::FakeLags)
+                is("dm_to_ca", &|ratio| ratio < 0.07) && !self.holds(Alarm::FakeLags)
             }
             Alarm::Contrast => is("variance_drift", &|drift| drift.abs() > 1.5),
             Alarm::Diversity => is("x_spread", &|spread| {

@@ -42,11 +42,11 @@ fn a_healthy_run_raises_none() {
 #[test]
 fn what_is_broken_is_named_once_within_fifty_updates() {
     let cases: [(&[(&str, [f64; 5])], Alarm); 6] = [
-        // The teacher's sign turned.
-        (&[("dm_cos", [-0.99, -0.98, -0.97, -0.96, -0.95])], Alarm::WrongSign),
-        // The fake score's sign turned, at updates 10, 15, 20, 25, 30.
+        // The teacher's sign turned, at updates 10, 15, 20, 25, 30 of batches of 8, as all below.
+        (&[("dm_cos", [-0.9652, -0.971, -0.9861, -0.9689, -0.9767])], Alarm::WrongSign),
+        // The fake score's sign turned.
         (&[("dm_error_ratio", [2.7329, 2.38, 2.3204, 1.9777, 2.0223])], Alarm::FakeBroken),
-        // `--fake-updates 1 --fake-lr 1e-6`, at the same updates.
+        // `--fake-updates 1 --fake-lr 1e-6`.
         (
             &[
                 ("dm_cos", [1.0, 1.0, 1.0, 0.9999, 1.0]),
@@ -56,7 +56,7 @@ fn what_is_broken_is_named_once_within_fifty_updates() {
             Alarm::FakeLags,
         ),
         // `--guidance 20`.
-        (&[("dm_to_ca", [0.013, 0.03, 0.05, 0.06, 0.064])], Alarm::EngineAlone),
+        (&[("dm_to_ca", [0.0142, 0.0168, 0.0189, 0.0346, 0.0717])], Alarm::EngineAlone),
         // Made up.
         (&[("variance_drift", [1.0, 1.5, 2.0, 2.5, 3.0])], Alarm::Contrast),
         (&[("x_spread", [0.46, 0.3, 0.1, 0.1, 0.0])], Alarm::Diversity),
