@@ -1,6 +1,7 @@
 //! Files that are there as a whole or not at all.
 
 use std::fs::{self, File};
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -10,10 +11,35 @@ use crate::error::{BoxedError, Error, Result};
 /// A JSON file as a value of a type.
 ///
 /// # Errors
-/// [`Error::File`] if the file cannot be read, [`Error::Json`] if it cannot be parsed.
+/// [`Error::File`] if the file cannot be read or is longer than [`LONGEST_JSON`], [`Error::Json`] if it cannot be
+/// parsed.
 pub fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
-    let text = fs::read_to_string(path).map_err(Error::file("reading", path))?;
-    parse(&text, path)
+    parse(&read_text(path)?, path)
+}
+
+/// The longest JSON file that is read, in bytes.
+pub const LONGEST_JSON: u64 = 256 << 20;
+
+/// The text of a JSON file.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    let read = || {
+        let mut text = String::new();
+        open_file(path)?.take(LONGEST_JSON + 1).read_to_string(&mut text)?;
+        if text.len() as u64 > LONGEST_JSON {
+            return Err(io::Error::other(format!("it is longer than {LONGEST_JSON} bytes")));
+        }
+        Ok(text)
+    };
+    read().map_err(Error::file("reading", path))
+}
+
+/// Opens a file to read from. A pipe, from which reading may never end, is none.
+pub(crate) fn open_file(path: &Path) -> io::Result<File> {
+    if fs::metadata(path)?.is_file() {
+        File::open(path)
+    } else {
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"))
+    }
 }
 
 /// A JSON text that stands in `path` as a value of a type.

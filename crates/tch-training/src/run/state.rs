@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Difference, Error, Result};
-use crate::files::{create_folder, parse, sync_folder, write_json};
+use crate::files::{create_folder, parse, read_text, sync_folder, write_json};
 use crate::parameters::Parameters;
 use crate::safetensors::{read_tensors, write_tensors};
 
@@ -176,10 +176,13 @@ impl StateFolder {
         }
         for entry in fs::read_dir(&self.folder)? {
             let path = entry?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if path.extension().is_some_and(|extension| extension == PARTIAL) {
+            // What is not named as a state is somebody else's.
+            let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+            let Ok(number) = stem.parse() else { continue };
+            let own = self.path(number);
+            if path == own.with_extension(PARTIAL) && path.is_dir() {
                 leftovers.push(path);
-            } else if let Ok(number) = name.parse() {
+            } else if path == own && path.is_dir() {
                 numbers.push(number);
             }
         }
@@ -199,7 +202,7 @@ impl StateFolder {
     fn describe(&self) -> Result<Option<Description>> {
         let Some(number) = self.newest else { return Ok(None) };
         let path = self.path(number).join(DESCRIPTION);
-        let text = fs::read_to_string(&path).map_err(Error::file("reading", &path))?;
+        let text = read_text(&path)?;
         let any: Value = parse(&text, &path)?;
         if any["version"] != VERSION {
             let found = any["version"].to_string();

@@ -4,9 +4,11 @@
 //! error names the tensor.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::Range;
 
-use serde::Deserialize;
+use serde::de::{Error as _, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use tch::Kind;
 
@@ -127,17 +129,80 @@ pub struct Entry {
     pub bytes: Range<usize>,
 }
 
-#[derive(Deserialize)]
+/// Texts by name, and tensors by name.
 struct Header {
-    #[serde(rename = "__metadata__", default)]
     metadata: Value,
-    #[serde(flatten)]
     tensors: BTreeMap<String, Declared>,
+}
+
+/// Entry by entry: serde's `flatten` would keep the header a second time, many times as large.
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Entries;
+
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("tensors by name")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> std::result::Result<Header, A::Error> {
+                let mut header = Header { metadata: Value::Null, tensors: BTreeMap::new() };
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        header.metadata = map.next_value()?;
+                    } else if let Some(_twice) = header.tensors.insert(name, map.next_value()?) {
+                        return Err(A::Error::custom("a name is there twice"));
+                    }
+                }
+                Ok(header)
+            }
+        }
+
+        deserializer.deserialize_map(Entries)
+    }
+}
+
+/// More axes than libtorch takes in a tensor of any use.
+const MOST_AXES: usize = 64;
+
+/// At most [`MOST_AXES`], found before they are kept.
+fn axes<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Vec<u64>, D::Error> {
+    struct Axes;
+
+    impl<'de> Visitor<'de> for Axes {
+        type Value = Vec<u64>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a shape of at most {MOST_AXES} axes")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(
+            self,
+            mut axes: A,
+        ) -> std::result::Result<Vec<u64>, A::Error> {
+            let mut shape = Vec::new();
+            while let Some(axis) = axes.next_element()? {
+                if shape.len() == MOST_AXES {
+                    return Err(A::Error::invalid_length(shape.len() + 1, &self));
+                }
+                shape.push(axis);
+            }
+            Ok(shape)
+        }
+    }
+
+    deserializer.deserialize_seq(Axes)
 }
 
 #[derive(Deserialize)]
 struct Declared {
     dtype: String,
+    #[serde(deserialize_with = "axes")]
     shape: Vec<u64>,
     /// Begin and end, counted from the end of the header.
     data_offsets: [u64; 2],

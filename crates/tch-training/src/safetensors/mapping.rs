@@ -1,7 +1,6 @@
 //! A file mapped into memory, whose pages can be given back.
 #![allow(unsafe_code)]
 
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::format::{Entry, FormatError};
 use crate::error::{Error, Result};
+use crate::files::open_file;
 
 /// The bytes of a file, which the system reads when they are looked at.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl Mapping {
     /// # Errors
     /// [`Error::File`] if the file cannot be opened or mapped.
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::file("opening", path))?;
+        let file = open_file(path).map_err(Error::file("opening", path))?;
         // SAFETY: the mapping is read-only, and that nobody changes the file is the condition above.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::file("mapping", path))?;
         Ok(Self { path: path.to_owned(), map })

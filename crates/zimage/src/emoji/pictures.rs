@@ -62,15 +62,17 @@ impl EmojiData {
 
 /// The first `count` tiles as `[count, 3, 32, 32]` in [-1, 1].
 fn read_atlas(path: &Path, count: i64) -> Result<Tensor> {
-    let atlas =
-        image::open(path).with_context(|| format!("reading {}", path.display()))?.into_rgb8();
-    let (width, height) = (i64::from(atlas.width()), i64::from(atlas.height()));
-    let rows = height / TILE;
+    let reading = || format!("reading {}", path.display());
+    // Before a pixel is decoded: a small file may hold a huge picture.
+    let (width, height) = image::image_dimensions(path).with_context(reading)?;
+    let (width, height) = (i64::from(width), i64::from(height));
+    let rows = (count + COLUMNS - 1) / COLUMNS;
     ensure!(
-        width == COLUMNS * TILE && height % TILE == 0 && rows * COLUMNS >= count && count > 0,
-        "{}: {width}x{height} pixels do not hold {count} tiles, {COLUMNS} to a row",
+        width == COLUMNS * TILE && height == rows * TILE && count > 0,
+        "{}: {width}x{height} pixels are not {count} tiles, {COLUMNS} to a row",
         path.display()
     );
+    let atlas = image::open(path).with_context(reading)?.into_rgb8();
     Ok(Tensor::f_from_slice(&atlas.into_raw())?
         .f_reshape([rows, TILE, COLUMNS, TILE, 3])?
         .f_permute([0, 2, 4, 1, 3])?

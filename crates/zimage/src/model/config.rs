@@ -32,6 +32,8 @@ const TIME_HIDDEN: i64 = 1024;
 
 /// No size in a config may be larger: far above every model, and its products stay in range.
 const LARGEST_SIZE: i64 = 1 << 16;
+/// More layers than any model has: each is a dozen names before a file is looked at.
+const MOST_LAYERS: i64 = 1024;
 
 /// Hyper-parameters of a Z-Image transformer. Fields of the file that are not listed are ignored.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -153,12 +155,18 @@ impl Config {
             ("dim", 1, self.dim),
             ("n_heads", 1, self.n_heads),
             ("cap_feat_dim", 1, self.cap_feat_dim),
-            ("n_layers", 0, self.n_layers),
-            ("n_refiner_layers", 0, self.n_refiner_layers),
         ] {
             ensure!(
                 (smallest..=LARGEST_SIZE).contains(&value),
                 "{name} must be in {smallest}..={LARGEST_SIZE}, found {value}"
+            );
+        }
+        for (name, value) in
+            [("n_layers", self.n_layers), ("n_refiner_layers", self.n_refiner_layers)]
+        {
+            ensure!(
+                (0..=MOST_LAYERS).contains(&value),
+                "{name} must be in 0..={MOST_LAYERS}, found {value}"
             );
         }
         ensure!(

@@ -12,6 +12,9 @@ use tch_training::safetensors::Weights;
 
 use crate::model::RmsNorm;
 
+/// More layers than any model has.
+const MOST_LAYERS: i64 = 1024;
+
 /// `text_encoder/config.json`. Fields that are not listed are ignored.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Qwen3Config {
@@ -69,6 +72,12 @@ impl Qwen3Config {
             // The bound keeps products of two of them far from overflow.
             ensure!((1..=1 << 24).contains(&value), "{name} is out of range: {value}");
         }
+        // Each is a dozen names before a file is looked at.
+        ensure!(
+            self.num_hidden_layers <= MOST_LAYERS,
+            "num_hidden_layers must be at most {MOST_LAYERS}, found {}",
+            self.num_hidden_layers
+        );
         ensure!(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "num_attention_heads ({}) must be a multiple of num_key_value_heads ({})",

@@ -1,9 +1,12 @@
 //! The tokenizer: prompts in the frame of a chat message, as token ids.
 
+use std::fmt::Display;
 use std::fs;
+use std::panic::catch_unwind;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use serde::de::IgnoredAny;
 use tokenizers::Tokenizer;
 
 /// Most tokens of a prompt, its frame included; what is more is cut off at the end.
@@ -31,8 +34,12 @@ impl PromptTokenizer {
     /// does not fit in a `vocabulary` of that many rows.
     pub fn load(path: &Path, vocabulary: i64) -> Result<Self> {
         let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
-        let mut tokenizer = Tokenizer::from_bytes(&bytes)
-            .map_err(|error| anyhow!("parsing {}: {error}", path.display()))?;
+        let broken = |error: &dyn Display| anyhow!("parsing {}: {error}", path.display());
+        // The library panics on a syntax error within some parts, and on some values.
+        let _: IgnoredAny = serde_json::from_slice(&bytes).map_err(|error| broken(&error))?;
+        let parsed = catch_unwind(|| Tokenizer::from_bytes(&bytes));
+        let parsed = parsed.map_err(|_panic| broken(&"the tokenizers library gave up on it"))?;
+        let mut tokenizer = parsed.map_err(|error| broken(&error))?;
         // Both are ours: files may carry settings of their own, from whoever saved them.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|error| anyhow!("{}: {error}", path.display()))?;

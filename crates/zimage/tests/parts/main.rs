@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod features;
+mod hostile;
 mod lora;
 mod metrics;
 mod model;
