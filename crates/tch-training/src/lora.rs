@@ -110,6 +110,13 @@ pub struct Pair {
     pub scale: f64,
 }
 
+impl Pair {
+    /// `scale * B A`, `[out, in]`.
+    fn update(&self) -> Result<Tensor> {
+        Ok(self.up.f_matmul(&self.down)?.f_mul_scalar(self.scale)?)
+    }
+}
+
 /// Whether a pass is one of training, in which a share of the inputs of each pair is zeroed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dropout {
@@ -283,7 +290,7 @@ impl Lora {
                 faults.push(Fault::NoSuchLayer { name: layer.clone() });
                 continue;
             };
-            let update = pair.up.f_matmul(&pair.down)?.f_mul_scalar(pair.scale)?;
+            let update = pair.update()?;
             if update.size() != weight.size() {
                 let (expected, found) = (update.size(), weight.size());
                 faults.push(Fault::Shape { name, expected, found });
@@ -295,6 +302,30 @@ impl Lora {
         }
         no_faults("the model", faults)?;
         Ok(merged)
+    }
+
+    /// The share of the update that a merge into these parameters keeps: the projection of what rounding to their type
+    /// leaves of it on the update, over the update. 1 in float32. In bfloat16 a weight that is hundreds of times as
+    /// large as its update swallows it: below about 0.9 the adapter apart is the better student.
+    ///
+    /// # Errors
+    /// As [`Self::merged`].
+    pub fn kept_by_merge(&self, parameters: &Parameters) -> Result<f64> {
+        let _guard = tch::no_grad_guard();
+        let merged = self.merged(parameters, Device::Cpu)?;
+        let (mut kept, mut all) = (0.0, 0.0);
+        let double = |tensor: &Tensor| tensor.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double);
+        let sum = |tensor: Tensor| f64::try_from(&tensor.f_sum(Kind::Double)?);
+        for (layer, pair) in self.pairs() {
+            let name = format!("{layer}.weight");
+            let (Some(before), Some(after)) = (parameters.get(&name), merged.get(&name)) else {
+                continue;
+            };
+            let update = double(&pair.update()?)?;
+            kept += sum(double(after)?.f_sub(&double(before)?)?.f_mul(&update)?)?;
+            all += sum(update.f_square()?)?;
+        }
+        Ok(if all > 0.0 { kept / all } else { 1.0 })
     }
 
     /// A deep copy outside any graph, as a moving average needs it.

@@ -233,3 +233,21 @@ fn what_does_not_fit_is_listed() -> Result<()> {
     assert!(error.contains("blocks.1.in belongs to no linear layer"), "{error}");
     Ok(())
 }
+
+#[test]
+fn a_merge_says_what_it_keeps() -> Result<()> {
+    let _guard = seeded(7);
+    let lora = filled()?;
+    let exact = weights(Kind::Float);
+    assert!((lora.kept_by_merge(&exact)? - 1.0).abs() < 1e-6);
+    let kept = |kind: Kind, size: f64| -> Result<f64> {
+        let large =
+            exact.iter().map(|(name, weight)| (name.clone(), (weight * size).to_kind(kind)));
+        Ok(lora.kept_by_merge(&large.collect())?)
+    };
+    // Weights far above the update: bfloat16 has eight bits, float32 enough.
+    let (near, far) = (kept(Kind::BFloat16, 1.0)?, kept(Kind::BFloat16, 1e6)?);
+    assert!((near - 1.0).abs() < 0.05 && far < 0.3, "{near} and {far}");
+    assert!((kept(Kind::Float, 1e3)? - 1.0).abs() < 1e-3);
+    Ok(())
+}

@@ -21,6 +21,9 @@ pub const ADAPTER: &str = "pytorch_lora_weights.safetensors";
 /// What a run writes at its end.
 pub const REPORT: &str = "report.json";
 
+/// The share of an update that a merge should keep.
+const MUCH: f64 = 0.9;
+
 /// File of the recipe beside a student.
 const RECIPE: &str = "recipe.json";
 
@@ -52,7 +55,7 @@ impl SavedRecipe {
 }
 
 /// Writes a student: an adapter as a file for `load_lora_weights`, a model as a diffusers folder. With
-/// `merged`, an adapter becomes such a folder too. What an earlier student has left in the folder goes.
+/// `merged`, an adapter becomes such a folder too, with a warning where rounding takes much of it. What an earlier student has left in the folder goes.
 ///
 /// # Errors
 /// If a weight is not finite, or a file cannot be written.
@@ -85,6 +88,14 @@ pub fn save_student(
                 }
                 remove(&folder.join(INDEX), |path| fs::remove_file(path))?;
                 return Ok(());
+            }
+            let kept = lora.kept_by_merge(teacher.transformer.parameters())?;
+            if kept < MUCH {
+                eprintln!(
+                    "warning: of the adapter's update the merged transformer keeps {:.0} %, the rest is below a \
+                     rounding step of its weights: {ADAPTER} keeps all",
+                    100.0 * kept
+                );
             }
             // On the way to a file: the device may have no room for a second model.
             teacher.transformer.merged(lora, Device::Cpu)?
