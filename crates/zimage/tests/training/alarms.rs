@@ -2,8 +2,9 @@
 
 use zimage::distil::{Alarm, Alarms, Record};
 
-/// Numbers as they were observed every tenth update from the twentieth on.
-type Run = [(&'static str, [f64; 5]); 5];
+/// A number as it was observed every tenth update from the twentieth on.
+type Observed = (&'static str, [f64; 5]);
+type Run = [Observed; 5];
 
 /// `zimage_8step --updates 150 --student-lr 1e-4 --fake-lr 4e-4 --guidance 4.5`, seed 0.
 const HEALTHY: Run = [
@@ -27,7 +28,7 @@ fn raised(run: &Run) -> Vec<(u64, Alarm)> {
 }
 
 /// The healthy run with other values of some numbers.
-fn with(changed: &[(&str, [f64; 5])]) -> Run {
+fn with(changed: &[Observed]) -> Run {
     HEALTHY.map(|(name, values)| {
         let other = changed.iter().find(|(of, _)| *of == name);
         (name, other.map_or(values, |(_, values)| *values))
@@ -41,7 +42,7 @@ fn a_healthy_run_raises_none() {
 
 #[test]
 fn what_is_broken_is_named_once_within_fifty_updates() {
-    let cases: [(&[(&str, [f64; 5])], Alarm); 6] = [
+    let cases: [(&[Observed], Alarm); 6] = [
         // The teacher's sign turned, at updates 10, 15, 20, 25, 30 of batches of 8, as all below.
         (&[("dm_cos", [-0.9652, -0.971, -0.9861, -0.9689, -0.9767])], Alarm::WrongSign),
         // The fake score's sign turned.
