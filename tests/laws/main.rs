@@ -5,6 +5,7 @@ mod common;
 mod conformance;
 mod diagnostics;
 mod own_consistency;
+mod processes;
 mod properties;
 mod seeds;
 mod settings;
