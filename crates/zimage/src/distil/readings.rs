@@ -4,6 +4,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use crate::distil::distillation::Record;
+use crate::distil::processes::Processes;
 
 /// Scalars that are read together, so that an update waits for its device once.
 #[derive(Debug, Default)]
@@ -60,18 +61,19 @@ impl Readings {
         self.norms.extend(others.norms);
     }
 
-    /// Reads all, and waits for the device once: the record, and the largest norm, NaN if one was.
+    /// Reads all, and waits for the device once: the record, averaged over the processes, and the largest norm,
+    /// NaN if one was. So all processes judge alike.
     ///
     /// # Errors
-    /// If libtorch fails, or the scalars are on several devices.
-    pub(super) fn read(self) -> Result<(Record, f64)> {
+    /// If libtorch fails, the scalars are on several devices, or a process is lost.
+    pub(super) fn read(self, processes: Processes<'_>) -> Result<(Record, f64)> {
         let values = self.scalars.iter().map(|scalar| &scalar.value).chain(&self.norms);
         let values: Vec<&Tensor> = values.collect();
         if values.is_empty() {
             return Ok((Record::new(), 0.0));
         }
         let together = Tensor::f_stack(&values, 0)?.f_to_device(Device::Cpu)?;
-        let values = Vec::<f64>::try_from(together)?;
+        let values = Vec::<f64>::try_from(processes.mean(together)?)?;
         let (values, norms) = values.split_at(self.scalars.len());
         let record = self.scalars.into_iter().zip(values);
         let record = record

@@ -1,7 +1,9 @@
-//! The distillation of a model of a few thousand parameters, undisturbed and interrupted, and pairs for it.
+//! The distillation of a model of a few thousand parameters, undisturbed and interrupted, by one process and by
+//! several, and pairs for it.
 
 #[path = "../common/mod.rs"]
 mod common;
 mod distillation;
 mod pairs;
+mod processes;
 mod resume;
