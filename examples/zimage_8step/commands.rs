@@ -102,8 +102,8 @@ fn plan(options: &Options) -> Result<()> {
         let bytes = released::exchanged(&plan, &config, &recipe);
         let sent = 2.0 * (processes - 1) as f64 / processes as f64 * bytes as f64;
         println!(
-            "That is one of {processes} processes, {whole} samples in all. Each averages gradients of {:.3} GB in \
-             an update, at most, of which a ring sends and receives {:.3} GB",
+            "That is one of {processes} processes, {whole} samples in all. Each averages gradients of {:.3} GB in an \
+             update, at most; in a ring it sends and receives {:.3} GB for that",
             bytes as f64 / 1e9,
             sent / 1e9
         );

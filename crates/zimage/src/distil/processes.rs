@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use decoupled_dmd::Collective;
 use tch::{Device, Tensor};
-use tch_c10d::{Averaging, Error, ProcessGroup, Reduce};
+use tch_c10d::{Averaging, Error, ProcessGroup, Reduce, Statistics};
 use tch_training::seed::seed_of;
 
 use crate::distil::stream::Stream;
@@ -125,10 +125,16 @@ impl<'g> Processes<'g> {
         }
     }
 
-    /// What was exchanged in `updates` updates, as a sentence; `None` for one process.
-    pub fn exchanged(self, updates: u64) -> Option<String> {
+    /// What has been exchanged so far; `None` for one process.
+    pub fn statistics(self) -> Option<Statistics> {
+        self.0.map(ProcessGroup::statistics)
+    }
+
+    /// What was exchanged in `updates` updates since an earlier reading, as a sentence; `None` for one process.
+    pub(super) fn exchanged(self, since: Option<Statistics>, updates: u64) -> Option<String> {
         let group = self.0?;
-        let (statistics, updates) = (group.statistics(), updates.max(1) as f64);
+        let statistics = group.statistics().since(since?);
+        let updates = updates.max(1) as f64;
         Some(format!(
             "{} processes: {:.1} calls and {:.3} MB exchanged in an update, {:.3} s with the wait for each other",
             group.world_size(),

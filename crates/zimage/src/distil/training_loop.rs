@@ -163,7 +163,7 @@ pub fn train_student<'s, T: Terms>(
     let mut session = states.into().map(open).transpose()?;
     let processes = distillation.processes();
     distillation.share()?;
-    let start = distillation.updates();
+    let (start, before) = (distillation.updates(), processes.statistics());
 
     let bar = match session {
         Some(_) => {
@@ -234,13 +234,13 @@ pub fn train_student<'s, T: Terms>(
     processes.leave_together();
     interrupt.leave_at_once();
     bar.finish();
-    let Some(Session { history, before, start: begin, .. }) = session else {
+    let Some(session) = session else {
         return Ok(Outcome::Finished { history: History::new(), seconds: 0.0 });
     };
-    if let Some(exchanged) = processes.exchanged(updates - start) {
+    if let Some(exchanged) = processes.exchanged(before, updates - start) {
         println!("{exchanged}");
     }
-    Ok(Outcome::Finished { history, seconds: before + begin.elapsed().as_secs_f64() })
+    Ok(Outcome::Finished { seconds: session.seconds(), history: session.history })
 }
 
 fn save<T: Terms>(

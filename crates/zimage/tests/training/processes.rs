@@ -287,7 +287,7 @@ fn what_cannot_be_parted_is_refused() -> Result<()> {
     let processes = Processes::from(&alone);
     assert_eq!((processes.count(), processes.rank(), processes.part(3)?), (1, 0, 3));
     assert!(processes.any(true)? && !processes.any(false)?);
-    assert!(processes.exchanged(1).is_none());
+    assert!(processes.statistics().is_none());
     assert_eq!(seed_of_rank(7, 0), 7);
     assert_ne!(seed_of_rank(7, 1), seed_of_rank(7, 2));
     let error = processes.part(0).unwrap_err().to_string();
