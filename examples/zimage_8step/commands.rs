@@ -11,7 +11,7 @@ use tch_training::run::INTERRUPTED;
 use zimage::autoencoder::AutoencoderConfig;
 use zimage::device::set_threads;
 use zimage::distil::run as released;
-use zimage::distil::{ADAPTER, Ending, FinishedRun, Preset, Recipe, own_device};
+use zimage::distil::{ADAPTER, Ending, FinishedRun, Preset, Recipe, Start, own_device};
 use zimage::emoji::run as embedded;
 use zimage::failure::{is_other_run, is_out_of_memory};
 use zimage::model::{Checkpoint, read_config};
@@ -134,7 +134,7 @@ fn train_released(options: &Options, device: Device, launch: &Launch) -> Result<
         teacher_guidance: options.teacher_guidance.unwrap_or(default),
         merge: options.merge,
         intervals: options.intervals(),
-        start: options.start(),
+        start: start(options, launch),
     };
     let ending = released::train(&checkpoint, &recipe, &training, &group)?;
     Ok(ended(ending, options, &recipe, &group))
@@ -155,10 +155,15 @@ fn train_embedded(options: &Options, device: Device, launch: &Launch) -> Result<
         captions: options.prompts.unwrap_or(embedded::CAPTIONS),
         teacher_guidance: options.teacher_guidance.unwrap_or(default),
         intervals: options.intervals(),
-        start: options.start(),
+        start: start(options, launch),
     };
     let ending = embedded::train(&checkpoint, &recipe, &training, &group)?;
     Ok(ended(ending, options, &recipe, &group))
+}
+
+/// What becomes of a run in OUT. Processes that a launcher restarts go on, though their command says --fresh.
+fn start(options: &Options, launch: &Launch) -> Start {
+    if launch.restarts() > 0 { Start::Resume } else { options.start() }
 }
 
 /// The exit status of a training. Says where an interrupted one is, and how to go on.
