@@ -5,6 +5,7 @@
 //! ```sh
 //! ./with-libtorch cargo run --release --example zimage_8step                  # less than ten minutes
 //! cargo run --release --example zimage_8step -- --sample "google cat" --steps 8
+//! torchrun --no-python --nproc-per-node=2 target/release/examples/zimage_8step   # docs/scale.md
 //! ```
 
 #[path = "zimage_8step/commands.rs"]
@@ -18,6 +19,7 @@ use anyhow::Result;
 use clap::{CommandFactory as _, FromArgMatches as _};
 use commands::{advice, run};
 use options::Options;
+use tch_c10d::Launch;
 use zimage::distil::Preset;
 use zimage::failure::described;
 
@@ -28,11 +30,13 @@ fn from_command_line() -> Result<Options> {
 }
 
 fn main() -> ExitCode {
-    from_command_line().and_then(|options| run(&options)).unwrap_or_else(|error| {
-        eprintln!("error: {}", described(&error));
-        if let Some(advice) = advice(&error) {
-            eprintln!("{advice}");
-        }
-        ExitCode::FAILURE
-    })
+    from_command_line().and_then(|options| run(&options, &Launch::from_env()?)).unwrap_or_else(
+        |error| {
+            eprintln!("error: {}", described(&error));
+            if let Some(advice) = advice(&error) {
+                eprintln!("{advice}");
+            }
+            ExitCode::FAILURE
+        },
+    )
 }

@@ -106,6 +106,9 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// The exchange between processes failed.
+    #[error("the exchange between processes failed")]
+    Collective(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// A network closure returned an error.
     #[error("the network failed")]
     Network(#[source] Box<dyn std::error::Error + Send + Sync>),

@@ -70,6 +70,7 @@ mod arithmetic;
 mod augmentation;
 mod batch;
 mod checks;
+mod collective;
 mod cuda;
 mod denoiser;
 mod diagnostics;
@@ -105,6 +106,7 @@ mod weighting;
 
 pub use augmentation::{Augmentation, AugmentationDraw};
 pub use batch::{Batch, Condition};
+pub use collective::Collective;
 pub use cuda::{default_device, load_cuda};
 pub use denoiser::Denoiser;
 pub use diagnostics::{Diagnostics, PerSample, ScoreDiagnostics, TermDiagnostics};

@@ -2,7 +2,8 @@
 
 use tch::{Kind, Tensor};
 
-use crate::arithmetic::{Arithmetic, number};
+use crate::arithmetic::{Arithmetic, filled, number};
+use crate::collective::Collective;
 use crate::error::Result;
 use crate::guidance::Guidance;
 use crate::numeric::{masked, masked_mean, sample_distance};
@@ -166,7 +167,8 @@ impl Normalizer {
     }
 
     /// Takes the mean over all elements of the batch: one n for all samples. A sample that is not
-    /// finite then makes the directions of all samples NaN.
+    /// finite then makes the directions of all samples NaN. On several processes the batch is that of all where
+    /// the objective knows them ([`Objective::among`](crate::Objective::among)), else the part of each.
     #[must_use]
     pub fn over_batch(mut self) -> Self {
         self.scope = Scope::Batch;
@@ -182,12 +184,13 @@ impl Normalizer {
     }
 
     /// n and whether the guard acts, `[B]` each, from x in float32 or wider; the means are over the elements
-    /// at which `mask` is true.
+    /// at which `mask` is true. A mean over the batch is over the parts of all `processes`.
     pub(crate) fn distance(
         self,
         x: &Tensor,
         reference: &Tensor,
         mask: Option<&Tensor>,
+        processes: Option<&Collective<'_>>,
     ) -> Result<Distance> {
         let elements = || -> Result<Tensor> { Ok(x.f_sub(reference)?.f_abs_()?) };
         let mean = match self.scope {
@@ -196,9 +199,10 @@ impl Normalizer {
             Scope::Batch => {
                 let distance = elements()?;
                 let sum = masked(&distance, mask)?.f_sum(None::<Kind>)?;
-                let mean = match mask {
-                    Some(mask) => sum.f_div(&mask.f_sum(Kind::Int64)?)?,
-                    None => sum.over(x.numel() as f64)?,
+                let mean = match (processes, mask) {
+                    (Some(processes), _) => mean_among(processes, &sum, mask.unwrap_or(x))?,
+                    (None, Some(mask)) => sum.f_div(&mask.f_sum(Kind::Int64)?)?,
+                    (None, None) => sum.over(x.numel() as f64)?,
                 };
                 let batch: Vec<i64> = x.size().into_iter().take(1).collect();
                 mean.f_expand(batch, false)?
@@ -214,6 +218,18 @@ impl Normalizer {
             }
         })
     }
+}
+
+/// The mean over the processes' elements, from the sum over those of this one.
+fn mean_among(processes: &Collective<'_>, sum: &Tensor, counted: &Tensor) -> Result<Tensor> {
+    // Counts of elements are exact in float64 alone.
+    let count = match counted.f_kind()? {
+        Kind::Bool => counted.f_sum(Kind::Double)?,
+        _ => filled(&[], counted.numel() as f64, (Kind::Double, sum.device()))?,
+    };
+    let both = Tensor::f_stack(&[&sum.f_to_kind(Kind::Double)?, &count], 0)?;
+    let whole = processes.sum(&both)?;
+    Ok(whole.f_get(0)?.f_div(&whole.f_get(1)?)?.f_to_kind(sum.f_kind()?)?)
 }
 
 impl Default for Normalizer {
@@ -236,7 +252,7 @@ mod tests {
 
     fn n(normalizer: Normalizer) -> Result<Vec<f64>> {
         let x = Tensor::from_slice(&[0.0, 2.0, 4.0, 4.0]).view([2, 2]);
-        let distance = normalizer.distance(&x, &x.zeros_like(), None)?;
+        let distance = normalizer.distance(&x, &x.zeros_like(), None, None)?;
         Ok(Vec::try_from(distance.n).unwrap())
     }
 
@@ -258,7 +274,7 @@ mod tests {
         let x = Tensor::from_slice(&[f64::NAN, 2.0, 4.0, 6.0]).view([2, 2]);
         let mask = Tensor::from_slice(&[false, true, true, true]).view([2, 2]);
         let of = |normalizer: Normalizer| -> Result<Vec<f64>> {
-            let distance = normalizer.distance(&x, &x.zeros_like(), Some(&mask))?;
+            let distance = normalizer.distance(&x, &x.zeros_like(), Some(&mask), None)?;
             Ok(Vec::try_from(distance.n).unwrap())
         };
         assert_eq!(of(Normalizer::conditional())?, [2.0, 5.0]);

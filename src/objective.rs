@@ -5,6 +5,7 @@ use tch::{Kind, Tensor, no_grad_guard};
 use crate::arithmetic::Arithmetic;
 use crate::batch::Batch;
 use crate::checks::{check_per_sample, check_size};
+use crate::collective::Collective;
 use crate::denoiser::Denoiser;
 use crate::diagnostics::{Diagnostics, Role, read_together};
 use crate::engine::Engine;
@@ -170,6 +171,7 @@ impl Evaluation {
 pub struct Objective<'a> {
     teacher: Denoiser<'a>,
     groups: Vec<Group<'a>>,
+    processes: Option<&'a Collective<'a>>,
     observed: bool,
 }
 
@@ -177,7 +179,7 @@ impl<'a> Objective<'a> {
     /// An objective without terms, over `teacher`.
     #[must_use]
     pub fn new(teacher: Denoiser<'a>) -> Self {
-        Self { teacher, groups: Vec::new(), observed: false }
+        Self { teacher, groups: Vec::new(), processes: None, observed: false }
     }
 
     /// Adds a group of terms.
@@ -216,6 +218,16 @@ impl<'a> Objective<'a> {
     #[must_use]
     pub fn observed(mut self) -> Self {
         self.observed = true;
+        self
+    }
+
+    /// Makes every batch a part of the batch of several processes, for the terms that look at the whole of it; see
+    /// [`Collective`]. The loss of such a term is that of the whole batch on each process, the loss of
+    /// another that of the part: the mean over the processes is that of the whole batch for all. Diagnostics are
+    /// of the part.
+    #[must_use]
+    pub fn among(mut self, processes: &'a Collective<'a>) -> Self {
+        self.processes = Some(processes);
         self
     }
 
@@ -268,6 +280,9 @@ impl<'a> Objective<'a> {
             let tau = group.renoising.times(path, &u, batch.student_time())?;
             let mut probe =
                 Probe::at(&self.teacher, batch, tau, noise)?.normalizer(group.normalizer);
+            if let Some(processes) = self.processes {
+                probe = probe.among(processes);
+            }
             if self.observed {
                 probe = probe.observed();
             }
@@ -349,6 +364,7 @@ impl std::fmt::Debug for Objective<'_> {
         f.debug_struct("Objective")
             .field("teacher", &self.teacher)
             .field("groups", &self.groups)
+            .field("processes", &self.processes)
             .field("observed", &self.observed)
             .finish()
     }

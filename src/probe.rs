@@ -6,6 +6,7 @@ use tch::{Tensor, no_grad_guard};
 
 use crate::batch::Batch;
 use crate::checks::{check_like, check_numbers, check_per_sample};
+use crate::collective::{Collective, gather};
 use crate::denoiser::Denoiser;
 use crate::diagnostics::{Role, TermDiagnostics};
 use crate::error::Result;
@@ -28,6 +29,7 @@ pub struct Probe<'a> {
     noise: Tensor,
     noised: Tensor,
     normalizer: Normalizer,
+    processes: Option<&'a Collective<'a>>,
     cond: OnceCell<ModelOutput>,
     null: OnceCell<ModelOutput>,
     distance: OnceCell<Option<Distance>>,
@@ -59,6 +61,7 @@ impl<'a> Probe<'a> {
             noise,
             noised,
             normalizer: Normalizer::default(),
+            processes: None,
             cond: OnceCell::new(),
             null: OnceCell::new(),
             distance: OnceCell::new(),
@@ -85,6 +88,29 @@ impl<'a> Probe<'a> {
     pub fn normalizer(mut self, normalizer: Normalizer) -> Self {
         self.normalizer = normalizer;
         self
+    }
+
+    /// Makes the batch a part of the batch of several processes, for the terms that look at the whole of it; see
+    /// [`Collective`].
+    #[must_use]
+    pub fn among(mut self, processes: &'a Collective<'a>) -> Self {
+        self.processes = Some(processes);
+        self
+    }
+
+    /// The processes that share the batch, where there are others.
+    pub fn processes(&self) -> Option<&'a Collective<'a>> {
+        self.processes
+    }
+
+    /// A tensor `[B, ..]` with the rows of all processes, `[N B, ..]`, rank 0 first: what a term calls that looks
+    /// at several samples at once. The mean over the processes of the gradients of its loss is then the gradient
+    /// of the whole batch. Without other processes, the tensor as it is.
+    ///
+    /// # Errors
+    /// As [`Collective::gather`].
+    pub fn gather(&self, part: &Tensor) -> Result<Tensor> {
+        gather(self.processes, part)
     }
 
     /// Collects diagnostics.
@@ -321,7 +347,7 @@ impl<'a> Probe<'a> {
             }
             Reference::Conditional => self.teacher_cond()?,
         };
-        self.normalizer.distance(self.x, reference, self.batch.mask()).map(Some)
+        self.normalizer.distance(self.x, reference, self.batch.mask(), self.processes).map(Some)
     }
 }
 

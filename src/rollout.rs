@@ -60,7 +60,8 @@ impl<'a> Sampler<'a> {
     }
 
     /// A step drawn evenly from the grid with libtorch's global generator. On several processes
-    /// draw on one and share the number: all must run equally many forwards.
+    /// draw on one and share the number: all must run equally many forwards. Noise, times and conditions
+    /// should differ between them.
     ///
     /// # Errors
     /// [`Error::Torch`] if libtorch fails.

@@ -41,6 +41,8 @@ impl Trajectory {
     /// One step for each sample, `[B]`, spread as evenly over the grid as B allows and in random
     /// order, from libtorch's global generator. Each sample gets every step equally often.
     ///
+    /// Processes draw each their own: all run equally many forwards whatever the steps.
+    ///
     /// # Errors
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
     pub fn draw_steps(&self) -> Result<Steps> {

@@ -12,8 +12,8 @@ use tch_training::Parameters;
 use tch_training::seed::begin;
 use zimage::ZImageTransformer;
 use zimage::distil::{
-    Captions, Decay, Distillation, Networks, Pairs, Prompts, Readings, Recipe, Record, Rollout,
-    Stream, Terms, denoiser, embedded_optimizer,
+    Captions, Decay, Distillation, Networks, Pairs, Processes, Prompts, Readings, Recipe, Record,
+    Rollout, Stream, Terms, denoiser, embedded_optimizer,
 };
 use zimage::emoji::Classifier;
 
@@ -314,7 +314,7 @@ impl Terms for ArmTerms<'_> {
             }
         };
         let Some(critic) = &mut self.critic else { return Ok(Readings::default()) };
-        let _norm = critic.trainer.descend(&loss, None)?;
+        let _norm = critic.trainer.descend(&loss, None, Processes::default())?;
         let mut readings = Readings::default();
         readings.push("critic", &loss)?;
         Ok(readings)

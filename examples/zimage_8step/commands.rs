@@ -6,11 +6,12 @@ use std::process::ExitCode;
 use anyhow::{Error, Result, bail, ensure};
 use decoupled_dmd::{Guidance, Shift};
 use tch::Device;
+use tch_c10d::{Launch, ProcessGroup};
 use tch_training::run::INTERRUPTED;
 use zimage::autoencoder::AutoencoderConfig;
 use zimage::device::set_threads;
 use zimage::distil::run as released;
-use zimage::distil::{ADAPTER, Ending, FinishedRun, Preset, Recipe};
+use zimage::distil::{ADAPTER, Ending, FinishedRun, Preset, Recipe, Start, own_device};
 use zimage::emoji::run as embedded;
 use zimage::failure::{is_other_run, is_out_of_memory};
 use zimage::model::{Checkpoint, read_config};
@@ -18,14 +19,19 @@ use zimage::text::MAX_TOKENS;
 
 use super::options::{Options, TEACHER};
 
-/// Does the work.
+/// Does the work, training with the processes that were launched together.
 ///
 /// # Errors
 /// Says what is wrong with an option or a file, or what broke down.
-pub fn run(options: &Options) -> Result<ExitCode> {
+pub fn run(options: &Options, launch: &Launch) -> Result<ExitCode> {
     if options.sample.is_none() {
         options.refuse_sampling()?;
     }
+    let processes = launch.world_size();
+    ensure!(
+        processes == 1 || (options.sample.is_none() && !options.plan),
+        "{processes} processes were started: pictures and --plan are made by one"
+    );
     // A student of the embedded model is sampled without its teacher.
     let is_needed = options.sample.is_none() || options.checkpoint != Path::new(TEACHER);
     ensure!(
@@ -37,13 +43,14 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if options.plan {
         return plan(options).map(|()| ExitCode::SUCCESS);
     }
-    set_threads(options.threads)?;
+    // Several processes on one machine would take each other's cores.
+    set_threads(options.threads.or((processes > 1).then_some(1)))?;
     let device = options.device.resolve()?;
     match &options.sample {
         Some(prompt) if is_released => sample_released(options, device, prompt)?,
         Some(caption) => sample_embedded(options, device, caption)?,
-        None if is_released => return train_released(options, device),
-        None => return train_embedded(options, device),
+        None if is_released => return train_released(options, device, launch),
+        None => return train_embedded(options, device, launch),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -64,7 +71,7 @@ pub fn advice(error: &Error) -> Option<&'static str> {
     )
 }
 
-/// Prints the memory that a training would take.
+/// Prints the memory that a training would take, and what its processes would exchange.
 fn plan(options: &Options) -> Result<()> {
     let config = read_config(&options.checkpoint)?;
     let channels = AutoencoderConfig::released().latent_channels;
@@ -77,17 +84,34 @@ fn plan(options: &Options) -> Result<()> {
     );
     options.refuse_embedded()?;
     // No shift changes what is kept.
-    let recipe = options.recipe(Preset::ZImage8Step, Shift::NONE)?;
+    let mut recipe = options.recipe(Preset::ZImage8Step, Shift::NONE)?;
+    let processes = options.processes.unwrap_or(1);
+    let whole = recipe.batch;
+    ensure!(
+        processes > 0 && whole.is_multiple_of(processes),
+        "--batch {whole} cannot be parted among --processes {processes}"
+    );
+    recipe.batch = whole / processes;
     let side = options.size.unwrap_or(released::SIDE);
     let plan = released::plan(&options.checkpoint, &config, &recipe, side, options.kind())?;
     println!(
         "Training at {side}x{side} pixels, {} samples an update, prompts of up to {MAX_TOKENS} tokens:\n{plan}",
         recipe.batch
     );
+    if processes > 1 {
+        let bytes = released::exchanged(&plan, &config, &recipe);
+        let sent = 2.0 * (processes - 1) as f64 / processes as f64 * bytes as f64;
+        println!(
+            "That is one of {processes} processes, {whole} samples in all. Each averages gradients of {:.3} GB in an \
+             update, at most; in a ring it sends and receives {:.3} GB for that",
+            bytes as f64 / 1e9,
+            sent / 1e9
+        );
+    }
     Ok(())
 }
 
-fn train_released(options: &Options, device: Device) -> Result<ExitCode> {
+fn train_released(options: &Options, device: Device, launch: &Launch) -> Result<ExitCode> {
     options.refuse_embedded()?;
     let Some(prompt_file) = options.prompt_file.clone() else {
         bail!(
@@ -98,6 +122,8 @@ fn train_released(options: &Options, device: Device) -> Result<ExitCode> {
     let checkpoint = Checkpoint::open(&options.checkpoint)?;
     let recipe = options.recipe(Preset::ZImage8Step, checkpoint.shift())?;
     let default = Guidance::new(released::TEACHER_GUIDANCE)?;
+    let group = ProcessGroup::new(launch, &tch_c10d::Options::default())?;
+    let device = own_device(&group, device)?;
     let training = released::Training {
         prompt_file,
         out: options.out.clone(),
@@ -108,17 +134,19 @@ fn train_released(options: &Options, device: Device) -> Result<ExitCode> {
         teacher_guidance: options.teacher_guidance.unwrap_or(default),
         merge: options.merge,
         intervals: options.intervals(),
-        start: options.start(),
+        start: start(options, launch),
     };
-    let ending = released::train(&checkpoint, &recipe, &training)?;
-    Ok(ended(ending, options, &recipe))
+    let ending = released::train(&checkpoint, &recipe, &training, &group)?;
+    Ok(ended(ending, options, &recipe, &group))
 }
 
-fn train_embedded(options: &Options, device: Device) -> Result<ExitCode> {
+fn train_embedded(options: &Options, device: Device, launch: &Launch) -> Result<ExitCode> {
     options.refuse_released()?;
     let checkpoint = Checkpoint::open(&options.checkpoint)?;
     let recipe = options.recipe(Preset::Embedded, checkpoint.shift())?;
     let default = Guidance::new(embedded::TEACHER_GUIDANCE)?;
+    let group = ProcessGroup::new(launch, &tch_c10d::Options::default())?;
+    let device = own_device(&group, device)?;
     let training = embedded::Training {
         data: options.data().to_owned(),
         classifier: options.classifier().to_owned(),
@@ -127,15 +155,23 @@ fn train_embedded(options: &Options, device: Device) -> Result<ExitCode> {
         captions: options.prompts.unwrap_or(embedded::CAPTIONS),
         teacher_guidance: options.teacher_guidance.unwrap_or(default),
         intervals: options.intervals(),
-        start: options.start(),
+        start: start(options, launch),
     };
-    let ending = embedded::train(&checkpoint, &recipe, &training)?;
-    Ok(ended(ending, options, &recipe))
+    let ending = embedded::train(&checkpoint, &recipe, &training, &group)?;
+    Ok(ended(ending, options, &recipe, &group))
+}
+
+/// What becomes of a run in OUT. Processes that a launcher restarts go on, though their command says --fresh.
+fn start(options: &Options, launch: &Launch) -> Start {
+    if launch.restarts() > 0 { Start::Resume } else { options.start() }
 }
 
 /// The exit status of a training. Says where an interrupted one is, and how to go on.
-fn ended(ending: Ending, options: &Options, recipe: &Recipe) -> ExitCode {
+fn ended(ending: Ending, options: &Options, recipe: &Recipe, group: &ProcessGroup) -> ExitCode {
     let Ending::Interrupted(updates) = ending else { return ExitCode::SUCCESS };
+    if group.rank() > 0 {
+        return ExitCode::from(INTERRUPTED);
+    }
     println!("\nStopped after update {updates} of {}; {}", recipe.updates, way_on(options));
     ExitCode::from(INTERRUPTED)
 }

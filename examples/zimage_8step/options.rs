@@ -16,7 +16,7 @@ use zimage::model::BLOCK_LINEARS;
 pub const TEACHER: &str = "assets/teacher";
 
 /// The options that only training looks at.
-const OF_TRAINING: [&str; 27] = [
+const OF_TRAINING: [&str; 28] = [
     "classifier",
     "save_every",
     "fresh",
@@ -39,6 +39,7 @@ const OF_TRAINING: [&str; 27] = [
     "prompt_file",
     "features",
     "plan",
+    "processes",
     "merge",
     "teacher_guidance",
     "prompts",
@@ -72,7 +73,7 @@ pub struct Options {
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: DeviceChoice,
-    /// CPU threads of libtorch; all cores by default
+    /// CPU threads of libtorch; all cores by default, one for each of several processes
     #[arg(long)]
     pub threads: Option<i32>,
     /// Updates between two saves of the training's state, from which a run that was stopped goes on;
@@ -133,7 +134,7 @@ pub struct Options {
     /// Updates of the fake score before the first of the student
     #[arg(long, help_heading = "Recipe")]
     pub fake_warmup: Option<u64>,
-    /// Samples in one update
+    /// Samples in one update, of all processes together
     #[arg(long, help_heading = "Recipe")]
     pub batch: Option<usize>,
     /// Learning rate of the student
@@ -181,6 +182,9 @@ pub struct Options {
     /// transformer/config.json alone
     #[arg(long, help_heading = "Released checkpoints")]
     pub plan: bool,
+    /// Processes that would share the training, for --plan
+    #[arg(long, requires = "plan", help_heading = "Released checkpoints")]
+    pub processes: Option<usize>,
     /// Write the student as a whole transformer too, with its adapter merged
     #[arg(long, help_heading = "Released checkpoints")]
     pub merge: bool,

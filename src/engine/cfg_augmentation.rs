@@ -32,6 +32,10 @@ use crate::probe::Probe;
 /// Teacher: conditional and null at the probe's tau; none at all if the guidance is neutral, where
 /// the direction is exactly zero.
 ///
+/// # Processes
+/// Nothing is gathered: every sample is looked at alone, unless the normaliser is
+/// [`over_batch`](crate::Normalizer::over_batch).
+///
 /// # Errors
 /// [`Error::Missing`](crate::Error::Missing) if the batch has no null condition.
 ///

@@ -66,6 +66,9 @@ use crate::value::{Positive, checked};
 /// [`Tangent::Ahead`], two for [`Tangent::Central`], one call of the tangent closure for
 /// [`Tangent::Exact`]; none at w = 0.
 ///
+/// # Processes
+/// Nothing is gathered: every sample is looked at alone, its normalisation included.
+///
 /// # Diagnostics
 /// `tangent_rms` `[B]`: rms(T_w). `roughness` `[B]`, for [`Tangent::Central`]: the share of the bend
 /// b = rms(f_l - 2 f + f_k) in b + rms(f_l - f_k). It is of the order of the step where the difference is

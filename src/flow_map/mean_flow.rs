@@ -72,6 +72,9 @@ pub enum FlowRule {
 /// (fraction, [`Tangent::Ahead`]), 2 ([`Tangent::Central`], Lagrangian), or one call of the tangent
 /// closure.
 ///
+/// # Processes
+/// Nothing is gathered: every sample is looked at alone, its adaptive weight included.
+///
 /// # Errors
 /// [`Error::OutOfRange`](crate::Error::OutOfRange) if the teacher is on a path that is not straight, its
 /// shift is not the flow map's, or a jump leads away from the data;

@@ -76,6 +76,11 @@ type Weight<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
 /// `requires_grad`. The critic's loss sees detached samples: its gradient ends in the parameters of the
 /// critic.
 ///
+/// # Processes
+/// Nothing is gathered: every sample is looked at alone, in the relativistic form with the real sample at its place,
+/// which is on its process. [`mismatched`](Self::mismatched) pairs are of the process too, so that each needs two samples;
+/// they are other pairs than those of the whole batch, of the same law.
+///
 /// # Errors
 /// [`Error::Missing`](crate::Error::Missing) without [`Batch::with_real`], which the critic needs, and the generator in the
 /// relativistic form; [`Error::Shape`](crate::Error::Shape) if there are not as many real samples as samples, or the

@@ -58,6 +58,10 @@ use crate::value::checked;
 /// **Gradients.** The generator's ends in x: critic, fake score and teacher receive none. The critic's
 /// ends in the parameters of the critic.
 ///
+/// # Processes
+/// Nothing is gathered: the critic looks at every sample alone, in the relativistic form at every pair of
+/// steps.
+///
 /// # Errors
 /// [`Error::OutOfRange`] if a time may be at the clean end, where there is no step to take, if fake score
 /// and teacher are on different paths, or, with a detached fake score, if t' may be the clean end;

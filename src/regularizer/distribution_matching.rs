@@ -46,6 +46,10 @@ type LogRatio<'a> = dyn Fn(&Probe<'_>) -> Result<Tensor> + 'a;
 /// # Forwards
 /// Teacher: conditional. Fake score: one, without a graph. Its own loss: one, with a graph.
 ///
+/// # Processes
+/// Nothing is gathered: every sample is looked at alone, the ratio of a [`divergence`](Self::divergence) included,
+/// unless the normaliser is [`over_batch`](crate::Normalizer::over_batch).
+///
 /// # Errors
 /// [`Error::OutOfRange`](crate::Error::OutOfRange) if the fake is on another path than the teacher,
 /// checked on the first evaluation, or times may be at a singular end of a

@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use crate::arithmetic::Arithmetic;
 use crate::checks::{check_device, check_samples, check_size};
+use crate::collective::{Collective, gather};
 use crate::error::{Error, Result};
 use crate::gradient::{gradient_only_in, with_gradient};
 use crate::network::IntoOutput;
@@ -73,11 +74,17 @@ pub enum Estimator {
 /// alone; parameters inside f, the bandwidth and the real samples receive none. It is the exact
 /// gradient of the value, computed when the loss is.
 ///
+/// # Processes
+/// The term looks at the whole batch: with [`Objective::among`](crate::Objective::among) the features of
+/// samples and of real samples are gathered, and every process visits the pairs of all. Equally many samples, and
+/// equally many real ones, are needed on each. Alone, each process would compare its part, and the mean of
+/// the gradients would be that of a smaller batch.
+///
 /// # Errors
 /// [`Error::Missing`] without [`Batch::with_real`](crate::Batch::with_real); [`Error::OutOfRange`] for a
 /// single sample with the unbiased estimator; [`Error::NoGradient`] if `f` detaches;
 /// [`Error::Shape`], [`Error::Kind`] or [`Error::Device`] if the features of x and of the real samples
-/// do not fit each other; errors of `f`.
+/// do not fit each other; errors of `f` and of [`Collective::gather`].
 ///
 /// # Example
 /// ```
@@ -151,25 +158,39 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         self
     }
 
-    /// The vectors to compare the features of x `[m, D]` with, without a graph.
-    fn target(&self, vectors: &Tensor, real: Option<&Tensor>) -> Result<Tensor> {
+    /// The vectors to compare the features of x with, those of all processes, without a graph; `vectors` `[m, D]` are
+    /// of this process, `whole` of all.
+    fn target(
+        &self,
+        (vectors, whole): (&Tensor, &Tensor),
+        real: Option<&Tensor>,
+        processes: Option<&Collective<'_>>,
+    ) -> Result<Tensor> {
         let _no_grad = no_grad_guard();
-        match (&self.against, real) {
+        let target = match (&self.against, real) {
             (Against::Prior(samples), _) => {
                 let drawn = samples(&vectors.f_detach()?)?;
                 check_samples("samples of the prior", &drawn, 2)?;
                 check_device("samples of the prior", &drawn, vectors)?;
-                widen_like(&drawn, vectors)
+                widen_like(&drawn, vectors)?.f_to_kind(vectors.f_kind()?)?
             }
             (Against::Independent, _) => {
+                // Gathered as the vectors were: one order on all processes.
                 let order = Tensor::f_rand(vectors.size(), (Kind::Double, vectors.device()))?;
-                Ok(vectors.f_detach()?.f_gather(0, &order.f_argsort(0, false)?, false)?)
+                let order = gather(processes, &order)?.f_argsort(0, false)?;
+                return Ok(whole.f_detach()?.f_gather(0, &order, false)?);
             }
-            (Against::Real, Some(real)) => self.vectors(&widen_like(real, vectors)?),
+            (Against::Real, Some(real)) => self.vectors(&widen_like(real, vectors)?)?,
             (Against::Real, None) => {
-                Err(Error::Missing { what: "real samples", setter: "with_real" })
+                return Err(Error::Missing { what: "real samples", setter: "with_real" });
             }
+        };
+        let mut width = vectors.size();
+        if let Some(first) = width.first_mut() {
+            *first = batch_size(&target);
         }
+        check_size("features of the real samples", &target, &width)?;
+        gather(processes, &target.f_to_kind(vectors.f_kind()?)?)
     }
 
     /// The discrepancy between samples x `[m, ..]` and real samples `[n, ..]`, a scalar,
@@ -181,30 +202,32 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         check_samples("x", x, 2)?;
         check_samples("real samples", real, 2)?;
         check_device("real samples", real, x)?;
-        self.discrepancy(x, Some(real))
+        self.discrepancy(x, Some(real), None)
     }
 
-    fn discrepancy(&self, x: &Tensor, real: Option<&Tensor>) -> Result<Tensor> {
+    fn discrepancy(
+        &self,
+        x: &Tensor,
+        real: Option<&Tensor>,
+        processes: Option<&Collective<'_>>,
+    ) -> Result<Tensor> {
         check_samples("x", x, 2)?;
         let several = |what, count: i64| {
             let valid = count > 1 || self.estimator == Estimator::Biased;
             checked(what, "at least 2 for the unbiased estimator", count as f64, valid)
         };
-        several("number of samples", batch_size(x))?;
+        if processes.is_none() {
+            // Before the features are computed.
+            several("number of samples", batch_size(x))?;
+        }
         gradient_only_in("features", x, |x| {
-            let vectors = self.vectors(&widen(x)?)?;
-            let target = self.target(&vectors, real)?;
+            let part = self.vectors(&widen(x)?)?;
+            let vectors = gather(processes, &part)?;
+            let target = self.target((&part, &vectors), real, processes)?;
+            several("number of samples", batch_size(&vectors))?;
             several("number of real samples", batch_size(&target))?;
-            let width: Vec<i64> = target
-                .size()
-                .into_iter()
-                .take(1)
-                .chain(vectors.size().into_iter().skip(1))
-                .collect();
-            check_size("features of the real samples", &target, &width)?;
             let (value, slope) = {
                 let _no_grad = no_grad_guard();
-                let target = target.f_to_kind(vectors.f_kind()?)?;
                 self.estimate(&vectors.f_detach()?, &target)?
             };
             with_gradient(&value, &vectors, &slope)
@@ -337,8 +360,13 @@ fn rows_in_block(device: Device, count: i64, numbers: usize) -> i64 {
 impl Regularizer for MaximumMeanDiscrepancy<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
         match self.against {
-            Against::Real => self.between(probe.x(), probe.batch().real()?),
-            Against::Prior(_) | Against::Independent => self.discrepancy(probe.x(), None),
+            Against::Real => {
+                let real = probe.batch().real()?;
+                self.discrepancy(probe.x(), Some(real), probe.processes())
+            }
+            Against::Prior(_) | Against::Independent => {
+                self.discrepancy(probe.x(), None, probe.processes())
+            }
         }
     }
 }

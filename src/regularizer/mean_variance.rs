@@ -6,8 +6,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::arithmetic::{Arithmetic, filled};
 use crate::checks::{check_like, check_samples, check_size};
+use crate::collective::Collective;
 use crate::error::{Error, Result};
-use crate::numeric::{numbers, widen};
+use crate::numeric::{batch_size, numbers, widen};
 use crate::probe::Probe;
 use crate::regularizer::Regularizer;
 use crate::value::{checked, is_positive};
@@ -63,6 +64,11 @@ pub enum Statistics {
 /// # Forwards
 /// None. The gradient flows into x, once: second derivatives differ from the formula's. Targets carry no
 /// gradient.
+///
+/// # Processes
+/// The loss looks at each sample alone. A running target is that of the whole batch with
+/// [`update_among`](Self::update_among); with [`update`](Self::update) each process would follow its own part, and
+/// descend another loss.
 ///
 /// # Errors
 /// [`Error::Shape`] if the samples have no channels or not as many as the target.
@@ -151,6 +157,19 @@ impl MeanVariance {
     /// As [`measured`](Self::measured), which leaves the target as it was; [`Error::Shape`] if the samples
     /// have other channels than the target; [`Error::OutOfRange`] if the target is not running.
     pub fn update(&self, real: &Tensor) -> Result<()> {
+        self.follow(real, None)
+    }
+
+    /// [`update`](Self::update) with the samples of all processes, `[M, ..]` of each, where M may differ. To
+    /// measure the first target so, begin with a guess and [`running`](Self::running)`(decay, 0)`.
+    ///
+    /// # Errors
+    /// As [`update`](Self::update) and [`Collective::gather`].
+    pub fn update_among(&self, real: &Tensor, processes: &Collective<'_>) -> Result<()> {
+        self.follow(real, Some(processes))
+    }
+
+    fn follow(&self, real: &Tensor, processes: Option<&Collective<'_>>) -> Result<()> {
         let Some(decay) = self.decay else {
             let what = "decay of the running target";
             return Err(Error::OutOfRange {
@@ -159,10 +178,20 @@ impl MeanVariance {
                 value: f64::NAN,
             });
         };
-        let (mean, variance) = averages(real, self.statistics)?;
-        check_target(&mean, &variance)?;
+        let (mut mean, mut variance) = averages(real, self.statistics)?;
         let target = self.target();
         check_size("channels of the real samples", &mean, &target.0.size())?;
+        if let Some(processes) = processes {
+            let count =
+                filled(&mean.size(), batch_size(real) as f64, (Kind::Double, mean.device()))?;
+            let parts = [&mean.f_mul(&count)?, &variance.f_mul(&count)?, &count];
+            let whole = processes.sum(&Tensor::f_stack(&parts, 0)?)?;
+            let over =
+                |place| -> Result<Tensor> { Ok(whole.f_get(place)?.f_div(&whole.f_get(2)?)?) };
+            (mean, variance) = (over(0)?, over(1)?);
+        }
+        // Of all processes: none refuses alone.
+        check_target(&mean, &variance)?;
         let updates = self.updates.get().saturating_add(1);
         let rate = if decay < 1.0 {
             (1.0 - decay) / (1.0 - decay.powf(updates as f64))

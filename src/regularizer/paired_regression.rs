@@ -49,6 +49,9 @@ use crate::value::{checked, is_finite};
 /// None; features of x and of the target for [`Distance::Perceptual`]. **Gradients** end in x: the target and
 /// the features receive none.
 ///
+/// # Processes
+/// Nothing is gathered: every pair is looked at alone.
+///
 /// # Errors
 /// [`Error::Missing`](crate::Error::Missing) without a target; [`Error::Shape`](crate::Error::Shape) if an
 /// augmentation is given samples that are no planes; as the distance.

@@ -42,6 +42,9 @@ type Score<'a> = dyn Fn(&Tensor, &Condition) -> Result<Tensor> + 'a;
 /// # Forwards
 /// Score: one, and its backward to x. **Gradients** end in x: parameters of the score receive none.
 ///
+/// # Processes
+/// Nothing is gathered: every sample is looked at alone, if the score does so.
+///
 /// # Errors
 /// [`Error::NoGradient`](crate::Error::NoGradient) if the score has no graph to x;
 /// [`Error::Shape`](crate::Error::Shape) and the like unless it is `[B]`; errors of the closure. A

@@ -46,6 +46,10 @@ use crate::value::{Positive, checked, is_finite};
 /// Teacher: one with a graph (two with guidance), and one without for the normaliser, unless it is off.
 /// Fake score: one with a graph.
 ///
+/// # Processes
+/// Nothing is gathered: every sample is looked at alone, unless the normaliser is
+/// [`over_batch`](crate::Normalizer::over_batch).
+///
 /// # Errors
 /// As [`DistributionMatching`]; [`Error::Missing`](crate::Error::Missing) without the null condition under
 /// guidance; [`Error::NoGradient`](crate::Error::NoGradient) if both networks cut the graph.

@@ -6,6 +6,7 @@ mod conformance;
 mod diagnostics;
 mod networks;
 mod own_consistency;
+mod processes;
 mod properties;
 mod seeds;
 mod settings;

@@ -6,9 +6,9 @@ use decoupled_dmd::Shift;
 use tempfile::tempdir;
 use zimage::distil::Preset;
 
-use super::commands::run;
 use super::common::reference;
 use super::options::Options;
+use super::run;
 
 #[test]
 fn bad_options_are_refused_by_name() -> Result<()> {

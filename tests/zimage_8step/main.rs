@@ -7,13 +7,22 @@ mod common;
 mod embedded;
 #[path = "../../examples/zimage_8step/options.rs"]
 mod options;
+mod processes;
 mod released;
 mod trust;
+
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
 use common::small_pipeline::{SIDE, Workplace};
 use options::Options;
+use tch_c10d::Launch;
+
+/// Does the work of the program in this process alone.
+fn run(options: &Options) -> Result<ExitCode> {
+    commands::run(options, &Launch::alone())
+}
 
 /// What the program would be told on the command line.
 fn command_line(place: &Workplace, more: &[&str]) -> Vec<String> {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
+use tch_c10d::Launch;
 use tch_training::Parameters;
 use tch_training::lora::LoraSettings;
 use tch_training::run::Progress;
@@ -16,11 +17,11 @@ use zimage::Config;
 use zimage::distil::{ADAPTER, Preset, RoleWeights, SavedRecipe, Start, open_states, save_student};
 use zimage::model::Pipeline;
 
-use super::commands::{advice, run};
+use super::commands::{self, advice};
 use super::common::small_pipeline::{SIDE, Workplace, copy};
 use super::common::{bound_of, max_difference, reference, relative, seeded};
 use super::options::Options;
-use super::{command_line, parsed};
+use super::{command_line, parsed, run};
 
 /// Arguments for [`process`], one a line.
 const ARGUMENTS: &str = "ZIMAGE_RELEASED_ARGUMENTS";
@@ -82,13 +83,14 @@ fn process() -> Result<()> {
     let arguments = std::env::var(ARGUMENTS).context("no arguments")?;
     let _guard = seeded(0);
     tch::set_num_threads(1);
-    let code = run(&Options::try_parse_from(arguments.lines())?)?;
+    let options = Options::try_parse_from(arguments.lines())?;
+    let code = commands::run(&options, &Launch::from_env()?)?;
     ensure!(code == ExitCode::SUCCESS, "{code:?}");
     Ok(())
 }
 
 /// A process that trains in `place`.
-fn training(place: &Workplace, more: &[&str]) -> Result<Command> {
+pub fn training(place: &Workplace, more: &[&str]) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
     command
         .args(["--exact", "released::process", "--ignored", "--nocapture"])
@@ -127,7 +129,7 @@ fn first_picture(path: &Path, top: u32) -> Result<Vec<u8>> {
     Ok(image::imageops::crop_imm(&picture, 0, top, side, side).to_image().into_raw())
 }
 
-fn student(place: &Workplace) -> Result<Parameters> {
+pub fn student(place: &Workplace) -> Result<Parameters> {
     Ok(read_tensors(&place.out().join("student").join(ADAPTER))?)
 }
 

@@ -10,11 +10,12 @@ use tch_training::Parameters;
 use tch_training::safetensors::{read_tensors, write_tensors};
 use zimage::distil::{ADAPTER, Preset, Start, open_states};
 
-use super::commands::{run, way_on};
+use super::commands::way_on;
 use super::common::small_pipeline::Workplace;
 use super::common::{max_difference, reference, seeded};
 use super::parsed;
 use super::released::{images, message, training_options};
+use super::run;
 
 /// Rewrites a file of tensors.
 fn change(path: &Path, change: impl FnOnce(&mut Parameters)) -> Result<()> {

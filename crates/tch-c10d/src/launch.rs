@@ -182,6 +182,12 @@ impl Launch {
             .ok_or_else(|| missing("LOCAL_RANK", "the number of this process on its machine"))
     }
 
+    /// How often the launcher has restarted the processes: what one does but once is done already, if not 0.
+    #[must_use]
+    pub fn restarts(&self) -> u64 {
+        self.store.as_ref().map_or(0, |store| store.restarts)
+    }
+
     pub(crate) fn store(&self) -> Option<&StoreAddress> {
         self.store.as_ref()
     }

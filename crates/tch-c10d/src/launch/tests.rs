@@ -72,6 +72,7 @@ fn torchrun_serves_the_store_and_counts_restarts() {
     let agent = [("TORCHELASTIC_USE_AGENT_STORE", "True"), ("TORCHELASTIC_RESTART_COUNT", "3")];
     let found = launch(&[BY_HAND.as_slice(), &agent].concat()).unwrap();
     assert_eq!(found.store, at("10.0.0.7", 1234, true, 3));
+    assert_eq!((found.restarts(), Launch::alone().restarts()), (3, 0));
     let own = [("TORCHELASTIC_USE_AGENT_STORE", "False"), ("TORCHELASTIC_RESTART_COUNT", "2")];
     let found = launch(&[BY_HAND.as_slice(), &own].concat()).unwrap();
     assert_eq!(found.store, at("10.0.0.7", 1234, false, 2));

@@ -1,19 +1,20 @@
 //! Decoupled DMD on a Z-Image model: the teacher stays, a student and a fake score start equal to it.
 
+mod state;
+
 use anyhow::{Context, Result, bail, ensure};
 use decoupled_dmd::{Batch, Denoiser, FewStepGrid, Sampler};
 use tch::{Kind, Tensor};
+use tch_training::Tape;
 use tch_training::ema::update_average;
-use tch_training::parameters::{prefixed, restore};
 use tch_training::seed::begin;
-use tch_training::{Parameters, Tape};
 
 use crate::distil::adapter::denoiser;
 use crate::distil::fake_score::FakeScore;
+use crate::distil::processes::Processes;
 use crate::distil::prompts::{Buckets, Prompts};
 use crate::distil::readings::Readings;
 use crate::distil::recipe::{Decay, Recipe};
-use crate::distil::role_trainer::RoleTrainer;
 use crate::distil::rollout::{Captions, Rollout};
 use crate::distil::stream::Stream;
 use crate::distil::student::{Student, StudentWeights};
@@ -21,9 +22,6 @@ use crate::distil::terms::{Networks, ScheduledTerms, Terms};
 use crate::distil::weights::Network;
 use crate::model::ZImageTransformer;
 
-/// Names of the counts in the state.
-const WARMED: &str = "fake_warmup_updates";
-const UPDATES: &str = "updates";
 /// The log of the samples' mean variance over that of the data.
 const VARIANCE_DRIFT: &str = "variance_drift";
 
@@ -42,6 +40,7 @@ pub struct Distillation<'a, T = ScheduledTerms> {
     /// Size of one sample, `[C, H, W]`.
     size: [i64; 3],
     terms: T,
+    processes: Processes<'a>,
     student: Student,
     fake: Option<FakeScore>,
     average: StudentWeights,
@@ -98,6 +97,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
             average: student.duplicate()?,
             student,
             terms,
+            processes: Processes::default(),
             warmed: 0,
             update: 0,
             broken: None,
@@ -111,6 +111,27 @@ impl<'a, T: Terms> Distillation<'a, T> {
     pub fn with_data_variance(mut self, variance: f64) -> Self {
         self.data_variance = Some(variance);
         self
+    }
+
+    /// Makes this the part of one process in a training of several: it draws captions and noise of its own, and
+    /// takes an equal part of the recipe's batch. All processes need the same weights before the first update:
+    /// call [`Self::share`].
+    ///
+    /// # Errors
+    /// If the batch cannot be parted equally, or the terms have networks of their own, which are not averaged.
+    pub fn among(mut self, processes: impl Into<Processes<'a>>) -> Result<Self> {
+        self.processes = processes.into();
+        self.processes.part(self.recipe.batch)?;
+        ensure!(
+            self.processes.count() == 1 || self.terms.state().is_empty(),
+            "terms with networks of their own are trained by one process"
+        );
+        Ok(self)
+    }
+
+    /// The processes that train together.
+    pub fn processes(&self) -> Processes<'a> {
+        self.processes
     }
 
     /// The network of the student's moving average. A flow map needs its table of lengths besides: sample with
@@ -149,37 +170,9 @@ impl<'a, T: Terms> Distillation<'a, T> {
         self.update
     }
 
-    /// Everything that training changes, by name: the trained parameters, moments and step counts of
-    /// all roles, the moving average, and how far training is. Storage is shared, but for the counts.
-    /// What an update draws depends on the seed and its number alone, so that this is all there is.
-    pub fn state(&self) -> Parameters {
-        let role = |name, trainer: &RoleTrainer| prefixed(name, trainer.state().collect());
-        let count = |count: u64| Tensor::from(count as i64);
-        role("student", &self.student.trainer)
-            .chain(self.fake.iter().flat_map(|fake| role("fake", &fake.trainer)))
-            .chain(prefixed("terms", self.terms.state()))
-            .chain(prefixed("average", self.average.parameters().into_iter().collect()))
-            .chain([
-                (WARMED.to_owned(), count(self.warmed)),
-                (UPDATES.to_owned(), count(self.update)),
-            ])
-            .collect()
-    }
-
-    /// Restores what [`Self::state`] gave.
-    ///
-    /// # Errors
-    /// Names what is missing, unexpected, or of another shape or dtype; nothing is changed then.
-    pub fn load_state(&mut self, state: &Parameters) -> Result<()> {
-        let count = |name| -> Result<u64> {
-            let value = state.get(name).with_context(|| format!("{name} is missing"))?;
-            let value = i64::try_from(value).with_context(|| format!("reading {name}"))?;
-            u64::try_from(value).with_context(|| format!("{name} is {value}"))
-        };
-        let (warmed, update) = (count(WARMED)?, count(UPDATES)?);
-        restore(&self.state(), state)?;
-        (self.warmed, self.update) = (warmed, update);
-        Ok(())
+    /// Seeds what this process draws.
+    fn begin(&self, stream: Stream) {
+        begin(self.processes.seed(self.recipe.seed), stream);
     }
 
     /// Whether the student's next update may come: it takes no rollout, there is no fake score, or the fake score
@@ -202,7 +195,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
     /// If libtorch fails.
     pub fn warm_up(&mut self) -> Result<()> {
         let end = (self.warmed + self.recipe.fake_updates.max(1)).min(self.recipe.fake_warmup);
-        begin(self.recipe.seed, Stream::WarmUp(self.warmed));
+        self.begin(Stream::WarmUp(self.warmed));
         let captions = self.draw_captions()?;
         let rollout =
             self.roll_out(&captions, self.rollout_steps().unwrap_or(self.recipe.steps))?;
@@ -211,7 +204,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
             self.train_fake(&rollout, &mut readings)?;
             self.warmed += 1;
         }
-        (_, self.broken) = readings.read()?;
+        (_, self.broken) = readings.read(self.processes)?;
         Ok(())
     }
 
@@ -223,9 +216,11 @@ impl<'a, T: Terms> Distillation<'a, T> {
     /// numbers together.
     ///
     /// # Errors
-    /// If libtorch fails. Numbers that are not finite are no error: see [`Self::check_gradients`].
+    /// If libtorch fails. Numbers that are not finite are no error of one process: see
+    /// [`Self::check_gradients`]. Of several, if a gradient is not finite on one, one is lost, or they are not in
+    /// step.
     pub fn step(&mut self, observe: bool) -> Result<Record> {
-        begin(self.recipe.seed, Stream::Update(self.update));
+        self.begin(Stream::Update(self.update));
         self.student.trainer.optimizer.settings.learning_rate =
             self.recipe.student.learning_rate * self.learning_rate_factor();
         let captions = self.draw_captions()?;
@@ -250,7 +245,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
         self.update += 1;
         let current = self.student.parameters();
         update_average(&self.average.parameters(), &current, self.recipe.ema, self.update)?;
-        let (mut record, broken) = readings.read()?;
+        let (mut record, broken) = readings.read(self.processes)?;
         self.broken = broken;
         let of_samples = record.iter_mut().find(|(name, _)| name == VARIANCE_DRIFT);
         if let (Some((_, value)), Some(of_data)) = (of_samples, self.data_variance) {
@@ -309,7 +304,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
         drop(networks);
         let sum = losses.into_iter().map(Ok).reduce(|sum, loss| Ok(sum?.f_add(&loss?)?));
         let loss: Result<Tensor> = sum.context("the student is trained by no loss")?;
-        let norm = self.student.trainer.descend(&loss?, tape.as_ref())?;
+        let norm = self.student.trainer.descend(&loss?, tape.as_ref(), self.processes)?;
         readings.push_norm("student", &norm)?;
         if observe {
             readings.push("student_gradient", &norm)?;
@@ -325,7 +320,11 @@ impl<'a, T: Terms> Distillation<'a, T> {
         observe: bool,
     ) -> Result<(Tensor, Readings)> {
         let Rollout { trajectory, captions, .. } = rollout;
+        let collective = self.processes.collective();
         let mut objective = self.terms.objective(networks.teacher.clone(), networks.dm)?;
+        if let Some(collective) = &collective {
+            objective = objective.among(collective);
+        }
         if observe {
             objective = objective.observed();
         }
@@ -355,14 +354,15 @@ impl<'a, T: Terms> Distillation<'a, T> {
     ) -> Result<Option<Tensor>> {
         let tape = self.tape();
         let Some(fake) = &mut self.fake else { return Ok(None) };
-        let (loss, norm) = fake.train(self.teacher, rollout, self.recipe.shift, tape.as_ref())?;
+        let (base, shift) = (self.teacher, self.recipe.shift);
+        let (loss, norm) = fake.train(base, rollout, shift, tape.as_ref(), self.processes)?;
         readings.push_norm("fake score", &norm)?;
         Ok(Some(loss))
     }
 
     /// Fresh captions.
     fn draw_captions(&self) -> Result<Captions> {
-        let items = self.buckets.draw(self.recipe.batch)?;
+        let items = self.buckets.draw(self.processes.part(self.recipe.batch)?)?;
         let (cond, null) = self.prompts.conditions(&items)?;
         Ok(Captions { cond, null, real: self.terms.real(&items)?, items })
     }
@@ -373,7 +373,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
         let stride = most / steps.max(1);
         ensure!(steps * stride == most, "a rollout of {steps} steps does not divide {most}");
         let [channels, height, width] = self.size;
-        let shape = [self.recipe.batch as i64, channels, height, width];
+        let shape = [captions.items.len() as i64, channels, height, width];
         let noise = Tensor::f_randn(shape, (Kind::Float, self.teacher.device()))?;
         let student = self.student.denoiser(self.teacher, self.recipe.shift);
         let trajectory = self.sampler(&student, steps)?.trajectory(&noise, &captions.cond)?;

@@ -7,6 +7,7 @@ use tch_training::lora::LoraSettings;
 use tch_training::{AdamWSettings, Tape};
 
 use crate::distil::adapter::fake_denoiser;
+use crate::distil::processes::Processes;
 use crate::distil::role_trainer::RoleTrainer;
 use crate::distil::rollout::Rollout;
 use crate::model::ZImageTransformer;
@@ -51,7 +52,7 @@ impl FakeScore {
         DistributionMatching::new(self.denoiser(base, shift))
     }
 
-    /// One update on the samples of a rollout; returns loss and gradient norm as scalar tensors.
+    /// One update on the samples of a rollout, by the mean over the processes; returns loss and gradient norm as scalar tensors.
     ///
     /// # Errors
     /// If libtorch fails.
@@ -61,6 +62,7 @@ impl FakeScore {
         rollout: &Rollout<'_>,
         shift: Shift,
         tape: Option<&Tape>,
+        processes: Processes<'_>,
     ) -> Result<(Tensor, Tensor)> {
         let steps = rollout.trajectory.draw_steps()?;
         let x = rollout.trajectory.samples_at(&steps)?;
@@ -69,7 +71,7 @@ impl FakeScore {
             let dm = DistributionMatching::new(fake_denoiser(network, &self.steps, shift));
             dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps)?)?)?
         };
-        let norm = self.trainer.descend(&loss, tape)?;
+        let norm = self.trainer.descend(&loss, tape, processes)?;
         Ok((loss, norm))
     }
 }

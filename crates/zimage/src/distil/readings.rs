@@ -4,6 +4,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use crate::distil::distillation::Record;
+use crate::distil::processes::Processes;
 
 /// Scalars that are read together, so that an update waits for its device once.
 #[derive(Debug, Default)]
@@ -60,12 +61,15 @@ impl Readings {
         self.norms.extend(others.norms);
     }
 
-    /// Reads all, and waits for the device once: the record, and the role with a gradient whose norm is not
+    /// Reads all, and waits for the device once: the record, averaged over the processes, and the role with a gradient whose norm is not
     /// finite, if there is one, with that norm.
     ///
     /// # Errors
-    /// If libtorch fails, or the scalars are on several devices.
-    pub(super) fn read(self) -> Result<(Record, Option<(&'static str, f64)>)> {
+    /// If libtorch fails, the scalars are on several devices, or a process is lost.
+    pub(super) fn read(
+        self,
+        processes: Processes<'_>,
+    ) -> Result<(Record, Option<(&'static str, f64)>)> {
         let norms = self.norms.iter().map(|(_, norm)| norm);
         let values: Vec<&Tensor> =
             self.scalars.iter().map(|scalar| &scalar.value).chain(norms).collect();
@@ -73,7 +77,7 @@ impl Readings {
             return Ok((Record::new(), None));
         }
         let together = Tensor::f_stack(&values, 0)?.f_to_device(Device::Cpu)?;
-        let values = Vec::<f64>::try_from(together)?;
+        let values = Vec::<f64>::try_from(processes.mean(together)?)?;
         let (values, norms) = values.split_at(self.scalars.len());
         let record = self.scalars.into_iter().zip(values);
         let record = record

@@ -6,6 +6,7 @@ use tch_training::lora::LoraSettings;
 use tch_training::parameters::prefixed;
 use tch_training::{AdamW, AdamWSettings, Tape};
 
+use crate::distil::processes::Processes;
 use crate::distil::weights::RoleWeights;
 use crate::model::ZImageTransformer;
 
@@ -60,16 +61,25 @@ impl RoleTrainer {
             .chain(prefixed("adamw", self.optimizer.state()))
     }
 
-    /// Descends along a loss, made with `tape` if there is one; returns the norm of its gradient.
+    /// Descends along a loss, made with `tape` if there is one; returns the norm of its gradient. Several
+    /// processes descend along the mean of their losses, whose gradient is clipped as one process would clip it.
     ///
     /// # Errors
-    /// If the loss does not depend on the weights.
-    pub fn descend(&mut self, loss: &Tensor, tape: Option<&Tape>) -> Result<Tensor> {
+    /// If the loss does not depend on the weights; of several processes if the gradient of one is not finite, or
+    /// one is lost.
+    pub fn descend(
+        &mut self,
+        loss: &Tensor,
+        tape: Option<&Tape>,
+        processes: Processes<'_>,
+    ) -> Result<Tensor> {
         self.optimizer.zero_grad();
         match tape {
             Some(tape) => tape.backward(loss)?,
             None => loss.f_backward()?,
         }
+        let parameters: Vec<Tensor> = self.optimizer.parameters().into_values().collect();
+        processes.average_gradients(&parameters)?;
         Ok(self.optimizer.step()?)
     }
 }

@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use decoupled_dmd::{Guidance, Transition};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
+use tch_c10d::ProcessGroup;
 use tch_training::Parameters;
 use tch_training::files::{create_folder, write_json};
 use tch_training::lora::Lora;
@@ -17,6 +18,7 @@ use crate::autoencoder::Decoder;
 use crate::distil::curves::write_curves;
 use crate::distil::distillation::Distillation;
 use crate::distil::model_card::write_model_card;
+use crate::distil::processes::Processes;
 use crate::distil::prompts::Prompts;
 use crate::distil::recipe::Recipe;
 use crate::distil::renderer::{Renderer, draw_noise, latent_size};
@@ -71,6 +73,13 @@ pub fn plan(
     })
 }
 
+/// The bytes of the gradients that a process gives away in an update of the student, with those of the fake score
+/// that go with it: at most, for what has no gradient is not exchanged.
+pub fn exchanged(plan: &MemoryPlan, config: &Config, recipe: &Recipe) -> u64 {
+    let steps = recipe.steps as u64 * config.dim as u64 * 4;
+    plan.gradients() * (1 + recipe.fake_updates) + steps * recipe.fake_updates
+}
+
 fn check_kind(kind: Kind, recipe: &Recipe) -> Result<()> {
     ensure!(
         kind == Kind::Float || recipe.adapter.is_some(),
@@ -104,11 +113,19 @@ pub struct Training {
     pub start: Start,
 }
 
-/// Trains a student on the prompts of a file.
+/// Trains a student on the prompts of a file, with the processes of a group, each of which calls this. The first
+/// writes all files but the features, which the first that comes encodes for those that share the folder.
 ///
 /// # Errors
-/// If something cannot be read or written, or training breaks down.
-pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> Result<Ending> {
+/// If something cannot be read or written, training breaks down, or a process is lost.
+pub fn train(
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    training: &Training,
+    group: &ProcessGroup,
+) -> Result<Ending> {
+    let processes = Processes::from(group);
+    processes.part(recipe.batch)?;
     // Whatever is wrong with settings or files, before encoding and loading take their time.
     let Training { out, kind, device, side, .. } = training;
     let (kind, device, side) = (*kind, *device, *side);
@@ -120,14 +137,16 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
     // Needed at the end, and not kept until then.
     drop(Decoder::load(folder, Kind::Float, Device::Cpu)?);
     let prompts = read_prompts(&training.prompt_file)?;
-    if shift.get() == TURBO_SHIFT {
+    if shift.get() == TURBO_SHIFT && processes.is_first() {
         eprintln!(
             "warning: the scheduler's shift is {TURBO_SHIFT}, that of Z-Image-Turbo, whose guidance is \
              distilled away already: distil the base model, or there is nothing left to learn from"
         );
     }
-    recipe.print_cautions();
-    create_folder(out)?;
+    if processes.is_first() {
+        recipe.print_cautions();
+        create_folder(out)?;
+    }
     let fingerprint_of_teacher = checkpoint.fingerprint()?;
     let identity = json!({
         "recipe": recipe,
@@ -136,13 +155,17 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
         "teacher": fingerprint_of_teacher,
         "data": fingerprint(&training.prompt_file)?,
     });
-    let (mut states, _lock) = open_states(out, &identity, training.start)?;
-    println!(
-        "Distilling {} on {device:?}, {} threads, {} prompts",
-        folder.display(),
-        tch::get_num_threads(),
-        prompts.len()
-    );
+    let open = || open_states(out, &identity, training.start);
+    let mut states = processes.is_first().then(open).transpose()?;
+    if processes.is_first() {
+        println!(
+            "Distilling {} on {device:?}, {} threads, {} prompts{}",
+            folder.display(),
+            tch::get_num_threads(),
+            prompts.len(),
+            processes.described()
+        );
+    }
 
     let cache =
         FeatureCache::encode_observed(&training.features, folder, (kind, device), &prompts)?;
@@ -155,7 +178,8 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
 
     let items: Vec<i64> = (0..prompts.len() as i64).collect();
     let base = &teacher.transformer;
-    let mut distillation = Distillation::new(recipe.clone(), base, &encoded, &items, size)?;
+    let mut distillation =
+        Distillation::new(recipe.clone(), base, &encoded, &items, size)?.among(processes)?;
     let saved = SavedRecipe {
         recipe: recipe.clone(),
         size: Some(side),
@@ -180,10 +204,12 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
         let message = format!("{}", path.display());
         Ok(Preview { entry: json!({ "preview": message }), message })
     };
-    let outcome = train_student(out, training.intervals, &mut distillation, &mut states, preview)?;
+    let writer = states.as_mut().map(|(states, _lock)| states);
+    let outcome = train_student(out, training.intervals, &mut distillation, writer, preview)?;
     let Outcome::Finished { history, seconds } = outcome else {
         return Ok(Ending::Interrupted(distillation.updates()));
     };
+    let Some((mut states, _lock)) = states else { return Ok(Ending::Finished) };
 
     let student = out.join("student");
     keep(&student, &distillation.student_weights().role, training.merge)?;

@@ -16,6 +16,8 @@ pub enum Stream {
     Picture(u64),
     /// The noise of a file of pairs.
     Pairs(u64),
+    /// All that a process draws, other than the first.
+    Rank(u64),
     /// New adapters.
     Adapters,
 }
@@ -29,6 +31,7 @@ impl From<Stream> for u64 {
             Stream::Critic => 2 * RANGE,
             Stream::Picture(index) => 3 * RANGE + index,
             Stream::Pairs(index) => 4 * RANGE + index,
+            Stream::Rank(rank) => 5 * RANGE + rank,
             Stream::Adapters => u64::MAX - 2,
         }
     }

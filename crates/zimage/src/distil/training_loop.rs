@@ -4,11 +4,13 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow};
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use tch_training::run::{Interrupt, Log, Progress, StateFolder};
 
 use crate::distil::alarms::Alarms;
 use crate::distil::distillation::{Distillation, Record};
+use crate::distil::processes::is_breakdown;
 use crate::distil::terms::Terms;
 use crate::progress::progress_bar;
 
@@ -56,10 +58,12 @@ pub enum Ending {
     Interrupted(u64),
 }
 
-/// Where a training is written to while it goes on.
+/// Where a training is written to while it goes on: what the first process has.
 struct Session<'s> {
     states: &'s mut StateFolder,
     log: Log,
+    history: History,
+    alarms: Alarms,
     start: Instant,
     /// Seconds of earlier sessions.
     before: f64,
@@ -67,7 +71,52 @@ struct Session<'s> {
     saved: Option<u64>,
 }
 
-impl Session<'_> {
+impl<'s> Session<'s> {
+    /// Goes on from the state in `states` if there is one.
+    fn open<T: Terms>(
+        out: &Path,
+        states: &'s mut StateFolder,
+        distillation: &mut Distillation<'_, T>,
+    ) -> Result<Self> {
+        let saved = states.load()?;
+        let progress = saved.as_ref().map(|(_, progress)| *progress).unwrap_or_default();
+        let is_resumed = saved.is_some();
+        // Taken, so that a second copy of the state is not kept until the end.
+        if let Some((tensors, _)) = saved {
+            let before = distillation.load_state(&tensors)?;
+            let now = distillation.processes().count() as u64;
+            let made_by = if before == now {
+                String::new()
+            } else {
+                format!(
+                    ", which {before} processes made, with {now}: it draws other numbers from here"
+                )
+            };
+            let (update, updates) = (distillation.updates(), distillation.recipe().updates);
+            println!("Going on after update {update} of {updates}{made_by}");
+        }
+        let (log, lines) = Log::open(&out.join("metrics.jsonl"), progress.log_bytes)?;
+        let lines = lines.unwrap_or_else(|lost| {
+            eprintln!("warning: {lost}: the log starts anew, without what was observed before");
+            Vec::new()
+        });
+        let history: History = lines.iter().filter_map(observed).collect();
+        let mut alarms = Alarms::default();
+        for (update, record) in &history {
+            // They were raised then.
+            let _ = alarms.look(*update, record);
+        }
+        Ok(Self {
+            states,
+            log,
+            history,
+            alarms,
+            start: Instant::now(),
+            before: progress.seconds,
+            saved: is_resumed.then(|| distillation.updates()),
+        })
+    }
+
     fn seconds(&self) -> f64 {
         self.before + self.start.elapsed().as_secs_f64()
     }
@@ -90,52 +139,52 @@ impl Session<'_> {
         self.saved = Some(distillation.updates());
         Ok(self.states.save(&distillation.state(), progress)?)
     }
+
+    fn observe(&mut self, update: u64, record: Record, bar: &ProgressBar) -> Result<()> {
+        let mut line = serde_json::Map::new();
+        line.insert("update".into(), update.into());
+        line.insert("seconds".into(), self.seconds().into());
+        line.extend(record.iter().map(|(name, value)| (name.clone(), (*value).into())));
+        self.log.write(&line.into())?;
+        for alarm in self.alarms.look(update, &record) {
+            bar.suspend(|| eprintln!("warning: update {update}: {}", alarm.text()));
+            self.log.write(&json!({ "update": update, "alarm": alarm.name() }))?;
+        }
+        self.history.push((update, record));
+        Ok(())
+    }
 }
 
 /// Runs all updates that are left, and shows the progress. Goes on from the state in `states` if there is
 /// one; what is observed goes to metrics.jsonl in the folder `out` and is returned. What is wrong by the
 /// diagnostics is said once, on standard error and there ([`Alarms`]).
 ///
+/// Of several processes, the first alone has `states`: it gives the others what it goes on from, and writes and
+/// evaluates for all. A signal to one of them stops all, after the same update.
+///
 /// # Errors
-/// If training breaks down, a file cannot be written, or the saved state does not fit.
-pub fn train_student<T: Terms>(
+/// If training breaks down, a process is lost, a file cannot be written, or the saved state does not fit.
+pub fn train_student<'s, T: Terms>(
     out: &Path,
     intervals: Intervals,
     distillation: &mut Distillation<'_, T>,
-    states: &mut StateFolder,
+    states: impl Into<Option<&'s mut StateFolder>>,
     evaluate: impl Fn(&Distillation<'_, T>) -> Result<Preview>,
 ) -> Result<Outcome> {
     let interrupt = Interrupt::install("Saving after this update; Ctrl-C again leaves at once")?;
     let updates = distillation.recipe().updates;
-    let saved = states.load()?;
-    let progress = saved.as_ref().map(|(_, progress)| *progress).unwrap_or_default();
-    let is_resumed = saved.is_some();
-    // Taken, so that a second copy of the state is not kept until the end.
-    if let Some((tensors, _)) = saved {
-        distillation.load_state(&tensors)?;
-        println!("Going on after update {} of {updates}", distillation.updates());
-    }
-    let (log, lines) = Log::open(&out.join("metrics.jsonl"), progress.log_bytes)?;
-    let lines = lines.unwrap_or_else(|lost| {
-        eprintln!("warning: {lost}: the log starts anew, without what was observed before");
-        Vec::new()
-    });
-    let mut history: History = lines.iter().filter_map(observed).collect();
-    let mut alarms = Alarms::default();
-    for (update, record) in &history {
-        // They were raised then.
-        let _ = alarms.look(*update, record);
-    }
-    let mut session = Session {
-        states,
-        log,
-        start: Instant::now(),
-        before: progress.seconds,
-        saved: is_resumed.then(|| distillation.updates()),
-    };
+    let open = |states| Session::open(out, states, distillation);
+    let mut session = states.into().map(open).transpose()?;
+    let processes = distillation.processes();
+    distillation.share()?;
+    let (start, before) = (distillation.updates(), processes.statistics());
 
-    let bar =
-        progress_bar(Some(updates), "{pos}/{len} updates, {elapsed} gone, {eta} left  {msg}")?;
+    let bar = match session {
+        Some(_) => {
+            progress_bar(Some(updates), "{pos}/{len} updates, {elapsed} gone, {eta} left  {msg}")?
+        }
+        None => ProgressBar::hidden(),
+    };
     bar.set_position(distillation.updates());
     bar.reset_eta();
     while distillation.updates() < updates {
@@ -143,17 +192,25 @@ pub fn train_student<T: Terms>(
             bar.set_message("the fake score alone");
             distillation.warm_up()?;
             distillation.check_gradients()?;
-            if interrupt.is_requested() {
-                session.save(distillation)?;
+            if processes.any(interrupt.is_requested())? {
+                save(&mut session, distillation)?;
+                processes.leave_together();
                 return Ok(Outcome::Interrupted);
             }
             bar.reset_eta();
             continue;
         }
         let observe = is_due(distillation.updates() + 1, intervals.observe);
-        let record = distillation.step(observe)?;
+        let stepped = distillation.step(observe);
         let update = distillation.updates();
-        let kept = || session.kept(distillation.updates(), out);
+        let kept = || match &session {
+            Some(session) => session.kept(distillation.updates(), out),
+            None => format!("update {update} of the student"),
+        };
+        let record = match stepped {
+            Err(error) if is_breakdown(&error) => return Err(error).with_context(kept),
+            stepped => stepped?,
+        };
         distillation.check_gradients().with_context(kept)?;
         let of = |name: &str| record.iter().find(|(n, _)| n == name).map_or(f64::NAN, |(_, v)| *v);
         if let Some((name, value)) = record.iter().find(|(_, value)| !value.is_finite()) {
@@ -168,35 +225,43 @@ pub fn train_student<T: Terms>(
         }
         bar.set_message(format!("CA {:.3}  DM {:.4}  fake {:.3}", of("ca"), of("dm"), of("fake")));
         bar.inc(1);
-        if observe {
-            let mut line = serde_json::Map::new();
-            line.insert("update".into(), update.into());
-            line.insert("seconds".into(), session.seconds().into());
-            line.extend(record.iter().map(|(name, value)| (name.clone(), (*value).into())));
-            session.log.write(&line.into())?;
-            for alarm in alarms.look(update, &record) {
-                bar.suspend(|| eprintln!("warning: update {update}: {}", alarm.text()));
-                session.log.write(&json!({ "update": update, "alarm": alarm.name() }))?;
+        if let Some(session) = &mut session {
+            if observe {
+                session.observe(update, record, &bar)?;
             }
-            history.push((update, record));
-        }
-        if is_due(update, intervals.evaluate) {
-            let Preview { message, entry } = evaluate(distillation)?;
-            bar.suspend(|| println!("update {update}: {message}"));
-            session.log.write(&json!({ "update": update, "student": entry }))?;
+            if is_due(update, intervals.evaluate) {
+                let Preview { message, entry } = evaluate(distillation)?;
+                bar.suspend(|| println!("update {update}: {message}"));
+                session.log.write(&json!({ "update": update, "student": entry }))?;
+            }
         }
         let is_last = update == updates;
-        let stop = interrupt.is_requested();
+        let stop = processes.any(interrupt.is_requested())?;
         if is_last || stop || is_due(update, intervals.save) {
-            session.save(distillation)?;
+            save(&mut session, distillation)?;
         }
         if stop {
+            processes.leave_together();
             return Ok(Outcome::Interrupted);
         }
     }
+    processes.leave_together();
     interrupt.leave_at_once();
     bar.finish();
-    Ok(Outcome::Finished { history, seconds: session.seconds() })
+    let Some(session) = session else {
+        return Ok(Outcome::Finished { history: History::new(), seconds: 0.0 });
+    };
+    if let Some(exchanged) = processes.exchanged(before, updates - start) {
+        println!("{exchanged}");
+    }
+    Ok(Outcome::Finished { seconds: session.seconds(), history: session.history })
+}
+
+fn save<T: Terms>(
+    session: &mut Option<Session<'_>>,
+    distillation: &Distillation<'_, T>,
+) -> Result<()> {
+    session.as_mut().map_or(Ok(()), |session| session.save(distillation))
 }
 
 /// Whether something that happens every so many updates happens after this one; 0 is never.

@@ -3,16 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use decoupled_dmd::{FewStepGrid, Guidance, Sampler, Transition};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
+use tch_c10d::ProcessGroup;
 use tch_training::files::{create_folder, write_json};
 use tch_training::run::fingerprint;
 
 use crate::distil::{
-    Distillation, Ending, Intervals, Network, Outcome, Preview, REPORT, Recipe, Sampling,
-    SavedRecipe, Start, denoiser, open_states, save_student, train_student, write_curves,
+    Distillation, Ending, Intervals, Network, Outcome, Preview, Processes, REPORT, Recipe,
+    Sampling, SavedRecipe, Start, denoiser, open_states, save_student, train_student, write_curves,
 };
 use crate::emoji::classifier::Classifier;
 use crate::emoji::evaluation::{Evaluator, Row};
@@ -102,11 +103,19 @@ pub struct Training {
     pub start: Start,
 }
 
-/// Trains a student and compares it with its teacher.
+/// Trains a student with the processes of a group, each of which calls this; the first compares it with its teacher,
+/// and writes all files.
 ///
 /// # Errors
-/// If something cannot be read or written, or training breaks down.
-pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> Result<Ending> {
+/// If something cannot be read or written, training breaks down, or a process is lost.
+pub fn train(
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    training: &Training,
+    group: &ProcessGroup,
+) -> Result<Ending> {
+    let processes = Processes::from(group);
+    processes.part(recipe.batch)?;
     let Training { out, device, captions: count, .. } = training;
     let (device, count) = (*device, *count);
     recipe.check_adapter(checkpoint.config())?;
@@ -120,6 +129,27 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
     let classifier = Classifier::load(&training.classifier, Kind::Float, device)?;
     let judge = Judge::new(classifier, &data)?;
     let evaluator = Evaluator::new(judge, &prompts, &data, teacher.shift, count, 0)?;
+    let train = data.indices(false);
+    let (_, channels, height, width) = data.images.size4()?;
+    let new = || -> Result<_> {
+        Ok(Distillation::new(
+            recipe.clone(),
+            &teacher.transformer,
+            &prompts,
+            &train,
+            [channels, height, width],
+        )?
+        .with_data_variance(mean_variance(&data.images)?))
+    };
+    if !processes.is_first() {
+        let evaluate = |_: &Distillation<'_>| bail!("the first process evaluates");
+        let mut distillation = new()?.among(processes)?;
+        let outcome = train_student(out, training.intervals, &mut distillation, None, evaluate)?;
+        return Ok(match outcome {
+            Outcome::Finished { .. } => Ending::Finished,
+            Outcome::Interrupted => Ending::Interrupted(distillation.updates()),
+        });
+    }
     recipe.print_cautions();
     create_folder(out)?;
     let fingerprint_of_teacher = checkpoint.fingerprint()?;
@@ -131,7 +161,11 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
     let (mut states, _lock) = open_states(out, &identity, training.start)?;
 
     let threads = tch::get_num_threads();
-    println!("Distilling {} on {device:?}, {threads} threads", checkpoint.folder().display());
+    println!(
+        "Distilling {} on {device:?}, {threads} threads{}",
+        checkpoint.folder().display(),
+        processes.described()
+    );
     let start = Instant::now();
     let run = |steps, guidance, transition| Sampling { steps, guidance, transition };
     let teacher_guidance = training.teacher_guidance;
@@ -139,16 +173,7 @@ pub fn train(checkpoint: &Checkpoint, recipe: &Recipe, training: &Training) -> R
     let reference = evaluator.generate(&teacher.transformer, guided)?;
     let mut evaluation_seconds = start.elapsed().as_secs_f64();
 
-    let train = data.indices(false);
-    let (_, channels, height, width) = data.images.size4()?;
-    let mut distillation = Distillation::new(
-        recipe.clone(),
-        &teacher.transformer,
-        &prompts,
-        &train,
-        [channels, height, width],
-    )?
-    .with_data_variance(mean_variance(&data.images)?);
+    let mut distillation = new()?.among(processes)?;
     let few = run(recipe.steps, Guidance::NEUTRAL, recipe.transition);
     let preview = |distillation: &Distillation<'_>| {
         let samples = evaluator.generate(distillation.student(), few)?;

@@ -12,6 +12,8 @@ use crate::model::grid::padded;
 
 /// Bytes of a float32 number.
 const SINGLE: u64 = 4;
+/// The name of the part for student and fake score.
+const GRADIENTS: &str = "gradients";
 
 /// A training of student and fake score against a frozen teacher.
 #[derive(Clone, Debug)]
@@ -80,7 +82,7 @@ impl MemoryPlan {
             part("student weights", copies * SINGLE),
             part("fake score weights", copies * SINGLE),
             part("cast of the weights in use", cast),
-            part("gradients", 2 * trained * SINGLE),
+            part(GRADIENTS, 2 * trained * SINGLE),
             part("AdamW moments", 2 * trained * 2 * SINGLE),
             part("moving average", if setup.ema { copies * SINGLE } else { 0 }),
             // Student and fake score are never in a graph together.
@@ -89,6 +91,13 @@ impl MemoryPlan {
             part("workspace of one block", activations.workspace()),
         ];
         Ok(Self { parts })
+    }
+
+    /// The bytes of the gradients of one role.
+    pub fn gradients(&self) -> u64 {
+        let part = self.parts.iter().find(|part| part.name == GRADIENTS);
+        // Of two roles.
+        part.map_or(0, |part| part.bytes / 2)
     }
 
     /// The sum of all parts. What the driver and the allocator keep for themselves comes on top: two to

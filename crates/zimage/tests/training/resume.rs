@@ -19,11 +19,11 @@ use super::common::{seeded, tiny};
 
 /// Tells [`process`] where to write.
 const OUT: &str = "ZIMAGE_RESUME_OUT";
-/// Makes the evaluations of [`process`] last a minute.
+/// Makes the evaluations of [`process`] last for minutes.
 const SLOW: &str = "ZIMAGE_RESUME_SLOW";
 const UPDATES: u64 = 40;
-/// Longer than anything here takes.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Longer than anything here takes, on a busy machine too.
+pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// Not a test: the process that the tests below start, which trains the tiny model.
 #[test]
@@ -125,7 +125,7 @@ fn uninterrupted() -> Result<Run> {
 }
 
 /// Waits until something has happened or the process has ended.
-fn wait_until(happened: impl Fn() -> bool, child: &mut Child) -> Result<()> {
+pub fn wait_until(happened: impl Fn() -> bool, child: &mut Child) -> Result<()> {
     let start = Instant::now();
     while !happened() && child.try_wait()?.is_none() {
         if start.elapsed() > PATIENCE {
@@ -138,7 +138,7 @@ fn wait_until(happened: impl Fn() -> bool, child: &mut Child) -> Result<()> {
     Ok(())
 }
 
-fn wait(child: &mut Child) -> Result<ExitStatus> {
+pub fn wait(child: &mut Child) -> Result<ExitStatus> {
     let start = Instant::now();
     loop {
         if let Some(status) = child.try_wait()? {

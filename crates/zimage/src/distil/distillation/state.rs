@@ -1,0 +1,74 @@
+//! The state of a distillation: all that training changes, as tensors by name.
+
+use anyhow::{Context, Result};
+use tch::Tensor;
+use tch_training::Parameters;
+use tch_training::parameters::{prefixed, restore};
+
+use super::Distillation;
+use crate::distil::role_trainer::RoleTrainer;
+use crate::distil::terms::Terms;
+
+/// Names of the counts in the state.
+const WARMED: &str = "fake_warmup_updates";
+const UPDATES: &str = "updates";
+/// The number of processes that a state was made by, where there were several.
+const PROCESSES: &str = "processes";
+
+impl<T: Terms> Distillation<'_, T> {
+    /// Everything that training changes, by name: the trained parameters, moments and step counts of
+    /// all roles, the moving average, and how far training is. Storage is shared, but for the counts.
+    /// What an update draws depends on the seed, its number, and the number and rank of the processes, so that
+    /// this is all there is.
+    pub fn state(&self) -> Parameters {
+        let role = |name, trainer: &RoleTrainer| prefixed(name, trainer.state().collect());
+        let count = |count: u64| Tensor::from(count as i64);
+        let processes = self.processes.count() as u64;
+        let processes = (processes > 1).then(|| (PROCESSES.to_owned(), count(processes)));
+        role("student", &self.student.trainer)
+            .chain(self.fake.iter().flat_map(|fake| role("fake", &fake.trainer)))
+            .chain(prefixed("terms", self.terms.state()))
+            .chain(prefixed("average", self.average.parameters().into_iter().collect()))
+            .chain([
+                (WARMED.to_owned(), count(self.warmed)),
+                (UPDATES.to_owned(), count(self.update)),
+            ])
+            .chain(processes)
+            .collect()
+    }
+
+    /// Restores what [`Self::state`] gave, and returns the number of processes that it was made by, which may be
+    /// another.
+    ///
+    /// # Errors
+    /// Names what is missing, unexpected, or of another shape or dtype; nothing is changed then.
+    pub fn load_state(&mut self, state: &Parameters) -> Result<u64> {
+        let (warmed, update) = (count(state, WARMED)?, count(state, UPDATES)?);
+        let processes = if state.contains_key(PROCESSES) { count(state, PROCESSES)? } else { 1 };
+        let without = |state: Parameters| -> Parameters {
+            state.into_iter().filter(|(name, _)| name != PROCESSES).collect()
+        };
+        let copy = state.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+        restore(&without(self.state()), &without(copy.collect()))?;
+        (self.warmed, self.update) = (warmed, update);
+        Ok(processes)
+    }
+
+    /// Replaces all that training changes by what the first process has. All must call it.
+    ///
+    /// # Errors
+    /// If a process is lost, or trains something else.
+    pub fn share(&mut self) -> Result<()> {
+        let state = self.state();
+        self.processes.share(state.values())?;
+        (self.warmed, self.update) = (count(&state, WARMED)?, count(&state, UPDATES)?);
+        Ok(())
+    }
+}
+
+/// A count in a state.
+fn count(state: &Parameters, name: &str) -> Result<u64> {
+    let value = state.get(name).with_context(|| format!("{name} is missing"))?;
+    let value = i64::try_from(value).with_context(|| format!("reading {name}"))?;
+    u64::try_from(value).with_context(|| format!("{name} is {value}"))
+}
