@@ -33,11 +33,13 @@ pub fn loss_of(term: impl Regularizer, part: &Part, processes: Processes<'_>) ->
     let group =
         Group::new(Renoising::new(Uniform::new(0.05, 0.95)?)).regularizer("term", 1.3, term);
     let objective = Objective::new(gaussian_teacher(0.5)).with(group);
-    evaluate(objective, &part.batch()?, part, processes)
+    evaluate(objective, 1, &part.batch()?, part, processes)
 }
 
+/// With the draw of the part for each of so many groups, since nothing may be drawn from the one generator here.
 fn evaluate<'a>(
     mut objective: Objective<'a>,
+    groups: usize,
     batch: &Batch<'_>,
     part: &Part,
     processes: Processes<'a>,
@@ -45,7 +47,6 @@ fn evaluate<'a>(
     if let Some(processes) = processes {
         objective = objective.among(processes);
     }
-    let groups = objective.draw(batch)?.len();
     Ok(objective.evaluate_at(batch, (0..groups).map(|_| part.draw()).collect())?.loss)
 }
 
@@ -86,7 +87,7 @@ pub fn gathering() -> Vec<Case> {
             if masked {
                 batch = batch.with_mask(&part.mask)?;
             }
-            evaluate(Objective::new(gaussian_teacher(0.5)).with(group), &batch, part, processes)
+            evaluate(Objective::new(gaussian_teacher(0.5)).with(group), 1, &batch, part, processes)
         }));
     }
     cases
@@ -99,7 +100,8 @@ pub fn alone() -> Vec<Case> {
         cases.push(Case::new(format!("{schedule:?}"), 0, move |part, processes| {
             let dm = DistributionMatching::new(fake());
             let objective = schedule.objective(gaussian_teacher(0.5), guidance(), &dm);
-            evaluate(objective, &part.batch()?, part, processes)
+            let groups = if schedule == Schedule::CoupledShared { 1 } else { 2 };
+            evaluate(objective, groups, &part.batch()?, part, processes)
         }));
     }
     for divergence in Divergence::ALL {
@@ -162,7 +164,7 @@ pub fn alone() -> Vec<Case> {
             };
             let group = Group::new(Renoising::new(Uniform::FULL)).engine("cm", 1.0, engine);
             let objective = Objective::new(gaussian_teacher(0.5)).with(group);
-            evaluate(objective, &part.batch()?, part, processes)
+            evaluate(objective, 1, &part.batch()?, part, processes)
         }));
     }
     cases

@@ -171,9 +171,12 @@ fn a_pipeline_folder_keeps_weights_and_shift() -> Result<()> {
     let scheduler = folder.join("scheduler/scheduler_config.json");
     for (text, complaint) in [
         ("{", "parsing"),
-        (r#"{"_class_name": "x", "num_train_timesteps": 1000, "shift": -1.0}"#, "shift: must be"),
         (
-            r#"{"_class_name": "x", "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": true}"#,
+            r#"{"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": -1.0}"#,
+            "shift: must be",
+        ),
+        (
+            r#"{"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": true}"#,
             "use_dynamic_shifting",
         ),
     ] {
