@@ -11,6 +11,7 @@ use decoupled_dmd::{
 use tch::nn;
 use tch::{Device, Kind, Tensor};
 
+use crate::device::{compare as compare_within, float32};
 use crate::setting::{SHAPE, World, compare, drawn, evaluate_at, fill, gradients, on, path, waits};
 
 /// The gradient in x and the value of a term, alone in an objective, and the values of what it owns.
@@ -116,7 +117,11 @@ fn adversarial_losses() {
     ];
     for gan_loss in [GanLoss::NonSaturating, GanLoss::Hinge, GanLoss::Relativistic] {
         for penalty in penalties {
-            compare(&format!("adversarial {gan_loss:?} {penalty:?}"), |device| {
+            // A quotient of small differences: with two threads 7.7e-5 apart.
+            let is_quotient = matches!(penalty, Some(CriticPenalty::ApproximateR1 { .. }));
+            let tolerance = if is_quotient { 30.0 * float32() } else { float32() };
+            let what = format!("adversarial {gan_loss:?} {penalty:?}");
+            compare_within(&what, tolerance, |device| -> Result<_> {
                 let world = World::new(device);
                 let critic = Critic::new(&world, device)?;
                 let mut term = critic.adversarial().gan_loss(gan_loss);

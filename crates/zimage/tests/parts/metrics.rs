@@ -96,7 +96,8 @@ fn diversity_of_pictures_that_are_alike_and_that_are_not() -> Result<()> {
     let judge = judge(&data)?;
     let pictures = data.images.f_narrow(0, 0, 3)?;
     let alike = Tensor::f_stack(&[&pictures, &pictures, &pictures], 0)?;
-    assert!(judge.diversity(&alike)? <= 0.0);
+    // Several threads may round equal pictures in unequal ways.
+    assert!(judge.diversity(&alike)? < 1e-5);
     // Two kinds, twice each: 8 of the 12 ordered pairs are of both.
     let others = data.images.f_narrow(0, 3, 3)?;
     let pair = judge.diversity(&Tensor::f_stack(&[&pictures, &others], 0)?)?;
