@@ -304,15 +304,15 @@ impl Lora {
         Ok(merged)
     }
 
-    /// The share of the update that a merge into these parameters keeps: the projection of what rounding to their type
-    /// leaves of it on the update, over the update. 1 in float32. In bfloat16 a weight that is hundreds of times as
-    /// large as its update swallows it: below about 0.9 the adapter apart is the better student.
+    /// The share of the update that a merge has kept, from the parameters before and those that [`Self::merged`] made
+    /// of them: the projection of what rounding to their type leaves of it on the update, over the update. 1 in float32.
+    /// In bfloat16 a weight that is hundreds of times as large as its update swallows it: below about 0.9 the adapter
+    /// apart is the better student.
     ///
     /// # Errors
-    /// As [`Self::merged`].
-    pub fn kept_by_merge(&self, parameters: &Parameters) -> Result<f64> {
+    /// [`Error::Torch`] if the shapes of the two do not fit.
+    pub fn kept_by_merge(&self, parameters: &Parameters, merged: &Parameters) -> Result<f64> {
         let _guard = tch::no_grad_guard();
-        let merged = self.merged(parameters, Device::Cpu)?;
         let (mut kept, mut all) = (0.0, 0.0);
         let double = |tensor: &Tensor| tensor.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double);
         let sum = |tensor: Tensor| f64::try_from(&tensor.f_sum(Kind::Double)?);

@@ -85,13 +85,12 @@ fn read(path: &Path, layers: &[LinearLayer], prefixes: &[&str], device: Device) 
     let has_alphas = !alphas.is_empty();
     fold_alphas(&mut parameters, alphas)?;
     let prefix = prefixes.first().copied().unwrap_or_default();
-    if has_alphas && weights.metadata(METADATA).is_some() {
-        return Err(Error::NotSupported {
-            what: format!("a scale in the settings in {METADATA} and again in tensors of alpha"),
-            found: "both".to_owned(),
-        });
-    }
     if let Some(text) = weights.metadata(METADATA) {
+        if has_alphas {
+            let what =
+                format!("a scale in the settings in {METADATA} and again in tensors of alpha");
+            return Err(Error::NotSupported { what, found: "both".to_owned() });
+        }
         let (alpha, rank) = alpha_and_rank(text, prefix)?;
         for (name, up) in parameters.iter_mut().filter(|(name, _)| name.ends_with(HALVES[1])) {
             let found = up.size().last().copied().unwrap_or_default();

@@ -52,7 +52,8 @@ impl FakeScore {
         DistributionMatching::new(self.denoiser(base, shift))
     }
 
-    /// One update on the samples of a rollout, by the mean over the processes; returns loss and gradient norm as scalar tensors.
+    /// One update on the samples of a rollout, by the mean over the processes; returns loss and gradient norm as
+    /// scalar tensors.
     ///
     /// # Errors
     /// If libtorch fails.

@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 use decoupled_dmd::Collective;
 use tch::{Device, Tensor};
 use tch_c10d::{Averaging, Error, ProcessGroup, Reduce, Statistics};
+use tch_training::AdamW;
 use tch_training::seed::seed_of;
 
 use crate::distil::stream::Stream;
@@ -62,13 +63,14 @@ impl<'g> Processes<'g> {
         Collective::new(group.world_size(), group.rank(), all_gather).ok()
     }
 
-    /// Replaces the gradients of parameters by their means.
+    /// Replaces the gradients of the parameters of an optimizer by their means.
     ///
     /// # Errors
     /// On all processes, if a gradient is not finite on one, a process is lost, or they are not in step.
-    pub(super) fn average_gradients(self, parameters: &[Tensor]) -> Result<()> {
+    pub(super) fn average_gradients(self, optimizer: &AdamW) -> Result<()> {
         if let Some(group) = self.0 {
-            let _averaged = group.average_gradients(parameters, &Averaging::default())?;
+            let parameters: Vec<Tensor> = optimizer.parameters().into_values().collect();
+            let _averaged = group.average_gradients(&parameters, &Averaging::default())?;
         }
         Ok(())
     }

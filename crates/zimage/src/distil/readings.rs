@@ -61,8 +61,8 @@ impl Readings {
         self.norms.extend(others.norms);
     }
 
-    /// Reads all, and waits for the device once: the record, averaged over the processes, and the role with a gradient whose norm is not
-    /// finite, if there is one, with that norm.
+    /// Reads all, and waits for the device once: the record, averaged over the processes, and the role with a
+    /// gradient whose norm is not finite, if there is one, with that norm.
     ///
     /// # Errors
     /// If libtorch fails, the scalars are on several devices, or a process is lost.

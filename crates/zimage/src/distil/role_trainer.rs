@@ -78,8 +78,7 @@ impl RoleTrainer {
             Some(tape) => tape.backward(loss)?,
             None => loss.f_backward()?,
         }
-        let parameters: Vec<Tensor> = self.optimizer.parameters().into_values().collect();
-        processes.average_gradients(&parameters)?;
+        processes.average_gradients(&self.optimizer)?;
         Ok(self.optimizer.step()?)
     }
 }

@@ -55,7 +55,8 @@ impl SavedRecipe {
 }
 
 /// Writes a student: an adapter as a file for `load_lora_weights`, a model as a diffusers folder. With
-/// `merged`, an adapter becomes such a folder too, with a warning where rounding takes much of it. What an earlier student has left in the folder goes.
+/// `merged`, an adapter becomes such a folder too, with a warning where rounding takes much of it. What an
+/// earlier student has left in the folder goes.
 ///
 /// # Errors
 /// If a weight is not finite, or a file cannot be written.
@@ -89,7 +90,10 @@ pub fn save_student(
                 remove(&folder.join(INDEX), |path| fs::remove_file(path))?;
                 return Ok(());
             }
-            let kept = lora.kept_by_merge(teacher.transformer.parameters())?;
+            // On the way to a file: the device may have no room for a second model.
+            let transformer = teacher.transformer.merged(lora, Device::Cpu)?;
+            let (before, after) = (teacher.transformer.parameters(), transformer.parameters());
+            let kept = lora.kept_by_merge(before, after)?;
             if kept < MUCH {
                 eprintln!(
                     "warning: of the adapter's update the merged transformer keeps {:.0} %, the rest is below a \
@@ -97,8 +101,7 @@ pub fn save_student(
                     100.0 * kept
                 );
             }
-            // On the way to a file: the device may have no room for a second model.
-            teacher.transformer.merged(lora, Device::Cpu)?
+            transformer
         }
     };
     Pipeline { transformer, shift: teacher.shift }.save(folder)
