@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use decoupled_dmd::Guidance;
 use tch::Tensor;
 use tch_training::files::{read_json, write_json};
+use tch_training::parameters::is_finite;
 use zimage::picture::write_grid;
 
 use super::arm::Arm;
@@ -87,7 +88,7 @@ pub fn run(
         if training.updates().is_multiple_of(arm.measure_every) || training.updates() == arm.updates
         {
             let samples = bench.samples(&training, arm.most_steps())?;
-            if !bool::try_from(samples.f_isfinite()?.f_all()?)? {
+            if !is_finite(&samples)? {
                 broken_after = Some(training.updates());
                 break;
             }

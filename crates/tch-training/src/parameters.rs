@@ -21,6 +21,14 @@ pub fn parameter(parameters: &Parameters, name: &str) -> Result<Tensor> {
     })
 }
 
+/// Whether all numbers of a tensor are finite. The device is waited for.
+///
+/// # Errors
+/// [`Error::Torch`] if libtorch fails.
+pub fn is_finite(tensor: &Tensor) -> Result<bool> {
+    Ok(bool::try_from(tensor.f_isfinite()?.f_all()?)?)
+}
+
 /// `tensors` with `prefix` and a dot before their names, so that several lists fit into one file.
 pub fn prefixed(prefix: &str, tensors: Parameters) -> impl Iterator<Item = (String, Tensor)> {
     tensors.into_iter().map(move |(name, tensor)| (format!("{prefix}.{name}"), tensor))

@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{HALVES, LinearLayer, Lora};
 use crate::error::{Error, Fault, Result};
-use crate::parameters::{Parameters, no_faults};
+use crate::parameters::{Parameters, is_finite, no_faults};
 use crate::safetensors::{Weights, write_tensors};
 
 /// The key of diffusers' adapter settings in a file's metadata.
@@ -61,7 +61,7 @@ fn read(path: &Path, layers: &[LinearLayer], prefixes: &[&str], device: Device) 
     let mut faults = Vec::new();
     for (name, tensor) in weights.all()? {
         let tensor = tensor.f_to_device(device)?.f_to_kind(Kind::Float)?;
-        if tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+        if !is_finite(&tensor)? {
             faults.push(Fault::NotFinite { name });
             continue;
         }

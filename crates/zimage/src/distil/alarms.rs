@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use crate::distil::distillation::Record;
+use crate::distil::distillation::{Record, value};
 
 /// Observations that are averaged, since each depends on the noise levels that it drew.
 const WINDOW: usize = 4;
@@ -95,8 +95,7 @@ impl Alarms {
     /// Takes what was observed at an update, and gives the alarms that it raises, each once in a training.
     pub fn look(&mut self, update: u64, record: &Record) -> Vec<Alarm> {
         if self.first_spread.is_none() {
-            self.first_spread =
-                record.iter().find(|(name, _)| name == "x_spread").map(|(_, spread)| *spread);
+            self.first_spread = value(record, "x_spread");
         }
         if update < SETTLED {
             return Vec::new();
@@ -137,8 +136,7 @@ impl Alarms {
 
     /// The mean of a number over the window; `None` where no observation has it.
     fn mean(&self, name: &str) -> Option<f64> {
-        let found =
-            self.recent.iter().flatten().filter(|(of, _)| of == name).map(|(_, value)| *value);
+        let found = self.recent.iter().filter_map(|record| value(record, name));
         let (count, sum) = found.fold((0, 0.0), |(count, sum), value| (count + 1, sum + value));
         (count > 0).then(|| sum / f64::from(count))
     }

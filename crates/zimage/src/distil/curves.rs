@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
-use crate::distil::distillation::Record;
+use crate::distil::distillation::{Record, value};
 
 /// The name of the letters in plots: brought along for PNG files and to measure texts, the reader's in SVG
 /// files.
@@ -75,10 +75,9 @@ fn draw(
 }
 
 fn curve(history: &[(u64, Record)], name: &str) -> Vec<(f64, f64)> {
-    let value = |record: &Record| record.iter().find(|(n, _)| n == name).map(|(_, v)| *v);
     history
         .iter()
-        .filter_map(|(update, record)| Some((*update as f64, value(record)?)))
+        .filter_map(|(update, record)| Some((*update as f64, value(record, name)?)))
         // Numbers of a training are float32; beyond them the axis would have no end.
         .filter(|(_, y)| y.abs() <= f64::from(f32::MAX))
         .collect()

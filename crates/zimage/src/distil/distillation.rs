@@ -28,6 +28,11 @@ const VARIANCE_DRIFT: &str = "variance_drift";
 /// What one update of the student has shown: names and values.
 pub type Record = Vec<(String, f64)>;
 
+/// A number of a record by name.
+pub(super) fn value(record: &Record, name: &str) -> Option<f64> {
+    record.iter().find(|(of, _)| of == name).map(|(_, value)| *value)
+}
+
 /// A distillation under way.
 pub struct Distillation<'a, T = ScheduledTerms> {
     recipe: Recipe,

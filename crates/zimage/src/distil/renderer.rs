@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 use decoupled_dmd::{FewStepGrid, Sampler, Shift};
 use tch::{Device, Kind, Tensor};
+use tch_training::parameters::is_finite;
 use tch_training::seed::begin;
 
 use crate::autoencoder::{AutoencoderConfig, Decoder};
@@ -71,9 +72,6 @@ impl<'a> Renderer<'a> {
         // Not kept while training, which needs the memory.
         let decoder = Decoder::load(self.checkpoint, Kind::Float, self.device)?;
         let latents = Tensor::f_cat(&latents, 0)?;
-        let is_finite = |tensor: &Tensor| {
-            Ok::<_, anyhow::Error>(bool::try_from(tensor.f_isfinite()?.f_all()?)?)
-        };
         ensure!(is_finite(&latents)?, "the transformer made latents that are not finite");
         let images = decoder.decode_in_parts(&latents, 1)?;
         ensure!(is_finite(&images)?, "the autoencoder made pictures that are not finite");

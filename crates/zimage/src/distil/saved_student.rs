@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::Device;
 use tch_training::files::{create_folder, read_json, write_json};
+use tch_training::parameters::is_finite;
 use tch_training::run::{Lock, StateFolder};
 
 use crate::distil::recipe::Recipe;
@@ -69,7 +70,7 @@ pub fn save_student(
 ) -> Result<()> {
     for (name, weight) in weights.parameters() {
         ensure!(
-            bool::try_from(weight.f_isfinite()?.f_all()?)?,
+            is_finite(&weight)?,
             "the student's {name} is not finite: nothing is written to {}. A lower learning rate may help",
             folder.display()
         );

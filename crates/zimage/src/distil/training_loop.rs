@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tch_training::run::{Interrupt, Log, Progress, StateFolder};
 
 use crate::distil::alarms::Alarms;
-use crate::distil::distillation::{Distillation, Record};
+use crate::distil::distillation::{Distillation, Record, value};
 use crate::distil::processes::is_breakdown;
 use crate::distil::terms::Terms;
 use crate::progress::progress_bar;
@@ -212,7 +212,7 @@ pub fn train_student<'s, T: Terms>(
             stepped => stepped?,
         };
         distillation.check_gradients().with_context(kept)?;
-        let of = |name: &str| record.iter().find(|(n, _)| n == name).map_or(f64::NAN, |(_, v)| *v);
+        let of = |name: &str| value(&record, name).unwrap_or(f64::NAN);
         if let Some((name, value)) = record.iter().find(|(_, value)| !value.is_finite()) {
             return Err(anyhow!("training broke down: {name} is {value}")).with_context(kept);
         }

@@ -9,6 +9,7 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 use tch_c10d::ProcessGroup;
 use tch_training::files::{create_folder, write_json};
+use tch_training::parameters::is_finite;
 use tch_training::run::fingerprint;
 
 use crate::distil::{
@@ -71,10 +72,7 @@ pub fn sample(student: &Checkpoint, recipe: &Recipe, pictures: &Pictures) -> Res
     let denoiser = denoiser(&student.transformer, student.shift);
     let grid = FewStepGrid::even(recipe.steps)?;
     let images = Sampler::new(&denoiser, grid, recipe.transition).sample(&noise, &cond)?;
-    ensure!(
-        bool::try_from(images.f_isfinite()?.f_all()?)?,
-        "the student made pictures that are not finite"
-    );
+    ensure!(is_finite(&images)?, "the student made pictures that are not finite");
     let path = out.join("sample.png");
     create_folder(out)?;
     write_grid(&path, &images, count.min(8), 4)?;

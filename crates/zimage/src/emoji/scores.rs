@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
+use tch_training::parameters::is_finite;
 
 use crate::emoji::classifier::{Classifier, unit_rows};
 use crate::emoji::pictures::EmojiData;
@@ -224,7 +225,7 @@ fn moments(samples: &Tensor) -> Result<(Tensor, Tensor)> {
     let samples = samples.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
     let (count, _) = samples.size2()?;
     ensure!(count >= 2, "a covariance takes two samples or more, not {count}");
-    ensure!(bool::try_from(samples.f_isfinite()?.f_all()?)?, "a feature is not finite");
+    ensure!(is_finite(&samples)?, "a feature is not finite");
     let mean = samples.f_mean_dim(0i64, false, None)?;
     let centred = samples.f_sub(&mean)?;
     let covariance =

@@ -33,7 +33,7 @@ const TIME_HIDDEN: i64 = 1024;
 /// No size in a config may be larger: far above every model, and its products stay in range.
 const LARGEST_SIZE: i64 = 1 << 16;
 /// More layers than any model has: each is a dozen names before a file is looked at.
-const MOST_LAYERS: i64 = 1024;
+pub(crate) const MOST_LAYERS: i64 = 1024;
 
 /// Hyper-parameters of a Z-Image transformer. Fields of the file that are not listed are ignored.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

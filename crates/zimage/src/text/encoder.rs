@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
+use tch_training::parameters::is_finite;
 
 use crate::text::qwen3::Qwen3Encoder;
 use crate::text::tokenizer::{MAX_TOKENS, PromptTokenizer};
@@ -53,8 +54,7 @@ impl TextEncoder {
                     );
                 }
                 let features = self.model.forward(&ids)?;
-                let finite = features.f_isfinite()?.f_all()?;
-                ensure!(bool::try_from(&finite)?, "features of {prompt:?} are not finite");
+                ensure!(is_finite(&features)?, "features of {prompt:?} are not finite");
                 Ok(features)
             })
             .collect()

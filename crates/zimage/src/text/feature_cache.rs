@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 use tch_training::Parameters;
 use tch_training::files::{create_folder, read_json, write_json};
+use tch_training::parameters::is_finite;
 use tch_training::run::{Hash, Lock};
 use tch_training::safetensors::{read_tensors, write_tensors};
 
@@ -219,7 +220,7 @@ impl FeatureCache {
             features.size()
         );
         ensure!(features.is_floating_point(), "its features are {:?}", features.f_kind()?);
-        ensure!(bool::try_from(features.f_isfinite()?.f_all()?)?, "its features are not finite");
+        ensure!(is_finite(&features)?, "its features are not finite");
         Ok(features)
     }
 }

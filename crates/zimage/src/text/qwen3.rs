@@ -10,10 +10,7 @@ use tch_training::files::read_json;
 use tch_training::parameters::{check_shapes, parameter};
 use tch_training::safetensors::Weights;
 
-use crate::model::RmsNorm;
-
-/// More layers than any model has.
-const MOST_LAYERS: i64 = 1024;
+use crate::model::{MOST_LAYERS, RmsNorm};
 
 /// `text_encoder/config.json`. Fields that are not listed are ignored.
 #[derive(Clone, Debug, Deserialize)]
