@@ -93,7 +93,8 @@ fn plan(options: &Options) -> Result<()> {
     );
     recipe.batch = whole / processes;
     let side = options.size.unwrap_or(released::SIDE);
-    let plan = released::plan(&options.checkpoint, &config, &recipe, side, options.kind())?;
+    let kept = (options.kind(), options.base);
+    let plan = released::plan(&options.checkpoint, &config, &recipe, side, kept)?;
     println!(
         "Training at {side}x{side} pixels, {} samples an update, prompts of up to {MAX_TOKENS} tokens:\n{plan}",
         recipe.batch
@@ -119,7 +120,7 @@ fn train_released(options: &Options, device: Device, launch: &Launch) -> Result<
             options.checkpoint.display()
         );
     };
-    let checkpoint = Checkpoint::open(&options.checkpoint)?;
+    let checkpoint = options.teacher()?;
     let recipe = options.recipe(Preset::ZImage8Step, checkpoint.shift())?;
     let default = Guidance::new(released::TEACHER_GUIDANCE)?;
     let group = ProcessGroup::new(launch, &tch_c10d::Options::default())?;
@@ -142,7 +143,7 @@ fn train_released(options: &Options, device: Device, launch: &Launch) -> Result<
 
 fn train_embedded(options: &Options, device: Device, launch: &Launch) -> Result<ExitCode> {
     options.refuse_released()?;
-    let checkpoint = Checkpoint::open(&options.checkpoint)?;
+    let checkpoint = options.teacher()?;
     let recipe = options.recipe(Preset::Embedded, checkpoint.shift())?;
     let default = Guidance::new(embedded::TEACHER_GUIDANCE)?;
     let group = ProcessGroup::new(launch, &tch_c10d::Options::default())?;
@@ -187,7 +188,7 @@ pub fn way_on(options: &Options) -> String {
 fn sample_released(options: &Options, device: Device, prompt: &str) -> Result<()> {
     options.refuse_embedded()?;
     let student = options.student_folder()?;
-    let base = Checkpoint::open(&options.checkpoint)?;
+    let base = options.teacher()?;
     let saved = options.saved_recipe(&student, Preset::ZImage8Step, base.shift())?;
     let pictures = released::Pictures {
         prompt: prompt.to_owned(),

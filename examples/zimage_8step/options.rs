@@ -10,13 +10,14 @@ use tch::Kind;
 use tch_training::lora::LoraSettings;
 use zimage::device::DeviceChoice;
 use zimage::distil::{Intervals, Preset, Recipe, SavedRecipe, Start};
-use zimage::model::BLOCK_LINEARS;
+use zimage::model::{BLOCK_LINEARS, Checkpoint, Storage};
 
 /// The model of this repository.
 pub const TEACHER: &str = "assets/teacher";
 
 /// The options that only training looks at.
-const OF_TRAINING: [&str; 28] = [
+const OF_TRAINING: [&str; 29] = [
+    "teacher_lora",
     "classifier",
     "save_every",
     "fresh",
@@ -61,6 +62,17 @@ pub struct Options {
     /// text_encoder/, tokenizer/ and vae/ too
     #[arg(long, value_name = "DIR", default_value = TEACHER)]
     pub checkpoint: PathBuf,
+    /// Adapter (LoRA) that finetunes the teacher, as a .safetensors file in the names of diffusers, ComfyUI, kohya or
+    /// peft: the student is one of the finetuned model, and its own adapter holds both
+    #[arg(long, value_name = "FILE")]
+    pub teacher_lora: Option<PathBuf>,
+    /// How strong that adapter is
+    #[arg(long, value_name = "SCALE", default_value_t = 1.0, requires = "teacher_lora")]
+    pub teacher_lora_scale: f64,
+    /// How the frozen weights are kept that teacher, student and fake score share: full, or int8 in half the memory
+    /// of bfloat16, with adapters alone
+    #[arg(long, value_parser = by_name::<Storage>, default_value = "full")]
+    pub base: Storage,
     /// Captions and pictures of the embedded model; assets/emoji by default
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
@@ -240,6 +252,18 @@ impl Options {
             save: self.save_every,
             observe: self.observe_every,
             evaluate: self.evaluate_every,
+        }
+    }
+
+    /// The teacher.
+    ///
+    /// # Errors
+    /// If the folder or an option is not valid.
+    pub fn teacher(&self) -> Result<Checkpoint> {
+        let checkpoint = Checkpoint::open(&self.checkpoint)?.stored(self.base);
+        match &self.teacher_lora {
+            Some(path) => checkpoint.with_adapter(path, self.teacher_lora_scale),
+            None => Ok(checkpoint),
         }
     }
 

@@ -224,7 +224,8 @@ fn a_killed_training_ends_in_the_same_student_whose_files_draw_what_it_drew() ->
 fn a_student_leaves_nothing_of_an_earlier_one() -> Result<()> {
     let place = Workplace::new()?;
     let _guard = seeded(3);
-    let teacher = Pipeline::load(&place.model(), Kind::Float, Device::Cpu)?;
+    let checkpoint = Checkpoint::open(&place.model())?;
+    let teacher = checkpoint.load(Kind::Float, Device::Cpu)?;
     let recipe = parsed(&place, &["--rank", "2"])?.recipe(Preset::ZImage8Step, teacher.shift)?;
     let made = SavedRecipe { recipe, size: Some(SIDE), teacher: None };
     let folder = place.out();
@@ -233,9 +234,9 @@ fn a_student_leaves_nothing_of_an_earlier_one() -> Result<()> {
     let parts = ["transformer", "scheduler", "model_index.json", ADAPTER];
     let there = || parts.map(|part| folder.join(part).exists());
     for (weights, merged, expected) in [
-        (&adapter, true, [true, true, true, true]),
-        (&adapter, false, [false, false, false, true]),
-        (&copy, false, [true, true, true, false]),
+        (&adapter, Some(&checkpoint), [true, true, true, true]),
+        (&adapter, None, [false, false, false, true]),
+        (&copy, None, [true, true, true, false]),
     ] {
         save_student(&folder, &teacher, weights, merged, &made)?;
         assert_eq!(there(), expected);

@@ -25,12 +25,15 @@
 //! ```
 
 mod file;
+mod names;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
+
+pub use names::LayerNames;
 
 use crate::error::{Error, Fault, Result};
 use crate::parameters::{Parameters, no_faults};
@@ -326,6 +329,47 @@ impl Lora {
             all += sum(update.f_square()?)?;
         }
         Ok(if all > 0.0 { kept / all } else { 1.0 })
+    }
+
+    /// An adapter that does what this one and `other` do together: pairs that a layer has in both become one of the
+    /// sum of their ranks. Scales are folded into B, and there is no dropout.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if the pairs of a layer do not fit, or a tensor cannot be allocated.
+    pub fn joined(&self, other: &Self) -> Result<Self> {
+        let _guard = tch::no_grad_guard();
+        let names: BTreeSet<&String> = self.pairs().keys().chain(other.pairs().keys()).collect();
+        let pairs = names.into_iter().map(|name| {
+            let pairs: Vec<&Pair> =
+                [self, other].iter().filter_map(|lora| lora.pair(name)).collect();
+            let kind = pairs[0].down.f_kind()?;
+            let (mut downs, mut ups) = (Vec::new(), Vec::new());
+            for Pair { down, up, scale } in pairs {
+                downs.push(down.f_to_kind(kind)?);
+                ups.push(up.f_to_kind(kind)?.f_mul_scalar(*scale)?);
+            }
+            let (down, up) = (Tensor::f_cat(&downs, 0)?, Tensor::f_cat(&ups, 1)?);
+            Ok((name.clone(), Pair { down, up, scale: 1.0 }))
+        });
+        Self::from_pairs(pairs.collect::<Result<_>>()?, 0.0)
+    }
+
+    /// A copy outside any graph that is not trained, in a dtype of its own, its update `strength` times as large.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if it cannot be allocated.
+    pub fn frozen(&self, strength: f64, kind: Kind) -> Result<Self> {
+        let _guard = tch::no_grad_guard();
+        let pairs = self
+            .pairs()
+            .iter()
+            .map(|(name, Pair { down, up, scale })| {
+                let up = up.f_mul_scalar(scale * strength)?.f_to_kind(kind)?;
+                let down = down.f_detach()?.f_to_kind(kind)?;
+                Ok((name.clone(), Pair { down, up, scale: 1.0 }))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { pairs: Rc::new(pairs), dropout: 0.0 })
     }
 
     /// A deep copy outside any graph, as a moving average needs it.

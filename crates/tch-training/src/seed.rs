@@ -33,6 +33,10 @@
 //! assert_ne!(seed_of(seed, Stream::Step(1)), seed_of(seed + 1, Stream::Step(1)));
 //! ```
 
+use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
+
 /// The seed of one stream of a run, from 0 to 2^63 - 1.
 ///
 /// SplitMix64 (Steele, Lea, Flood 2014, `doi:10.1145/2660193.2660195`): streams and runs of neighbouring
@@ -48,6 +52,15 @@ pub fn seed_of(run: u64, stream: impl Into<u64>) -> i64 {
 /// Seeds libtorch's generator, that of the whole process, for one stream of a run.
 pub fn begin(run: u64, stream: impl Into<u64>) {
     tch::manual_seed(seed_of(run, stream));
+}
+
+/// A number for [`seed_of`] that follows from libtorch's generator, for what is to be drawn twice alike.
+///
+/// # Errors
+/// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+pub fn draw_seed() -> Result<u64> {
+    let seed = Tensor::f_randint(i64::MAX, [1], (Kind::Int64, Device::Cpu))?;
+    Ok(seed.f_int64_value(&[0])? as u64)
 }
 
 #[cfg(test)]

@@ -1,14 +1,13 @@
 //! Adapters as files, with the names that peft, diffusers and ComfyUI use.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use super::{HALVES, LinearLayer, Lora};
-use crate::error::{Error, Fault, Result};
-use crate::parameters::{Parameters, is_finite, no_faults};
+use super::{HALVES, LayerNames, LinearLayer, Lora};
+use crate::error::{Error, Result};
+use crate::parameters::Parameters;
 use crate::safetensors::{Weights, write_tensors};
 
 /// The key of diffusers' adapter settings in a file's metadata.
@@ -33,10 +32,9 @@ impl Lora {
     }
 
     /// Reads an adapter for a model with these linear `layers`, in float32 and with a scale of 1: what
-    /// [`Self::save`] writes, or what diffusers writes, with its settings in the metadata or not. The scale is
-    /// alpha / rank where there is a `{prefix}{layer}.alpha`; a scale in the metadata besides is refused.
-    ///
-    /// Names start with one of the `prefixes`; the first is that of the settings in the metadata too.
+    /// [`Self::save`] writes, what diffusers writes, with its settings in the metadata or not, and what other
+    /// programs write under the `names`. The scale is alpha / rank where a layer has an alpha, else 1; a scale in
+    /// the metadata besides is refused.
     ///
     /// # Errors
     /// With an [`Error::In`] around them that names the file: as [`Weights::open_file`] and
@@ -45,46 +43,27 @@ impl Lora {
     pub fn load(
         path: &Path,
         layers: &[LinearLayer],
-        prefixes: &[&str],
+        names: LayerNames<'_>,
         device: Device,
     ) -> Result<Self> {
         let _guard = tch::no_grad_guard();
-        read(path, layers, prefixes, device)
+        read(path, layers, names, device)
             .map_err(|error| error.inside(format!("reading the adapter {}", path.display())))
     }
 }
 
-fn read(path: &Path, layers: &[LinearLayer], prefixes: &[&str], device: Device) -> Result<Lora> {
+fn read(
+    path: &Path,
+    layers: &[LinearLayer],
+    names: LayerNames<'_>,
+    device: Device,
+) -> Result<Lora> {
     let weights = Weights::open_file(path)?;
-    let mut parameters = Parameters::new();
-    let mut alphas = BTreeMap::new();
-    let mut faults = Vec::new();
-    for (name, tensor) in weights.all()? {
-        let tensor = tensor.f_to_device(device)?.f_to_kind(Kind::Float)?;
-        if !is_finite(&tensor)? {
-            faults.push(Fault::NotFinite { name });
-            continue;
-        }
-        let Some(rest) = prefixes.iter().find_map(|prefix| name.strip_prefix(prefix)) else {
-            faults.push(Fault::NoSuchLayer { name });
-            continue;
-        };
-        match rest.strip_suffix(".alpha") {
-            Some(_) if tensor.numel() != 1 => {
-                faults.push(Fault::Shape { expected: vec![], found: tensor.size(), name });
-            }
-            Some(layer) => drop(alphas.insert(layer.to_owned(), tensor.f_flatten(0, -1)?)),
-            None => {
-                if parameters.insert(rest.to_owned(), tensor).is_some() {
-                    faults.push(Fault::Twice { name });
-                }
-            }
-        }
-    }
-    no_faults("the adapter", faults)?;
-    let has_alphas = !alphas.is_empty();
-    fold_alphas(&mut parameters, alphas)?;
-    let prefix = prefixes.first().copied().unwrap_or_default();
+    let prepare = |tensor: &Tensor| Ok(tensor.f_to_device(device)?.f_to_kind(Kind::Float)?);
+    let renamed = names.rename(weights.all()?, layers, prepare)?;
+    let has_alphas = renamed.has_alphas();
+    let mut parameters = renamed.fold_alphas()?;
+    let prefix = names.prefixes.first().copied().unwrap_or_default();
     if let Some(text) = weights.metadata(METADATA) {
         if has_alphas {
             let what =
@@ -102,20 +81,6 @@ fn read(path: &Path, layers: &[LinearLayer], prefixes: &[&str], device: Device) 
         }
     }
     Lora::from_parameters(layers, &parameters)
-}
-
-/// Multiplies every B that has an alpha by alpha / rank.
-fn fold_alphas(parameters: &mut Parameters, alphas: BTreeMap<String, Tensor>) -> Result<()> {
-    let mut faults = Vec::new();
-    for (layer, alpha) in alphas {
-        let name = format!("{layer}{}", HALVES[1]);
-        let rank = |up: &Tensor| up.size().last().copied().filter(|rank| *rank > 0);
-        match parameters.get_mut(&name).and_then(|up| Some((rank(up)?, up))) {
-            Some((rank, up)) => *up = up.f_mul(&alpha)?.f_div_scalar(rank)?,
-            None => faults.push(Fault::Alpha { layer, half: name }),
-        }
-    }
-    no_faults("the adapter", faults)
 }
 
 /// lora_alpha and r of the settings that diffusers may have left in a file.

@@ -173,19 +173,33 @@ impl Weights {
         device: Device,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Parameters> {
+        self.load_converted(expected, kind, device, progress, |name, tensor| Ok([(name, tensor)]))
+    }
+
+    /// [`Self::load`] with what `convert` makes of each tensor in its place: a model that is kept in fewer bits than
+    /// its files are never in memory whole.
+    ///
+    /// # Errors
+    /// As [`Self::load`], and those of `convert`.
+    pub fn load_converted<C: IntoIterator<Item = (String, Tensor)>>(
+        &self,
+        expected: &[(String, Vec<i64>)],
+        kind: Kind,
+        device: Device,
+        progress: &mut dyn FnMut(u64, u64),
+        convert: impl Fn(String, Tensor) -> Result<C>,
+    ) -> Result<Parameters> {
         self.check(expected)?;
         let size = |entry: &Entry| entry.bytes.len() as u64;
         let total = self.tensors.values().map(|(_, entry)| size(entry)).sum();
         let mut done = 0;
-        self.tensors
-            .iter()
-            .map(|(name, (_, entry))| {
-                let tensor = self.tensor(name, kind, device)?;
-                done += size(entry);
-                progress(done, total);
-                Ok((name.clone(), tensor))
-            })
-            .collect()
+        let mut parameters = Parameters::new();
+        for (name, (_, entry)) in &self.tensors {
+            parameters.extend(convert(name.clone(), self.tensor(name, kind, device)?)?);
+            done += size(entry);
+            progress(done, total);
+        }
+        Ok(parameters)
     }
 }
 

@@ -1,14 +1,16 @@
 //! Low-rank adapters on plain linear layers, and their files.
 
 use tch::{Device, Kind, Tensor};
-use tch_training::lora::{Dropout, LinearLayer, Lora, LoraSettings};
+use tch_training::lora::{Dropout, LayerNames, LinearLayer, Lora, LoraSettings};
 use tch_training::safetensors::{read_tensors, write_tensors};
 use tch_training::{Error, Fault, Parameters};
 use tempfile::tempdir;
 
 use super::common::{Result, chain, max_difference, seeded, wave};
 
-const PREFIXES: [&str; 2] = ["model.", "other."];
+const PREFIXES: [&str; 3] = ["model.", "other.", "lora_unet_"];
+const NAMES: LayerNames<'_> =
+    LayerNames { prefixes: &PREFIXES, aliases: &[("qk", &["q", "k"]), ("last", &["o.0"])] };
 
 fn layers() -> Vec<LinearLayer> {
     [("blocks.0.in", [6, 4]), ("blocks.0.out", [4, 6]), ("blocks.1.in", [6, 4])]
@@ -160,7 +162,7 @@ fn files_keep_the_adapter_with_its_scale_folded_in() -> Result<()> {
     }
     write_tensors(&other, &tensors)?;
     for path in [&path, &other] {
-        let loaded = Lora::load(path, &layers(), &PREFIXES, Device::Cpu)?;
+        let loaded = Lora::load(path, &layers(), NAMES, Device::Cpu)?;
         assert!(loaded.parameters().iter().all(|(_, leaf)| leaf.requires_grad()));
         for (layer, [_, inputs]) in layers() {
             let x = wave(&[3, inputs], 0.7, Kind::Float);
@@ -199,7 +201,7 @@ fn what_does_not_fit_is_listed() -> Result<()> {
             },
             &|p| drop(p.insert(owned(up), zeros(&[6, 3]))),
         ),
-        (Fault::NoSuchLayer { name: owned("blocks.9.in.lora_A.weight") }, &|p| {
+        (Fault::NoSuchLayer { name: owned("model.blocks.9.in.lora_A.weight") }, &|p| {
             p.insert(owned("model.blocks.9.in.lora_A.weight"), zeros(&[2, 4]));
         }),
         // A name without a prefix.
@@ -217,7 +219,7 @@ fn what_does_not_fit_is_listed() -> Result<()> {
         let mut parameters = whole()?;
         change(&mut parameters);
         write_tensors(&path, &parameters)?;
-        let error = Lora::load(&path, &layers(), &PREFIXES, Device::Cpu).unwrap_err();
+        let error = Lora::load(&path, &layers(), NAMES, Device::Cpu).unwrap_err();
         assert!(error.to_string().contains("broken.safetensors"), "{error}");
         let Error::In { source, .. } = error else { return Err("a file is named".into()) };
         let is_listed =
@@ -225,12 +227,95 @@ fn what_does_not_fit_is_listed() -> Result<()> {
         assert!(is_listed, "{expected}: {source}");
     }
     write_tensors(&path, &Parameters::new())?;
-    let error = Lora::load(&path, &layers(), &PREFIXES, Device::Cpu).unwrap_err();
+    let error = Lora::load(&path, &layers(), NAMES, Device::Cpu).unwrap_err();
     assert!(chain(&error).ends_with("the adapter holds no pair"), "{}", chain(&error));
 
     let fewer: Parameters = weights(Kind::Float).into_iter().take(1).collect();
     let error = filled()?.merged(&fewer, Device::Cpu).unwrap_err().to_string();
     assert!(error.contains("blocks.1.in belongs to no linear layer"), "{error}");
+    Ok(())
+}
+
+/// One adapter in the names of kohya, of older diffusers and of peft, with stacked and renamed layers.
+#[test]
+fn names_of_other_programs_are_those_of_the_model() -> Result<()> {
+    let folder = tempdir()?;
+    let path = folder.path().join("adapter.safetensors");
+    let layers: Vec<LinearLayer> = [("a.q", [3, 4]), ("a.k", [2, 4]), ("a.o.0", [4, 3])]
+        .map(|(name, shape)| (name.to_owned(), shape))
+        .into();
+    let float = |shape: &[i64], phase| wave(shape, phase, Kind::Float);
+    let (down, up) = (float(&[2, 4], 0.1), float(&[5, 2], 0.9));
+    let (last_down, last_up) = (float(&[1, 3], 0.4), float(&[4, 1], 0.2));
+    let written = |ends: [&str; 2], stacked: &str, last: &str| {
+        Parameters::from([
+            (format!("{stacked}.{}", ends[0]), down.shallow_clone()),
+            (format!("{stacked}.{}", ends[1]), up.shallow_clone()),
+            (format!("{stacked}.alpha"), Tensor::from(1f32)),
+            (format!("{last}.{}", ends[0]), last_down.shallow_clone()),
+            (format!("{last}.{}", ends[1]), last_up.shallow_clone()),
+        ])
+    };
+    for (ends, stacked, last) in [
+        (["lora_down.weight", "lora_up.weight"], "lora_unet_a_qk", "lora_unet_a_o_0"),
+        (["lora_down.weight", "lora_up.weight"], "lora_unet_a_qk", "lora_unet_a_last"),
+        (["lora.down.weight", "lora.up.weight"], "model.a.qk", "model.a.o.0"),
+        (["lora_A.default.weight", "lora_B.default.weight"], "model.a.qk", "other.a.last"),
+    ] {
+        let tensors = written(ends, stacked, last);
+        write_tensors(&path, &tensors)?;
+        let lora = Lora::load(&path, &layers, NAMES, Device::Cpu)?;
+        let pair = |layer: &str| -> Result<_> { Ok(lora.pair(layer).ok_or(layer.to_owned())?) };
+        // Half the size, by an alpha of 1 at rank 2.
+        let half = &up * 0.5;
+        for (layer, start, rows) in [("a.q", 0, 3), ("a.k", 3, 2)] {
+            assert_eq!(pair(layer)?.down.detach(), down, "{stacked}");
+            assert_eq!(pair(layer)?.up.detach(), half.narrow(0, start, rows), "{stacked}");
+        }
+        assert_eq!(pair("a.o.0")?.up.detach(), last_up, "{last}");
+
+        // Of the stacked rows one too few.
+        let mut fewer = written(ends, stacked, last);
+        drop(fewer.insert(format!("{stacked}.{}", ends[1]), up.narrow(0, 0, 4)));
+        write_tensors(&path, &fewer)?;
+        let error = chain(&Lora::load(&path, &layers, NAMES, Device::Cpu).unwrap_err());
+        assert!(error.contains("expected [5, 2]"), "{error}");
+    }
+    let mut tensors = written(["lora_A.weight", "lora_B.weight"], "model.a.qk", "model.a.o.0");
+    drop(tensors.insert("model.a.q.lora_A.weight".to_owned(), down.shallow_clone()));
+    write_tensors(&path, &tensors)?;
+    let error = chain(&Lora::load(&path, &layers, NAMES, Device::Cpu).unwrap_err());
+    assert!(error.contains("twice"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn two_adapters_joined_do_what_both_do() -> Result<()> {
+    let _guard = seeded(9);
+    let (one, weights) = (filled()?, weights(Kind::Float));
+    let settings = LoraSettings { rank: 1, alpha: 2.0, ..LoraSettings::on(["in"]) };
+    let two = Lora::new(&layers(), &settings, Device::Cpu)?;
+    {
+        let _guard = tch::no_grad_guard();
+        for pair in two.pairs().values() {
+            pair.up.shallow_clone().copy_(&wave(&pair.up.size(), 0.2, Kind::Float));
+        }
+    }
+    let (joined, frozen) = (one.joined(&two)?, two.frozen(0.5, Kind::Float)?);
+    assert!(frozen.parameters().iter().all(|(_, tensor)| !tensor.requires_grad()));
+    for (layer, [_, inputs]) in layers() {
+        let x = wave(&[3, inputs], 0.7, Kind::Float);
+        let first = forward(&one, &weights, &layer, &x)?;
+        let expected = two.add_to(first, &layer, &x, Dropout::Off)?;
+        let found = forward(&joined, &weights, &layer, &x)?;
+        let size = expected.abs().max().double_value(&[]);
+        assert!(max_difference(&found, &expected) < 1e-6 * size, "{layer}");
+
+        let plain = x.f_linear(&weights[&format!("{layer}.weight")], None::<&Tensor>)?;
+        let whole = forward(&two, &weights, &layer, &x)? - &plain;
+        let half = forward(&frozen, &weights, &layer, &x)? - &plain;
+        assert!(max_difference(&(half * 2.0), &whole) < 1e-6 * size, "{layer}");
+    }
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use tch_training::AdamWSettings;
 use tch_training::lora::LoraSettings;
 
-use crate::model::{Config, is_caption_side};
+use crate::model::{Config, Storage, is_caption_side};
 
 /// How the learning rate of the student ends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,6 +94,18 @@ impl Recipe {
         for caution in self.cautions() {
             eprintln!("warning: {caution}");
         }
+    }
+
+    /// Refuses whole copies of a base in 8 bits, which cannot be trained.
+    ///
+    /// # Errors
+    /// If the recipe has no adapter, and the weights are not whole.
+    pub fn check_storage(&self, storage: Storage) -> Result<()> {
+        ensure!(
+            storage == Storage::Full || self.adapter.is_some(),
+            "whole copies of a base in 8 bits cannot be trained: choose adapters of some rank"
+        );
+        Ok(())
     }
 
     /// Refuses an adapter that does not fit a model, or of which nothing would be trained.

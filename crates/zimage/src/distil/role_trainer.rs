@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 use tch::Tensor;
 use tch_training::lora::LoraSettings;
 use tch_training::parameters::prefixed;
+use tch_training::seed::draw_seed;
 use tch_training::{AdamW, AdamWSettings, Tape};
 
 use crate::distil::processes::Processes;
@@ -74,9 +75,14 @@ impl RoleTrainer {
         processes: Processes<'_>,
     ) -> Result<Tensor> {
         self.optimizer.zero_grad();
+        // What is computed again draws again: what is drawn next does not depend on it.
+        let next = if self.weights.draws() { Some(draw_seed()?) } else { None };
         match tape {
             Some(tape) => tape.backward(loss)?,
             None => loss.f_backward()?,
+        }
+        if let Some(seed) = next {
+            tch::manual_seed(seed as i64);
         }
         processes.average_gradients(&self.optimizer)?;
         Ok(self.optimizer.step()?)

@@ -28,7 +28,7 @@ use crate::distil::saved_student::{
 };
 use crate::distil::training_loop::{Ending, Intervals, Outcome, Preview, train_student};
 use crate::distil::weights::{Network, RoleWeights};
-use crate::model::{ADAPTER_PREFIXES, Checkpoint, Config, MemoryPlan, Role, TrainingSetup};
+use crate::model::{ADAPTER_NAMES, Checkpoint, Config, MemoryPlan, Role, Storage, TrainingSetup};
 use crate::picture::{Sheet, write_comparison, write_grid};
 use crate::text::{FeatureCache, MAX_TOKENS, TextEncoder, read_prompts};
 
@@ -55,9 +55,10 @@ pub fn plan(
     config: &Config,
     recipe: &Recipe,
     side: i64,
-    kind: Kind,
+    (kind, storage): (Kind, Storage),
 ) -> Result<MemoryPlan> {
     recipe.check_adapter(config)?;
+    recipe.check_storage(storage)?;
     let [_, height, width] = latent_size(checkpoint, config, side)?;
     check_kind(kind, recipe)?;
     MemoryPlan::new(&TrainingSetup {
@@ -66,6 +67,7 @@ pub fn plan(
         caption: MAX_TOKENS as i64,
         batch: recipe.batch as i64,
         kind,
+        storage,
         lora: recipe.adapter.as_ref(),
         checkpointing: recipe.checkpointing,
         encodes_captions: false,
@@ -132,6 +134,7 @@ pub fn train(
     let (folder, shift) = (checkpoint.folder(), checkpoint.shift());
     check_kind(kind, recipe)?;
     recipe.check_adapter(checkpoint.config())?;
+    recipe.check_storage(checkpoint.storage())?;
     let size = latent_size(folder, checkpoint.config(), side)?;
     checkpoint.check()?;
     // Needed at the end, and not kept until then.
@@ -153,14 +156,17 @@ pub fn train(
         "size": side,
         "float32": kind == Kind::Float,
         "teacher": fingerprint_of_teacher,
+        "teacher_adapter": checkpoint.fingerprint_of_adapter()?,
+        "base": checkpoint.storage(),
         "data": fingerprint(&training.prompt_file)?,
     });
     let open = || open_states(out, &identity, training.start);
     let mut states = processes.is_first().then(open).transpose()?;
     if processes.is_first() {
         println!(
-            "Distilling {} on {device:?}, {} threads, {} prompts{}",
+            "Distilling {}{} on {device:?}, {} threads, {} prompts{}",
             folder.display(),
+            checkpoint.described_finetuning(),
             tch::get_num_threads(),
             prompts.len(),
             processes.described()
@@ -186,7 +192,8 @@ pub fn train(
         teacher: Some(fingerprint_of_teacher),
     };
     let keep = |student: &Path, weights: &RoleWeights, merged: bool| -> Result<()> {
-        save_student(student, &teacher, weights, merged, &saved)?;
+        let base = merged.then_some(checkpoint);
+        save_student(student, &teacher, weights, base, &saved)?;
         write_model_card(student, folder, side, recipe)
     };
     let preview = |distillation: &Distillation<'_>| {
@@ -292,7 +299,7 @@ pub fn sample(
     source.check()?;
     let size = latent_size(base.folder(), config, saved.size.unwrap_or(SIDE))?;
     let lora = is_adapter
-        .then(|| Lora::load(&adapter, &config.linears(), &ADAPTER_PREFIXES, *device))
+        .then(|| Lora::load(&adapter, &config.linears(), ADAPTER_NAMES, *device))
         .transpose()?;
     let features = {
         // Gone before the transformer comes, as both do not fit on every device.

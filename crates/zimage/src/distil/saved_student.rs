@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tch::Device;
+use tch::{Device, Kind};
 use tch_training::files::{create_folder, read_json, write_json};
 use tch_training::parameters::is_finite;
 use tch_training::run::{Lock, StateFolder};
 
 use crate::distil::recipe::Recipe;
 use crate::distil::weights::RoleWeights;
-use crate::model::{ADAPTER_PREFIXES, INDEX, Pipeline};
+use crate::model::{ADAPTER_PREFIX, Checkpoint, INDEX, Pipeline};
 
 /// The name that diffusers' `load_lora_weights` looks for.
 pub const ADAPTER: &str = "pytorch_lora_weights.safetensors";
@@ -55,8 +55,8 @@ impl SavedRecipe {
     }
 }
 
-/// Writes a student: an adapter as a file for `load_lora_weights`, a model as a diffusers folder. With
-/// `merged`, an adapter becomes such a folder too, with a warning where rounding takes much of it. What an
+/// Writes a student: an adapter as a file for `load_lora_weights`, with that of the teacher in it if the teacher has
+/// one; a model as a diffusers folder. With `merged`, an adapter becomes such a folder too, with a warning where rounding takes much of it. What an
 /// earlier student has left in the folder goes.
 ///
 /// # Errors
@@ -65,7 +65,7 @@ pub fn save_student(
     folder: &Path,
     teacher: &Pipeline,
     weights: &RoleWeights,
-    merged: bool,
+    merged: Option<&Checkpoint>,
     saved: &SavedRecipe,
 ) -> Result<()> {
     for (name, weight) in weights.parameters() {
@@ -83,17 +83,22 @@ pub fn save_student(
             model.duplicate()?
         }
         RoleWeights::Adapter(lora) => {
-            lora.save(&folder.join(ADAPTER), ADAPTER_PREFIXES[0])?;
-            if !merged {
+            let own = teacher.transformer.adapter();
+            let joined = own.map(|own| lora.joined(own)).transpose()?;
+            let lora = joined.as_ref().unwrap_or(lora);
+            lora.save(&folder.join(ADAPTER), ADAPTER_PREFIX)?;
+            let Some(base) = merged else {
                 for part in ["transformer", "scheduler"] {
                     remove(&folder.join(part), |path| fs::remove_dir_all(path))?;
                 }
                 remove(&folder.join(INDEX), |path| fs::remove_file(path))?;
                 return Ok(());
-            }
-            // On the way to a file: the device may have no room for a second model.
-            let transformer = teacher.transformer.merged(lora, Device::Cpu)?;
-            let (before, after) = (teacher.transformer.parameters(), transformer.parameters());
+            };
+            // On the way to a file: the device may have no room for a second model. Read again, as the teacher's
+            // weights may be in 8 bits.
+            let base = base.plain().load(teacher.transformer.kind(), Device::Cpu)?.transformer;
+            let transformer = base.merged(&lora.frozen(1.0, Kind::Float)?, Device::Cpu)?;
+            let (before, after) = (base.parameters(), transformer.parameters());
             let kept = lora.kept_by_merge(before, after)?;
             if kept < MUCH {
                 eprintln!(

@@ -56,6 +56,11 @@ impl RoleWeights {
         }
     }
 
+    /// Whether a pass of training draws random numbers.
+    pub(super) fn draws(&self) -> bool {
+        matches!(self, Self::Adapter(lora) if lora.has_dropout())
+    }
+
     /// A deep copy outside any graph.
     ///
     /// # Errors

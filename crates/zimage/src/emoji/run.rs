@@ -117,6 +117,7 @@ pub fn train(
     let Training { out, device, captions: count, .. } = training;
     let (device, count) = (*device, *count);
     recipe.check_adapter(checkpoint.config())?;
+    recipe.check_storage(checkpoint.storage())?;
     // Scores compare covariances, which one sample has not.
     ensure!(count >= 2, "at least 2 captions are needed to compare on, found {count}");
     let data = EmojiData::load(&training.data)?;
@@ -154,14 +155,17 @@ pub fn train(
     let identity = json!({
         "recipe": recipe,
         "teacher": fingerprint_of_teacher,
+        "teacher_adapter": checkpoint.fingerprint_of_adapter()?,
+        "base": checkpoint.storage(),
         "data": fingerprint(&training.data)?,
     });
     let (mut states, _lock) = open_states(out, &identity, training.start)?;
 
     let threads = tch::get_num_threads();
     println!(
-        "Distilling {} on {device:?}, {threads} threads{}",
+        "Distilling {}{} on {device:?}, {threads} threads{}",
         checkpoint.folder().display(),
+        checkpoint.described_finetuning(),
         processes.described()
     );
     let start = Instant::now();
@@ -231,7 +235,8 @@ pub fn train(
     let student_folder = out.join("student");
     let saved =
         SavedRecipe { recipe: recipe.clone(), size: None, teacher: Some(fingerprint_of_teacher) };
-    save_student(&student_folder, &teacher, &distillation.student_weights().role, true, &saved)?;
+    let weights = &distillation.student_weights().role;
+    save_student(&student_folder, &teacher, weights, Some(checkpoint), &saved)?;
     println!("\n{}", table(&rows));
     println!(
         "Student against the guided teacher: {:.1}% of its alignment, {:.0}% of the gap closed, \

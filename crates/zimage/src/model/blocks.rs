@@ -7,6 +7,7 @@ use tch_training::parameters::parameter;
 
 use crate::model::config::{Config, TIME_FEATURES};
 use crate::model::layout::{Sequence, first_rows};
+use crate::model::quantization::Weight;
 use crate::model::role::Role;
 use crate::model::rope::rotate;
 
@@ -17,7 +18,7 @@ const SHORT_SEQUENCE: i64 = 512;
 #[derive(Debug)]
 pub(crate) struct Linear {
     name: String,
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
 }
 
@@ -26,17 +27,18 @@ impl Linear {
     pub(crate) fn new(parameters: &Parameters, name: &str, bias: bool) -> Result<Self> {
         Ok(Self {
             name: name.to_owned(),
-            weight: parameter(parameters, &format!("{name}.weight"))?,
+            weight: Weight::new(parameters, name)?,
             bias: bias.then(|| parameter(parameters, &format!("{name}.bias"))).transpose()?,
         })
     }
 
     /// `[.., in]` to `[.., out]`.
     pub(crate) fn forward(&self, x: &Tensor, role: Role<'_>) -> Result<Tensor> {
-        role.add_to(x.f_linear(&self.weight, self.bias.as_ref())?, &self.name, x)
+        let weight = self.weight.in_kind(x.f_kind()?)?;
+        role.add_to(x.f_linear(&weight, self.bias.as_ref())?, &self.name, x)
     }
 
-    /// The dtype this layer computes in.
+    /// The dtype this layer computes in, where its weight is whole.
     pub(crate) fn kind(&self) -> Kind {
         self.weight.kind()
     }

@@ -2,25 +2,37 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use decoupled_dmd::Shift;
 use tch::{Device, Kind};
+use tch_training::lora::Lora;
 use tch_training::run::{Hash, fingerprint};
 
 use crate::model::config::Config;
-use crate::model::files::{check_weights, read_weights};
+use crate::model::files::{ADAPTER_NAMES, check_weights, read_weights};
 use crate::model::pipeline::{Pipeline, read_shift};
+use crate::model::quantization::Storage;
 use crate::progress::progress_bar;
 
 /// Folders of a checkpoint that a run reads.
 const PARTS: [&str; 5] = ["scheduler", "text_encoder", "tokenizer", "transformer", "vae"];
 
-/// A diffusers folder with the shape of its transformer and the shift of its scheduler, both read and checked.
+/// A diffusers folder with the shape of its transformer and the shift of its scheduler, both read and checked; and
+/// how its transformer is loaded, as it is or finetuned, whole or in 8 bits.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
     folder: PathBuf,
     config: Config,
     shift: Shift,
+    adapter: Option<AdapterFile>,
+    storage: Storage,
+}
+
+/// An adapter that finetunes a model.
+#[derive(Clone, Debug)]
+struct AdapterFile {
+    path: PathBuf,
+    strength: f64,
 }
 
 impl Checkpoint {
@@ -30,7 +42,44 @@ impl Checkpoint {
     /// If a file cannot be read, or asks for what is not supported.
     pub fn open(folder: &Path) -> Result<Self> {
         let shift = read_shift(folder)?;
-        Ok(Self { folder: folder.to_owned(), config: read_config(folder)?, shift })
+        let (folder, config) = (folder.to_owned(), read_config(folder)?);
+        Ok(Self { folder, config, shift, adapter: None, storage: Storage::default() })
+    }
+
+    /// The same, finetuned by the adapter of a file, in the names of diffusers, ComfyUI, kohya or peft
+    /// ([`ADAPTER_NAMES`]); its update is `strength` times as large. The adapter stays apart from the weights
+    /// ([`ZImageTransformer::with_adapter`](super::ZImageTransformer::with_adapter)).
+    ///
+    /// # Errors
+    /// If the strength is not a number other than zero. The file is read by [`Self::check`] and [`Self::load`].
+    pub fn with_adapter(self, path: &Path, strength: f64) -> Result<Self> {
+        let is_strength = strength.is_finite() && strength != 0.0;
+        ensure!(is_strength, "the strength of {} is {strength}", path.display());
+        Ok(Self { adapter: Some(AdapterFile { path: path.to_owned(), strength }), ..self })
+    }
+
+    /// The same, with the weights of the transformer kept as `storage` says.
+    #[must_use]
+    pub fn stored(self, storage: Storage) -> Self {
+        Self { storage, ..self }
+    }
+
+    /// The folder alone: as it is, and whole.
+    #[must_use]
+    pub fn plain(&self) -> Self {
+        Self { adapter: None, storage: Storage::Full, ..self.clone() }
+    }
+
+    /// How the weights of the transformer are kept.
+    pub fn storage(&self) -> Storage {
+        self.storage
+    }
+
+    /// What is said of the model behind its folder: the adapter that finetunes it.
+    pub fn described_finetuning(&self) -> String {
+        self.adapter.as_ref().map_or(String::new(), |AdapterFile { path, strength }| {
+            format!(", finetuned by {} at strength {strength}", path.display())
+        })
     }
 
     /// Whether a folder is a whole pipeline, with a text encoder and an autoencoder of its own. One of them
@@ -54,12 +103,20 @@ impl Checkpoint {
         self.shift
     }
 
-    /// Looks for what [`Self::load`] would refuse; reads the headers of the weights alone.
+    /// Looks for what [`Self::load`] would refuse; reads the headers of the weights, and the adapter.
     ///
     /// # Errors
     /// As [`Self::load`].
     pub fn check(&self) -> Result<()> {
-        check_weights(&self.folder, &self.config)
+        check_weights(&self.folder, &self.config)?;
+        self.read_adapter().map(drop)
+    }
+
+    fn read_adapter(&self) -> Result<Option<Lora>> {
+        let read = |file: &AdapterFile| {
+            Lora::load(&file.path, &self.config.linears(), ADAPTER_NAMES, Device::Cpu)
+        };
+        Ok(self.adapter.as_ref().map(read).transpose()?)
     }
 
     /// The transformer, in the dtype and on the device asked for, and the shift.
@@ -91,12 +148,16 @@ impl Checkpoint {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Pipeline> {
         let config = self.config.clone();
-        let transformer = read_weights(&self.folder, config, kind, device, progress)?;
+        let place = (kind, device);
+        let mut transformer = read_weights(&self.folder, config, self.storage, place, progress)?;
+        if let (Some(lora), Some(file)) = (self.read_adapter()?, &self.adapter) {
+            transformer = transformer.with_adapter(&lora, file.strength)?;
+        }
         Ok(Pipeline { transformer, shift: self.shift })
     }
 
-    /// [`fingerprint`] of the parts of a model that the folder has: what else lies in it, a run of ours
-    /// for instance, is not the model.
+    /// [`fingerprint`] of the parts of a model that the folder has, without an adapter: what else lies in it, a run
+    /// of ours for instance, is not the model.
     ///
     /// # Errors
     /// If a file cannot be read.
@@ -109,6 +170,17 @@ impl Checkpoint {
             }
         }
         Ok(hash.hex())
+    }
+
+    /// [`fingerprint`] of the file of the adapter, with its strength.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn fingerprint_of_adapter(&self) -> Result<Option<String>> {
+        let of = |AdapterFile { path, strength }: &AdapterFile| {
+            Ok(format!("{} at strength {strength}", fingerprint(path)?))
+        };
+        self.adapter.as_ref().map(of).transpose()
     }
 }
 

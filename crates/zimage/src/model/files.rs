@@ -3,17 +3,41 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 use tch_training::files::write_json;
+use tch_training::lora::LayerNames;
 use tch_training::safetensors::{Weights, write_tensors};
 
 use crate::model::checkpoint::read_config;
 use crate::model::config::{CLASS_NAME, Config};
+use crate::model::quantization::{Storage, quantize};
 use crate::model::transformer::ZImageTransformer;
 
-/// The starts of layer names in files of adapters: as diffusers writes them, and as others do.
-pub const ADAPTER_PREFIXES: [&str; 2] = ["transformer.", "diffusion_model."];
+/// The names in files of adapters: as diffusers writes them, and as ComfyUI, kohya, peft and others do.
+pub const ADAPTER_NAMES: LayerNames<'_> = LayerNames {
+    prefixes: &[
+        ADAPTER_PREFIX,
+        "diffusion_model.",
+        "base_model.model.",
+        "lora_unet__",
+        "lora_unet_",
+        "lora_transformer_",
+        "",
+    ],
+    // Those of the model's first release, which ComfyUI has kept.
+    aliases: &[
+        ("attention.qkv", &["attention.to_q", "attention.to_k", "attention.to_v"]),
+        ("attention.out", &["attention.to_out.0"]),
+        ("attention.to_out", &["attention.to_out.0"]),
+        ("x_embedder", &["all_x_embedder.2-1"]),
+        ("final_layer.linear", &["all_final_layer.2-1.linear"]),
+        ("final_layer.adaLN_modulation.1", &["all_final_layer.2-1.adaLN_modulation.1"]),
+    ],
+};
+
+/// What diffusers writes before the names.
+pub const ADAPTER_PREFIX: &str = "transformer.";
 
 /// Stem of the weight files in a diffusers folder.
 const WEIGHTS: &str = "diffusion_pytorch_model";
@@ -44,14 +68,19 @@ impl ZImageTransformer {
     /// # Errors
     /// If a file cannot be read, or parameters are missing, unexpected or mis-shaped.
     pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
-        read_weights(folder, read_config(folder)?, kind, device, &mut |_, _| {})
+        let config = read_config(folder)?;
+        read_weights(folder, config, Storage::Full, (kind, device), &mut |_, _| {})
     }
 
     /// Writes `transformer/` of a diffusers folder.
     ///
     /// # Errors
-    /// If a file cannot be written.
+    /// If weights are kept in 8 bits, the model has an adapter apart, or a file cannot be written.
     pub fn save(&self, folder: &Path) -> Result<()> {
+        ensure!(
+            !self.is_quantized() && self.adapter().is_none(),
+            "a model in 8 bits or with an adapter apart is not written: files hold whole weights"
+        );
         let folder = folder.join("transformer");
         fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
         let mut config = serde_json::to_value(self.config())?;
@@ -66,13 +95,18 @@ impl ZImageTransformer {
 pub(super) fn read_weights(
     folder: &Path,
     config: Config,
-    kind: Kind,
-    device: Device,
+    storage: Storage,
+    (kind, device): (Kind, Device),
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<ZImageTransformer> {
     let weights = Weights::open(&folder.join("transformer"), WEIGHTS)?;
-    let parameters = weights.load(&config.parameters(), kind, device, progress)?;
-    ZImageTransformer::from_parameters(config, parameters)
+    let expected = config.parameters();
+    if storage == Storage::Full {
+        let parameters = weights.load(&expected, kind, device, progress)?;
+        return ZImageTransformer::from_parameters(config, parameters);
+    }
+    let parameters = weights.load_converted(&expected, kind, device, progress, quantize)?;
+    ZImageTransformer::from_quantized(config, parameters)
 }
 
 /// Compares names and shapes of the weights in `transformer/` of a folder with a config.

@@ -9,9 +9,12 @@ use tch_training::lora::LoraSettings;
 
 use crate::model::config::{Config, is_caption_side};
 use crate::model::grid::padded;
+use crate::model::quantization::{Storage, is_quantized};
 
 /// Bytes of a float32 number.
 const SINGLE: u64 = 4;
+/// Bytes of the scale of a row in 8 bits.
+const SCALE: u64 = 2;
 /// The name of the part for student and fake score.
 const GRADIENTS: &str = "gradients";
 
@@ -27,6 +30,8 @@ pub struct TrainingSetup<'a> {
     pub batch: i64,
     /// The dtype of the forward pass, and of the frozen weights.
     pub kind: Kind,
+    /// How the weights of the base are kept.
+    pub storage: Storage,
     /// Adapters over one base, or else a float32 copy of the model for each of the two, all of it trained
     /// but the caption side.
     pub lora: Option<&'a LoraSettings>,
@@ -76,9 +81,20 @@ impl MemoryPlan {
         // The float32 master of the call under way in the dtype of the pass; the pairs' casts belong to the
         // activations.
         let cast = if setup.lora.is_none() && width != SINGLE { all * width } else { 0 };
+        let base = match setup.storage {
+            Storage::Full => all * width,
+            Storage::Int8 => {
+                let rows = |(name, shape): &(String, Vec<i64>)| {
+                    if is_quantized(name) { shape[0] as u64 } else { 0 }
+                };
+                let rows: u64 = setup.config.parameters().iter().map(rows).sum();
+                let whole = counts(&|name| !is_quantized(name));
+                all - whole + rows * SCALE + whole * width
+            }
+        };
         let part = |name, bytes| Part { name, bytes };
         let parts = vec![
-            part("base weights", all * width),
+            part("base weights", base),
             part("student weights", copies * SINGLE),
             part("fake score weights", copies * SINGLE),
             part("cast of the weights in use", cast),
@@ -87,6 +103,7 @@ impl MemoryPlan {
             part("moving average", if setup.ema { copies * SINGLE } else { 0 }),
             // Student and fake score are never in a graph together.
             part("activations of one gradient call", activations.kept()),
+            part("weights made of 8 bits", activations.dequantized()),
             part("one block computed again", activations.recomputed()),
             part("workspace of one block", activations.workspace()),
         ];
@@ -242,6 +259,24 @@ impl<'a> Activations<'a> {
     fn recomputed(&self) -> u64 {
         let blocks = self.calls.iter().map(|call| self.block(call));
         if self.setup.checkpointing { blocks.max().unwrap_or(0) } else { 0 }
+    }
+
+    /// Bytes of the weights that are made of those in 8 bits and live together: a backward pass needs them again,
+    /// those of one block with checkpointing, else all; otherwise the largest.
+    fn dequantized(&self) -> u64 {
+        if self.setup.storage == Storage::Full {
+            return 0;
+        }
+        let parameters = self.setup.config.parameters();
+        let of = |block: &str| -> u64 {
+            let own = |name: &str| name.starts_with(&format!("{block}.")) && is_quantized(name);
+            let sizes = parameters.iter().filter(|(name, _)| own(name));
+            sizes.map(|(_, shape)| shape.iter().product::<i64>() as u64).sum()
+        };
+        let blocks = self.calls.iter().map(|call| of(&call.name));
+        let numbers =
+            if self.setup.checkpointing { blocks.max().unwrap_or(0) } else { blocks.sum() };
+        numbers * self.setup.width()
     }
 
     /// Gate, its activation, the up-projection and their product, and a few streams: the most that lives at

@@ -10,6 +10,8 @@ use tch_training::lora::{Dropout, Lora};
 /// Teacher, student and fake score are three roles of one model, which none of them changes.
 #[derive(Clone, Copy, Debug)]
 pub struct Role<'a> {
+    /// Of the model itself, below the role's own.
+    frozen: Option<&'a Lora>,
     lora: Option<&'a Lora>,
     dropout: Dropout,
     tape: Option<&'a Tape>,
@@ -17,7 +19,8 @@ pub struct Role<'a> {
 
 impl<'a> Role<'a> {
     /// The model's own weights.
-    pub const BASE: Role<'static> = Role { lora: None, dropout: Dropout::Off, tape: None };
+    pub const BASE: Role<'static> =
+        Role { frozen: None, lora: None, dropout: Dropout::Off, tape: None };
 
     /// The model with an adapter, without dropout.
     pub fn adapted(lora: &'a Lora) -> Self {
@@ -39,17 +42,15 @@ impl<'a> Role<'a> {
         self.tape
     }
 
-    pub(super) fn lora(self) -> Option<&'a Lora> {
-        self.lora
+    /// The same role over a model with a frozen adapter of its own.
+    pub(super) fn over(self, frozen: Option<&'a Lora>) -> Self {
+        Self { frozen, ..self }
     }
 
-    pub(super) fn dropout(self) -> Dropout {
-        self.dropout
-    }
-
-    /// The same role off its tape, with another handle on its adapter.
-    pub(super) fn off_tape(lora: Option<&'a Lora>, dropout: Dropout) -> Self {
-        Self { lora, dropout, tape: None }
+    /// What outlives the pass: handles on the adapters.
+    pub(super) fn kept(self) -> KeptRole {
+        let (frozen, lora) = (self.frozen.cloned(), self.lora.cloned());
+        KeptRole { frozen, lora, dropout: self.dropout }
     }
 
     /// Whether a pass draws random numbers.
@@ -57,11 +58,28 @@ impl<'a> Role<'a> {
         self.dropout == Dropout::On && self.lora.is_some_and(Lora::has_dropout)
     }
 
-    /// Adds the pair of a layer, if there is one, to what the layer makes of `x`.
-    pub(super) fn add_to(self, output: Tensor, layer: &str, x: &Tensor) -> Result<Tensor> {
+    /// Adds the pairs of a layer, if there are any, to what the layer makes of `x`.
+    pub(super) fn add_to(self, mut output: Tensor, layer: &str, x: &Tensor) -> Result<Tensor> {
+        if let Some(frozen) = self.frozen {
+            output = frozen.add_to(output, layer, x, Dropout::Off)?;
+        }
         Ok(match self.lora {
             Some(lora) => lora.add_to(output, layer, x, self.dropout)?,
             None => output,
         })
+    }
+}
+
+/// A role off its tape, with handles of its own on its adapters.
+pub(super) struct KeptRole {
+    frozen: Option<Lora>,
+    lora: Option<Lora>,
+    dropout: Dropout,
+}
+
+impl KeptRole {
+    pub(super) fn role(&self) -> Role<'_> {
+        let Self { frozen, lora, dropout } = self;
+        Role { frozen: frozen.as_ref(), lora: lora.as_ref(), dropout: *dropout, tape: None }
     }
 }

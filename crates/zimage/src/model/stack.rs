@@ -3,8 +3,8 @@
 use std::rc::Rc;
 
 use anyhow::Result;
-use tch::{Device, Kind, Tensor};
-use tch_training::seed::seed_of;
+use tch::Tensor;
+use tch_training::seed::{draw_seed, seed_of};
 
 use crate::model::blocks::Block;
 use crate::model::layout::Sequence;
@@ -23,13 +23,18 @@ pub(super) fn run_blocks(
     role: Role<'_>,
 ) -> Result<Tensor> {
     let count = blocks.len();
+    // Each block draws by a seed of its own, on a tape or not, so that both draw the same.
+    let seed = if role.draws() { Some(draw_seed()?) } else { None };
+    let seed = |index| seed.map(|seed| seed_of(seed, index as u64));
     // Without blocks there is nothing to keep, and the graph need not end.
     let Some(tape) = role.tape().filter(|_| count > 0) else {
         return blocks.iter().enumerate().try_fold(x, |x, (index, block)| {
+            if let Some(seed) = seed(index) {
+                tch::manual_seed(seed);
+            }
             block.forward(&x, &sequence, sequence.rows(index, count), time, role)
         });
     };
-    let seed = if role.draws() { Some(draw_seed()?) } else { None };
     let sequence = Rc::new(sequence);
     // Every block is given the time; its gradient goes on in one piece.
     let time = time.map(|time| tape.gather(time)).transpose()?;
@@ -38,22 +43,15 @@ pub(super) fn run_blocks(
         let time = time.as_ref().map(Tensor::shallow_clone);
         let inputs: Vec<Tensor> = [x].into_iter().chain(time).collect();
         let (blocks, sequence) = (blocks.clone(), sequence.clone());
-        let (lora, dropout) = (role.lora().cloned(), role.dropout());
+        let kept = role.kept();
         let block = move |inputs: &[Tensor]| {
-            let role = Role::off_tape(lora.as_ref(), dropout);
             let rows = sequence.rows(index, count);
-            blocks[index].forward(&inputs[0], &sequence, rows, inputs.get(1), role)
+            blocks[index].forward(&inputs[0], &sequence, rows, inputs.get(1), kept.role())
         };
-        x = match seed {
-            Some(seed) => tape.run_seeded(seed_of(seed, index as u64), &inputs, block)?,
+        x = match seed(index) {
+            Some(seed) => tape.run_seeded(seed, &inputs, block)?,
             None => tape.run(&inputs, block)?,
         };
     }
     Ok(x)
-}
-
-/// A number that follows from libtorch's generator, for what is to be drawn twice alike.
-fn draw_seed() -> Result<u64> {
-    let seed = Tensor::f_randint(i64::MAX, [1], (Kind::Int64, Device::Cpu))?;
-    Ok(seed.f_int64_value(&[0])? as u64)
 }

@@ -14,6 +14,7 @@ use crate::model::grid::{Grid, padded};
 use crate::model::layout::{
     Sequence, fill_padding, first_rows, join, longest, patchify, stack_tokens, unpatchify,
 };
+use crate::model::quantization::{Storage, quantize};
 use crate::model::role::Role;
 use crate::model::rope::RotaryCache;
 use crate::model::stack::run_blocks;
@@ -26,6 +27,8 @@ const FINAL_NORM_EPS: f64 = 1e-6;
 pub struct ZImageTransformer {
     config: Config,
     parameters: Parameters,
+    /// Frozen, and part of the model in all its roles.
+    adapter: Option<Lora>,
     patch_embedder: Linear,
     patch_padding: Tensor,
     caption_norm: RmsNorm,
@@ -49,10 +52,39 @@ impl ZImageTransformer {
         config.validate()?;
         let shapes = parameters.iter().map(|(name, tensor)| (name.as_str(), tensor.size()));
         check_shapes("the parameters", &config.parameters(), shapes)?;
-        Self::assemble(config, parameters, Rc::default())
+        Self::assemble(config, parameters, None, Rc::default())
     }
 
-    fn assemble(config: Config, parameters: Parameters, rotary: Rc<RotaryCache>) -> Result<Self> {
+    /// The same model with its weights kept as `storage` says. Tensors that stay as they are are shared.
+    ///
+    /// # Errors
+    /// If weights are kept in 8 bits already, or libtorch cannot allocate those.
+    pub fn stored(&self, storage: Storage) -> Result<Self> {
+        ensure!(!self.is_quantized(), "the weights are kept in 8 bits already");
+        if storage == Storage::Full {
+            return self.map(|tensor| Ok(tensor.shallow_clone()));
+        }
+        let mut parameters = Parameters::new();
+        for (name, tensor) in &self.parameters {
+            parameters.extend(quantize(name.clone(), tensor.shallow_clone())?);
+        }
+        Self::assemble(self.config.clone(), parameters, self.adapter.clone(), self.rotary.clone())
+    }
+
+    /// The model over parameters of which [`quantize`] has made those of some layers.
+    ///
+    /// # Errors
+    /// If a parameter is missing.
+    pub(super) fn from_quantized(config: Config, parameters: Parameters) -> Result<Self> {
+        Self::assemble(config, parameters, None, Rc::default())
+    }
+
+    fn assemble(
+        config: Config,
+        parameters: Parameters,
+        adapter: Option<Lora>,
+        rotary: Rc<RotaryCache>,
+    ) -> Result<Self> {
         let p = &parameters;
         let key = config.patch_key();
         let stack = |name: &str, count: i64, modulated: bool| -> Result<Rc<[Block]>> {
@@ -77,7 +109,32 @@ impl ZImageTransformer {
             rotary,
             config,
             parameters,
+            adapter,
         })
+    }
+
+    /// The same model with an adapter that belongs to it in all its roles, apart from the weights, which are shared:
+    /// what rounding a sum of both would lose stays. The pairs are kept as [`Lora::frozen`] makes them, in the
+    /// model's dtype.
+    ///
+    /// # Errors
+    /// If the model has one already, or libtorch cannot allocate the pairs.
+    pub fn with_adapter(&self, lora: &Lora, strength: f64) -> Result<Self> {
+        ensure!(self.adapter.is_none(), "the model has an adapter already");
+        let adapter = lora.frozen(strength, self.kind())?;
+        let handle = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.shallow_clone());
+        let parameters = self.parameters.iter().map(handle).collect();
+        Self::assemble(self.config.clone(), parameters, Some(adapter), self.rotary.clone())
+    }
+
+    /// The adapter that belongs to the model.
+    pub fn adapter(&self) -> Option<&Lora> {
+        self.adapter.as_ref()
+    }
+
+    /// Whether weights are kept in 8 bits.
+    pub fn is_quantized(&self) -> bool {
+        self.parameters.values().any(|tensor| tensor.kind() == Kind::Int8)
     }
 
     /// The model's shape.
@@ -108,22 +165,31 @@ impl ZImageTransformer {
         self.patch_padding.device()
     }
 
-    /// A deep copy outside any graph.
+    /// A deep copy outside any graph, with the model's own adapter in its weights.
     ///
     /// # Errors
-    /// If libtorch cannot allocate it.
+    /// If weights are kept in 8 bits, or libtorch cannot allocate the copy.
     pub fn duplicate(&self) -> Result<Self> {
         let _guard = tch::no_grad_guard();
-        self.map(|tensor| Ok(tensor.f_detach()?.copy()))
+        ensure!(!self.is_quantized(), "of a model in 8 bits there are no whole copies to train");
+        let mut copy = self.map(|tensor| Ok(tensor.f_detach()?.copy()))?;
+        if let Some(adapter) = copy.adapter.take() {
+            let parameters = adapter.merged(&copy.parameters, copy.device())?;
+            copy = Self::from_parameters(copy.config, parameters)?;
+        }
+        Ok(copy)
     }
 
-    /// The same model in another dtype. Gradients flow back to `self`, so that a float32 master can
-    /// be trained through a bfloat16 forward pass.
+    /// The same model in another dtype; weights of 8 bits stay. Gradients flow back to `self`, so that a float32
+    /// master can be trained through a bfloat16 forward pass.
     ///
     /// # Errors
     /// If libtorch cannot convert.
     pub fn cast(&self, kind: Kind) -> Result<Self> {
-        self.map(|tensor| Ok(tensor.f_to_kind(kind)?))
+        self.map(|tensor| {
+            let is_whole = tensor.f_kind()? != Kind::Int8;
+            Ok(if is_whole { tensor.f_to_kind(kind)? } else { tensor.shallow_clone() })
+        })
     }
 
     fn map(&self, convert: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
@@ -132,15 +198,19 @@ impl ZImageTransformer {
             .iter()
             .map(|(name, tensor)| Ok((name.clone(), convert(tensor)?)))
             .collect::<Result<_>>()?;
-        Self::assemble(self.config.clone(), parameters, self.rotary.clone())
+        let adapter = self.adapter.clone();
+        Self::assemble(self.config.clone(), parameters, adapter, self.rotary.clone())
     }
 
-    /// The model with the adapter's pairs added to its weights, in its dtype and on `device`. Tensors without a
-    /// pair are shared with this one.
+    /// The model with the pairs of `lora` and of its own adapter added to its weights, in its dtype and on `device`.
+    /// Tensors without a pair are shared with this one.
     ///
     /// # Errors
-    /// If the adapter was made for a model of another shape.
+    /// If the adapter was made for a model of another shape, or weights are kept in 8 bits.
     pub fn merged(&self, lora: &Lora, device: Device) -> Result<Self> {
+        ensure!(!self.is_quantized(), "an adapter is not merged into weights of 8 bits");
+        let joined = self.adapter.as_ref().map(|adapter| adapter.joined(lora)).transpose()?;
+        let lora = joined.as_ref().unwrap_or(lora);
         Self::from_parameters(self.config.clone(), lora.merged(&self.parameters, device)?)
     }
 
@@ -183,6 +253,7 @@ impl ZImageTransformer {
         counts: &[i64],
         role: Role<'_>,
     ) -> Result<Tensor> {
+        let role = role.over(self.adapter.as_ref());
         let features =
             stack_tokens(captions)?.f_to_device(self.device())?.f_to_kind(self.kind())?;
         let normed = self.caption_norm.forward(&features)?;
@@ -320,6 +391,7 @@ impl ZImageTransformer {
             items.len(),
             t.size()
         );
+        let role = role.over(self.adapter.as_ref());
         let tables = items
             .iter()
             .map(|(grid, length)| self.rotary.get(&self.config, *length, *grid, self.device()))

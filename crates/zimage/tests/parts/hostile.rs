@@ -16,7 +16,7 @@ use zimage::Config;
 use zimage::autoencoder::AutoencoderConfig;
 use zimage::distil::{SavedRecipe, write_curves};
 use zimage::emoji::EmojiData;
-use zimage::model::{ADAPTER_PREFIXES, Checkpoint};
+use zimage::model::{ADAPTER_NAMES, Checkpoint};
 use zimage::text::{FeatureCache, PromptTokenizer, Qwen3Encoder, read_prompts};
 
 use super::common::small_pipeline::copy as copy_folder;
@@ -166,7 +166,7 @@ fn tensors() -> Result<()> {
     let config = Config::load(&reference("pipeline/transformer/config.json"))?;
     let layers = config.linears();
     attack("adapter", &path, || {
-        Ok(Lora::load(&path, &layers, &ADAPTER_PREFIXES, Device::Cpu).map(|_| ())?)
+        Ok(Lora::load(&path, &layers, ADAPTER_NAMES, Device::Cpu).map(|_| ())?)
     })?;
     attack("weights", &path, || {
         Ok(Weights::open_file(&path).and_then(|weights| weights.all()).map(|_| ())?)

@@ -1,5 +1,6 @@
 //! The parts of Z-Image one by one, on small models.
 
+mod base;
 #[path = "../common/mod.rs"]
 mod common;
 mod features;

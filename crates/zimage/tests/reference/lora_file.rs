@@ -8,7 +8,7 @@ use tch_training::Parameters;
 use tch_training::lora::Lora;
 use tch_training::safetensors::{read_tensors, write_tensors};
 use tempfile::tempdir;
-use zimage::model::ADAPTER_PREFIXES;
+use zimage::model::{ADAPTER_NAMES, ADAPTER_PREFIX};
 use zimage::{Config, Role, ZImageTransformer};
 
 use super::common::small_model::{
@@ -33,7 +33,7 @@ fn a_file_of_diffusers_gives_the_outputs_of_diffusers() -> Result<()> {
     };
     let model = model(Kind::Float)?;
     let path = reference.join("pytorch_lora_weights.safetensors");
-    let lora = Lora::load(&path, &model.config().linears(), &ADAPTER_PREFIXES, Device::Cpu)?;
+    let lora = Lora::load(&path, &model.config().linears(), ADAPTER_NAMES, Device::Cpu)?;
     assert_eq!(lora.pairs().len(), 28);
     for (role, name) in [(Role::BASE, "base"), (Role::adapted(&lora), "adapted")] {
         assert_float32(&inputs.run(&model, role)?, &case, name);
@@ -55,7 +55,7 @@ fn a_saved_adapter_and_a_merged_model_give_the_same_outputs() -> Result<()> {
     let lora = Lora::new(&model.config().linears(), &every_linear(), Device::Cpu)?;
     fill(&lora)?;
     let path = folder.join("lora.safetensors");
-    lora.save(&path, ADAPTER_PREFIXES[0])?;
+    lora.save(&path, ADAPTER_PREFIX)?;
     let (base, adapted) =
         (inputs.run(&model, Role::BASE)?, inputs.run(&model, Role::adapted(&lora))?);
 
@@ -68,7 +68,7 @@ fn a_saved_adapter_and_a_merged_model_give_the_same_outputs() -> Result<()> {
     assert_eq!(max_difference(up, &(&pair.up * 2.0)), 0.0);
     assert_eq!(tensors[&format!("{module}.lora_A.weight")], pair.down.detach());
 
-    let loaded = Lora::load(&path, &model.config().linears(), &ADAPTER_PREFIXES, Device::Cpu)?;
+    let loaded = Lora::load(&path, &model.config().linears(), ADAPTER_NAMES, Device::Cpu)?;
     let again = inputs.run(&model, Role::adapted(&loaded))?;
     let exact = exact(&model, &lora)?;
     assert_rounding("loaded", &adapted, &again, &exact);
@@ -129,7 +129,7 @@ fn files_of_other_programs_load_with_their_scale() -> Result<()> {
     let path = folder.join("other.safetensors");
     let output = |tensors: &Parameters| -> Result<Tensor> {
         write_tensors(&path, tensors)?;
-        let loaded = Lora::load(&path, &model.config().linears(), &ADAPTER_PREFIXES, Device::Cpu)?;
+        let loaded = Lora::load(&path, &model.config().linears(), ADAPTER_NAMES, Device::Cpu)?;
         inputs.run(&model, Role::adapted(&loaded))
     };
     for prefix in ["diffusion_model.", "transformer."] {
@@ -163,7 +163,7 @@ fn files_of_other_programs_load_with_their_scale() -> Result<()> {
             [&length, &header[..], &rest[u64::from_le_bytes(plain[..8].try_into()?) as usize..]]
                 .concat(),
         )?;
-        Ok(Lora::load(&path, &model.config().linears(), &ADAPTER_PREFIXES, Device::Cpu)?)
+        Ok(Lora::load(&path, &model.config().linears(), ADAPTER_NAMES, Device::Cpu)?)
     };
     let loaded = with_metadata(&plain, r#"{"transformer.r": 3, "transformer.lora_alpha": 6}"#)?;
     let found = inputs.run(&model, Role::adapted(&loaded))?;
@@ -222,38 +222,37 @@ fn files_that_do_not_fit_are_refused() -> Result<()> {
         ("layers.9.attention.to_q.lora_A.weight belongs to no linear layer", &|p| {
             p.insert("transformer.layers.9.attention.to_q.lora_A.weight".into(), zeros(&[3, 24]));
         }),
-        // diffusers loads nothing from names without a prefix.
-        ("layers.0.attention.to_k.lora_A.weight belongs to no linear layer", &|p| {
-            p.insert("layers.0.attention.to_k.lora_A.weight".into(), zeros(&[3, 24]));
+        ("is there twice", &|p| {
+            p.insert("layers.0.attention.to_q.lora_A.weight".into(), zeros(&[3, 24]));
         }),
         ("to_q.lora_A.weight holds numbers that are not finite", &|p| {
             p.insert(down.clone(), zeros(&[3, 24]).log());
         }),
         ("has an alpha but no", &|p| {
-            p.insert("diffusion_model.layers.9.attention.to_q.alpha".into(), zeros(&[]));
+            p.insert("diffusion_model.t_embedder.mlp.2.alpha".into(), zeros(&[]));
         }),
     ];
     for (expected, change) in cases {
         let mut parameters = whole()?;
         change(&mut parameters);
         write_tensors(&path, &parameters)?;
-        let error = Lora::load(&path, &config.linears(), &ADAPTER_PREFIXES, Device::Cpu)
-            .expect_err(expected);
+        let error =
+            Lora::load(&path, &config.linears(), ADAPTER_NAMES, Device::Cpu).expect_err(expected);
         let error = format!("{:#}", anyhow::Error::from(error));
         assert!(error.contains(expected) && error.contains("broken.safetensors"), "{error}");
     }
     write_tensors(&path, &Parameters::new())?;
     assert!(
-        Lora::load(&path, &config.linears(), &ADAPTER_PREFIXES, Device::Cpu).is_err(),
+        Lora::load(&path, &config.linears(), ADAPTER_NAMES, Device::Cpu).is_err(),
         "an empty file"
     );
     std::fs::write(&path, "not a safetensors file")?;
-    assert!(Lora::load(&path, &config.linears(), &ADAPTER_PREFIXES, Device::Cpu).is_err());
+    assert!(Lora::load(&path, &config.linears(), ADAPTER_NAMES, Device::Cpu).is_err());
     assert!(
         Lora::load(
             &folder.join("absent.safetensors"),
             &config.linears(),
-            &ADAPTER_PREFIXES,
+            ADAPTER_NAMES,
             Device::Cpu
         )
         .is_err()

@@ -107,8 +107,14 @@ fn adapters_are_trained_over_one_base_and_the_same_with_checkpointing() -> Resul
     for ((name, one), (_, two)) in student.iter().zip(&same_student) {
         assert_eq!(max_difference(one, two), 0.0, "{name}");
     }
-    let (dropped, _) = run(false, 0.5)?;
+    let (dropped, student) = run(false, 0.5)?;
     assert_ne!(records, dropped);
+    // What is dropped does not depend on it either.
+    let (same_dropped, same_student) = run(true, 0.5)?;
+    assert_eq!(dropped, same_dropped);
+    for ((name, one), (_, two)) in student.iter().zip(&same_student) {
+        assert_eq!(max_difference(one, two), 0.0, "{name}");
+    }
     Ok(())
 }
 
