@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use tch_training::run::Progress;
 use tch_training::safetensors::{read_tensors, write_tensors};
 use zimage::Config;
 use zimage::distil::{ADAPTER, Preset, RoleWeights, SavedRecipe, Start, open_states, save_student};
-use zimage::model::Pipeline;
+use zimage::model::Checkpoint;
 
 use super::commands::{self, advice};
 use super::common::small_pipeline::{SIDE, Workplace, copy};
@@ -56,22 +56,23 @@ const TRAINING: [&str; 22] = [
 
 fn arguments(place: &Workplace, more: &[&str]) -> Vec<String> {
     let prompts = place.0.path().join("prompts.txt").display().to_string();
-    let training = [&TRAINING[..], &["--prompt-file", &prompts], more].concat();
-    command_line(place, &training)
+    // Of options that are given twice, clap wants one.
+    let plain = [&TRAINING[..], &["--prompt-file", &prompts]].concat();
+    let mut training = Vec::new();
+    let mut rest = plain.iter().peekable();
+    while let Some(option) = rest.next() {
+        let value = rest.next_if(|next| !next.starts_with("--"));
+        if !more.contains(option) {
+            training.extend([Some(option), value].into_iter().flatten());
+        }
+    }
+    command_line(place, &[&training[..], more].concat())
 }
 
 /// What a training in `place` is told.
 pub fn training_options(place: &Workplace, more: &[&str]) -> Result<Options> {
     use clap::Parser as _;
-    // Of options that are given twice, clap wants one.
-    let mut arguments = arguments(place, &[]);
-    for pair in more.chunks(2) {
-        match arguments.iter().position(|argument| argument == pair[0]) {
-            Some(place) => pair[1].clone_into(&mut arguments[place + 1]),
-            None => arguments.extend(pair.iter().map(|argument| (*argument).to_owned())),
-        }
-    }
-    Ok(Options::try_parse_from(arguments)?)
+    Ok(Options::try_parse_from(arguments(place, more))?)
 }
 
 /// Not a test: the process that the tests below start, which trains.
@@ -100,9 +101,19 @@ pub fn training(place: &Workplace, more: &[&str]) -> Result<Command> {
     Ok(command)
 }
 
-fn train(place: &Workplace, more: &[&str]) -> Result<()> {
+pub fn train(place: &Workplace, more: &[&str]) -> Result<()> {
     let output = training(place, more)?.output()?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// Waits until a process has made a file, or has ended.
+pub fn wait_for(process: &mut Child, path: &Path) -> Result<()> {
+    let start = Instant::now();
+    while !path.exists() && process.try_wait()?.is_none() {
+        ensure!(start.elapsed() < PATIENCE, "no {} in {PATIENCE:?}", path.display());
+        sleep(Duration::from_millis(1));
+    }
     Ok(())
 }
 
@@ -123,7 +134,7 @@ pub fn images(place: &Workplace, more: &[&str]) -> Result<Tensor> {
 }
 
 /// The first picture of a file, `top` pixels below its edge.
-fn first_picture(path: &Path, top: u32) -> Result<Vec<u8>> {
+pub fn first_picture(path: &Path, top: u32) -> Result<Vec<u8>> {
     let picture = image::open(path)?.to_rgb8();
     let side = SIDE as u32;
     Ok(image::imageops::crop_imm(&picture, 0, top, side, side).to_image().into_raw())
@@ -198,14 +209,9 @@ fn a_killed_training_ends_in_the_same_student_whose_files_draw_what_it_drew() ->
     let mut kills = 0;
     for number in 1..=3 {
         let mut child = training(&other, &[])?.stderr(Stdio::null()).spawn()?;
-        let state = other.out().join(format!("state/{number:06}"));
-        let start = Instant::now();
-        while !state.exists() && child.try_wait()?.is_none() && start.elapsed() < PATIENCE {
-            sleep(Duration::from_millis(1));
-        }
+        wait_for(&mut child, &other.out().join(format!("state/{number:06}")))?;
         child.kill()?;
         kills += u32::from(!child.wait()?.success());
-        ensure!(start.elapsed() < PATIENCE, "no state in {PATIENCE:?}");
     }
     assert!(kills > 1, "only {kills} processes were killed");
     assert!(!other.out().join("student").exists(), "nothing was left to go on with");
