@@ -82,6 +82,7 @@ pub fn training<'a>(arm: &'a Arm, seed: u64, material: &'a Material<'a>) -> Resu
         decay: Decay::None,
         ema: arm.ema,
         adapter: None,
+        fake_adapter: None,
         checkpointing: false,
         seed,
     };

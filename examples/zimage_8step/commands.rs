@@ -67,7 +67,8 @@ pub fn advice(error: &Error) -> Option<&'static str> {
         return Some("Use its options, another --out, or --fresh, which forgets it");
     }
     error.is::<FinishedRun>().then_some(
-        "Sample from it with --sample, name another --out, or write over it with --fresh",
+        "Sample from it with --sample, train it further with more --updates, name another --out, or write over \
+         it with --fresh",
     )
 }
 

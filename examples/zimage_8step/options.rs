@@ -9,14 +9,18 @@ use serde::de::DeserializeOwned;
 use tch::Kind;
 use tch_training::lora::LoraSettings;
 use zimage::device::DeviceChoice;
-use zimage::distil::{Intervals, Preset, Recipe, SavedRecipe, Start};
+use zimage::distil::{Decay, Intervals, Preset, Recipe, SavedRecipe, Start};
 use zimage::model::{BLOCK_LINEARS, Checkpoint, Storage};
 
 /// The model of this repository.
 pub const TEACHER: &str = "assets/teacher";
 
 /// The options that only training looks at.
-const OF_TRAINING: [&str; 29] = [
+const OF_TRAINING: [&str; 33] = [
+    "guidance_rescale",
+    "guidance_interval",
+    "decay",
+    "fake_rank",
     "teacher_lora",
     "classifier",
     "save_every",
@@ -131,6 +135,18 @@ pub struct Options {
     /// Guidance scale to bake in, alpha in null + alpha (cond - null)
     #[arg(long, value_parser = parse_guidance, help_heading = "Recipe")]
     pub guidance: Option<Guidance>,
+    /// Bring the guided output of the teacher to the norm of the conditional one, as Qwen-Image does
+    #[arg(long, help_heading = "Recipe")]
+    pub guidance_rescale: bool,
+    /// Bake guidance in at times from LOW to HIGH alone, 0 being noise and 1 data
+    #[arg(
+        long,
+        value_name = "LOW,HIGH",
+        value_delimiter = ',',
+        num_args = 2,
+        help_heading = "Recipe"
+    )]
+    pub guidance_interval: Option<Vec<f64>>,
     /// Shift of the noise levels at which distribution matching looks at the samples
     #[arg(long, value_parser = parse_shift, help_heading = "Recipe")]
     pub dm_shift: Option<Shift>,
@@ -158,6 +174,9 @@ pub struct Options {
     /// Updates over which the student's learning rate rises
     #[arg(long, help_heading = "Recipe")]
     pub warmup: Option<u64>,
+    /// How that learning rate falls: last-third, linear, cosine or none
+    #[arg(long, value_parser = by_name::<Decay>, help_heading = "Recipe")]
+    pub decay: Option<Decay>,
     /// Decay of the moving average of the student's weights
     #[arg(long, help_heading = "Recipe")]
     pub ema: Option<f64>,
@@ -167,6 +186,9 @@ pub struct Options {
     /// Alpha of the adapters, whose updates are scaled by alpha / rank; the rank by default
     #[arg(long, help_heading = "Recipe")]
     pub alpha: Option<f64>,
+    /// Rank of the fake score's adapter, and its alpha; those of the student by default
+    #[arg(long, help_heading = "Recipe")]
+    pub fake_rank: Option<i64>,
     /// Linear layers to adapt, by the end of their name, with commas between
     #[arg(long, value_delimiter = ',', help_heading = "Recipe")]
     pub targets: Option<Vec<String>>,
@@ -387,6 +409,12 @@ impl Options {
         let mut recipe = self.preset.unwrap_or(default).recipe(shift)?;
         set(&mut recipe.schedule, &self.schedule);
         set(&mut recipe.guidance, &self.guidance);
+        if self.guidance_rescale {
+            recipe.guidance = recipe.guidance.rescaled();
+        }
+        if let Some([low, high]) = self.guidance_interval.as_deref() {
+            recipe.guidance = recipe.guidance.within(*low, *high)?;
+        }
         set(&mut recipe.dm_shift, &self.dm_shift);
         set(&mut recipe.transition, &self.transition);
         set(&mut recipe.steps, &self.steps);
@@ -397,6 +425,7 @@ impl Options {
         set(&mut recipe.student.learning_rate, &self.student_lr);
         set(&mut recipe.fake.learning_rate, &self.fake_lr);
         set(&mut recipe.warmup, &self.warmup);
+        set(&mut recipe.decay, &self.decay);
         set(&mut recipe.ema, &self.ema);
         set(&mut recipe.checkpointing, &self.checkpointing);
         if let Some(rank) = self.rank {
@@ -411,10 +440,18 @@ impl Options {
                 set(&mut adapter.alpha, &self.alpha);
                 set(&mut adapter.targets, &self.targets);
                 set(&mut adapter.dropout, &self.dropout);
+                recipe.fake_adapter = self.fake_rank.map(|rank| LoraSettings {
+                    rank,
+                    alpha: rank as f64,
+                    ..adapter.clone()
+                });
             }
             None => ensure!(
-                self.alpha.is_none() && self.targets.is_none() && self.dropout.is_none(),
-                "--alpha, --targets and --dropout are about adapters: give their --rank"
+                self.alpha.is_none()
+                    && self.targets.is_none()
+                    && self.dropout.is_none()
+                    && self.fake_rank.is_none(),
+                "--alpha, --targets, --dropout and --fake-rank are about adapters: give their --rank"
             ),
         }
         recipe.seed = self.seed;

@@ -7,14 +7,18 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use decoupled_dmd::Shift;
 use tch::{Device, Kind, Tensor};
 use tch_c10d::Launch;
 use tch_training::Parameters;
+use tch_training::files::write_json;
 use tch_training::lora::LoraSettings;
 use tch_training::run::Progress;
 use tch_training::safetensors::{read_tensors, write_tensors};
 use zimage::Config;
-use zimage::distil::{ADAPTER, Preset, RoleWeights, SavedRecipe, Start, open_states, save_student};
+use zimage::distil::{
+    ADAPTER, Preset, Recipe, RoleWeights, SavedRecipe, Start, open_states, save_student,
+};
 use zimage::model::Checkpoint;
 
 use super::commands::{self, advice};
@@ -170,7 +174,7 @@ fn a_killed_training_ends_in_the_same_student_whose_files_draw_what_it_drew() ->
     {
         assert!(place.out().join(name).exists(), "{name}");
     }
-    assert!(!place.out().join("state").exists());
+    assert!(place.out().join("state").exists(), "there is nothing to go on from");
     // Students on the way are there too, and others.
     let earlier = read_tensors(&place.out().join("student-000002").join(ADAPTER))?;
     assert!(earlier.keys().eq(found.keys()) && earlier != found);
@@ -255,8 +259,8 @@ fn two_processes_do_not_share_a_folder() -> Result<()> {
     let place = Workplace::new()?;
     let options = parsed(&place, &[])?;
     fs::create_dir_all(&options.out)?;
-    let identity = serde_json::json!({});
-    let open = || open_states(&options.out, &identity, Start::Resume);
+    let (recipe, beside) = (recipe(&options)?, serde_json::json!({}));
+    let open = || open_states(&options.out, (&recipe, &beside), Start::Resume);
     let (_states, lock) = open()?;
     let error = message(open(), "a second process");
     assert!(error.contains("another process is at work in"), "{error}");
@@ -270,21 +274,55 @@ fn a_finished_run_is_not_written_over_by_its_own_command() -> Result<()> {
     let place = Workplace::new()?;
     let options = parsed(&place, &[])?;
     fs::create_dir_all(&options.out)?;
+    let (recipe, beside) = (recipe(&options)?, serde_json::json!({}));
     let report = options.out.join("report.json");
-    fs::write(&report, "{}")?;
-    let identity = serde_json::json!({});
-    let open = |start| open_states(&options.out, &identity, start);
+    let finished = || write_json(&report, &serde_json::json!({ "recipe": recipe }));
+    finished()?;
+    let open = |start| open_states(&options.out, (&recipe, &beside), start);
     let error = open(Start::Resume).err().context("a finished run was accepted")?;
-    assert!(error.to_string().contains("is finished"), "{error}");
+    assert!(error.to_string().contains("is finished, after 3000 updates"), "{error}");
     assert!(advice(&error).is_some_and(|advice| advice.contains("--fresh")));
-    // Killed at its end, before the state was removed, a run goes on, and so does one begun anew.
     let (mut states, lock) = open(parsed(&place, &["--fresh"])?.start())?;
     assert!(!report.exists());
-    states.save(&Parameters::new(), Progress::default())?;
-    fs::write(&report, "{}")?;
     drop(lock);
-    let _ = open(Start::Resume)?;
+    // With more updates it goes on, if its state is there.
+    let more = Recipe { updates: 3001, ..recipe.clone() };
+    let go_on = || open_states(&options.out, (&more, &beside), Start::Resume);
+    finished()?;
+    let error = message(go_on(), "a run without a state");
+    assert!(error.contains("its state is gone"), "{error}");
+    states.save(&Parameters::new(), Progress::default())?;
+    let _ = go_on()?;
+    assert!(message(open(Start::Resume), "a finished run").contains("is finished"));
+    let other = Recipe { batch: 5, ..more };
+    let error = open_states(&options.out, (&other, &beside), Start::Resume);
+    let error = message(error, "another run");
+    assert!(error.contains("batch is 4 there and 5 here"), "{error}");
     Ok(())
+}
+
+/// Trained on with more updates, a finished run is the run of so many updates, where the rate does not depend on
+/// their number.
+#[test]
+fn a_finished_run_goes_on_with_more_updates() -> Result<()> {
+    let (whole, parts) = (Workplace::new()?, Workplace::new()?);
+    let run = |place: &Workplace, updates: &str| {
+        train(place, &["--decay", "none", "--updates", updates, "--save-every", "0"])
+    };
+    run(&whole, "4")?;
+    run(&parts, "2")?;
+    let half = student(&parts)?;
+    run(&parts, "4")?;
+    assert_eq!(student(&parts)?, student(&whole)?);
+    assert!(half != student(&parts)?);
+    let read = |place: &Workplace| fs::read_to_string(place.out().join("report.json"));
+    assert!(read(&parts)?.contains("\"updates\": 4"));
+    Ok(())
+}
+
+/// The recipe of a training with these options.
+pub fn recipe(options: &Options) -> Result<Recipe> {
+    options.recipe(Preset::ZImage8Step, Shift::new(6.0)?)
 }
 
 /// The message of an error, with all its causes.
@@ -315,7 +353,7 @@ fn what_is_wrong_is_named() -> Result<()> {
         (&[&file[..], &["--alpha", "0"]].concat(), "alpha must be positive, found 0"),
         (
             &[&file[..], &["--rank", "0", "--float32", "--alpha", "1"]].concat(),
-            "--alpha, --targets and --dropout are about adapters",
+            "--alpha, --targets, --dropout and --fake-rank are about adapters",
         ),
         (&[&file[..], &["--dropout", "1.5"]].concat(), "dropout must be in [0, 1), found 1.5"),
         (&[&file[..], &["--batch", "0"]].concat(), "--batch must be at least 1"),

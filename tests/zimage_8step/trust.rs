@@ -14,7 +14,7 @@ use super::commands::way_on;
 use super::common::small_pipeline::Workplace;
 use super::common::{max_difference, reference, seeded};
 use super::parsed;
-use super::released::{images, message, training_options};
+use super::released::{images, message, recipe, training_options};
 use super::run;
 
 /// Rewrites a file of tensors.
@@ -53,7 +53,8 @@ fn what_begins_anew_leaves_no_student_of_the_run_before() -> Result<()> {
     for file in files.into_iter().chain(["notes.txt"]) {
         fs::write(out.join(file), "")?;
     }
-    let _ = open_states(&out, &serde_json::json!({}), Start::Fresh)?;
+    let recipe = recipe(&parsed(&place, &[])?)?;
+    let _ = open_states(&out, (&recipe, &serde_json::json!({})), Start::Fresh)?;
     for name in made.into_iter().chain(files) {
         assert!(!out.join(name).exists(), "{name}");
     }

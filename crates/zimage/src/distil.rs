@@ -41,7 +41,7 @@ pub use role_trainer::RoleTrainer;
 pub use rollout::{Captions, Rollout};
 pub use sampling::Sampling;
 pub use saved_student::{
-    ADAPTER, FinishedRun, REPORT, SavedRecipe, Start, open_states, save_student,
+    ADAPTER, FinishedRun, REPORT, SavedRecipe, Start, open_states, save_student, states_stay,
 };
 pub use stream::Stream;
 pub use student::StudentWeights;

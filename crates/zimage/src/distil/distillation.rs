@@ -14,7 +14,7 @@ use crate::distil::fake_score::FakeScore;
 use crate::distil::processes::Processes;
 use crate::distil::prompts::{Buckets, Prompts};
 use crate::distil::readings::Readings;
-use crate::distil::recipe::{Decay, Recipe};
+use crate::distil::recipe::Recipe;
 use crate::distil::rollout::{Captions, Rollout};
 use crate::distil::stream::Stream;
 use crate::distil::student::{Student, StudentWeights};
@@ -91,7 +91,8 @@ impl<'a, T: Terms> Distillation<'a, T> {
         begin(recipe.seed, Stream::Adapters);
         let adapter = recipe.adapter.as_ref();
         let student = Student::new(teacher, adapter, recipe.student, &terms)?;
-        let fake = || FakeScore::new(teacher, adapter, recipe.fake, recipe.steps);
+        let of_fake = recipe.adapter_of_fake();
+        let fake = || FakeScore::new(teacher, of_fake, recipe.fake, recipe.steps);
         Ok(Self {
             teacher,
             prompts,
@@ -273,17 +274,11 @@ impl<'a, T: Terms> Distillation<'a, T> {
         }
     }
 
-    /// Linear warm-up, constant, and the decay of the recipe.
+    /// Linear warm-up, and the decay of the recipe.
     fn learning_rate_factor(&self) -> f64 {
         let Recipe { warmup, updates, decay, .. } = self.recipe;
         let warm = (self.update + 1) as f64 / warmup.max(1) as f64;
-        let left = match decay {
-            Decay::LastThird => {
-                updates.saturating_sub(self.update) as f64 / (updates / 3).max(1) as f64
-            }
-            Decay::None => 1.0,
-        };
-        warm.min(left).min(1.0)
+        warm.min(decay.left(self.update, updates)).min(1.0)
     }
 
     fn train_student(

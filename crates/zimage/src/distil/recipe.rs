@@ -10,14 +10,18 @@ use tch_training::lora::LoraSettings;
 
 use crate::model::{Config, Storage, is_caption_side};
 
-/// How the learning rate of the student ends.
+/// How the learning rate of the student falls after its warm-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Decay {
-    /// It falls linearly to zero over the last third of the updates, which takes the noise of single updates
-    /// out of the result.
+    /// It stays, and falls linearly to zero over the last third of the updates, which takes the noise of single
+    /// updates out of the result.
     #[default]
     LastThird,
+    /// It falls linearly to zero over all updates.
+    Linear,
+    /// It falls to zero as half a cosine over all updates.
+    Cosine,
     /// It stays.
     None,
 }
@@ -25,6 +29,18 @@ pub enum Decay {
 impl Decay {
     fn is_default(&self) -> bool {
         *self == Self::default()
+    }
+
+    /// The share of the learning rate that is left at an update, of so many.
+    pub(super) fn left(self, update: u64, updates: u64) -> f64 {
+        let rest = updates.saturating_sub(update) as f64;
+        let all = updates.max(1) as f64;
+        match self {
+            Self::LastThird => (rest / (updates / 3).max(1) as f64).min(1.0),
+            Self::Linear => rest / all,
+            Self::Cosine => 0.5 - 0.5 * (std::f64::consts::PI * rest / all).cos(),
+            Self::None => 1.0,
+        }
     }
 }
 
@@ -58,6 +74,9 @@ pub struct Recipe {
     pub ema: f64,
     /// Student and fake score as adapters of the teacher, or else as copies of it.
     pub adapter: Option<LoraSettings>,
+    /// The fake score's adapter, where it is not like the student's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fake_adapter: Option<LoraSettings>,
     /// Whether blocks are computed again in the backward pass, which saves memory.
     pub checkpointing: bool,
     pub seed: u64,
@@ -80,6 +99,15 @@ impl Recipe {
                     .to_owned(),
             );
         }
+        if let (Some(student), Some(fake)) = (&self.adapter, &self.fake_adapter)
+            && fake.rank < student.rank
+        {
+            cautions.push(format!(
+                "the fake score has rank {} and the student {}: a fake score that cannot follow the student shows \
+                 distribution matching the wrong way",
+                fake.rank, student.rank
+            ));
+        }
         if self.guidance.is_neutral() {
             cautions.push(
                 "guidance 1 is neutral: CFG Augmentation, the engine, is zero, and the student learns no guidance"
@@ -94,6 +122,26 @@ impl Recipe {
         for caution in self.cautions() {
             eprintln!("warning: {caution}");
         }
+    }
+
+    /// The settings of the fake score's adapter.
+    pub fn adapter_of_fake(&self) -> Option<&LoraSettings> {
+        self.fake_adapter.as_ref().or(self.adapter.as_ref())
+    }
+
+    /// What the learning rate of the student does, for people.
+    pub fn described_learning_rate(&self) -> String {
+        let Self { warmup, updates, .. } = self;
+        let rate = self.student.learning_rate;
+        let end = match self.decay {
+            Decay::LastThird => {
+                format!("stays, and falls linearly to zero over the last third of {updates}")
+            }
+            Decay::Linear => format!("falls linearly to zero over {updates}"),
+            Decay::Cosine => format!("falls to zero as half a cosine over {updates}"),
+            Decay::None => format!("stays up to {updates}"),
+        };
+        format!("The student's learning rate rises to {rate} over {warmup} updates and {end}")
     }
 
     /// Refuses whole copies of a base in 8 bits, which cannot be trained.
@@ -113,11 +161,12 @@ impl Recipe {
     /// # Errors
     /// Says what is wrong with its settings.
     pub fn check_adapter(&self, config: &Config) -> Result<()> {
-        let Some(adapter) = &self.adapter else { return Ok(()) };
-        ensure!(
-            adapter.adapted(&config.linears())?.iter().any(|(name, _)| !is_caption_side(name)),
-            "targets name layers of the caption side alone, which is encoded once and stays as it is"
-        );
+        for adapter in self.adapter.iter().chain(&self.fake_adapter) {
+            ensure!(
+                adapter.adapted(&config.linears())?.iter().any(|(name, _)| !is_caption_side(name)),
+                "targets name layers of the caption side alone, which is encoded once and stays as it is"
+            );
+        }
         Ok(())
     }
 }
@@ -246,6 +295,7 @@ fn embedded(shift: Shift) -> Result<Recipe> {
         decay: Decay::LastThird,
         ema: 0.95,
         adapter: None,
+        fake_adapter: None,
         checkpointing: false,
         seed: 0,
     })
@@ -286,6 +336,7 @@ fn released(shift: Shift, steps: usize) -> Result<Recipe> {
             targets: [&targets[..], &more].concat(),
             dropout: 0.0,
         }),
+        fake_adapter: None,
         checkpointing: true,
         seed: 0,
     })

@@ -24,7 +24,7 @@ use crate::distil::recipe::Recipe;
 use crate::distil::renderer::{Renderer, draw_noise, latent_size};
 use crate::distil::sampling::Sampling;
 use crate::distil::saved_student::{
-    ADAPTER, REPORT, SavedRecipe, Start, open_states, save_student,
+    ADAPTER, REPORT, SavedRecipe, Start, open_states, save_student, states_stay,
 };
 use crate::distil::training_loop::{Ending, Intervals, Outcome, Preview, train_student};
 use crate::distil::weights::{Network, RoleWeights};
@@ -69,6 +69,7 @@ pub fn plan(
         kind,
         storage,
         lora: recipe.adapter.as_ref(),
+        fake_lora: recipe.fake_adapter.as_ref(),
         checkpointing: recipe.checkpointing,
         encodes_captions: false,
         ema: true,
@@ -79,7 +80,8 @@ pub fn plan(
 /// that go with it: at most, for what has no gradient is not exchanged.
 pub fn exchanged(plan: &MemoryPlan, config: &Config, recipe: &Recipe) -> u64 {
     let steps = recipe.steps as u64 * config.dim as u64 * 4;
-    plan.gradients() * (1 + recipe.fake_updates) + steps * recipe.fake_updates
+    let [student, fake] = plan.gradients;
+    student + (fake + steps) * recipe.fake_updates
 }
 
 fn check_kind(kind: Kind, recipe: &Recipe) -> Result<()> {
@@ -151,8 +153,7 @@ pub fn train(
         create_folder(out)?;
     }
     let fingerprint_of_teacher = checkpoint.fingerprint()?;
-    let identity = json!({
-        "recipe": recipe,
+    let beside = json!({
         "size": side,
         "float32": kind == Kind::Float,
         "teacher": fingerprint_of_teacher,
@@ -160,7 +161,7 @@ pub fn train(
         "base": checkpoint.storage(),
         "data": fingerprint(&training.prompt_file)?,
     });
-    let open = || open_states(out, &identity, training.start);
+    let open = || open_states(out, (recipe, &beside), training.start);
     let mut states = processes.is_first().then(open).transpose()?;
     if processes.is_first() {
         println!(
@@ -171,6 +172,7 @@ pub fn train(
             prompts.len(),
             processes.described()
         );
+        println!("{}", recipe.described_learning_rate());
     }
 
     let cache =
@@ -216,13 +218,11 @@ pub fn train(
     let Outcome::Finished { history, seconds } = outcome else {
         return Ok(Ending::Interrupted(distillation.updates()));
     };
-    let Some((mut states, _lock)) = states else { return Ok(Ending::Finished) };
+    let Some((_states, _lock)) = states else { return Ok(Ending::Finished) };
 
     let student = out.join("student");
     keep(&student, &distillation.student_weights().role, training.merge)?;
     write_curves(&out.join("curves.svg"), &history)?;
-    let report = json!({ "recipe": recipe, "training_seconds": seconds, "prompts": prompts.len() });
-    write_json(&out.join(REPORT), &report)?;
     println!("\nTraining {seconds:.0} s; the student is in {}", student.display());
     let many_steps = Sampling {
         steps: TEACHER_STEPS,
@@ -237,7 +237,10 @@ pub fn train(
     let path = out.join("samples.png");
     write_comparison(&path, &[&many, &few], &columns, &captions, Sheet::LARGE)?;
     println!("Teacher and student side by side in {}", path.display());
-    states.remove()?;
+    // Last, as it says that the run is finished.
+    let report = json!({ "recipe": recipe, "training_seconds": seconds, "prompts": prompts.len() });
+    write_json(&out.join(REPORT), &report)?;
+    println!("{}", states_stay(out));
     Ok(Ending::Finished)
 }
 

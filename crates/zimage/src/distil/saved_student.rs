@@ -4,9 +4,9 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tch::{Device, Kind};
 use tch_training::files::{create_folder, read_json, write_json};
 use tch_training::parameters::is_finite;
@@ -133,34 +133,73 @@ pub enum Start {
 #[derive(Debug)]
 pub struct FinishedRun {
     folder: PathBuf,
+    updates: u64,
 }
 
 impl fmt::Display for FinishedRun {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the run in {} is finished", self.folder.display())
+        let Self { folder, updates } = self;
+        write!(f, "the run in {} is finished, after {updates} updates", folder.display())
     }
 }
 
 impl std::error::Error for FinishedRun {}
 
-/// Where the state of the run in the folder `out` is kept; finds an unfinished run of the same `identity`: the
-/// recipe, and whatever else decides the numbers.
+/// What of a report says how far its run went.
+#[derive(Deserialize)]
+struct Reported {
+    recipe: ReportedRecipe,
+}
+
+#[derive(Deserialize)]
+struct ReportedRecipe {
+    updates: u64,
+}
+
+/// Where the state of the run in the folder `out` is kept; finds a run of the same `identity`: the recipe, and
+/// whatever else decides the numbers, but for the number of updates. One that is finished goes on if more updates
+/// are asked for.
 ///
 /// # Errors
-/// If the unfinished run there is another one, or one that is still going on; [`FinishedRun`].
-pub fn open_states(out: &Path, identity: &Value, start: Start) -> Result<(StateFolder, Lock)> {
+/// If the run there is another one, or one that is still going on; if it should go on and its state is gone;
+/// [`FinishedRun`].
+pub fn open_states(
+    out: &Path,
+    (recipe, beside): (&Recipe, &Value),
+    start: Start,
+) -> Result<(StateFolder, Lock)> {
+    let mut identity = json!({ "recipe": recipe, "beside": beside });
+    if let Some(recipe) = identity["recipe"].as_object_mut() {
+        let _ = recipe.remove("updates");
+    }
     let lock = Lock::take(out)?;
     let (folder, report) = (out.join("state"), out.join(REPORT));
     if start == Start::Fresh {
-        let states = StateFolder::open_fresh(&folder, identity)?;
+        let states = StateFolder::open_fresh(&folder, &identity)?;
         remove_results(out)?;
         return Ok((states, lock));
     }
-    let states = StateFolder::open(&folder, identity)?;
-    if !states.is_unfinished() && report.exists() {
-        bail!(FinishedRun { folder: out.to_owned() });
+    let states = StateFolder::open(&folder, &identity)?;
+    if report.exists() {
+        let Reported { recipe: ReportedRecipe { updates } } = read_json(&report)?;
+        ensure!(recipe.updates > updates, FinishedRun { folder: out.to_owned(), updates });
+        ensure!(
+            states.is_unfinished(),
+            "the run in {} cannot go on after its {updates} updates: its state is gone from {}",
+            out.display(),
+            folder.display()
+        );
     }
     Ok((states, lock))
+}
+
+/// What is said of the state of a finished run.
+pub fn states_stay(out: &Path) -> String {
+    let folder = out.join("state");
+    format!(
+        "The same command with more --updates goes on from {}; without need of that, delete the folder",
+        folder.display()
+    )
 }
 
 /// Removes what an earlier run has made in a folder, so that nothing is taken for the work of the next.

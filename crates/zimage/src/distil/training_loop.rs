@@ -216,7 +216,10 @@ pub fn train_student<'s, T: Terms>(
         if let Some((name, value)) = record.iter().find(|(_, value)| !value.is_finite()) {
             return Err(anyhow!("training broke down: {name} is {value}")).with_context(kept);
         }
-        if of("ca") == 0.0 && !distillation.recipe().guidance.is_neutral() {
+        let guidance = distillation.recipe().guidance;
+        // Within an interval, a batch may lie outside.
+        let must_guide = !guidance.is_neutral() && guidance.interval().is_none();
+        if of("ca") == 0.0 && must_guide {
             return Err(anyhow!(
                 "CFG Augmentation is exactly zero: the teacher answers with and without the caption alike. Are \
                  the features of the captions, or the weights that read them, zero?"

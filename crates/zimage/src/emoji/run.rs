@@ -14,7 +14,8 @@ use tch_training::run::fingerprint;
 
 use crate::distil::{
     Distillation, Ending, Intervals, Network, Outcome, Preview, Processes, REPORT, Recipe,
-    Sampling, SavedRecipe, Start, denoiser, open_states, save_student, train_student, write_curves,
+    Sampling, SavedRecipe, Start, denoiser, open_states, save_student, states_stay, train_student,
+    write_curves,
 };
 use crate::emoji::classifier::Classifier;
 use crate::emoji::evaluation::{Evaluator, Row};
@@ -152,14 +153,13 @@ pub fn train(
     recipe.print_cautions();
     create_folder(out)?;
     let fingerprint_of_teacher = checkpoint.fingerprint()?;
-    let identity = json!({
-        "recipe": recipe,
+    let beside = json!({
         "teacher": fingerprint_of_teacher,
         "teacher_adapter": checkpoint.fingerprint_of_adapter()?,
         "base": checkpoint.storage(),
         "data": fingerprint(&training.data)?,
     });
-    let (mut states, _lock) = open_states(out, &identity, training.start)?;
+    let (mut states, _lock) = open_states(out, (recipe, &beside), training.start)?;
 
     let threads = tch::get_num_threads();
     println!(
@@ -168,6 +168,7 @@ pub fn train(
         checkpoint.described_finetuning(),
         processes.described()
     );
+    println!("{}", recipe.described_learning_rate());
     let start = Instant::now();
     let run = |steps, guidance, transition| Sampling { steps, guidance, transition };
     let teacher_guidance = training.teacher_guidance;
@@ -259,7 +260,7 @@ pub fn train(
         summary,
     };
     write_json(&out.join(REPORT), &report)?;
-    states.remove()?;
+    println!("{}", states_stay(out));
     Ok(Ending::Finished)
 }
 

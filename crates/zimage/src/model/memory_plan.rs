@@ -15,8 +15,6 @@ use crate::model::quantization::{Storage, is_quantized};
 const SINGLE: u64 = 4;
 /// Bytes of the scale of a row in 8 bits.
 const SCALE: u64 = 2;
-/// The name of the part for student and fake score.
-const GRADIENTS: &str = "gradients";
 
 /// A training of student and fake score against a frozen teacher.
 #[derive(Clone, Debug)]
@@ -35,6 +33,8 @@ pub struct TrainingSetup<'a> {
     /// Adapters over one base, or else a float32 copy of the model for each of the two, all of it trained
     /// but the caption side.
     pub lora: Option<&'a LoraSettings>,
+    /// The adapter of the fake score, where it is not like the student's.
+    pub fake_lora: Option<&'a LoraSettings>,
     /// Whether blocks keep their inputs alone.
     pub checkpointing: bool,
     /// Whether captions are encoded in the call that is trained, and not beforehand.
@@ -55,6 +55,8 @@ pub struct Part {
 #[derive(Clone, Debug)]
 pub struct MemoryPlan {
     pub parts: Vec<Part>,
+    /// Bytes of the gradients of student and fake score.
+    pub gradients: [u64; 2],
 }
 
 impl MemoryPlan {
@@ -71,13 +73,18 @@ impl MemoryPlan {
             kept.map(|(_, shape)| shape.iter().product::<i64>() as u64).sum()
         };
         let all = counts(&|_| true);
-        let (copies, trained) = match setup.lora {
-            Some(settings) => {
-                let count = pairs(setup.config, settings)?;
-                (count, count)
-            }
-            None => (all, counts(&|name| setup.encodes_captions || !is_caption_side(name))),
+        let weights = |adapter: Option<&LoraSettings>| -> Result<(u64, u64)> {
+            Ok(match adapter {
+                Some(settings) => {
+                    let count = pairs(setup.config, settings)?;
+                    (count, count)
+                }
+                None => (all, counts(&|name| setup.encodes_captions || !is_caption_side(name))),
+            })
         };
+        let (student, trained_student) = weights(setup.lora)?;
+        let (fake, trained_fake) = weights(setup.fake_lora.or(setup.lora))?;
+        let trained = trained_student + trained_fake;
         // The float32 master of the call under way in the dtype of the pass; the pairs' casts belong to the
         // activations.
         let cast = if setup.lora.is_none() && width != SINGLE { all * width } else { 0 };
@@ -95,26 +102,20 @@ impl MemoryPlan {
         let part = |name, bytes| Part { name, bytes };
         let parts = vec![
             part("base weights", base),
-            part("student weights", copies * SINGLE),
-            part("fake score weights", copies * SINGLE),
+            part("student weights", student * SINGLE),
+            part("fake score weights", fake * SINGLE),
             part("cast of the weights in use", cast),
-            part(GRADIENTS, 2 * trained * SINGLE),
-            part("AdamW moments", 2 * trained * 2 * SINGLE),
-            part("moving average", if setup.ema { copies * SINGLE } else { 0 }),
+            part("gradients", trained * SINGLE),
+            part("AdamW moments", trained * 2 * SINGLE),
+            part("moving average", if setup.ema { student * SINGLE } else { 0 }),
             // Student and fake score are never in a graph together.
             part("activations of one gradient call", activations.kept()),
             part("weights made of 8 bits", activations.dequantized()),
             part("one block computed again", activations.recomputed()),
             part("workspace of one block", activations.workspace()),
         ];
-        Ok(Self { parts })
-    }
-
-    /// The bytes of the gradients of one role.
-    pub fn gradients(&self) -> u64 {
-        let part = self.parts.iter().find(|part| part.name == GRADIENTS);
-        // Of two roles.
-        part.map_or(0, |part| part.bytes / 2)
+        let gradients = [trained_student, trained_fake].map(|trained| trained * SINGLE);
+        Ok(Self { parts, gradients })
     }
 
     /// The sum of all parts. What the driver and the allocator keep for themselves comes on top: two to
