@@ -48,7 +48,10 @@ fn main() -> Result<()> {
     let prompts = read_prompts(&arguments.prompts)?;
     println!("Encoding {} prompts on {device:?} in {kind:?}", prompts.len());
     let out = &arguments.out;
-    FeatureCache::encode_observed(out, &arguments.model, (kind, device), &prompts)?;
+    let texts = prompts.iter().map(|prompt| prompt.text.as_str());
+    let negatives = prompts.iter().filter_map(|prompt| prompt.negative.as_deref());
+    let all: Vec<&str> = texts.chain(negatives).chain([""]).collect();
+    FeatureCache::encode_observed(out, &arguments.model, (kind, device), &all)?;
     println!("Features of {} prompts and of the empty one in {}", prompts.len(), out.display());
     Ok(())
 }

@@ -128,6 +128,7 @@ fn train_released(options: &Options, device: Device, launch: &Launch) -> Result<
     let device = own_device(&group, device)?;
     let training = released::Training {
         prompt_file,
+        negative_prompt: options.negative_prompt.clone().unwrap_or_default(),
         out: options.out.clone(),
         features: options.features.clone().unwrap_or_else(|| options.out.join("features")),
         side: options.size.unwrap_or(released::SIDE),

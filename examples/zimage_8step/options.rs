@@ -16,7 +16,8 @@ use zimage::model::{BLOCK_LINEARS, Checkpoint, Storage};
 pub const TEACHER: &str = "assets/teacher";
 
 /// The options that only training looks at.
-const OF_TRAINING: [&str; 33] = [
+const OF_TRAINING: [&str; 34] = [
+    "negative_prompt",
     "guidance_rescale",
     "guidance_interval",
     "decay",
@@ -199,9 +200,13 @@ pub struct Options {
     #[arg(long, help_heading = "Recipe")]
     pub checkpointing: Option<bool>,
 
-    /// Text file in UTF-8, a prompt a line, to train on; needed
+    /// File in UTF-8 with a prompt a line to train on: text, or in a .jsonl file objects with "prompt" and, if
+    /// wanted, "negative"; needed
     #[arg(long, value_name = "FILE", help_heading = "Released checkpoints")]
     pub prompt_file: Option<PathBuf>,
+    /// What the teacher is guided away from, where a prompt has no "negative" of its own; nothing by default
+    #[arg(long, value_name = "PROMPT", help_heading = "Released checkpoints")]
+    pub negative_prompt: Option<String>,
     /// Where the features of the prompts are kept; OUT/features by default
     #[arg(long, value_name = "DIR", help_heading = "Released checkpoints")]
     pub features: Option<PathBuf>,
@@ -367,6 +372,7 @@ impl Options {
     pub fn refuse_released(&self) -> Result<()> {
         for (option, is_given) in [
             ("prompt-file", self.prompt_file.is_some()),
+            ("negative-prompt", self.negative_prompt.is_some()),
             ("features", self.features.is_some()),
             ("size", self.size.is_some()),
             ("float32", self.float32),

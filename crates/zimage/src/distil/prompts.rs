@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use decoupled_dmd::Condition;
 use tch::{Device, Kind, Tensor};
 
@@ -12,17 +12,19 @@ use crate::model::padded;
 /// Most tokens that go through the caption side at once.
 const TOKENS: i64 = 8192;
 
-/// Encoded captions and the encoded empty caption.
+/// Encoded captions, and encoded null captions: the empty one, or negative ones.
 ///
-/// Each caption keeps its own padded length. A batch is of one length: with unequal ones it would need
-/// a mask, which the fast attention kernels do not take, and padding more than the model does would
-/// change its output. [`Buckets`] and [`Prompts::batches`] make such batches.
+/// Each caption keeps its own padded length. A batch is of one length, and so are its null captions: with unequal
+/// ones it would need a mask, which the fast attention kernels do not take, and padding more than the model does
+/// would change its output. [`Buckets`] and [`Prompts::batches`] make such batches.
 #[derive(Debug)]
 pub struct Prompts {
     /// `[L_i, D]` each. On the CPU, as thousands of captions of a large model are gigabytes.
     captions: Vec<Tensor>,
-    /// `[1, L, D]`.
-    empty: Tensor,
+    /// `[1, L_i, D]` each, where conditions are wanted.
+    nulls: Vec<Tensor>,
+    /// The null caption of each caption, by its index; the first for all where there is one.
+    null_of: Option<Vec<usize>>,
     /// Where conditions are wanted.
     device: Device,
 }
@@ -63,16 +65,44 @@ impl Prompts {
         ensure!(!captions.is_empty(), "there are no captions");
         Ok(Self {
             captions: captions.into_iter().collect::<Option<_>>().context("a caption was lost")?,
-            empty: network
-                .model
-                .encode_captions(std::slice::from_ref(empty), network.role)
-                .context("the features of the empty caption")?,
+            nulls: vec![encode_null(network, empty)?],
+            null_of: None,
             device: network.model.device(),
         })
     }
 
-    /// The conditions of the captions at `items`, which must be of one padded length, and as many times
-    /// the null condition, whose length may be another.
+    /// The same captions with null captions of their own, made of `nulls`, the features `[L_i, F]` of each;
+    /// `null_of` has the index of each caption's.
+    ///
+    /// # Errors
+    /// If features do not fit the model, there are not as many indices as captions, or one is out of range.
+    pub fn with_nulls<'n>(
+        self,
+        network: impl Into<Network<'n>>,
+        nulls: &[Tensor],
+        null_of: Vec<usize>,
+    ) -> Result<Self> {
+        let _guard = tch::no_grad_guard();
+        let network = network.into();
+        ensure!(
+            null_of.len() == self.captions.len(),
+            "{} captions need as many null captions, found {}",
+            self.captions.len(),
+            null_of.len()
+        );
+        if let Some(index) = null_of.iter().find(|index| **index >= nulls.len()) {
+            bail!("there is no null caption {index}, there are {}", nulls.len());
+        }
+        let encode = |null| encode_null(network, null);
+        Ok(Self {
+            nulls: nulls.iter().map(encode).collect::<Result<_>>()?,
+            null_of: Some(null_of),
+            ..self
+        })
+    }
+
+    /// The conditions of the captions at `items`, which must be of one padded length, and the null condition of
+    /// each, which are of one length too, that may be another.
     ///
     /// # Errors
     /// If there are no items, an index is out of range, or lengths differ.
@@ -80,7 +110,7 @@ impl Prompts {
         let lengths = self.positions(items)?;
         ensure!(
             lengths.len() == 1,
-            "a batch needs captions of one padded length, found {:?}",
+            "a batch needs captions of one padded length, and null captions too, found {:?}",
             lengths.keys()
         );
         let captions: Vec<&Tensor> =
@@ -88,7 +118,14 @@ impl Prompts {
         let captions = Tensor::f_stack(&captions, 0)?;
         // Not waited for: libtorch reads the captions before it returns.
         let captions = captions.f_to_device_(self.device, captions.f_kind()?, true, false)?;
-        let null = self.empty.f_expand([items.len() as i64, -1, -1], false)?;
+        let nulls: Vec<&Tensor> =
+            items.iter().map(|item| self.null(*item)).collect::<Result<_>>()?;
+        let is_one = nulls.windows(2).all(|pair| std::ptr::eq(pair[0], pair[1]));
+        let null = if is_one {
+            nulls[0].f_expand([items.len() as i64, -1, -1], false)?
+        } else {
+            Tensor::f_cat(&nulls, 0)?
+        };
         Ok((captions.into(), null.into()))
     }
 
@@ -115,13 +152,23 @@ impl Prompts {
         Ok(Buckets(groups.values().map(items_at).collect()))
     }
 
-    /// Positions in `items` by the padded length of their captions.
-    fn positions(&self, items: &[i64]) -> Result<BTreeMap<i64, Vec<i64>>> {
-        let mut groups: BTreeMap<i64, Vec<i64>> = BTreeMap::new();
+    /// Positions in `items` by the padded length of their captions and of the null captions.
+    fn positions(&self, items: &[i64]) -> Result<BTreeMap<[i64; 2], Vec<i64>>> {
+        let mut groups: BTreeMap<_, Vec<i64>> = BTreeMap::new();
         for (position, item) in (0..).zip(items) {
-            groups.entry(self.caption(*item)?.size()[0]).or_default().push(position);
+            let lengths = [self.caption(*item)?.size()[0], self.null(*item)?.size()[1]];
+            groups.entry(lengths).or_default().push(position);
         }
         Ok(groups)
+    }
+
+    /// The null caption of a caption, `[1, L, D]`.
+    fn null(&self, item: i64) -> Result<&Tensor> {
+        let of = |of: &Vec<usize>| usize::try_from(item).ok().and_then(|i| of.get(i).copied());
+        let index = self.null_of.as_ref().map_or(Some(0), of);
+        index.and_then(|index| self.nulls.get(index)).with_context(|| {
+            format!("there is no caption {item}, there are {}", self.captions.len())
+        })
     }
 
     fn caption(&self, item: i64) -> Result<&Tensor> {
@@ -129,6 +176,14 @@ impl Prompts {
             format!("there is no caption {item}, there are {}", self.captions.len())
         })
     }
+}
+
+/// A null caption by its features `[L, F]`, as `[1, L, D]`.
+fn encode_null(network: Network<'_>, features: &Tensor) -> Result<Tensor> {
+    network
+        .model
+        .encode_captions(std::slice::from_ref(features), network.role)
+        .context("the features of the empty or a negative caption")
 }
 
 /// Encodes captions of one padded length and puts them where they belong.

@@ -30,7 +30,7 @@ use crate::distil::training_loop::{Ending, Intervals, Outcome, Preview, train_st
 use crate::distil::weights::{Network, RoleWeights};
 use crate::model::{ADAPTER_NAMES, Checkpoint, Config, MemoryPlan, Role, Storage, TrainingSetup};
 use crate::picture::{Sheet, write_comparison, write_grid};
-use crate::text::{FeatureCache, MAX_TOKENS, TextEncoder, read_prompts};
+use crate::text::{FeatureCache, MAX_TOKENS, Prompt, TextEncoder, read_prompts};
 
 /// Side of the pictures in pixels where nothing else is said.
 pub const SIDE: i64 = 1024;
@@ -95,8 +95,10 @@ fn check_kind(kind: Kind, recipe: &Recipe) -> Result<()> {
 /// A training of a released model, beside its recipe.
 #[derive(Clone, Debug)]
 pub struct Training {
-    /// A text file with a prompt a line.
+    /// A file with a prompt a line, see [`read_prompts`].
     pub prompt_file: PathBuf,
+    /// The condition of the null branch for prompts without one of their own; empty for none.
+    pub negative_prompt: String,
     /// Where results go.
     pub out: PathBuf,
     /// Where the features of the prompts are kept.
@@ -159,6 +161,7 @@ pub fn train(
         "teacher": fingerprint_of_teacher,
         "teacher_adapter": checkpoint.fingerprint_of_adapter()?,
         "base": checkpoint.storage(),
+        "negative_prompt": training.negative_prompt,
         "data": fingerprint(&training.prompt_file)?,
     });
     let open = || open_states(out, (recipe, &beside), training.start);
@@ -175,12 +178,26 @@ pub fn train(
         println!("{}", recipe.described_learning_rate());
     }
 
-    let cache =
-        FeatureCache::encode_observed(&training.features, folder, (kind, device), &prompts)?;
+    let negative =
+        |prompt: &Prompt| prompt.negative.clone().unwrap_or(training.negative_prompt.clone());
+    let mut nulls: Vec<String> = prompts.iter().map(negative).collect();
+    let null_of = prompts.iter().map(negative);
+    nulls.sort_unstable();
+    nulls.dedup();
+    let null_of = null_of.filter_map(|null| nulls.binary_search(&null).ok()).collect();
+    let texts = prompts.iter().map(|prompt| &prompt.text);
+    let all: Vec<&str> = texts.chain(&nulls).map(String::as_str).collect();
+    let cache = FeatureCache::encode_observed(&training.features, folder, (kind, device), &all)?;
     let teacher = checkpoint.load_observed(kind, device)?;
-    let features = prompts.iter().map(|prompt| cache.get(prompt));
-    let encoded = Prompts::from_features(&teacher.transformer, features, &cache.get("")?)?;
-    let captions: Vec<&str> = prompts.iter().take(PICTURED).map(String::as_str).collect();
+    let features = prompts.iter().map(|prompt| cache.get(&prompt.text));
+    let nulls = nulls.iter().map(|null| cache.get(null)).collect::<Result<Vec<_>>>()?;
+    let encoded = Prompts::from_features(&teacher.transformer, features, &nulls[0])?.with_nulls(
+        &teacher.transformer,
+        &nulls,
+        null_of,
+    )?;
+    let captions: Vec<&str> =
+        prompts.iter().take(PICTURED).map(|prompt| prompt.text.as_str()).collect();
     let noise = draw_noise(recipe.seed, captions.len(), size)?;
     let renderer = Renderer::new(folder, &teacher, &encoded, recipe.seed, noise);
 

@@ -1,10 +1,8 @@
 //! Caption features on disk, so that a training needs no text encoder in memory.
 
-use std::collections::HashSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 use tch_training::Parameters;
@@ -22,32 +20,6 @@ use crate::text::tokenizer::{MAX_TOKENS, frame};
 const MANIFEST: &str = "features.json";
 /// Counts up when entries are laid out or made in another way.
 const FORMAT: u32 = 1;
-
-/// The prompts of a text file in UTF-8, one a line. Space around them is dropped, and so are blank
-/// lines and whatever occurred before.
-///
-/// # Errors
-/// If the file cannot be read, is not UTF-8, or holds no prompt.
-pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
-    let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
-    let text = match std::str::from_utf8(&bytes) {
-        Ok(text) => text,
-        Err(error) => {
-            let line =
-                bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count() + 1;
-            bail!("{}: line {line} is not UTF-8", path.display());
-        }
-    };
-    let mut seen = HashSet::new();
-    // Some editors put a byte order mark first, which is not part of the prompt.
-    let lines = text.strip_prefix('\u{feff}').unwrap_or(text).lines().map(str::trim);
-    let prompts: Vec<String> = lines
-        .filter(|prompt| !prompt.is_empty() && seen.insert(*prompt))
-        .map(str::to_owned)
-        .collect();
-    ensure!(!prompts.is_empty(), "{} holds no prompts; one a line is expected", path.display());
-    Ok(prompts)
-}
 
 /// What all entries of a cache have in common.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -85,8 +57,7 @@ impl FeatureCache {
         Ok(Self { folder: folder.into(), manifest })
     }
 
-    /// Adds to the cache in `folder`, which is made where there is none, the features of `prompts` and
-    /// of the empty prompt, by the text encoder of the diffusers folder `model` in `kind`. Entries that
+    /// Adds to the cache in `folder`, which is made where there is none, the features of `prompts`, by the text encoder of the diffusers folder `model` in `kind`. Entries that
     /// are there already stay, so that an interrupted run goes on where it was; broken ones are made
     /// anew. The encoder is loaded only if something is to be made. Runs may share a folder: one encodes at a
     /// time, and the others wait for it.
@@ -99,7 +70,7 @@ impl FeatureCache {
         folder: &Path,
         model: &Path,
         (kind, device): (Kind, Device),
-        prompts: &[String],
+        prompts: &[&str],
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self> {
         let key = encoder_key(model, kind)?;
@@ -126,8 +97,7 @@ impl FeatureCache {
             let encoder = encoder.insert(TextEncoder::load(model, kind, device)?);
             Self::create(folder, Manifest { format: FORMAT, encoder: key, width: encoder.width() })?
         };
-        let all: Vec<&str> = prompts.iter().map(String::as_str).chain([""]).collect();
-        for (done, prompt) in (1..).zip(&all) {
+        for (done, prompt) in (1..).zip(prompts) {
             if cache.get(prompt).is_err() {
                 let encoder = match &mut encoder {
                     Some(encoder) => encoder,
@@ -135,7 +105,7 @@ impl FeatureCache {
                 };
                 cache.put(prompt, &encoder.encode(&[prompt])?[0])?;
             }
-            progress(done, all.len());
+            progress(done, prompts.len());
         }
         Ok(cache)
     }
@@ -148,9 +118,9 @@ impl FeatureCache {
         folder: &Path,
         model: &Path,
         place: (Kind, Device),
-        prompts: &[String],
+        prompts: &[&str],
     ) -> Result<Self> {
-        let length = prompts.len() as u64 + 1;
+        let length = prompts.len() as u64;
         let bar = progress_bar(Some(length), "{pos}/{len} prompts encoded, {eta} left")?;
         let cache = Self::encode(folder, model, place, prompts, &mut |done, _| {
             bar.set_position(done as u64);

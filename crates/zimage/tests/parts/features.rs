@@ -12,7 +12,7 @@ use tch_training::safetensors::{read_tensors, write_tensors};
 use tempfile::tempdir;
 use zimage::distil::{Prompts, denoiser};
 use zimage::model::padded;
-use zimage::text::{FeatureCache, TextEncoder, encoder_key, read_prompts};
+use zimage::text::{FeatureCache, Prompt, TextEncoder, encoder_key, read_prompts};
 use zimage::{Config, Role, ZImageTransformer};
 
 use super::common::narrow::narrow;
@@ -28,12 +28,11 @@ fn refusal<T>(result: Result<T>) -> String {
     format!("{:#}", result.err().expect("a refusal"))
 }
 
-fn prompts() -> Vec<String> {
-    ["A red fox.", "雪", "Snow on the hills."].map(str::to_owned).to_vec()
-}
+/// The last is that of the null branch.
+const PROMPTS: [&str; 4] = ["A red fox.", "雪", "Snow on the hills.", ""];
 
 fn encode(folder: &Path) -> Result<FeatureCache> {
-    FeatureCache::encode(folder, &model(), CPU, &prompts(), &mut |_, _| {})
+    FeatureCache::encode(folder, &model(), CPU, &PROMPTS, &mut |_, _| {})
 }
 
 /// Entries with the times of their last change.
@@ -53,14 +52,14 @@ fn features_are_kept_as_the_encoder_made_them() -> Result<()> {
     let folder = tempdir()?;
     let folder = folder.path();
     let mut calls = Vec::new();
-    let (kind, all) = ((Kind::BFloat16, Device::Cpu), prompts());
-    FeatureCache::encode(folder, &model(), kind, &all, &mut |done, of| calls.push((done, of)))?;
+    let kind = (Kind::BFloat16, Device::Cpu);
+    FeatureCache::encode(folder, &model(), kind, &PROMPTS, &mut |done, of| calls.push((done, of)))?;
     assert_eq!(calls, [(1, 4), (2, 4), (3, 4), (4, 4)]);
 
     let cache = FeatureCache::open(folder)?;
     let encoder = TextEncoder::load(&model(), Kind::BFloat16, Device::Cpu)?;
     assert_eq!(cache.width(), encoder.width());
-    for prompt in all.iter().map(String::as_str).chain([""]) {
+    for prompt in PROMPTS {
         let (found, expected) = (cache.get(prompt)?, &encoder.encode(&[prompt])?[0]);
         assert_eq!((found.kind(), found.size()), (Kind::BFloat16, expected.size()));
         assert_eq!(max_difference(&found, expected), 0.0);
@@ -75,7 +74,7 @@ fn an_interrupted_run_goes_on_and_broken_entries_are_made_anew() -> Result<()> {
     let folder = tempdir()?;
     let cache = encode(folder.path())?;
     let before: Vec<Tensor> =
-        prompts().iter().map(|prompt| cache.get(prompt)).collect::<Result<_>>()?;
+        PROMPTS[..3].iter().map(|prompt| cache.get(prompt)).collect::<Result<_>>()?;
     let files = entries(folder.path());
     assert_eq!(files.len(), 4);
 
@@ -88,10 +87,8 @@ fn an_interrupted_run_goes_on_and_broken_entries_are_made_anew() -> Result<()> {
     write_tensors(&files[2].0, &tensors)?;
     // What a crash in the middle of writing leaves behind.
     fs::write(files[0].0.with_extension("safetensors.partial"), "half")?;
-    let broken: Vec<String> = prompts()
+    let broken: Vec<String> = PROMPTS
         .iter()
-        .map(String::as_str)
-        .chain([""])
         .filter_map(|prompt| cache.get(prompt).err())
         .map(|error| format!("{error:#}"))
         .collect();
@@ -100,7 +97,7 @@ fn an_interrupted_run_goes_on_and_broken_entries_are_made_anew() -> Result<()> {
     assert!(broken.iter().any(|text| text.contains("is broken; encoding")), "{broken:?}");
 
     let cache = encode(folder.path())?;
-    for (prompt, before) in prompts().iter().zip(before) {
+    for (prompt, before) in PROMPTS[..3].iter().zip(before) {
         assert_eq!(max_difference(&cache.get(prompt)?, &before), 0.0);
     }
     assert!(cache.get("").is_ok());
@@ -118,9 +115,9 @@ fn entries_that_were_mixed_up_are_refused() -> Result<()> {
     for (file, _) in &files[1..] {
         fs::copy(&files[0].0, file)?;
     }
-    let refusals = prompts().iter().filter_map(|prompt| cache.get(prompt).err()).count();
+    let refusals = PROMPTS[..3].iter().filter_map(|prompt| cache.get(prompt).err()).count();
     assert!(refusals >= 2, "one file at most is of its own prompt");
-    let refusal = refusal(prompts().iter().try_for_each(|prompt| cache.get(prompt).map(drop)));
+    let refusal = refusal(PROMPTS[..3].iter().try_for_each(|prompt| cache.get(prompt).map(drop)));
     assert!(refusal.contains("of another prompt"), "{refusal}");
     Ok(())
 }
@@ -131,7 +128,7 @@ fn another_encoder_does_not_add_to_a_cache() -> Result<()> {
     let cache = cache.path();
     encode(cache)?;
     let other = (Kind::BFloat16, Device::Cpu);
-    let refused = refusal(FeatureCache::encode(cache, &model(), other, &prompts(), &mut |_, _| {}));
+    let refused = refusal(FeatureCache::encode(cache, &model(), other, &PROMPTS, &mut |_, _| {}));
     assert!(refused.contains("another text encoder"), "{refused}");
 
     fs::write(cache.join("features.json"), r#"{"format": 9, "encoder": "", "width": 1}"#)?;
@@ -199,7 +196,11 @@ fn a_file_of_prompts_is_read_line_by_line() -> Result<()> {
     let folder = tempdir()?;
     let path = folder.path().join("prompts.txt");
     fs::write(&path, "\u{feff}a fox\r\n\r\n  snow \n\na fox\nein Fuchs 🦊\n \t\nsnow")?;
-    assert_eq!(read_prompts(&path)?, ["a fox", "snow", "ein Fuchs 🦊"]);
+    let texts = |prompts: Vec<Prompt>| -> Vec<String> {
+        assert!(prompts.iter().all(|prompt| prompt.negative.is_none()));
+        prompts.into_iter().map(|prompt| prompt.text).collect()
+    };
+    assert_eq!(texts(read_prompts(&path)?), ["a fox", "snow", "ein Fuchs 🦊"]);
 
     fs::write(&path, " \n\n")?;
     assert!(refusal(read_prompts(&path)).contains("prompts.txt holds no prompts"));
@@ -208,6 +209,70 @@ fn a_file_of_prompts_is_read_line_by_line() -> Result<()> {
     fs::write(&path, b"fine\nfine too\nna\xefve\n")?;
     assert!(refusal(read_prompts(&path)).contains("line 3 is not UTF-8"));
     assert!(refusal(read_prompts(&folder.path().join("none.txt"))).contains("none.txt"));
+    Ok(())
+}
+
+#[test]
+fn a_file_of_json_has_negative_prompts() -> Result<()> {
+    let folder = tempdir()?;
+    let path = folder.path().join("prompts.jsonl");
+    let lines = [
+        r#"{"prompt": " a fox ", "negative": "blurred "}"#,
+        "",
+        r#"{"prompt": "snow", "seed": 3, "negative": null}"#,
+        r#"{"prompt": "a fox", "negative": "blurred"}"#,
+        r#"{"prompt": "a fox"}"#,
+        r#"{"prompt": "a fox", "negative": ""}"#,
+    ];
+    fs::write(&path, lines.join("\n"))?;
+    let prompt = |text: &str, negative: Option<&str>| Prompt {
+        text: text.to_owned(),
+        negative: negative.map(str::to_owned),
+    };
+    let expected = [
+        prompt("a fox", Some("blurred")),
+        prompt("snow", None),
+        prompt("a fox", None),
+        prompt("a fox", Some("")),
+    ];
+    assert_eq!(read_prompts(&path)?, expected);
+    for line in ["a fox", r#""a fox""#, r#"{"text": "a fox"}"#, r#"{"prompt": 3}"#] {
+        fs::write(&path, format!("{{\"prompt\": \"snow\"}}\n{line}"))?;
+        let error = refusal(read_prompts(&path));
+        assert!(error.contains("line 2") && error.contains("\"prompt\""), "{error}");
+    }
+    fs::write(&path, r#"{"prompt": " "}"#)?;
+    assert!(refusal(read_prompts(&path)).contains("line 1: its prompt is empty"));
+    Ok(())
+}
+
+/// Captions whose null captions differ: each batch has one length of either, and every row its own.
+#[test]
+fn null_captions_are_those_of_their_captions() -> Result<()> {
+    let model = transformer()?;
+    let null = |length: i64| wave(&[length, 32], 7.0 + length as f64, Kind::Float);
+    // Of padded lengths 32, 64 and 32.
+    let nulls = [null(8), null(40), null(9)];
+    let null_of = vec![0, 2, 2, 1, 0, 1];
+    let prompts = mixed(&model)?.with_nulls(&model, &nulls, null_of.clone())?;
+    let encoded = |index: usize| model.encode_captions(&[nulls[index].shallow_clone()], Role::BASE);
+    for (item, index) in (0..).zip(&null_of) {
+        let (_, null) = prompts.conditions(&[item])?;
+        assert_float64(&format!("null of {item}"), &null[0], &encoded(*index)?);
+    }
+    // Captions 0, 2 and 4 are of one length, and so are their null captions.
+    let (_, null) = prompts.conditions(&[2, 0, 4])?;
+    let expected = Tensor::f_cat(&[encoded(2)?, encoded(0)?, encoded(0)?], 0)?;
+    assert_float64("of several", &null[0], &expected);
+    // Captions 1 and 5 are of one length, and their null captions are not.
+    let error = refusal(prompts.conditions(&[1, 5]));
+    assert!(error.contains("null captions too, found [[64, 32], [64, 64]]"), "{error}");
+    let batches = prompts.batches(&[0, 1, 2, 3, 4, 5], 8)?;
+    assert_eq!(batches, [vec![0, 2, 4], vec![1], vec![5], vec![3]]);
+
+    let refused = |null_of| refusal(mixed(&model).unwrap().with_nulls(&model, &nulls, null_of));
+    assert!(refused(vec![0; 5]).contains("6 captions need as many null captions, found 5"));
+    assert!(refused(vec![3; 6]).contains("there is no null caption 3, there are 3"));
     Ok(())
 }
 
@@ -247,7 +312,10 @@ fn captions_keep_their_own_length() -> Result<()> {
     let (cond, null) = prompts.conditions(&[5, 1, 5])?;
     assert_eq!((cond[0].size(), null[0].size()), (vec![3, 64, 24], vec![3, 32, 24]));
 
-    assert!(refusal(prompts.conditions(&[0, 1])).contains("one padded length, found [32, 64]"));
+    assert!(
+        refusal(prompts.conditions(&[0, 1]))
+            .contains("padded length, and null captions too, found [[32, 32], [64, 32]]")
+    );
     assert!(refusal(prompts.conditions(&[])).contains("one padded length"));
     assert!(refusal(prompts.conditions(&[6])).contains("there is no caption 6, there are 6"));
     assert!(refusal(prompts.conditions(&[-1])).contains("there is no caption -1"));
@@ -320,8 +388,7 @@ fn prompts_come_from_a_cache() -> Result<()> {
     let folder = tempdir()?;
     encode(folder.path())?;
     let (cache, model) = (FeatureCache::open(folder.path())?, transformer()?);
-    let all = prompts();
-    let features = all.iter().map(|prompt| cache.get(prompt));
+    let features = PROMPTS[..3].iter().map(|prompt| cache.get(prompt));
     let prompts = Prompts::from_features(&model, features, &cache.get("")?)?;
     let (cond, null) = prompts.conditions(&[1])?;
     let encoder = TextEncoder::load(&self::model(), CPU.0, CPU.1)?;

@@ -1,0 +1,62 @@
+//! Prompts in a file: a line each, as text or as JSON.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+
+/// A prompt, and what its pictures should not be.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
+pub struct Prompt {
+    /// What is drawn.
+    #[serde(rename = "prompt")]
+    pub text: String,
+    /// The condition of the null branch, where it is not that of the other prompts.
+    #[serde(default)]
+    pub negative: Option<String>,
+}
+
+/// The prompts of a file in UTF-8, one a line: text, or in a file whose name ends with `.jsonl` objects with
+/// `prompt` and, if wanted, `negative`, whose other fields are not looked at. Space around them is dropped, and so
+/// are blank lines and whatever occurred before.
+///
+/// # Errors
+/// If the file cannot be read, is not UTF-8, holds no prompt, or a line is not such an object; the line is named.
+pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
+    let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    let text = match std::str::from_utf8(&bytes) {
+        Ok(text) => text,
+        Err(error) => {
+            let line =
+                bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count() + 1;
+            bail!("{}: line {line} is not UTF-8", path.display());
+        }
+    };
+    let is_json = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("jsonl"));
+    let mut seen = HashSet::new();
+    let mut prompts = Vec::new();
+    // Some editors put a byte order mark first, which is not part of the prompt.
+    let lines = text.strip_prefix('\u{feff}').unwrap_or(text).lines().map(str::trim);
+    for (number, line) in (1..).zip(lines).filter(|(_, line)| !line.is_empty()) {
+        let prompt = if is_json {
+            parse(line).with_context(|| format!("{}: line {number}", path.display()))?
+        } else {
+            Prompt { text: line.to_owned(), negative: None }
+        };
+        if seen.insert(prompt.clone()) {
+            prompts.push(prompt);
+        }
+    }
+    ensure!(!prompts.is_empty(), "{} holds no prompts; one a line is expected", path.display());
+    Ok(prompts)
+}
+
+fn parse(line: &str) -> Result<Prompt> {
+    let Prompt { text, negative } = serde_json::from_str(line)
+        .context("an object with a text as its \"prompt\" is expected")?;
+    let text = text.trim().to_owned();
+    ensure!(!text.is_empty(), "its prompt is empty");
+    Ok(Prompt { text, negative: negative.map(|negative| negative.trim().to_owned()) })
+}
