@@ -75,6 +75,7 @@ pub fn training<'a>(arm: &'a Arm, seed: u64, material: &'a Material<'a>) -> Resu
         fake_updates: arm.fake_updates,
         fake_warmup: arm.fake_warmup,
         batch: arm.batch,
+        accumulate: 1,
         student: embedded_optimizer(arm.student_learning_rate),
         fake: embedded_optimizer(arm.fake_learning_rate),
         warmup: arm.warmup,

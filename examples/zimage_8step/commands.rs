@@ -89,16 +89,21 @@ fn plan(options: &Options) -> Result<()> {
     let processes = options.processes.unwrap_or(1);
     let whole = recipe.batch;
     ensure!(
-        processes > 0 && whole.is_multiple_of(processes),
-        "--batch {whole} cannot be parted among --processes {processes}"
+        processes > 0 && recipe.parts()?.is_multiple_of(processes),
+        "--batch {whole} cannot be parted among --processes {processes}{}",
+        match recipe.accumulate {
+            1 => String::new(),
+            parts => format!(" in {parts} parts each"),
+        }
     );
     recipe.batch = whole / processes;
-    let side = options.size.unwrap_or(released::SIDE);
+    let sizes = options.sizes();
     let kept = (options.kind(), options.base);
-    let plan = released::plan(&options.checkpoint, &config, &recipe, side, kept)?;
+    let plan = released::plan(&options.checkpoint, &config, &recipe, &sizes, kept)?;
     println!(
-        "Training at {side}x{side} pixels, {} samples an update, prompts of up to {MAX_TOKENS} tokens:\n{plan}",
-        recipe.batch
+        "Training at {} pixels, {} samples at once, prompts of up to {MAX_TOKENS} tokens:\n{plan}",
+        sizes.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or "),
+        recipe.parts()?
     );
     if processes > 1 {
         let bytes = released::exchanged(&plan, &config, &recipe);
@@ -131,7 +136,7 @@ fn train_released(options: &Options, device: Device, launch: &Launch) -> Result<
         negative_prompt: options.negative_prompt.clone().unwrap_or_default(),
         out: options.out.clone(),
         features: options.features.clone().unwrap_or_else(|| options.out.join("features")),
-        side: options.size.unwrap_or(released::SIDE),
+        sizes: options.sizes(),
         kind: options.kind(),
         device,
         teacher_guidance: options.teacher_guidance.unwrap_or(default),

@@ -2,21 +2,23 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use decoupled_dmd::{Guidance, Schedule, Shift, Transition};
 use serde::de::DeserializeOwned;
 use tch::Kind;
 use tch_training::lora::LoraSettings;
 use zimage::device::DeviceChoice;
-use zimage::distil::{Decay, Intervals, Preset, Recipe, SavedRecipe, Start};
+use zimage::distil::run::SIZE;
+use zimage::distil::{Decay, Intervals, PictureSize, Preset, Recipe, SavedRecipe, Start};
 use zimage::model::{BLOCK_LINEARS, Checkpoint, Storage};
 
 /// The model of this repository.
 pub const TEACHER: &str = "assets/teacher";
 
 /// The options that only training looks at.
-const OF_TRAINING: [&str; 34] = [
+const OF_TRAINING: [&str; 35] = [
+    "accumulate",
     "negative_prompt",
     "guidance_rescale",
     "guidance_interval",
@@ -140,14 +142,8 @@ pub struct Options {
     #[arg(long, help_heading = "Recipe")]
     pub guidance_rescale: bool,
     /// Bake guidance in at times from LOW to HIGH alone, 0 being noise and 1 data
-    #[arg(
-        long,
-        value_name = "LOW,HIGH",
-        value_delimiter = ',',
-        num_args = 2,
-        help_heading = "Recipe"
-    )]
-    pub guidance_interval: Option<Vec<f64>>,
+    #[arg(long, value_name = "LOW,HIGH", value_parser = parse_interval, help_heading = "Recipe")]
+    pub guidance_interval: Option<(f64, f64)>,
     /// Shift of the noise levels at which distribution matching looks at the samples
     #[arg(long, value_parser = parse_shift, help_heading = "Recipe")]
     pub dm_shift: Option<Shift>,
@@ -166,6 +162,9 @@ pub struct Options {
     /// Samples in one update, of all processes together
     #[arg(long, help_heading = "Recipe")]
     pub batch: Option<usize>,
+    /// Equal parts that a batch is computed in, one after the other, to save memory: their gradients add up
+    #[arg(long, help_heading = "Recipe")]
+    pub accumulate: Option<usize>,
     /// Learning rate of the student
     #[arg(long, help_heading = "Recipe")]
     pub student_lr: Option<f64>,
@@ -210,10 +209,10 @@ pub struct Options {
     /// Where the features of the prompts are kept; OUT/features by default
     #[arg(long, value_name = "DIR", help_heading = "Released checkpoints")]
     pub features: Option<PathBuf>,
-    /// Side of the square pictures in pixels, a multiple of 16; 1024 by default, in sampling that of the
-    /// student's training
-    #[arg(long, help_heading = "Released checkpoints")]
-    pub size: Option<i64>,
+    /// Width and height of the pictures in pixels, multiples of 16, as 1024x768, or 1024 for squares; several with
+    /// commas between, of which each batch has one. 1024 by default, in sampling the first of the student's training
+    #[arg(long, value_delimiter = ',', help_heading = "Released checkpoints")]
+    pub size: Option<Vec<PictureSize>>,
     /// Compute in float32 instead of bfloat16
     #[arg(long, help_heading = "Released checkpoints")]
     pub float32: bool,
@@ -251,6 +250,11 @@ fn by_name<T: DeserializeOwned>(name: &str) -> Result<T> {
 
 fn parse_guidance(text: &str) -> Result<Guidance> {
     Ok(Guidance::new(text.parse()?)?)
+}
+
+fn parse_interval(text: &str) -> Result<(f64, f64)> {
+    let (low, high) = text.split_once(',').context("two times with a comma between")?;
+    Ok((low.trim().parse()?, high.trim().parse()?))
 }
 
 fn parse_shift(text: &str) -> Result<Shift> {
@@ -313,6 +317,11 @@ impl Options {
         Ok(folder)
     }
 
+    /// The sizes of the pictures in training.
+    pub fn sizes(&self) -> Vec<PictureSize> {
+        self.size.clone().unwrap_or_else(|| vec![SIZE])
+    }
+
     /// The recipe in the folder of a student, with what the command line says otherwise; that of `default`
     /// where there is none.
     ///
@@ -336,7 +345,10 @@ impl Options {
         *steps = self.steps.unwrap_or(*steps);
         *transition = self.transition.unwrap_or(*transition);
         ensure!(*steps > 0, "--steps must be at least 1");
-        saved.size = self.size.or(saved.size);
+        if let Some(sizes) = &self.size {
+            ensure!(sizes.len() == 1, "--size: pictures of a prompt are of one size");
+            saved.size = Some(sizes[0]);
+        }
         Ok(saved)
     }
 
@@ -418,8 +430,8 @@ impl Options {
         if self.guidance_rescale {
             recipe.guidance = recipe.guidance.rescaled();
         }
-        if let Some([low, high]) = self.guidance_interval.as_deref() {
-            recipe.guidance = recipe.guidance.within(*low, *high)?;
+        if let Some((low, high)) = self.guidance_interval {
+            recipe.guidance = recipe.guidance.within(low, high)?;
         }
         set(&mut recipe.dm_shift, &self.dm_shift);
         set(&mut recipe.transition, &self.transition);
@@ -428,6 +440,7 @@ impl Options {
         set(&mut recipe.fake_updates, &self.fake_updates);
         set(&mut recipe.fake_warmup, &self.fake_warmup);
         set(&mut recipe.batch, &self.batch);
+        set(&mut recipe.accumulate, &self.accumulate);
         set(&mut recipe.student.learning_rate, &self.student_lr);
         set(&mut recipe.fake.learning_rate, &self.fake_lr);
         set(&mut recipe.warmup, &self.warmup);
@@ -466,6 +479,7 @@ impl Options {
             "--dm-shift is for schedules in which distribution matching has times of its own"
         );
         ensure!(recipe.batch > 0, "--batch must be at least 1");
+        recipe.parts().context("--accumulate")?;
         ensure!(recipe.steps > 0, "--steps must be at least 1");
         for (option, value) in
             [("student-lr", recipe.student.learning_rate), ("fake-lr", recipe.fake.learning_rate)]

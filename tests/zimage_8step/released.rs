@@ -17,7 +17,8 @@ use tch_training::run::Progress;
 use tch_training::safetensors::{read_tensors, write_tensors};
 use zimage::Config;
 use zimage::distil::{
-    ADAPTER, Preset, Recipe, RoleWeights, SavedRecipe, Start, open_states, save_student,
+    ADAPTER, PictureSize, Preset, Recipe, RoleWeights, SavedRecipe, Start, open_states,
+    save_student,
 };
 use zimage::model::Checkpoint;
 
@@ -222,7 +223,8 @@ fn a_killed_training_ends_in_the_same_student_whose_files_draw_what_it_drew() ->
     let refused = training(&other, &["--size", "16"])?.output()?;
     let message = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(
-        !refused.status.success() && message.contains("size is 24 there and 16 here"),
+        !refused.status.success()
+            && message.contains("sizes is [\"24x24\"] there and [\"16x16\"] here"),
         "{message}"
     );
     train(&other, &[])?;
@@ -237,7 +239,7 @@ fn a_student_leaves_nothing_of_an_earlier_one() -> Result<()> {
     let checkpoint = Checkpoint::open(&place.model())?;
     let teacher = checkpoint.load(Kind::Float, Device::Cpu)?;
     let recipe = parsed(&place, &["--rank", "2"])?.recipe(Preset::ZImage8Step, teacher.shift)?;
-    let made = SavedRecipe { recipe, size: Some(SIDE), teacher: None };
+    let made = SavedRecipe { recipe, size: Some(PictureSize::square(SIDE)), teacher: None };
     let folder = place.out();
     let adapter = RoleWeights::new(&teacher.transformer, made.recipe.adapter.as_ref())?;
     let copy = RoleWeights::new(&teacher.transformer, None)?;

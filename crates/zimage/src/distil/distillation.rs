@@ -1,24 +1,18 @@
 //! Decoupled DMD on a Z-Image model: the teacher stays, a student and a fake score start equal to it.
 
 mod state;
+mod update;
 
-use anyhow::{Context, Result, bail, ensure};
-use decoupled_dmd::{Batch, Denoiser, FewStepGrid, Sampler};
-use tch::{Kind, Tensor};
-use tch_training::Tape;
-use tch_training::ema::update_average;
+use anyhow::{Result, bail, ensure};
 use tch_training::seed::begin;
 
-use crate::distil::adapter::denoiser;
 use crate::distil::fake_score::FakeScore;
 use crate::distil::processes::Processes;
 use crate::distil::prompts::{Buckets, Prompts};
-use crate::distil::readings::Readings;
 use crate::distil::recipe::Recipe;
-use crate::distil::rollout::{Captions, Rollout};
 use crate::distil::stream::Stream;
 use crate::distil::student::{Student, StudentWeights};
-use crate::distil::terms::{Networks, ScheduledTerms, Terms};
+use crate::distil::terms::{ScheduledTerms, Terms};
 use crate::distil::weights::Network;
 use crate::model::ZImageTransformer;
 
@@ -42,8 +36,8 @@ pub struct Distillation<'a, T = ScheduledTerms> {
     buckets: Buckets,
     /// Mean variance of a real sample, the reference of the variance drift, where it is known.
     data_variance: Option<f64>,
-    /// Size of one sample, `[C, H, W]`.
-    size: [i64; 3],
+    /// Sizes `[C, H, W]` of samples, of which one is drawn for each batch.
+    sizes: Vec<[i64; 3]>,
     terms: T,
     processes: Processes<'a>,
     student: Student,
@@ -88,6 +82,11 @@ impl<'a, T: Terms> Distillation<'a, T> {
         size: [i64; 3],
         terms: T,
     ) -> Result<Self> {
+        recipe.parts()?;
+        ensure!(
+            recipe.accumulate == 1 || terms.state().is_empty(),
+            "terms with networks of their own are trained on whole batches"
+        );
         begin(recipe.seed, Stream::Adapters);
         let adapter = recipe.adapter.as_ref();
         let student = Student::new(teacher, adapter, recipe.student, &terms)?;
@@ -98,7 +97,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
             prompts,
             buckets: prompts.buckets(items)?,
             data_variance: None,
-            size,
+            sizes: vec![size],
             fake: terms.has_fake_score().then(fake).transpose()?,
             average: student.duplicate()?,
             student,
@@ -119,6 +118,16 @@ impl<'a, T: Terms> Distillation<'a, T> {
         self
     }
 
+    /// Draws the samples of each batch in one of these sizes `[C, H, W]`, instead of that of [`Self::new`].
+    ///
+    /// # Errors
+    /// If there are none.
+    pub fn with_sizes(mut self, sizes: Vec<[i64; 3]>) -> Result<Self> {
+        ensure!(!sizes.is_empty(), "there are no sizes to draw from");
+        self.sizes = sizes;
+        Ok(self)
+    }
+
     /// Makes this the part of one process in a training of several: it draws captions and noise of its own, and
     /// takes an equal part of the recipe's batch. All processes need the same weights before the first update:
     /// call [`Self::share`].
@@ -127,7 +136,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
     /// If the batch cannot be parted equally, or the terms have networks of their own, which are not averaged.
     pub fn among(mut self, processes: impl Into<Processes<'a>>) -> Result<Self> {
         self.processes = processes.into();
-        self.processes.part(self.recipe.batch)?;
+        self.processes.part(self.recipe.parts()?)?;
         ensure!(
             self.processes.count() == 1 || self.terms.state().is_empty(),
             "terms with networks of their own are trained by one process"
@@ -194,72 +203,6 @@ impl<'a, T: Terms> Distillation<'a, T> {
         self.terms.rollout_steps(self.update, self.recipe.steps)
     }
 
-    /// Trains the fake score alone on one rollout of the student, as often as in an update, as long
-    /// as [`Self::is_warm`] says no.
-    ///
-    /// # Errors
-    /// If libtorch fails.
-    pub fn warm_up(&mut self) -> Result<()> {
-        let end = (self.warmed + self.recipe.fake_updates.max(1)).min(self.recipe.fake_warmup);
-        self.begin(Stream::WarmUp(self.warmed));
-        let captions = self.draw_captions()?;
-        let rollout =
-            self.roll_out(&captions, self.rollout_steps().unwrap_or(self.recipe.steps))?;
-        let mut readings = Readings::default();
-        while self.warmed < end {
-            self.train_fake(&rollout, &mut readings)?;
-            self.warmed += 1;
-        }
-        (_, self.broken) = readings.read(self.processes)?;
-        Ok(())
-    }
-
-    /// One update of the student and those of the other networks that go with it. With `observe`, the
-    /// record holds the diagnostics of the terms besides the losses.
-    ///
-    /// What the student draws does not depend on which other networks are trained: distillations of one seed
-    /// start from the same captions and noise at each update. The device is waited for once, at the end, for all
-    /// numbers together.
-    ///
-    /// # Errors
-    /// If libtorch fails. Numbers that are not finite are no error of one process: see
-    /// [`Self::check_gradients`]. Of several, if a gradient is not finite on one, one is lost, or they are not in
-    /// step.
-    pub fn step(&mut self, observe: bool) -> Result<Record> {
-        self.begin(Stream::Update(self.update));
-        self.student.trainer.optimizer.settings.learning_rate =
-            self.recipe.student.learning_rate * self.learning_rate_factor();
-        let captions = self.draw_captions()?;
-        let roll_out = |steps| self.roll_out(&captions, steps);
-        let rollout = self.rollout_steps().map(roll_out).transpose()?;
-        let mut readings = self.train_student(&captions, rollout.as_ref(), observe)?;
-        if let Some(rollout) = &rollout {
-            if self.fake.is_some() {
-                let mut sum = Tensor::f_zeros([], (Kind::Double, self.teacher.device()))?;
-                for _ in 0..self.recipe.fake_updates {
-                    if let Some(loss) = self.train_fake(rollout, &mut readings)? {
-                        sum = sum.f_add(&loss.f_detach()?.f_to_kind(Kind::Double)?)?;
-                    }
-                }
-                let count = self.recipe.fake_updates.max(1) as f64;
-                readings.push("fake", &sum.f_div_scalar(count)?)?;
-            }
-            let (base, shift) = (self.teacher, self.recipe.shift);
-            let dm = self.fake.as_ref().map(|fake| fake.matching(base, shift));
-            readings.extend(self.terms.train(rollout, dm.as_ref())?);
-        }
-        self.update += 1;
-        let current = self.student.parameters();
-        update_average(&self.average.parameters(), &current, self.recipe.ema, self.update)?;
-        let (mut record, broken) = readings.read(self.processes)?;
-        self.broken = broken;
-        let of_samples = record.iter_mut().find(|(name, _)| name == VARIANCE_DRIFT);
-        if let (Some((_, value)), Some(of_data)) = (of_samples, self.data_variance) {
-            *value = (*value / of_data).ln();
-        }
-        Ok(record)
-    }
-
     /// Refuses weights that the last update has spoilt. The losses show the damage one update later, after
     /// a spoilt state could have been saved.
     ///
@@ -272,121 +215,5 @@ impl<'a, T: Terms> Distillation<'a, T> {
             }
             None => Ok(()),
         }
-    }
-
-    /// Linear warm-up, and the decay of the recipe.
-    fn learning_rate_factor(&self) -> f64 {
-        let Recipe { warmup, updates, decay, .. } = self.recipe;
-        let warm = (self.update + 1) as f64 / warmup.max(1) as f64;
-        warm.min(decay.left(self.update, updates)).min(1.0)
-    }
-
-    fn train_student(
-        &mut self,
-        captions: &Captions,
-        rollout: Option<&Rollout<'_>>,
-        observe: bool,
-    ) -> Result<Readings> {
-        let tape = self.tape();
-        let (student, flow_map) =
-            self.student.training(self.teacher, tape.as_ref(), self.recipe.shift);
-        let (base, shift) = (self.teacher, self.recipe.shift);
-        let dm = self.fake.as_ref().map(|fake| fake.matching(base, shift));
-        let networks =
-            Networks { teacher: denoiser(base, shift), student, flow_map, dm: dm.as_ref() };
-        let (mut losses, mut readings) = (Vec::new(), Readings::default());
-        let on_rollout = rollout.map(|rollout| self.loss_on_rollout(&networks, rollout, observe));
-        let more = self.terms.more_losses(self.update, &networks, captions, rollout)?;
-        for (loss, seen) in on_rollout.transpose()?.into_iter().chain(more) {
-            losses.push(loss);
-            readings.extend(seen);
-        }
-        drop(networks);
-        let sum = losses.into_iter().map(Ok).reduce(|sum, loss| Ok(sum?.f_add(&loss?)?));
-        let loss: Result<Tensor> = sum.context("the student is trained by no loss")?;
-        let norm = self.student.trainer.descend(&loss?, tape.as_ref(), self.processes)?;
-        readings.push_norm("student", &norm)?;
-        if observe {
-            readings.push("student_gradient", &norm)?;
-        }
-        Ok(readings)
-    }
-
-    /// The objective's loss, and what it shows.
-    fn loss_on_rollout(
-        &self,
-        networks: &Networks<'_>,
-        rollout: &Rollout<'_>,
-        observe: bool,
-    ) -> Result<(Tensor, Readings)> {
-        let Rollout { trajectory, captions, .. } = rollout;
-        let collective = self.processes.collective();
-        let mut objective = self.terms.objective(networks.teacher.clone(), networks.dm)?;
-        if let Some(collective) = &collective {
-            objective = objective.among(collective);
-        }
-        if observe {
-            objective = objective.observed();
-        }
-        let steps = trajectory.draw_steps()?;
-        let sampler = self.sampler(&networks.student, trajectory.steps() as usize)?;
-        let simulation = sampler.simulate_on(trajectory, &captions.cond, &steps)?;
-        let cond = rollout.cond_at(&steps)?;
-        let mut batch = Batch::of(&simulation, &cond)?.with_null(&captions.null);
-        if let Some(real) = &captions.real {
-            batch = batch.with_real(real)?;
-        }
-        let evaluation = objective.evaluate(&batch)?;
-        let mut readings = Readings::default();
-        readings.observe(evaluation.scalars()?)?;
-        if let Some(diagnostics) = evaluation.diagnostics.filter(|_| self.data_variance.is_some()) {
-            let variance = diagnostics.mean_variance()?;
-            readings.observe([(VARIANCE_DRIFT.to_owned(), variance)])?;
-        }
-        Ok((evaluation.loss, readings))
-    }
-
-    /// One update of the fake score, if there is one; its loss.
-    fn train_fake(
-        &mut self,
-        rollout: &Rollout<'_>,
-        readings: &mut Readings,
-    ) -> Result<Option<Tensor>> {
-        let tape = self.tape();
-        let Some(fake) = &mut self.fake else { return Ok(None) };
-        let (base, shift) = (self.teacher, self.recipe.shift);
-        let (loss, norm) = fake.train(base, rollout, shift, tape.as_ref(), self.processes)?;
-        readings.push_norm("fake score", &norm)?;
-        Ok(Some(loss))
-    }
-
-    /// Fresh captions.
-    fn draw_captions(&self) -> Result<Captions> {
-        let items = self.buckets.draw(self.processes.part(self.recipe.batch)?)?;
-        let (cond, null) = self.prompts.conditions(&items)?;
-        Ok(Captions { cond, null, real: self.terms.real(&items)?, items })
-    }
-
-    /// The student's way from fresh noise over a whole grid of `steps`.
-    fn roll_out<'c>(&self, captions: &'c Captions, steps: usize) -> Result<Rollout<'c>> {
-        let most = self.recipe.steps;
-        let stride = most / steps.max(1);
-        ensure!(steps * stride == most, "a rollout of {steps} steps does not divide {most}");
-        let [channels, height, width] = self.size;
-        let shape = [captions.items.len() as i64, channels, height, width];
-        let noise = Tensor::f_randn(shape, (Kind::Float, self.teacher.device()))?;
-        let student = self.student.denoiser(self.teacher, self.recipe.shift);
-        let trajectory = self.sampler(&student, steps)?.trajectory(&noise, &captions.cond)?;
-        Ok(Rollout { trajectory, captions, stride: stride as i64 })
-    }
-
-    /// What the forward passes of one loss are kept on, if they are to be computed again.
-    fn tape(&self) -> Option<Tape> {
-        self.recipe.checkpointing.then(Tape::default)
-    }
-
-    fn sampler<'d>(&self, student: &'d Denoiser<'d>, steps: usize) -> Result<Sampler<'d>> {
-        let grid = FewStepGrid::even(steps)?;
-        Ok(Sampler::new(student, grid, self.recipe.transition))
     }
 }

@@ -7,7 +7,6 @@ use tch_training::lora::LoraSettings;
 use tch_training::{AdamWSettings, Tape};
 
 use crate::distil::adapter::fake_denoiser;
-use crate::distil::processes::Processes;
 use crate::distil::role_trainer::RoleTrainer;
 use crate::distil::rollout::Rollout;
 use crate::model::ZImageTransformer;
@@ -52,27 +51,21 @@ impl FakeScore {
         DistributionMatching::new(self.denoiser(base, shift))
     }
 
-    /// One update on the samples of a rollout, by the mean over the processes; returns loss and gradient norm as
-    /// scalar tensors.
+    /// The loss on the samples of a rollout, made with `tape` if there is one.
     ///
     /// # Errors
     /// If libtorch fails.
-    pub fn train(
-        &mut self,
+    pub fn loss(
+        &self,
         base: &ZImageTransformer,
         rollout: &Rollout<'_>,
         shift: Shift,
         tape: Option<&Tape>,
-        processes: Processes<'_>,
-    ) -> Result<(Tensor, Tensor)> {
+    ) -> Result<Tensor> {
         let steps = rollout.trajectory.draw_steps()?;
         let x = rollout.trajectory.samples_at(&steps)?;
-        let loss = {
-            let network = self.trainer.weights.training(base, tape);
-            let dm = DistributionMatching::new(fake_denoiser(network, &self.steps, shift));
-            dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps)?)?)?
-        };
-        let norm = self.trainer.descend(&loss, tape, processes)?;
-        Ok((loss, norm))
+        let network = self.trainer.weights.training(base, tape);
+        let dm = DistributionMatching::new(fake_denoiser(network, &self.steps, shift));
+        Ok(dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps)?)?)?)
     }
 }

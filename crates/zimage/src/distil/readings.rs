@@ -1,6 +1,6 @@
 //! What an update has shown, while it is still on the device.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
 use crate::distil::distillation::Record;
@@ -53,6 +53,33 @@ impl Readings {
     pub(super) fn push_norm(&mut self, role: &'static str, norm: &Tensor) -> Result<()> {
         self.norms.push((role, norm.f_to_kind(Kind::Double)?));
         Ok(())
+    }
+
+    /// The mean of each number over the parts of a batch, which have the same.
+    ///
+    /// # Errors
+    /// If they have not, or libtorch fails.
+    pub(super) fn mean(parts: Vec<Self>) -> Result<Self> {
+        let count = parts.len() as f64;
+        let mut parts = parts.into_iter();
+        let mut mean = parts.next().unwrap_or_default();
+        if count <= 1.0 {
+            return Ok(mean);
+        }
+        for part in parts {
+            ensure!(
+                part.scalars.len() == mean.scalars.len() && part.norms.is_empty(),
+                "the parts of a batch have shown different numbers"
+            );
+            for (sum, scalar) in mean.scalars.iter_mut().zip(part.scalars) {
+                ensure!(sum.name == scalar.name, "{} and {} are of two", sum.name, scalar.name);
+                sum.value = sum.value.f_add(&scalar.value)?;
+            }
+        }
+        for scalar in &mut mean.scalars {
+            scalar.value = scalar.value.f_div_scalar(count)?;
+        }
+        Ok(mean)
     }
 
     /// Adds what others hold.

@@ -44,6 +44,15 @@ impl Decay {
     }
 }
 
+fn one() -> usize {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+fn is_one(count: &usize) -> bool {
+    *count == 1
+}
+
 /// The recipe of a distillation.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Recipe {
@@ -62,7 +71,11 @@ pub struct Recipe {
     pub fake_updates: u64,
     /// Updates of the fake score before the first update of the student.
     pub fake_warmup: u64,
+    /// Samples in one update of all processes together.
     pub batch: usize,
+    /// Equal parts that the batch is computed in, one after the other, which saves memory: their gradients add up.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub accumulate: usize,
     pub student: AdamWSettings,
     pub fake: AdamWSettings,
     /// Updates over which the student's learning rate rises from zero.
@@ -122,6 +135,19 @@ impl Recipe {
         for caution in self.cautions() {
             eprintln!("warning: {caution}");
         }
+    }
+
+    /// Samples in one of the parts of the batch, of all processes together.
+    ///
+    /// # Errors
+    /// If the batch cannot be parted equally.
+    pub fn parts(&self) -> Result<usize> {
+        let Self { batch, accumulate, .. } = *self;
+        ensure!(
+            accumulate > 0 && batch.is_multiple_of(accumulate),
+            "a batch of {batch} cannot be computed in {accumulate} equal parts"
+        );
+        Ok(batch / accumulate)
     }
 
     /// The settings of the fake score's adapter.
@@ -289,6 +315,7 @@ fn embedded(shift: Shift) -> Result<Recipe> {
         fake_updates: 5,
         fake_warmup: 20,
         batch: 24,
+        accumulate: 1,
         student: embedded_optimizer(1e-4),
         fake: embedded_optimizer(4e-4),
         warmup: 20,
@@ -325,6 +352,7 @@ fn released(shift: Shift, steps: usize) -> Result<Recipe> {
         fake_updates: 5,                              // V, DMD2
         fake_warmup: 100,                             // G
         batch: 4,                                     // G: what 80 GB hold at 1024 pixels
+        accumulate: 1,
         student,
         fake: AdamWSettings { learning_rate: 1e-5, ..student }, // V
         warmup: 100,                                            // G

@@ -8,13 +8,13 @@ use tch::{Device, Kind, Tensor};
 use tch_training::parameters::is_finite;
 use tch_training::seed::begin;
 
-use crate::autoencoder::{AutoencoderConfig, Decoder};
+use crate::autoencoder::Decoder;
 use crate::distil::adapter::denoiser;
 use crate::distil::prompts::Prompts;
 use crate::distil::sampling::Sampling;
 use crate::distil::stream::Stream;
 use crate::distil::weights::Network;
-use crate::model::{Config, Pipeline};
+use crate::model::Pipeline;
 
 /// Draws prompts, always from the same noise.
 #[derive(Debug)]
@@ -87,39 +87,4 @@ pub fn draw_noise(seed: u64, count: usize, [channels, height, width]: [i64; 3]) 
     tch::manual_seed(seed as i64);
     let shape = [count as i64, channels, height, width];
     Ok(Tensor::f_randn(shape, (Kind::Float, Device::Cpu))?)
-}
-
-/// Size `[C, h, w]` of the latents of pictures of `side` pixels, by the transformer's config and
-/// `vae/config.json` of a diffusers folder, or that of the released models where there is none.
-///
-/// # Errors
-/// If the two configs do not fit, or no latents are of that size.
-pub fn latent_size(checkpoint: &Path, config: &Config, side: i64) -> Result<[i64; 3]> {
-    let path = checkpoint.join("vae/config.json");
-    let factor = if path.exists() {
-        let autoencoder = AutoencoderConfig::load(&path)?;
-        ensure!(
-            autoencoder.latent_channels == config.in_channels,
-            "the autoencoder of {} has {} channels and the transformer {}",
-            checkpoint.display(),
-            autoencoder.latent_channels,
-            config.in_channels
-        );
-        autoencoder.spatial_factor()
-    } else {
-        AutoencoderConfig::released().spatial_factor()
-    };
-    let multiple = factor * config.patch_size();
-    ensure!(
-        side > 0 && side % multiple == 0,
-        "size must be a positive multiple of {multiple}, found {side}"
-    );
-    let rows = side / multiple;
-    let most = config.axes_lens[1].min(config.axes_lens[2]);
-    ensure!(
-        rows <= most,
-        "size must be at most {}, as the model has {most} positions to a side, found {side}",
-        most * multiple
-    );
-    Ok([config.in_channels, side / factor, side / factor])
 }

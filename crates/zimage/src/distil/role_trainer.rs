@@ -62,19 +62,11 @@ impl RoleTrainer {
             .chain(prefixed("adamw", self.optimizer.state()))
     }
 
-    /// Descends along a loss, made with `tape` if there is one; returns the norm of its gradient. Several
-    /// processes descend along the mean of their losses, whose gradient is clipped as one process would clip it.
+    /// Adds the gradient of a loss, made with `tape` if there is one, to those since the optimizer forgot all.
     ///
     /// # Errors
-    /// If the loss does not depend on the weights; of several processes if the gradient of one is not finite, or
-    /// one is lost.
-    pub fn descend(
-        &mut self,
-        loss: &Tensor,
-        tape: Option<&Tape>,
-        processes: Processes<'_>,
-    ) -> Result<Tensor> {
-        self.optimizer.zero_grad();
+    /// If the loss does not depend on the weights.
+    pub fn accumulate(&self, loss: &Tensor, tape: Option<&Tape>) -> Result<()> {
         // What is computed again draws again: what is drawn next does not depend on it.
         let next = if self.weights.draws() { Some(draw_seed()?) } else { None };
         match tape {
@@ -84,7 +76,31 @@ impl RoleTrainer {
         if let Some(seed) = next {
             tch::manual_seed(seed as i64);
         }
+        Ok(())
+    }
+
+    /// Descends along the gradient that was accumulated; returns its norm. Several processes descend
+    /// along the mean of their gradients, which is clipped as one process would clip it.
+    ///
+    /// # Errors
+    /// If there is no gradient; of several processes if the gradient of one is not finite, or one is lost.
+    pub fn step(&mut self, processes: Processes<'_>) -> Result<Tensor> {
         processes.average_gradients(&self.optimizer)?;
         Ok(self.optimizer.step()?)
+    }
+
+    /// Forgets all gradients, then [`Self::accumulate`] of one loss and [`Self::step`].
+    ///
+    /// # Errors
+    /// As those.
+    pub fn descend(
+        &mut self,
+        loss: &Tensor,
+        tape: Option<&Tape>,
+        processes: Processes<'_>,
+    ) -> Result<Tensor> {
+        self.optimizer.zero_grad();
+        self.accumulate(loss, tape)?;
+        self.step(processes)
     }
 }

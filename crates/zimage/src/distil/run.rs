@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use decoupled_dmd::{Guidance, Transition};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -18,10 +18,11 @@ use crate::autoencoder::Decoder;
 use crate::distil::curves::write_curves;
 use crate::distil::distillation::Distillation;
 use crate::distil::model_card::write_model_card;
+use crate::distil::picture_size::PictureSize;
 use crate::distil::processes::Processes;
 use crate::distil::prompts::Prompts;
 use crate::distil::recipe::Recipe;
-use crate::distil::renderer::{Renderer, draw_noise, latent_size};
+use crate::distil::renderer::{Renderer, draw_noise};
 use crate::distil::sampling::Sampling;
 use crate::distil::saved_student::{
     ADAPTER, REPORT, SavedRecipe, Start, open_states, save_student, states_stay,
@@ -32,8 +33,8 @@ use crate::model::{ADAPTER_NAMES, Checkpoint, Config, MemoryPlan, Role, Storage,
 use crate::picture::{Sheet, write_comparison, write_grid};
 use crate::text::{FeatureCache, MAX_TOKENS, Prompt, TextEncoder, read_prompts};
 
-/// Side of the pictures in pixels where nothing else is said.
-pub const SIDE: i64 = 1024;
+/// Size of the pictures where nothing else is said.
+pub const SIZE: PictureSize = PictureSize::square(1024);
 /// Guidance scale of the teacher that a student is compared with where nothing else is said: the least that
 /// the base model's card recommends, in this form.
 pub const TEACHER_GUIDANCE: f64 = 4.0;
@@ -49,23 +50,28 @@ const TURBO_SHIFT: f64 = 3.0;
 /// `checkpoint` need be there.
 ///
 /// # Errors
-/// If the recipe, the side of the pictures in pixels or the dtype does not fit.
+/// If the recipe, a size of the pictures or the dtype does not fit, or there is no size.
 pub fn plan(
     checkpoint: &Path,
     config: &Config,
     recipe: &Recipe,
-    side: i64,
+    sizes: &[PictureSize],
     (kind, storage): (Kind, Storage),
 ) -> Result<MemoryPlan> {
     recipe.check_adapter(config)?;
     recipe.check_storage(storage)?;
-    let [_, height, width] = latent_size(checkpoint, config, side)?;
+    let batch = recipe.parts()? as i64;
+    let latents = sizes.iter().map(|size| size.latents(checkpoint, config));
+    let latents = latents.collect::<Result<Vec<_>>>()?;
+    // What is drawn in the largest takes the most.
+    let largest = latents.into_iter().max_by_key(|[_, height, width]| height * width);
+    let [_, height, width] = largest.context("there is no size of pictures")?;
     check_kind(kind, recipe)?;
     MemoryPlan::new(&TrainingSetup {
         config,
         size: (height, width),
         caption: MAX_TOKENS as i64,
-        batch: recipe.batch as i64,
+        batch,
         kind,
         storage,
         lora: recipe.adapter.as_ref(),
@@ -103,8 +109,8 @@ pub struct Training {
     pub out: PathBuf,
     /// Where the features of the prompts are kept.
     pub features: PathBuf,
-    /// Side of the square pictures in pixels.
-    pub side: i64,
+    /// Sizes of the pictures, of which one is drawn for each batch; the first is that of the samples.
+    pub sizes: Vec<PictureSize>,
     /// The dtype of frozen weights and of forward passes.
     pub kind: Kind,
     /// Where to compute.
@@ -131,15 +137,17 @@ pub fn train(
     group: &ProcessGroup,
 ) -> Result<Ending> {
     let processes = Processes::from(group);
-    processes.part(recipe.batch)?;
+    processes.part(recipe.parts()?)?;
     // Whatever is wrong with settings or files, before encoding and loading take their time.
-    let Training { out, kind, device, side, .. } = training;
-    let (kind, device, side) = (*kind, *device, *side);
+    let Training { out, kind, device, sizes, .. } = training;
+    let (kind, device) = (*kind, *device);
     let (folder, shift) = (checkpoint.folder(), checkpoint.shift());
     check_kind(kind, recipe)?;
     recipe.check_adapter(checkpoint.config())?;
     recipe.check_storage(checkpoint.storage())?;
-    let size = latent_size(folder, checkpoint.config(), side)?;
+    let latents = sizes.iter().map(|size| size.latents(folder, checkpoint.config()));
+    let latents = latents.collect::<Result<Vec<_>>>()?;
+    let size = *latents.first().context("there is no size of pictures")?;
     checkpoint.check()?;
     // Needed at the end, and not kept until then.
     drop(Decoder::load(folder, Kind::Float, Device::Cpu)?);
@@ -156,7 +164,7 @@ pub fn train(
     }
     let fingerprint_of_teacher = checkpoint.fingerprint()?;
     let beside = json!({
-        "size": side,
+        "sizes": sizes,
         "float32": kind == Kind::Float,
         "teacher": fingerprint_of_teacher,
         "teacher_adapter": checkpoint.fingerprint_of_adapter()?,
@@ -203,17 +211,18 @@ pub fn train(
 
     let items: Vec<i64> = (0..prompts.len() as i64).collect();
     let base = &teacher.transformer;
-    let mut distillation =
-        Distillation::new(recipe.clone(), base, &encoded, &items, size)?.among(processes)?;
+    let mut distillation = Distillation::new(recipe.clone(), base, &encoded, &items, size)?
+        .with_sizes(latents)?
+        .among(processes)?;
     let saved = SavedRecipe {
         recipe: recipe.clone(),
-        size: Some(side),
+        size: sizes.first().copied(),
         teacher: Some(fingerprint_of_teacher),
     };
     let keep = |student: &Path, weights: &RoleWeights, merged: bool| -> Result<()> {
         let base = merged.then_some(checkpoint);
         save_student(student, &teacher, weights, base, &saved)?;
-        write_model_card(student, folder, side, recipe)
+        write_model_card(student, folder, sizes, recipe)
     };
     let preview = |distillation: &Distillation<'_>| {
         // The best student need not be the last, and the machine may be gone before that one.
@@ -317,7 +326,7 @@ pub fn sample(
     }
     let config = source.config();
     source.check()?;
-    let size = latent_size(base.folder(), config, saved.size.unwrap_or(SIDE))?;
+    let size = saved.size.unwrap_or(SIZE).latents(base.folder(), config)?;
     let lora = is_adapter
         .then(|| Lora::load(&adapter, &config.linears(), ADAPTER_NAMES, *device))
         .transpose()?;

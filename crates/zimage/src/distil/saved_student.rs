@@ -12,6 +12,7 @@ use tch_training::files::{create_folder, read_json, write_json};
 use tch_training::parameters::is_finite;
 use tch_training::run::{Lock, StateFolder};
 
+use crate::distil::picture_size::PictureSize;
 use crate::distil::recipe::Recipe;
 use crate::distil::weights::RoleWeights;
 use crate::model::{ADAPTER_PREFIX, Checkpoint, INDEX, Pipeline};
@@ -33,9 +34,9 @@ const RECIPE: &str = "recipe.json";
 pub struct SavedRecipe {
     #[serde(flatten)]
     pub recipe: Recipe,
-    /// The side of its pictures in pixels, where that was chosen.
+    /// The size of its pictures, where that was chosen: the first of several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub size: Option<i64>,
+    pub size: Option<PictureSize>,
     /// [`Checkpoint::fingerprint`](crate::model::Checkpoint::fingerprint) of its teacher, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub teacher: Option<String>,

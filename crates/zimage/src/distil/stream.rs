@@ -18,6 +18,8 @@ pub enum Stream {
     Pairs(u64),
     /// All that a process draws, other than the first.
     Rank(u64),
+    /// The size of the samples of a batch, by the number of batches before.
+    Size(u64),
     /// New adapters.
     Adapters,
 }
@@ -32,6 +34,7 @@ impl From<Stream> for u64 {
             Stream::Picture(index) => 3 * RANGE + index,
             Stream::Pairs(index) => 4 * RANGE + index,
             Stream::Rank(rank) => 5 * RANGE + rank,
+            Stream::Size(batch) => 6 * RANGE + batch,
             Stream::Adapters => u64::MAX - 2,
         }
     }

@@ -5,7 +5,7 @@ use decoupled_dmd::{Condition, PostShift, Shift};
 use tch::{Device, Kind, Tensor};
 use tch_training::lora::LoraSettings;
 use tempfile::tempdir;
-use zimage::distil::{Distillation, Preset, Recipe, Record, denoiser};
+use zimage::distil::{Distillation, Preset, Processes, Recipe, Record, RoleTrainer, denoiser};
 use zimage::emoji::Vocabulary;
 use zimage::failure::{described, is_out_of_memory};
 use zimage::model::{BLOCK_LINEARS, Pipeline, is_caption_side};
@@ -114,6 +114,44 @@ fn adapters_are_trained_over_one_base_and_the_same_with_checkpointing() -> Resul
     assert_eq!(dropped, same_dropped);
     for ((name, one), (_, two)) in student.iter().zip(&same_student) {
         assert_eq!(max_difference(one, two), 0.0, "{name}");
+    }
+    Ok(())
+}
+
+/// The gradients of two parts add up to that of their mean.
+#[test]
+fn parts_of_a_batch_are_one_step() -> Result<()> {
+    let _guard = seeded(0);
+    let teacher = teacher()?;
+    let settings = LoraSettings { rank: 2, ..LoraSettings::on(BLOCK_LINEARS) };
+    let new = || -> Result<RoleTrainer> {
+        tch::manual_seed(3);
+        RoleTrainer::new(&teacher, Some(&settings), recipe().student, None)
+    };
+    let (mut whole, mut parts) = (new()?, new()?);
+    let prompts = prompts(&teacher)?;
+    let x = wave(&[2, 3, 16, 16], 0.2, Kind::Float);
+    let t = Tensor::from_slice(&[0.3f32, 0.8]);
+    let (cond, _) = prompts.conditions(&[0, 0])?;
+    let loss = |trainer: &RoleTrainer, rows: std::ops::Range<i64>| -> Result<Tensor> {
+        let network = trainer.weights.training(&teacher, None);
+        let rows = |tensor: &Tensor| tensor.narrow(0, rows.start, rows.end - rows.start);
+        let role = network.role;
+        let output = network.model.forward_encoded(&rows(&x), &rows(&t), &rows(&cond[0]), role)?;
+        Ok(output.f_square()?.f_mean(Kind::Float)?)
+    };
+    for _ in 0..2 {
+        let expected = whole.descend(&loss(&whole, 0..2)?, None, Processes::default())?;
+        parts.optimizer.zero_grad();
+        for rows in [0..1, 1..2] {
+            parts.accumulate(&loss(&parts, rows)?.f_div_scalar(2.0)?, None)?;
+        }
+        let found = parts.step(Processes::default())?;
+        assert!(max_difference(&found, &expected) <= 1e-5 * expected.double_value(&[]));
+    }
+    for ((name, one), (_, two)) in whole.weights.parameters().iter().zip(parts.weights.parameters())
+    {
+        assert!(max_difference(one, &two) < 1e-5, "{name}");
     }
     Ok(())
 }
