@@ -5,7 +5,7 @@ use decoupled_dmd::{Condition, Renoising, Shift, Uniform};
 use tch::{Kind, Tensor};
 
 use crate::distil::adapter::denoiser;
-use crate::model::{Role, ZImageTransformer};
+use crate::distil::weights::Network;
 
 /// Shift of the embedded model's noise levels, in training and in sampling.
 pub const SHIFT: f64 = 3.0;
@@ -15,8 +15,8 @@ pub const SHIFT: f64 = 3.0;
 ///
 /// # Errors
 /// If there are not as many captions as images.
-pub fn flow_matching_loss(
-    model: &ZImageTransformer,
+pub fn flow_matching_loss<'n>(
+    network: impl Into<Network<'n>>,
     images: &Tensor,
     captions: &[Tensor],
 ) -> Result<Tensor> {
@@ -25,9 +25,10 @@ pub fn flow_matching_loss(
     let u = Tensor::f_arange(batch, options)?
         .f_add(&Tensor::f_rand([batch], options)?)?
         .f_div_scalar(batch)?;
-    let denoiser = denoiser(model, Shift::new(SHIFT)?);
+    let network = network.into();
+    let denoiser = denoiser(network, Shift::new(SHIFT)?);
     let time = Renoising::new(Uniform::FULL).at(denoiser.path(), &u, None)?;
     let noise = images.f_randn_like()?;
-    let condition = Condition::from(model.encode_captions(captions, Role::BASE)?);
+    let condition = Condition::from(network.model.encode_captions(captions, network.role)?);
     Ok(denoiser.denoising_loss(images, &time, &noise, &condition)?)
 }
