@@ -32,7 +32,7 @@ const BATCH: i64 = 24;
 /// Chance that an item is shown with the empty caption, which guidance needs.
 const EMPTY_CAPTION: f64 = 0.1;
 /// Captions to compare on, of which some are drawn.
-const COMPARED: usize = 64;
+const COMPARED: usize = 40;
 const PICTURED: i64 = 8;
 
 /// Finetunes the embedded model with an adapter, or compares a student with the finetuned model and the base.
@@ -110,6 +110,10 @@ fn finetune(data: &EmojiData, path: &Path, arguments: &Arguments) -> Result<()> 
     create_folder(&arguments.out)?;
     lora.save(path, ADAPTER_PREFIX)?;
     println!("The adapter is in {}", path.display());
+    let rounded = base.cast(Kind::BFloat16)?;
+    let merged = rounded.merged(&lora.frozen(1.0, Kind::Float)?, Device::Cpu)?;
+    let kept = lora.kept_by_merge(rounded.parameters(), merged.parameters())?;
+    println!("Merged into bfloat16, {:.0} % of its update would be kept", 100.0 * kept);
     Ok(())
 }
 
