@@ -5,13 +5,15 @@ use std::ops::Deref;
 
 use tch::{Kind, Tensor};
 
+use crate::arithmetic::number_like;
 use crate::checks::{
-    check_device, check_like, check_per_sample, check_samples, check_size, check_strided,
+    check_device, check_leading, check_like, check_samples, check_size, check_strided, check_times,
 };
 use crate::error::{Error, Result};
-use crate::numeric::{batch_size, once, per_sample, widen};
+use crate::numeric::{batch_size, of_one_rank, once, per_sample, widen};
 use crate::simulation::Simulation;
 use crate::time::{PostShift, PreShift};
+use crate::value::checked;
 
 /// The condition of a network: any tensors, handed to network closures untouched.
 ///
@@ -66,8 +68,10 @@ pub struct Batch<'a> {
     target: Option<&'a Tensor>,
     student_time: Option<&'a PreShift>,
     student_input: Option<(&'a Tensor, &'a PostShift)>,
-    /// Boolean, expanded to the shape of `x`.
+    /// Boolean, expanded to the shape of `x`; false at given frames.
     mask: Option<Tensor>,
+    /// Boolean, `[B]` or per frame.
+    given: Option<&'a Tensor>,
     /// `x` in float32 or wider, with its graph.
     wide: OnceCell<Tensor>,
 }
@@ -93,6 +97,7 @@ impl<'a> Batch<'a> {
             student_time: None,
             student_input: None,
             mask: None,
+            given: None,
             wide: OnceCell::new(),
         })
     }
@@ -148,15 +153,16 @@ impl<'a> Batch<'a> {
         Ok(self)
     }
 
-    /// Adds the pre-shift times `[B]` at which the student was evaluated; [`AboveStudent`] needs them.
+    /// Adds the pre-shift times `[B]` at which the student was evaluated, or one for each frame; [`AboveStudent`]
+    /// needs them.
     ///
     /// [`AboveStudent`]: crate::AboveStudent
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there is one time for each sample; [`Error::Device`] if they are
+    /// [`Error::Shape`] unless there is one time for each sample or frame; [`Error::Device`] if they are
     /// elsewhere than `x`.
     pub fn with_student_time(mut self, time: &'a PreShift) -> Result<Self> {
-        check_per_sample("student time", time.tensor(), self.x)?;
+        check_times("student time", time.tensor(), self.x)?;
         self.student_time = Some(time);
         Ok(self)
     }
@@ -166,16 +172,17 @@ impl<'a> Batch<'a> {
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Kind`] or [`Error::Device`] unless `input` is like `x` and there is one
-    /// time for each sample.
+    /// time for each sample or frame.
     pub fn with_student_input(mut self, input: &'a Tensor, time: &'a PostShift) -> Result<Self> {
         check_like("student input", input, self.x)?;
-        check_per_sample("time of the student input", time.tensor(), self.x)?;
+        check_times("time of the student input", time.tensor(), self.x)?;
         self.student_input = Some((input, time));
         Ok(self)
     }
 
     /// Adds a mask of booleans: true counts, false (padding, a sample to leave out) does not. The mask is
-    /// `[B]`, one boolean for each sample, or has the axes of `x` with 1 where one value serves an axis.
+    /// `[B]`, one boolean for each sample, or has the axes of `x` with 1 where one value serves an axis: a mask of
+    /// the frames of `[B, F, C, H, W]` is `[B, F, 1, 1, 1]`.
     ///
     /// For engines, Distribution Matching and the loss of the fake score:
     /// - a masked element gets an update of exactly zero and sends no gradient to the student or the
@@ -208,8 +215,59 @@ impl<'a> Batch<'a> {
         }
         check_device(WHAT, mask, self.x)?;
         let mask = if is_per_sample { per_sample(mask, self.x)? } else { mask.shallow_clone() };
-        self.mask = Some(mask.f_expand(whole, false)?);
+        let mask = mask.f_expand(whole, false)?;
+        self.mask = Some(match self.given {
+            Some(given) => mask.f_logical_and(&self.not(given)?)?,
+            None => mask,
+        });
         Ok(self)
+    }
+
+    /// Adds the frames that are given, such as the first of image-to-video: true, `[B, F]` for samples
+    /// `[B, F, ..]`, `[B, 1, F]` for `[B, C, F, ..]` ([`PostShift`]). x holds them as they are.
+    ///
+    /// A given frame is not trained on: the [`mask`](Self::with_mask) leaves it out. Nor is it noised: its time is 1,
+    /// the clean end of the path, at every probe and in the loss of the fake score, so that networks are handed times
+    /// per frame. The end has no noise on most paths, and little on [`Edm`](crate::Edm) and tables. Terms that noise
+    /// whole samples refuse such a batch.
+    ///
+    /// # Errors
+    /// [`Error::Kind`] unless boolean, [`Error::Shape`] if it does not fit `x`, [`Error::Device`] if it is elsewhere.
+    pub fn with_given_frames(mut self, given: &'a Tensor) -> Result<Self> {
+        const WHAT: &str = "given frames";
+        check_leading(WHAT, given, &self.x.size())?;
+        check_strided(WHAT, given)?;
+        if given.f_kind()? != Kind::Bool {
+            return Err(Error::Kind { what: WHAT, expected: "booleans", found: given.f_kind()? });
+        }
+        check_device(WHAT, given, self.x)?;
+        let others = self.not(given)?;
+        self.mask = Some(match &self.mask {
+            Some(mask) => mask.f_logical_and(&others)?,
+            None => others,
+        });
+        self.given = Some(given);
+        Ok(self)
+    }
+
+    /// The elements outside the given frames, expanded to the shape of x.
+    fn not(&self, given: &Tensor) -> Result<Tensor> {
+        Ok(per_sample(&given.f_logical_not()?, self.x)?.f_expand(self.x.size(), false)?)
+    }
+
+    /// `time`, with 1 at the [given frames](Self::with_given_frames): the times at which a term of one's own noises the
+    /// samples of the batch. Without given frames, the times as they are.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] and the like unless there is one time for each sample, or for each frame along the axis of the
+    /// given ones.
+    pub fn keep_given(&self, time: &PostShift) -> Result<PostShift> {
+        check_times("time", time.tensor(), self.x)?;
+        let Some(given) = self.given else { return Ok(time.shallow_clone()) };
+        let (times, given) = of_one_rank(time.tensor(), given)?;
+        let times = number_like(1.0, &times)?.f_where_self(&given, &times)?;
+        check_leading("time of given frames", &times, &self.x.size())?;
+        Ok(PostShift::within(times, (time.range().0, 1.0)))
     }
 
     /// The samples in float32 or wider, with the student's gradient: one copy for all terms, or x
@@ -222,6 +280,17 @@ impl<'a> Batch<'a> {
     /// The mask, boolean and of the shape of x, where given.
     pub fn mask(&self) -> Option<&Tensor> {
         self.mask.as_ref()
+    }
+
+    /// The given frames, booleans `[B, F]` or `[B, 1, F]`, where there are any.
+    pub fn given_frames(&self) -> Option<&'a Tensor> {
+        self.given
+    }
+
+    /// Refuses given frames, for what noises whole samples.
+    pub(crate) fn check_none_given(&self) -> Result<()> {
+        let requirement = "none for a term that noises whole samples";
+        checked("given frames", requirement, 1.0, self.given.is_none()).map(|_| ())
     }
 
     /// The samples, `[B, ..]`, carrying the student's gradient.

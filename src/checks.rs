@@ -68,6 +68,49 @@ pub(crate) fn check_per_sample(what: &'static str, values: &Tensor, x: &Tensor) 
     check_device(what, values, x)
 }
 
+/// Refuses anything but one floating-point number for each sample of `x`, `[B]`, or for each frame, on its device.
+///
+/// Frames lie along one of the other axes of `x`. Numbers for each have the first axes of `x` up to that one, with 1
+/// for those between: `[B, F]` for `[B, F, ..]`, `[B, 1, F]` for `[B, C, F, ..]`.
+pub(crate) fn check_times(what: &'static str, times: &Tensor, x: &Tensor) -> Result<()> {
+    check_leading(what, times, &x.size())?;
+    check_strided(what, times)?;
+    check_floating(what, times.f_kind()?)?;
+    check_device(what, times, x)
+}
+
+/// Refuses a tensor without the shape of a number for each sample, or for each frame, of samples of `size`.
+pub(crate) fn check_leading(what: &'static str, tensor: &Tensor, size: &[i64]) -> Result<()> {
+    let found = tensor.size();
+    let last = found.len().saturating_sub(1);
+    let is_of_x = found.len() <= size.len() && found.first() == size.first();
+    if tensor.defined() && is_of_x && is_clock(&found) && found.get(last) == size.get(last) {
+        return Ok(());
+    }
+    let batch = size.first().copied().unwrap_or_default();
+    let expected = if size.len() < 2 {
+        format!("[{batch}]")
+    } else {
+        format!("[{batch}], or [{batch}, F] or [{batch}, 1, F] for the frames of {size:?}")
+    };
+    Err(Error::shape(what, expected, &found))
+}
+
+/// Whether a size is `[B]`, `[B, F]` or `[B, 1, F]`: all axes between the first and the last are 1.
+fn is_clock(size: &[i64]) -> bool {
+    let between = size.len().saturating_sub(2);
+    !size.is_empty() && size.iter().skip(1).take(between).all(|&length| length == 1)
+}
+
+/// Refuses anything but floating-point numbers `[B]`, `[B, F]` or `[B, 1, F]`, B and F >= 1.
+pub(crate) fn check_clock(what: &'static str, tensor: &Tensor) -> Result<()> {
+    let size = tensor.size();
+    if !size.is_empty() && !is_clock(&size) {
+        return Err(Error::shape(what, "[B], or [B, F] or [B, 1, F] for frames", &size));
+    }
+    check_samples(what, tensor, 1)
+}
+
 /// Refuses anything but one number, or one for each of `batch` samples, of a type that has a mean.
 pub(crate) fn check_numbers(what: &'static str, tensor: &Tensor, batch: i64) -> Result<()> {
     let size = tensor.size();
@@ -78,14 +121,6 @@ pub(crate) fn check_numbers(what: &'static str, tensor: &Tensor, batch: i64) -> 
     let found = tensor.f_kind()?;
     let is_complex = tensor.f_is_complex()?;
     if is_complex { Err(Error::Kind { what, expected: "real numbers", found }) } else { Ok(()) }
-}
-
-/// Refuses anything but floating-point numbers `[B]`, B >= 1.
-pub(crate) fn check_vector(what: &'static str, tensor: &Tensor) -> Result<()> {
-    if tensor.size().len() > 1 {
-        return Err(Error::shape(what, "[B]", &tensor.size()));
-    }
-    check_samples(what, tensor, 1)
 }
 
 /// Refuses numbers outside `[low, high]`, NaN included, and returns the extremes. Waits for a GPU,

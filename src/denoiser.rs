@@ -5,7 +5,7 @@ use std::rc::Rc;
 use tch::{Reduction, Tensor};
 
 use crate::batch::{Batch, Condition};
-use crate::checks::{check_like, check_per_sample, check_samples};
+use crate::checks::{check_like, check_samples, check_times};
 use crate::error::{Error, Result};
 use crate::guidance::Guidance;
 use crate::network::IntoOutput;
@@ -23,10 +23,11 @@ type PairedNetwork<'a> =
 
 /// A network with its noise path and its prediction type. Every term asks it for clean samples.
 ///
-/// The network is a closure of the noised sample `[B, ..]`, the time `[B]` on the crate's clock
-/// (0 noise, 1 data) and the condition. A model with another clock or sign is adapted in its closure and
-/// nowhere else. Of diffusers' flow models, FLUX and Qwen-Image are fed `1 - t`, SD3 and Wan
-/// `1000 * (1 - t)`, and Z-Image `t`, with its output negated.
+/// The network is a closure of the noised sample `[B, ..]`, the time `[B]` on the crate's clock (0 noise, 1 data) and
+/// the condition. Where frames have times of their own, the closure is handed those as they are, `[B, F]` or
+/// `[B, 1, F]` ([`PostShift`]); no term makes such times unless it was asked to. A model with another clock or sign is
+/// adapted in its closure and nowhere else. Of diffusers' flow models, FLUX and Qwen-Image are fed `1 - t`, SD3 and
+/// Wan `1000 * (1 - t)`, and Z-Image `t`, with its output negated.
 ///
 /// Terms and samplers hand the closure x and t in float32, or float64 where the samples have it, also
 /// when the samples are bfloat16: a network of another type casts inside. Clocks of a path, such as
@@ -169,7 +170,7 @@ impl<'a> Denoiser<'a> {
     ///
     /// # Errors
     /// [`Error::Network`] from the closure; [`Error::Shape`], [`Error::Kind`] or [`Error::Device`]
-    /// unless `noised` are floating-point samples with a time each, and the output is like them;
+    /// unless `noised` are floating-point samples with a time each, or one a frame, and the output is like them;
     /// [`Error::OutOfRange`] if times may be at a singular end of the [`Prediction`].
     pub fn denoise(&self, noised: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
         self.predict(noised, time, cond)?.into_sample()
@@ -274,7 +275,7 @@ impl<'a> Denoiser<'a> {
     /// mean (target(x, eps) - output(x_t))^2,    x_t = a x + s eps
     /// ```
     /// in the network's own prediction type, over all elements. `x` `[B, ..]` is detached, `noise`
-    /// has its shape and `time` holds B times; the gradient flows into the network alone.
+    /// has its shape and `time` holds B times, or one for each frame; the gradient flows into the network alone.
     ///
     /// # Errors
     /// As [`denoise`](Self::denoise), for `noise` and `time` too.
@@ -304,7 +305,7 @@ impl<'a> Denoiser<'a> {
         mask: Option<&Tensor>,
     ) -> Result<Tensor> {
         check_samples("x", x, 1)?;
-        check_per_sample("time", time.tensor(), x)?;
+        check_times("time", time.tensor(), x)?;
         check_like("noise", noise, x)?;
         self.prediction.check_target(&*self.path, time)?;
         let x = finite_where_masked(&x.f_detach()?, mask)?;
@@ -332,7 +333,7 @@ impl<'a> Denoiser<'a> {
 
     fn check_input(&self, noised: &Tensor, time: &PostShift) -> Result<()> {
         check_samples("noised sample", noised, 1)?;
-        check_per_sample("time", time.tensor(), noised)?;
+        check_times("time", time.tensor(), noised)?;
         self.prediction.check_sample(&*self.path, time)
     }
 

@@ -60,7 +60,8 @@ impl Guidance {
     }
 
     /// Brings the guided output of the network back to the norm of the conditional one, taken over axis 1
-    /// (the channels of `[B, C, ..]`) at each place, as the pipeline of Qwen-Image does for each token.
+    /// (the channels of `[B, C, ..]`) at each place, as the pipeline of Qwen-Image does for each token. Samples whose
+    /// axis 1 has frames with times of their own are refused.
     #[must_use]
     pub fn rescaled(mut self) -> Self {
         self.is_rescaled = true;

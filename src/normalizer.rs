@@ -6,7 +6,7 @@ use crate::arithmetic::{Arithmetic, filled, number};
 use crate::collective::Collective;
 use crate::error::Result;
 use crate::guidance::Guidance;
-use crate::numeric::{masked, masked_mean, sample_distance};
+use crate::numeric::{masked, masked_mean, mean_per_time, sample_distance};
 use crate::value::Positive;
 
 /// The scale 1 / n by which a difference of clean predictions becomes a direction,
@@ -21,7 +21,7 @@ use crate::value::Positive;
 /// |---|---|---|
 /// | x0, the reference | [`conditional`](Self::conditional): the teacher's x0_cond at the term's own tau; [`guided`](Self::guided): null + alpha (cond - null); [`OFF`](Self::OFF): n = 1 | conditional |
 /// | guard | [`floor`](Self::floor): max(mean, floor); [`epsilon`](Self::epsilon): mean + epsilon; [`unguarded`](Self::unguarded) | floor 0.1, CDM's |
-/// | mean | over the elements of each sample; [`over_batch`](Self::over_batch): over all elements of the batch | each sample |
+/// | mean | over the elements of each sample; [`over_frame`](Self::over_frame): of each frame; [`over_batch`](Self::over_batch): over all elements of the batch | each sample |
 ///
 /// The guided reference, common to the terms of a group, makes coupled CA + DM equal to DMD2.
 ///
@@ -85,6 +85,7 @@ enum Guard {
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 enum Scope {
     Sample,
+    Frame,
     Batch,
 }
 
@@ -175,6 +176,18 @@ impl Normalizer {
         self
     }
 
+    /// Takes the mean over the elements of each frame, where frames have times of their own ([`PostShift`]), and each
+    /// sample elsewhere: directions are then comparable across the frames of a video, which are at different noise
+    /// levels. The codes of CausVid and Self-Forcing take the mean over the whole video, and mark it as to be changed
+    /// for a causal teacher.
+    ///
+    /// [`PostShift`]: crate::PostShift
+    #[must_use]
+    pub fn over_frame(mut self) -> Self {
+        self.scope = Scope::Frame;
+        self
+    }
+
     /// The reference; with a neutral guidance, the guided prediction is the conditional one.
     pub(crate) fn reference(self) -> Reference {
         match self.reference {
@@ -183,19 +196,21 @@ impl Normalizer {
         }
     }
 
-    /// n and whether the guard acts, `[B]` each, from x in float32 or wider; the means are over the elements
-    /// at which `mask` is true. A mean over the batch is over the parts of all `processes`.
+    /// n and whether the guard acts, `[B]` each or shaped like `times`, from x in float32 or wider; the means are over
+    /// the elements at which `mask` is true. A mean over the batch is over the parts of all `processes`.
     pub(crate) fn distance(
         self,
         x: &Tensor,
         reference: &Tensor,
+        times: &Tensor,
         mask: Option<&Tensor>,
         processes: Option<&Collective<'_>>,
     ) -> Result<Distance> {
         let elements = || -> Result<Tensor> { Ok(x.f_sub(reference)?.f_abs_()?) };
         let mean = match self.scope {
-            Scope::Sample if mask.is_none() => sample_distance(x, reference)?,
-            Scope::Sample => masked_mean(&elements()?, mask)?,
+            Scope::Frame if times.dim() > 1 => mean_per_time(&elements()?, times, mask)?,
+            Scope::Sample | Scope::Frame if mask.is_none() => sample_distance(x, reference)?,
+            Scope::Sample | Scope::Frame => masked_mean(&elements()?, mask)?,
             Scope::Batch => {
                 let distance = elements()?;
                 let sum = masked(&distance, mask)?.f_sum(None::<Kind>)?;
@@ -240,9 +255,9 @@ impl Default for Normalizer {
 
 /// The divisors of one batch.
 pub(crate) struct Distance {
-    /// `[B]`, after the guard.
+    /// After the guard, `[B]` or per frame.
     pub(crate) n: Tensor,
-    /// Whether the distance is below the guard, `[B]` of booleans.
+    /// Whether the distance is below the guard, booleans of the same shape.
     pub(crate) guarded: Tensor,
 }
 
@@ -252,7 +267,7 @@ mod tests {
 
     fn n(normalizer: Normalizer) -> Result<Vec<f64>> {
         let x = Tensor::from_slice(&[0.0, 2.0, 4.0, 4.0]).view([2, 2]);
-        let distance = normalizer.distance(&x, &x.zeros_like(), None, None)?;
+        let distance = normalizer.distance(&x, &x.zeros_like(), &x.get(0), None, None)?;
         Ok(Vec::try_from(distance.n).unwrap())
     }
 
@@ -274,7 +289,8 @@ mod tests {
         let x = Tensor::from_slice(&[f64::NAN, 2.0, 4.0, 6.0]).view([2, 2]);
         let mask = Tensor::from_slice(&[false, true, true, true]).view([2, 2]);
         let of = |normalizer: Normalizer| -> Result<Vec<f64>> {
-            let distance = normalizer.distance(&x, &x.zeros_like(), Some(&mask), None)?;
+            let distance =
+                normalizer.distance(&x, &x.zeros_like(), &x.get(0), Some(&mask), None)?;
             Ok(Vec::try_from(distance.n).unwrap())
         };
         assert_eq!(of(Normalizer::conditional())?, [2.0, 5.0]);

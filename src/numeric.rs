@@ -36,13 +36,26 @@ pub(crate) fn batch_size(tensor: &Tensor) -> i64 {
     tensor.size().first().copied().unwrap_or_default()
 }
 
-/// One number per sample, `[B]`, as `[B, 1, ..]` with the rank of `like`.
+/// One number per sample, `[B]`, or one per frame, `[B, F]` or `[B, 1, F]`, with axes of 1 at the end up to the rank
+/// of `like`.
 pub(crate) fn per_sample(values: &Tensor, like: &Tensor) -> Result<Tensor> {
     let mut shape = vec![1; like.dim()];
-    if let (Some(first), Some(&batch)) = (shape.first_mut(), like.size().first()) {
+    let sizes = values.size();
+    if sizes.len() > 1 {
+        shape.iter_mut().zip(sizes).for_each(|(axis, size)| *axis = size);
+    } else if let (Some(first), Some(&batch)) = (shape.first_mut(), like.size().first()) {
         *first = batch;
     }
     Ok(values.f_view(shape.as_slice())?)
+}
+
+/// Two tensors of numbers per sample or per frame, brought to the rank of the larger.
+pub(crate) fn of_one_rank(one: &Tensor, two: &Tensor) -> Result<(Tensor, Tensor)> {
+    if one.dim() < two.dim() {
+        Ok((per_sample(one, two)?, two.shallow_clone()))
+    } else {
+        Ok((one.shallow_clone(), per_sample(two, one)?))
+    }
 }
 
 /// Differences `[B, ..]` over what lies between, `[B]`, in their type; 0 where nothing lies between.
@@ -123,6 +136,22 @@ pub(crate) fn masked_mean(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tens
     let sum = masked(tensor, Some(mask))?.f_flatten(1, -1)?;
     let sum = sum.f_sum_dim_intlist(&[1i64][..], false, None::<Kind>)?;
     Ok(sum.f_div(&kept.f_maximum(&kept.f_ones_like()?)?)?)
+}
+
+/// Mean of the elements, at which `mask` is true, of what shares one of `times`, in the shape of the times: of a
+/// frame, `[B, F]` or `[B, 1, F]`; 0 for one without any.
+pub(crate) fn mean_per_time(
+    tensor: &Tensor,
+    times: &Tensor,
+    mask: Option<&Tensor>,
+) -> Result<Tensor> {
+    // `[B, ..]` to `[B F, .., 1]`: frames, which are along the last axis of the times, as samples.
+    let axis = i64::try_from(times.dim()).unwrap_or(i64::MAX).saturating_sub(1);
+    let frames = |tensor: &Tensor| -> Result<Tensor> {
+        Ok(tensor.f_movedim_int(axis, 1)?.f_flatten(0, 1)?.f_unsqueeze(-1)?)
+    };
+    let mask = mask.map(frames).transpose()?;
+    Ok(masked_mean(&frames(tensor)?, mask.as_ref())?.f_view(times.size().as_slice())?)
 }
 
 /// Unit Gaussian noise with the shape, type and device of `like`.

@@ -4,7 +4,7 @@ use tch::{Kind, Tensor, no_grad_guard};
 
 use crate::arithmetic::Arithmetic;
 use crate::batch::Batch;
-use crate::checks::{check_per_sample, check_size};
+use crate::checks::{check_size, check_times};
 use crate::collective::Collective;
 use crate::denoiser::Denoiser;
 use crate::diagnostics::{Diagnostics, Role, read_together};
@@ -14,7 +14,7 @@ use crate::normalizer::Normalizer;
 use crate::numeric::noise_like;
 use crate::probe::Probe;
 use crate::regularizer::Regularizer;
-use crate::renoising::{Renoising, check_draws, unit_uniform};
+use crate::renoising::{Renoising, check_draws};
 use crate::value::{checked, is_finite};
 
 /// Terms that share one probe: one tau, one noise, one set of teacher forwards.
@@ -111,7 +111,7 @@ impl std::fmt::Debug for Group<'_> {
 /// The random numbers that one group consumes in one evaluation.
 #[derive(Debug)]
 pub struct Draw {
-    /// Unit-uniform numbers `[B]`, which the group's time distribution maps to tau.
+    /// Unit-uniform numbers `[B]`, or per frame, which the group's time distribution maps to tau.
     pub u: Tensor,
     /// The re-noising noise, shaped like x.
     pub noise: Tensor,
@@ -234,10 +234,12 @@ impl<'a> Objective<'a> {
     /// The random numbers of one evaluation, one draw a group, from libtorch's global generator.
     ///
     /// # Errors
-    /// [`Error::Torch`] if libtorch fails.
+    /// [`Error::OutOfRange`] if a group draws [`per_frame`](Renoising::per_frame) and the samples have no such axis.
     pub fn draw(&self, batch: &Batch<'_>) -> Result<Vec<Draw>> {
         let x = batch.x();
-        let draw = |_| Ok(Draw { u: unit_uniform(x)?, noise: noise_like(x)? });
+        let draw = |group: &Group<'_>| {
+            Ok(Draw { u: group.renoising.unit_uniform(x)?, noise: noise_like(x)? })
+        };
         self.groups.iter().map(draw).collect()
     }
 
@@ -265,7 +267,7 @@ impl<'a> Objective<'a> {
         let one_each = count == self.groups.len();
         checked("number of draws", "the number of groups", count as f64, one_each)?;
         for Draw { u, .. } in &draws {
-            check_per_sample("draw", u, batch.x())?;
+            check_times("draw", u, batch.x())?;
             check_draws(u)?;
         }
         self.evaluate_with(batch, draws)

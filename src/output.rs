@@ -11,6 +11,7 @@ use crate::numeric::{norm, once, per_sample, widen};
 use crate::path::{Coefficients, NoisePath};
 use crate::prediction::Prediction;
 use crate::time::PostShift;
+use crate::value::checked;
 
 /// The raw output of a network at one noised sample, converted to a clean-sample prediction on first
 /// use. [`Denoiser::predict`](crate::Denoiser::predict) returns it.
@@ -84,10 +85,13 @@ impl ModelOutput {
     /// The clean sample is affine in the output, so the outputs are combined.
     ///
     /// # Errors
-    /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) for a rescaled guidance where axis 1, whose norm it takes, has
+    /// the frames.
     pub fn guided(&self, null: &Self, guidance: Guidance) -> Result<Self> {
         let mut output = null.output.toward(&self.output, guidance.get())?;
         if guidance.is_rescaled() {
+            let requirement = "not 1, the axis of the channels, for a rescaled guidance";
+            checked("axis of the frames", requirement, 1.0, self.time.tensor().dim() != 2)?;
             // Where the guided output vanishes it stays zero.
             let least = f64::from(f32::MIN_POSITIVE);
             let factor = norm(&self.output, 1)?.f_div(&norm(&output, 1)?.at_least(least)?)?;
@@ -143,7 +147,7 @@ pub struct Difference {
     tensor: Tensor,
     /// Whether this is the only handle on the tensor, so that it may be written to.
     is_own: bool,
-    /// One factor for each sample, `[B, 1, ..]`; `None` for 1.
+    /// One factor for each sample or frame, of the rank of the samples; `None` for 1.
     slope: Option<Tensor>,
     weight: f64,
 }
@@ -161,8 +165,8 @@ impl Difference {
         &self.tensor
     }
 
-    /// The difference over `n` `[B]`, in float32 or wider. The factors of each sample are multiplied with one
-    /// another first, so that one pass over the samples does.
+    /// The difference over `n`, `[B]` or per frame, in float32 or wider. The factors of each sample are multiplied with
+    /// one another first, so that one pass over the samples does.
     pub(crate) fn over(self, n: Option<&Tensor>) -> Result<Tensor> {
         let mut tensor = widen(&self.tensor)?;
         let factor = match n {

@@ -18,9 +18,9 @@ pub use variance_preserving::VariancePreserving;
 use tch::{Device, Kind, Tensor};
 
 use crate::arithmetic::Arithmetic;
-use crate::checks::{check_like, check_per_sample, check_samples};
+use crate::checks::{check_like, check_samples, check_times};
 use crate::error::Result;
-use crate::numeric::{compute_kind, numbers, per_sample, widen, widen_like};
+use crate::numeric::{compute_kind, numbers, of_one_rank, per_sample, widen, widen_like};
 use crate::time::{PostShift, Shift};
 use crate::value::checked;
 
@@ -38,7 +38,8 @@ use crate::value::checked;
 /// [`AboveStudent`](crate::AboveStudent) relies on larger t being cleaner, and the checks for singular times
 /// evaluate only the ends of a range.
 pub trait NoisePath {
-    /// The coefficients of data and noise at `time`, on its device, in float32 or wider.
+    /// The coefficients of data and noise at `time`, in its shape and on its device, in float32 or wider. Each is
+    /// of one time alone, so that frames with times of their own ([`PostShift`]) are what samples are.
     ///
     /// # Errors
     /// [`Error::Torch`](crate::Error::Torch) if libtorch fails.
@@ -74,7 +75,7 @@ pub trait NoisePath {
 
     /// `a x0 + s eps`, in float32, or in float64 where `x0` is.
     ///
-    /// `x0` and `noise` are `[B, ..]`, `time` holds B times.
+    /// `x0` and `noise` are `[B, ..]`, `time` holds B times, or one for each frame.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape), [`Error::Kind`](crate::Error::Kind) or
@@ -83,7 +84,7 @@ pub trait NoisePath {
     fn renoise(&self, x0: &Tensor, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
         check_samples("x0", x0, 1)?;
         check_like("noise", noise, x0)?;
-        check_per_sample("time", time.tensor(), x0)?;
+        check_times("time", time.tensor(), x0)?;
         let Coefficients { data, noise: level } = self.coefficients(time)?.like(x0)?;
         Ok(widen(x0)?.f_mul(&data)?.f_addcmul_(&widen(noise)?, &level)?)
     }
@@ -98,7 +99,7 @@ pub trait NoisePath {
     fn implied_noise(&self, noised: &Tensor, x0: &Tensor, time: &PostShift) -> Result<Tensor> {
         check_samples("noised", noised, 1)?;
         check_like("x0", x0, noised)?;
-        check_per_sample("time", time.tensor(), noised)?;
+        check_times("time", time.tensor(), noised)?;
         let end = PostShift::all(time.range().1, 1, (Kind::Double, Device::Cpu))?;
         let level = self.coefficients(&end)?.noise.f_double_value(&[0])?;
         let requirement = "positive: a clean sample has no noise to imply";
@@ -130,10 +131,9 @@ pub trait NoisePath {
     ) -> Result<Tensor> {
         check_samples("noised", noised, 1)?;
         check_like("reached", reached, noised)?;
-        check_per_sample("time", time.tensor(), noised)?;
-        check_per_sample("later time", later.tensor(), noised)?;
-        let from = self.coefficients(time)?.wide()?;
-        let to = self.coefficients(later)?.wide()?;
+        check_times("time", time.tensor(), noised)?;
+        check_times("later time", later.tensor(), noised)?;
+        let (from, to) = self.coefficients(time)?.beside(self.coefficients(later)?)?;
         let ratio = to.noise.f_div(&from.noise)?;
         let step = to.data.f_sub(&from.data.f_mul(&ratio)?)?;
         let [level, least] = numbers([from.noise.f_min()?, step.f_min()?])?;
@@ -173,9 +173,9 @@ pub trait NoisePath {
     ) -> Result<Tensor> {
         check_samples("implied noise", implied, 1)?;
         check_like("fresh noise", fresh, implied)?;
-        check_per_sample("middle time", mid.tensor(), implied)?;
-        check_per_sample("time", time.tensor(), implied)?;
-        let (from, to) = (self.coefficients(mid)?.wide()?, self.coefficients(time)?.wide()?);
+        check_times("middle time", mid.tensor(), implied)?;
+        check_times("time", time.tensor(), implied)?;
+        let (from, to) = self.coefficients(mid)?.beside(self.coefficients(time)?)?;
         let [data, level] = numbers([from.data.f_min()?, to.noise.f_min()?])?;
         let what = "share of data at the middle time";
         checked(what, "positive: pure noise has no sample to noise further", data, data > 0.0)?;
@@ -242,9 +242,9 @@ impl<P: NoisePath> NoisePath for Shifted<P> {
 /// The coefficients of a path at given times.
 #[derive(Debug)]
 pub struct Coefficients {
-    /// a: the share of data, `[B]`.
+    /// a: the share of data, shaped like the times, `[B]` or per frame `[B, F]`.
     pub data: Tensor,
-    /// s: the share of noise, `[B]`.
+    /// s: the share of noise, likewise.
     pub noise: Tensor,
 }
 
@@ -253,13 +253,15 @@ impl Coefficients {
         Self { data: self.data.shallow_clone(), noise: self.noise.shallow_clone() }
     }
 
-    /// In float64.
-    pub(crate) fn wide(&self) -> Result<Self> {
-        Ok(Self { data: wide_time(&self.data)?, noise: wide_time(&self.noise)? })
+    /// Both in float64 and in one rank: one may be per sample, and the other per frame.
+    fn beside(self, other: Self) -> Result<(Self, Self)> {
+        let (data, of_data) = of_one_rank(&wide_time(&self.data)?, &wide_time(&other.data)?)?;
+        let (noise, of_noise) = of_one_rank(&wide_time(&self.noise)?, &wide_time(&other.noise)?)?;
+        Ok((Self { data, noise }, Self { data: of_data, noise: of_noise }))
     }
 
-    /// Reshaped to `[B, 1, ..]`, so that they multiply a tensor of the rank of `like`, and in float32, or
-    /// float64 where `like` is: paths may return float64, samples stay in float32.
+    /// Reshaped to `[B, 1, ..]`, or `[B, F, 1, ..]`, so that they multiply a tensor of the rank of `like`, and in
+    /// float32, or float64 where `like` is: paths may return float64, samples stay in float32.
     ///
     /// # Errors
     /// [`Error::Torch`](crate::Error::Torch) unless `like` is `[B, ..]`.
@@ -268,7 +270,7 @@ impl Coefficients {
     }
 }
 
-/// One number per sample as a factor of `like`.
+/// One number per sample, or per frame, as a factor of `like`.
 fn factor(values: &Tensor, like: &Tensor) -> Result<Tensor> {
     let values = widen_like(values, like)?;
     if values.size() == [1] {

@@ -5,7 +5,7 @@ use std::cell::{OnceCell, RefCell};
 use tch::{Tensor, no_grad_guard};
 
 use crate::batch::Batch;
-use crate::checks::{check_like, check_numbers, check_per_sample};
+use crate::checks::{check_like, check_numbers, check_per_sample, check_times};
 use crate::collective::{Collective, gather};
 use crate::denoiser::Denoiser;
 use crate::diagnostics::{Role, TermDiagnostics};
@@ -37,7 +37,8 @@ pub struct Probe<'a> {
 }
 
 impl<'a> Probe<'a> {
-    /// Re-noises the batch to `tau` (B times) with `noise` (shaped like x).
+    /// Re-noises the batch to `tau`, B times or one for each frame, with `noise` (shaped like x). The
+    /// [given frames](Batch::with_given_frames) of the batch stay at 1.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape), [`Error::Kind`](crate::Error::Kind) or
@@ -48,8 +49,9 @@ impl<'a> Probe<'a> {
         tau: PostShift,
         noise: Tensor,
     ) -> Result<Self> {
-        check_per_sample("tau", tau.tensor(), batch.x())?;
+        check_times("tau", tau.tensor(), batch.x())?;
         check_like("noise", &noise, batch.x())?;
+        let tau = batch.keep_given(&tau)?;
         let _no_grad = no_grad_guard();
         let x = batch.wide()?;
         let noised = teacher.path().renoise(x, &tau, &noise)?;
@@ -137,9 +139,19 @@ impl<'a> Probe<'a> {
         self.batch
     }
 
-    /// The noise level of this probe, B times.
+    /// The noise level of this probe, B times, or one for each frame where the group draws them so, or the batch has
+    /// given frames.
     pub fn tau(&self) -> &PostShift {
         &self.tau
+    }
+
+    /// [`tau`](Self::tau) for a term that looks at whole samples: B times.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if frames have times of their own.
+    pub fn tau_of_samples(&self) -> Result<&PostShift> {
+        check_per_sample("tau of a term over whole samples", self.tau.tensor(), self.x)?;
+        Ok(&self.tau)
     }
 
     /// The noise of this probe, shaped like x.
@@ -328,7 +340,7 @@ impl<'a> Probe<'a> {
         TermDiagnostics::new(self.tau.tensor(), self.batch.mask())
     }
 
-    /// n, `[B]`; `None` where there is no normaliser.
+    /// n, `[B]` or per frame; `None` where there is no normaliser.
     fn divisor(&self) -> Result<Option<&Tensor>> {
         let Some(distance) = once(&self.distance, || self.distance())? else { return Ok(None) };
         self.record(|term| term.set_distance(distance))?;
@@ -347,7 +359,8 @@ impl<'a> Probe<'a> {
             }
             Reference::Conditional => self.teacher_cond()?,
         };
-        self.normalizer.distance(self.x, reference, self.batch.mask(), self.processes).map(Some)
+        let (times, mask) = (self.tau.tensor(), self.batch.mask());
+        self.normalizer.distance(self.x, reference, times, mask, self.processes).map(Some)
     }
 }
 

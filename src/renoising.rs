@@ -15,11 +15,12 @@ pub use uniform::{AboveStudent, Uniform};
 use tch::Tensor;
 
 use crate::arithmetic::Arithmetic;
-use crate::checks::{check_per_sample, check_range, check_samples, check_vector};
+use crate::checks::{check_clock, check_range, check_samples, check_times};
 use crate::error::Result;
 use crate::numeric::{batch_size, compute_kind};
 use crate::path::NoisePath;
 use crate::time::{PostShift, PreShift, Shift};
+use crate::value::checked;
 
 /// The bound on standard normal numbers: a float32 draw reaches 5.4. It gives times bounds that are known
 /// beforehand, and makes a draw of exactly 0 finite.
@@ -37,10 +38,11 @@ pub(crate) const Z_MAX: f64 = 5.5;
 /// | [`LogNormal`] | normal in ln sigma | the fake score on EDM's path |
 /// | [`Power`] | u^p | the student of ADM's first stage |
 pub trait TimeDistribution {
-    /// Pre-shift times `[B]` for draws `u` `[B]` in [0, 1), which [`Renoising`] has checked.
+    /// Pre-shift times `[B]` for draws `u` `[B]` in [0, 1), which [`Renoising`] has checked; times per frame for
+    /// draws per frame ([`PostShift`]).
     ///
-    /// `student` holds the pre-shift times `[B]` at which the student was evaluated, where the batch
-    /// carries them.
+    /// `student` holds the pre-shift times `[B]`, or per frame, at which the student was evaluated, where the batch
+    /// carries them. Draws and student times may differ in that.
     ///
     /// # Errors
     /// [`Error::Missing`](crate::Error::Missing) if the distribution needs the student's times and there are
@@ -68,16 +70,19 @@ pub(crate) fn normal_quantile(u: &Tensor) -> Result<Tensor> {
 }
 
 /// The re-noising of a group: a [`TimeDistribution`] of tau, and the [`Shift`] of its times. The path of the
-/// model says the shift, unless [`shifted`](Self::shifted) overrides it.
+/// model says the shift, unless [`shifted`](Self::shifted) overrides it. One time is drawn for each sample, unless
+/// [`per_frame`](Self::per_frame) asks for one for each frame.
 pub struct Renoising<'a> {
     distribution: Box<dyn TimeDistribution + 'a>,
     shift: Option<Shift>,
+    /// The axis of the frames, and how many share a draw.
+    frames: Option<(usize, usize)>,
 }
 
 impl<'a> Renoising<'a> {
     /// Times from `distribution`, shifted by the shift of the model.
     pub fn new(distribution: impl TimeDistribution + 'a) -> Self {
-        Self { distribution: Box::new(distribution), shift: None }
+        Self { distribution: Box::new(distribution), shift: None, frames: None }
     }
 
     /// Overrides the shift of the model; [`Shift::NONE`] shifts nothing.
@@ -87,12 +92,45 @@ impl<'a> Renoising<'a> {
         self
     }
 
-    /// Post-shift times on `path` for given draws `u` `[B]` in [0, 1]. Two of them are read from their
-    /// device.
+    /// Draws a time for each frame of a video, independently of the others (Diffusion Forcing, arXiv 2407.01392).
+    /// `axis` is the axis of the frames in the samples: 1 in `[B, F, C, H, W]`, as in CausVid and Self-Forcing, 2 in
+    /// `[B, C, F, H, W]`, as in diffusers. [`PostShift`] says what takes such times.
+    ///
+    /// ```
+    /// # use decoupled_dmd::{RectifiedFlow, Renoising, Uniform};
+    /// # use tch::{Device, Kind, Tensor};
+    /// let video = Tensor::zeros([2, 16, 5, 8, 8], (Kind::Float, Device::Cpu));
+    /// let tau = Renoising::new(Uniform::FULL).per_frame(2)?.draw(&RectifiedFlow, &video, None)?;
+    /// assert_eq!(tau.tensor().size(), [2, 1, 5]);
+    /// # Ok::<(), decoupled_dmd::Error>(())
+    /// ```
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `u` is `[B]`
-    /// and floating point, [`Error::OutOfRange`](crate::Error::OutOfRange) if a draw is outside [0, 1] or
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange) if `axis` is 0, the axis of the samples; [`draw`](Self::draw)
+    /// refuses an axis that the samples do not have.
+    pub fn per_frame(self, axis: usize) -> Result<Self> {
+        self.per_chunk(axis, 1)
+    }
+
+    /// Draws a time for each chunk of `frames` frames along `axis`, for generators that make chunk after chunk, as
+    /// CausVid's code and that of Self-Forcing, which has 3 latent frames. Where the frames are not a multiple, the
+    /// first chunk is the short one: one frame more than a multiple is the first frame that stands alone in both.
+    ///
+    /// # Errors
+    /// As [`per_frame`](Self::per_frame), and if `frames` is 0.
+    pub fn per_chunk(mut self, axis: usize, frames: usize) -> Result<Self> {
+        checked("axis of the frames", "at least 1", axis as f64, axis >= 1)?;
+        checked("frames of a chunk", "at least 1", frames as f64, frames >= 1)?;
+        self.frames = Some((axis, frames));
+        Ok(self)
+    }
+
+    /// Post-shift times on `path` for given draws `u` in [0, 1], `[B]`, or per frame `[B, F]` or `[B, 1, F]`, whatever
+    /// [`per_frame`](Self::per_frame) has said. Two of them are read from their device.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `u` has such a shape
+    /// and is floating point, [`Error::OutOfRange`](crate::Error::OutOfRange) if a draw is outside [0, 1] or
     /// not a number; [`Error::Missing`](crate::Error::Missing) if the distribution needs the student's times
     /// and there are none, [`Error::Shape`](crate::Error::Shape) or
     /// [`Error::Device`](crate::Error::Device) if they are not as many as the draws or elsewhere.
@@ -106,11 +144,13 @@ impl<'a> Renoising<'a> {
         self.times(path, u, student)
     }
 
-    /// Draws B post-shift times on `path` for samples `x` `[B, ..]` with libtorch's global generator.
+    /// Draws B post-shift times on `path` for samples `x` `[B, ..]`, or one for each of their frames, with libtorch's
+    /// global generator.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `x` are
-    /// floating-point samples; as [`at`](Self::at) for the student's times.
+    /// floating-point samples; [`Error::OutOfRange`](crate::Error::OutOfRange) if they have no such axis of frames;
+    /// as [`at`](Self::at) for the student's times.
     pub fn draw(
         &self,
         path: &dyn NoisePath,
@@ -118,7 +158,26 @@ impl<'a> Renoising<'a> {
         student: Option<&PreShift>,
     ) -> Result<PostShift> {
         check_samples("x", x, 1)?;
-        self.times(path, &unit_uniform(x)?, student)
+        self.times(path, &self.unit_uniform(x)?, student)
+    }
+
+    /// Draws from [0, 1) for samples `x`, on their device, in float32 or wider: `[B]`, or per frame, equal within
+    /// a chunk.
+    pub(crate) fn unit_uniform(&self, x: &Tensor) -> Result<Tensor> {
+        let Some((axis, chunk)) = self.frames else { return unit_uniform(x) };
+        let mut sizes = x.size();
+        let requirement = "an axis of the samples";
+        checked("axis of the frames", requirement, axis as f64, axis < sizes.len())?;
+        sizes.truncate(axis.saturating_add(1));
+        let count = sizes.pop().unwrap_or(1);
+        sizes.iter_mut().skip(1).for_each(|between| *between = 1);
+        // A chunk longer than the video is the video.
+        let chunk = i64::try_from(chunk).unwrap_or(count).min(count);
+        let chunks = count.saturating_add(chunk).saturating_sub(1).checked_div(chunk).unwrap_or(1);
+        sizes.push(chunks);
+        let of_frames = uniform(&sizes, x)?.f_repeat_interleave_self_int(chunk, -1, None)?;
+        let surplus = chunks.saturating_mul(chunk).saturating_sub(count);
+        Ok(of_frames.f_narrow(-1, surplus, count)?)
     }
 
     /// [`at`](Self::at) for valid draws, without reading any of them.
@@ -128,29 +187,39 @@ impl<'a> Renoising<'a> {
         u: &Tensor,
         student: Option<&PreShift>,
     ) -> Result<PostShift> {
-        if let Some(student) = student {
-            check_per_sample("student time", student.tensor(), u)?;
+        if let Some(student) = student.map(PreShift::tensor) {
+            if student.dim() <= u.dim() {
+                check_times("student time", student, u)?;
+            } else {
+                check_times("draw", u, student)?;
+            }
         }
         let shift = self.shift.unwrap_or_else(|| path.shift());
         shift.apply(&self.distribution.times(u, student)?)
     }
 }
 
-/// Refuses anything but numbers `[B]` in [0, 1]. Reads two of them.
+/// Refuses anything but numbers in [0, 1] for samples or frames. Reads two of them.
 pub(crate) fn check_draws(u: &Tensor) -> Result<()> {
-    check_vector("draw", u)?;
+    check_clock("draw", u)?;
     check_range("draw", "in [0, 1]", u, (0.0, 1.0)).map(|_| ())
 }
 
 /// One draw from [0, 1) for each sample of `x`, on its device, in float32 or wider.
 pub(crate) fn unit_uniform(x: &Tensor) -> Result<Tensor> {
-    let batch = batch_size(x);
-    Ok(Tensor::f_rand([batch], (compute_kind(x.f_kind()?), x.device()))?)
+    uniform(&[batch_size(x)], x)
+}
+
+fn uniform(size: &[i64], x: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::f_rand(size, (compute_kind(x.f_kind()?), x.device()))?)
 }
 
 impl std::fmt::Debug for Renoising<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Renoising").field("shift", &self.shift).finish_non_exhaustive()
+        f.debug_struct("Renoising")
+            .field("shift", &self.shift)
+            .field("frames", &self.frames)
+            .finish_non_exhaustive()
     }
 }
 

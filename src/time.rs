@@ -11,13 +11,13 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::arithmetic::{Arithmetic, filled};
-use crate::checks::{check_floating, check_range, check_size, check_vector};
+use crate::checks::{check_clock, check_floating, check_range, check_size};
 use crate::error::{Error, Result};
 use crate::numeric::{widen, widen_like};
 use crate::value::{checked, is_positive};
 
 /// Times before the shift, one per sample, `[B]` in [0, 1]. Few-step grids are even in this clock,
-/// and tau is drawn in it.
+/// and tau is drawn in it. Frames of a video may have a time each, as [`PostShift`] says.
 #[derive(Debug)]
 pub struct PreShift {
     times: Tensor,
@@ -25,6 +25,21 @@ pub struct PreShift {
 }
 
 /// Times after the shift, one per sample, `[B]` in [0, 1], for paths and networks.
+///
+/// **Frames.** Each frame of a video may have a time of its own, as in Diffusion Forcing (arXiv 2407.01392), CausVid
+/// (arXiv 2412.07772) and Self-Forcing (arXiv 2506.08009). Times have the first axes of the samples then, up to the
+/// axis of the frames, with 1 for those between: the shape says which axis has frames, as `t[:, None]` does in PyTorch.
+///
+/// | samples | times | used by |
+/// |---|---|---|
+/// | `[B, ..]` | `[B]` | one time a sample |
+/// | `[B, F, C, H, W]` | `[B, F]` | CausVid, Self-Forcing |
+/// | `[B, C, F, H, W]` | `[B, 1, F]` | the layout of diffusers |
+///
+/// Paths, predictions, [`CfgAugmentation`](crate::CfgAugmentation),
+/// [`DistributionMatching`](crate::DistributionMatching) and [`ScoreIdentity`](crate::ScoreIdentity) take times per
+/// frame; what looks at a sample as a whole (critics, consistency, flow maps, samplers) refuses them by
+/// [`Error::Shape`].
 #[derive(Debug)]
 pub struct PostShift {
     times: Tensor,
@@ -34,13 +49,14 @@ pub struct PostShift {
 macro_rules! time_methods {
     ($type:ty, $what:literal) => {
         impl $type {
-            /// Wraps times `[B]`. Two numbers are read from their device, which waits for a GPU.
+            /// Wraps times `[B]`, or per frame `[B, F]` or `[B, 1, F]`. Two numbers are read from their device,
+            /// which waits for a GPU.
             ///
             /// # Errors
-            /// [`Error::Shape`] unless the rank is 1 and B >= 1, [`Error::Kind`] unless floating
+            /// [`Error::Shape`] if they have another shape or are none, [`Error::Kind`] unless floating
             /// point, [`Error::OutOfRange`] if one is outside [0, 1] or not a number.
             pub fn new(times: Tensor) -> Result<Self> {
-                check_vector($what, &times)?;
+                check_clock($what, &times)?;
                 let range = check_range($what, "in [0, 1]", &times, (0.0, 1.0))?;
                 Ok(Self { times, range })
             }
@@ -82,7 +98,7 @@ macro_rules! time_methods {
                 Ok(Self::within(times, (moved(self.range.0), moved(self.range.1))))
             }
 
-            /// The times, `[B]`.
+            /// The times, `[B]`, or per frame `[B, F]` or `[B, 1, F]`.
             pub fn tensor(&self) -> &Tensor {
                 &self.times
             }
@@ -291,8 +307,11 @@ mod tests {
             Err(Error::OutOfRange { .. })
         ));
         assert!(matches!(PostShift::new(Tensor::from_slice(&[1i64])), Err(Error::Kind { .. })));
-        let matrix = Tensor::zeros([2, 2], (Kind::Float, Device::Cpu));
-        assert!(matches!(PreShift::new(matrix), Err(Error::Shape { .. })));
+        for shape in [&[2i64, 3, 4][..], &[0], &[2, 0], &[]] {
+            let zeros = Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+            let error = PreShift::new(zeros).unwrap_err();
+            assert!(matches!(&error, Error::Shape { what: "pre-shift time", .. }), "{error}");
+        }
         assert!(matches!(Shift::new(0.0), Err(Error::OutOfRange { .. })));
     }
 }

@@ -6,19 +6,21 @@ use super::{PerSample, any_kept};
 use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 use crate::normalizer::Distance;
-use crate::numeric::{compute_kind, masked_mean};
+use crate::numeric::{compute_kind, masked_mean, per_sample, sample_mean};
 
 /// The diagnostics of one term of an objective at its probe.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct TermDiagnostics {
-    /// The post-shift time tau of each sample at the term's probe, `[B]`, to bin the other numbers by.
+    /// The post-shift time tau of each sample at the term's probe, `[B]`, to bin the other numbers by; per frame where
+    /// frames have times of their own, while the other numbers stay those of samples.
     pub tau: Tensor,
     /// rms(d), the size of the update: direction after the normaliser, before the weight. Terms
     /// without a direction (a plain loss) have none.
     pub update_rms: Option<PerSample>,
     /// n, the normaliser after its guard; `None` where the term did not use one. A trend to zero
-    /// means collapse, or times close to the clean end.
+    /// means collapse, or times close to the clean end. The mean over the frames for
+    /// [`Normalizer::over_frame`](crate::Normalizer::over_frame), as on_guard.
     pub n: Option<PerSample>,
     /// 1 where the distance is below the normaliser's floor or epsilon, else 0. Above 0 in the mean:
     /// the guard acts. Near 1: directions are hardly normalised.
@@ -63,11 +65,21 @@ impl TermDiagnostics {
     }
 
     pub(crate) fn set_distance(&mut self, Distance { n, guarded }: &Distance) -> Result<()> {
-        let any = any_kept(n, self.mask.as_ref())?;
-        let finite = n.f_isfinite()?.f_logical_and(&any)?;
-        self.n = Some(PerSample::new(n.shallow_clone(), &finite)?);
-        self.on_guard = Some(PerSample::new(guarded.f_to_kind(Kind::Double)?, &finite)?);
+        let n = self.of_sample(n)?;
+        let finite = n.f_isfinite()?.f_logical_and(&any_kept(&n, self.mask.as_ref())?)?;
+        self.on_guard =
+            Some(PerSample::new(self.of_sample(&guarded.f_to_kind(Kind::Double)?)?, &finite)?);
+        self.n = Some(PerSample::new(n, &finite)?);
         Ok(())
+    }
+
+    /// Numbers per frame as their mean over the elements of each sample that count, `[B]`.
+    fn of_sample(&self, values: &Tensor) -> Result<Tensor> {
+        match &self.mask {
+            _ if values.dim() < 2 => Ok(values.shallow_clone()),
+            None => sample_mean(values),
+            Some(mask) => masked_mean(&per_sample(values, mask)?.f_expand_as(mask)?, Some(mask)),
+        }
     }
 
     /// Sets the scores from the flow velocities of teacher, fake score and the sample itself, given up to one factor

@@ -9,6 +9,7 @@ pub use tangent::Tangent;
 use tch::Tensor;
 
 use crate::arithmetic::{Arithmetic, number};
+use crate::checks::check_per_sample;
 use crate::denoiser::Denoiser;
 use crate::engine::Engine;
 use crate::error::Result;
@@ -203,6 +204,8 @@ impl<'a> Consistency<'a> {
     fn point<'p>(&self, probe: &'p Probe<'_>) -> Result<Point<'p>> {
         let batch = probe.batch();
         let (input, time) = batch.student_input()?;
+        batch.check_none_given()?;
+        check_per_sample("time of the student input", time.tensor(), input)?;
         let teacher = probe.teacher();
         once(&self.is_fit, || self.check_paths(teacher.path()))?;
         let clean = teacher.predict_guided(input, time, batch, self.guidance)?.into_sample()?;

@@ -275,6 +275,7 @@ impl<'a> MeanFlow<'a> {
         from: &PostShift,
         to: &PostShift,
     ) -> Result<MeanFlowEvaluation> {
+        batch.check_none_given()?;
         let x = batch.x().f_detach()?;
         let input = self.teacher.path().renoise(&x, from, noise)?;
         let velocity = self.map.velocity(&input, from, to, batch.cond())?;

@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use crate::arithmetic::Arithmetic;
 use crate::error::Result;
-use crate::numeric::{per_sample, widen_like};
+use crate::numeric::{of_one_rank, per_sample, widen_like};
 use crate::path::{Coefficients, NoisePath, coefficients_at};
 use crate::time::PostShift;
 use crate::value::{Positive, checked};
@@ -57,12 +57,12 @@ impl NoiseAngle {
         })
     }
 
-    /// phi, `[B]` in float64.
+    /// phi, in float64 and shaped like the times, `[B]` or per frame.
     pub fn radians(&self) -> &Tensor {
         &self.phi
     }
 
-    /// cos phi as a factor of `like`, `[B, 1, ..]`, in float32, or in float64 where `like` is.
+    /// cos phi as a factor of `like`, `[B, 1, ..]` or `[B, F, 1, ..]`, in float32, or in float64 where `like` is.
     ///
     /// # Errors
     /// [`Error::Torch`](crate::Error::Torch) unless `like` is `[B, ..]`.
@@ -78,12 +78,13 @@ impl NoiseAngle {
         per_sample(&widen_like(&self.sine, like)?, like)
     }
 
-    /// This angle less another, `[B]`.
+    /// This angle less another, `[B]` or per frame.
     ///
     /// # Errors
     /// [`Error::Torch`](crate::Error::Torch) unless both are of as many times.
     pub fn minus(&self, other: &Self) -> Result<Tensor> {
-        Ok(self.phi.f_sub(&other.phi)?)
+        let (own, other) = of_one_rank(&self.phi, &other.phi)?;
+        Ok(own.f_sub(&other)?)
     }
 
     /// Refuses times whose cleanest has a sine below 1e-4, for data of standard deviation 1, by which a direction

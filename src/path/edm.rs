@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use crate::arithmetic::Arithmetic;
-use crate::checks::{check_like, check_per_sample, check_samples, check_vector};
+use crate::checks::{check_clock, check_like, check_samples, check_times};
 use crate::error::Result;
 use crate::network::IntoOutput;
 use crate::numeric::widen;
@@ -67,14 +67,14 @@ impl Edm {
         Ok(path)
     }
 
-    /// sigma for times `t` `[B]` in [0, 1] on the crate's clock, as a network closure receives them;
-    /// `[B]` in float64.
+    /// sigma for times `t` `[B]` in [0, 1] on the crate's clock, or per frame, as a network closure receives
+    /// them; in float64, shaped like them.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `t` is `[B]`
-    /// and floating point.
+    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `t` is `[B]` or of
+    /// frames, as [`PostShift`], and floating point.
     pub fn sigma(&self, t: &Tensor) -> Result<Tensor> {
-        check_vector("t", t)?;
+        check_clock("t", t)?;
         let (low, high) = self.roots();
         let root = wide_time(t)?.times(low - high)?.plus(high)?;
         root.power(self.rho)
@@ -163,7 +163,7 @@ mod config {
 }
 
 /// EDM's preconditioning `D = c_skip x + c_out F(c_in x, c_noise)` at given times; each factor is
-/// `[B]` in float64.
+/// in float64 and shaped like them, `[B]` or per frame.
 ///
 /// Karras et al., arXiv 2206.00364, Eq. 7 and Table 1, with v = sigma^2 + sigma_data^2. It makes
 /// input and target of F of unit variance at every level.
@@ -192,7 +192,7 @@ impl Preconditioning {
         network: impl FnOnce(&Tensor, &Tensor) -> O,
     ) -> Result<Tensor> {
         check_samples("x", x, 1)?;
-        check_per_sample("times of the preconditioning", &self.noise, x)?;
+        check_times("times of the preconditioning", &self.noise, x)?;
         let x = widen(x)?;
         let noise = self.noise.f_to_kind(x.f_kind()?)?;
         let output = network(&x.f_mul(&factor(&self.input, &x)?)?, &noise).into_result()?;

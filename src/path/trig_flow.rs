@@ -5,7 +5,7 @@ use std::f64::consts::FRAC_PI_2;
 use tch::Tensor;
 
 use crate::arithmetic::Arithmetic;
-use crate::checks::check_vector;
+use crate::checks::check_clock;
 use crate::error::Result;
 use crate::path::{Coefficients, NoisePath, wide_time};
 use crate::time::PostShift;
@@ -24,14 +24,14 @@ use crate::time::PostShift;
 pub struct TrigFlow;
 
 impl TrigFlow {
-    /// The angle in radians for times `t` `[B]` in [0, 1] on the crate's clock, as a network closure
-    /// receives them; `[B]` in float64.
+    /// The angle in radians for times `t` `[B]` in [0, 1] on the crate's clock, or per frame, as a network
+    /// closure receives them; in float64, shaped like them.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) or [`Error::Kind`](crate::Error::Kind) unless `t` is `[B]`
-    /// and floating point.
+    /// or of frames, as [`PostShift`], and floating point.
     pub fn angle(&self, t: &Tensor) -> Result<Tensor> {
-        check_vector("t", t)?;
+        check_clock("t", t)?;
         wide_time(t)?.complement()?.times(FRAC_PI_2)
     }
 }

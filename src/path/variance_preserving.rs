@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use crate::arithmetic::Arithmetic;
-use crate::checks::{check_samples, check_vector};
+use crate::checks::{check_clock, check_samples};
 use crate::error::{Error, Result};
 use crate::numeric::widen;
 use crate::path::levels::Levels;
@@ -111,13 +111,13 @@ impl VariancePreserving {
         Ok(Self(Form::Table(Levels::new(table))))
     }
 
-    /// The time in the network's own clock for times `t` `[B]` in [0, 1] on the crate's, as a network
-    /// closure receives them: the index n `[B]` in int64 of a table, else `1 - t` `[B]` in float64.
+    /// The time in the network's own clock for times `t` `[B]` in [0, 1] on the crate's, or per frame, as a
+    /// network closure receives them: the index n in int64 of a table, else `1 - t` in float64, shaped like them.
     ///
     /// # Errors
-    /// [`Error::Shape`] or [`Error::Kind`] unless `t` is `[B]` and floating point.
+    /// [`Error::Shape`] or [`Error::Kind`] unless `t` is `[B]` or of frames, as [`PostShift`], and floating point.
     pub fn timestep(&self, t: &Tensor) -> Result<Tensor> {
-        check_vector("t", t)?;
+        check_clock("t", t)?;
         let reversed = wide_time(t)?.complement()?;
         let Form::Table(table) = &self.0 else { return Ok(reversed) };
         let levels = table.len() as f64;
@@ -192,7 +192,9 @@ impl NoisePath for VariancePreserving {
                 })
             }
             Form::Table(table) => {
-                let abar = table.on(timestep.device())?.f_index_select(0, &timestep)?;
+                let levels = table.on(timestep.device())?;
+                let abar = levels.f_index_select(0, &timestep.f_flatten(0, -1)?)?;
+                let abar = abar.f_view_as(&timestep)?;
                 let noise = abar.complement()?.f_sqrt()?;
                 Ok(Coefficients { data: abar.f_sqrt()?, noise })
             }

@@ -237,7 +237,8 @@ impl<'a> Adversarial<'a> {
         checked("augmentation of the critic", requirement, augmented, augmented <= 0.0)?;
         once(&self.shares_path, || check_same_path(&*self.path, probe.teacher().path()))?;
         let _no_grad = no_grad_guard();
-        let logits = self.critic.logits(probe.noised(), probe.tau(), probe.batch().cond())?;
+        let tau = probe.tau_of_samples()?;
+        let logits = self.critic.logits(probe.noised(), tau, probe.batch().cond())?;
         sample_mean(&logits)
     }
 
@@ -251,7 +252,7 @@ impl<'a> Adversarial<'a> {
         probe: &Probe<'_>,
         augmentation: Option<&AugmentationDraw>,
     ) -> Result<Tensor> {
-        let (batch, tau) = (probe.batch(), probe.tau());
+        let (batch, tau) = (probe.batch(), probe.tau_of_samples()?);
         once(&self.shares_path, || check_same_path(&*self.path, probe.teacher().path()))?;
         self.check_form()?;
         gradient_only_in("critic logits", probe.x(), |x| {

@@ -178,6 +178,7 @@ impl<'a> AdversarialDistributionMatching<'a> {
         time: &PostShift,
         noise: &Tensor,
     ) -> Result<Tensor> {
+        batch.check_none_given()?;
         check_per_sample("time", time.tensor(), batch.x())?;
         check_like("noise", noise, batch.x())?;
         let to = self.target_time(time)?;
@@ -243,7 +244,7 @@ impl<'a> AdversarialDistributionMatching<'a> {
 impl Regularizer for AdversarialDistributionMatching<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
         self.dm.check_path(probe)?;
-        let (batch, time) = (probe.batch(), probe.tau());
+        let (batch, time) = (probe.batch(), probe.tau_of_samples()?);
         let to = self.target_time(time)?;
         gradient_only_in("critic logits", probe.x(), |x| {
             let noised = self.teacher.path().renoise(x, time, probe.noise())?;

@@ -176,7 +176,8 @@ impl<'a> DistributionMatching<'a> {
         self.denoising_loss_at(batch, &time, &noise_like(batch.x())?)
     }
 
-    /// The loss of each sample, `[B]`, to be binned by noise level. Its mean is
+    /// The loss of each sample, `[B]`, to be binned by noise level; over all frames where they have times of their own.
+    /// Its mean is
     /// [`denoising_loss_at`](Self::denoising_loss_at).
     ///
     /// # Errors
@@ -190,7 +191,8 @@ impl<'a> DistributionMatching<'a> {
         sample_mean(&self.error_at(batch, time, noise)?)
     }
 
-    /// [`denoising_loss`](Self::denoising_loss) at given times (B of them) and noise (shaped like x).
+    /// [`denoising_loss`](Self::denoising_loss) at given times, B of them or one for each frame, and noise (shaped like
+    /// x). The [given frames](Batch::with_given_frames) stay at 1.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) and the like if they do not fit; as
@@ -206,9 +208,9 @@ impl<'a> DistributionMatching<'a> {
 
     /// The weighted squares `[B, ..]`, zero where the batch's mask leaves an element out.
     fn error_at(&self, batch: &Batch<'_>, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
-        let mask = batch.mask();
-        let mut error = self.fake.denoising_error(batch.x(), time, noise, batch.cond(), mask)?;
-        let at = self.fake.path().coefficients(time)?;
+        let (mask, time) = (batch.mask(), batch.keep_given(time)?);
+        let mut error = self.fake.denoising_error(batch.x(), &time, noise, batch.cond(), mask)?;
+        let at = self.fake.path().coefficients(&time)?;
         if let Some(factor) = self.weighting.factor(self.fake.prediction(), &at)? {
             // Paths return float64; the error stays in its type.
             error = error.f_mul(&per_sample(&widen_like(&factor, &error)?, &error)?)?;

@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use crate::arithmetic::Arithmetic;
 use crate::error::{Error, Result};
-use crate::numeric::widen;
+use crate::numeric::{of_one_rank, widen};
 use crate::renoising::TimeDistribution;
 use crate::time::PreShift;
 use crate::value::checked;
@@ -71,10 +71,12 @@ impl TimeDistribution for AboveStudent {
     fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift> {
         let missing = Error::Missing { what: "student time", setter: "with_student_time" };
         let student = student.ok_or(missing)?;
-        let low = widen(student.tensor())?.plus(self.gap)?.at_most(self.high)?;
+        // A draw for each sample may meet a time for each frame, and the other way round.
+        let (u, student_time) = of_one_rank(&widen(u)?, &widen(student.tensor())?)?;
+        let low = student_time.plus(self.gap)?.at_most(self.high)?;
         let width = low.f_neg()?.plus(self.high)?;
         let noisiest = (student.range().0 + self.gap).min(self.high);
-        Ok(PreShift::within(low.f_add(&widen(u)?.f_mul(&width)?)?, (noisiest, self.high)))
+        Ok(PreShift::within(low.f_add(&u.f_mul(&width)?)?, (noisiest, self.high)))
     }
 }
 

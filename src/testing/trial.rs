@@ -19,6 +19,7 @@ pub(super) struct Trial {
     student_time: Option<PreShift>,
     student_input: Option<(Tensor, PostShift)>,
     mask: Option<Tensor>,
+    given: Option<Tensor>,
     tau: Tensor,
     noise: Tensor,
 }
@@ -45,6 +46,7 @@ impl Trial {
             student_time: batch.student_time().map(PreShift::shallow_clone),
             student_input: input.map(|(input, time)| (input.shallow_clone(), time.shallow_clone())),
             mask: batch.mask().map(Tensor::shallow_clone),
+            given: batch.given_frames().map(Tensor::shallow_clone),
             tau,
             noise: noise_like(&x)?,
             x: leaf(&x)?,
@@ -87,6 +89,9 @@ impl Trial {
         }
         if let Some(mask) = &self.mask {
             batch = batch.with_mask(mask)?;
+        }
+        if let Some(given) = &self.given {
+            batch = batch.with_given_frames(given)?;
         }
         look(&batch)
     }
@@ -153,6 +158,7 @@ impl Trial {
             student_time: student_time.transpose()?.map(PreShift::new).transpose()?,
             student_input,
             mask: self.mask.as_ref().map(&change).transpose()?,
+            given: self.given.as_ref().map(&change).transpose()?,
             tau: change(&self.tau)?,
             noise: change(&self.noise)?,
             x: leaf(&change(&self.x)?)?,

@@ -398,6 +398,15 @@ fn the_rest() -> Result<()> {
         let heads = heads.pooled_by_attention(&store.root())?.conditioned(&store.root(), 3)?;
         heads.logits_given(&features, &embedding)
     });
+    fails("given frames and times per frame", || {
+        let given = Tensor::f_from_slice(&[true, false, false, true])?.f_view([2, 2])?;
+        let (dm, batch) =
+            (DistributionMatching::new(flow()), s.batch()?.with_given_frames(&given)?);
+        let group = Group::new(Renoising::new(AboveStudent::FULL).per_chunk(1, 2)?)
+            .normalizer(Normalizer::conditional().over_frame());
+        let objective = Objective::new(flow()).observed().with(group.regularizer("dm", 1.0, &dm));
+        Ok((objective.evaluate(&batch)?, dm.denoising_loss(&batch)?))
+    });
     fails("a probe", || {
         let (teacher, batch) = (flow(), s.batch()?);
         let probe = Probe::draw(&teacher, &batch, &Renoising::new(Uniform::FULL))?;

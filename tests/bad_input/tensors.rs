@@ -62,7 +62,7 @@ fn no_draws() -> [(Tensor, &'static str); 8] {
         (Tensor::new(), "shape"),
         (Tensor::from(0.5f32), "shape"),
         (Tensor::from_slice(&[0.5f32]), "shape"),
-        (wave(&[2, 1], 0.0, Kind::Float), "shape"),
+        (wave(&[2, 2, 2], 0.0, Kind::Float), "shape"),
         (Tensor::from_slice(&[0.5f32, 7.0]), "range"),
         (Tensor::from_slice(&[-0.1f32, 0.5]), "range"),
         (Tensor::from_slice(&[0.5f32, f32::NAN]), "range"),
@@ -156,7 +156,7 @@ fn clocks_of_paths() -> Result<()> {
         (Tensor::new(), "shape"),
         (Tensor::from(0.5f32), "shape"),
         (Tensor::zeros([0], FLOAT), "shape"),
-        (Tensor::zeros([2, 2], FLOAT), "shape"),
+        (Tensor::zeros([2, 2, 2], FLOAT), "shape"),
     ] {
         for refused in [
             refusal(edm.sigma(&t)),

@@ -18,6 +18,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod device;
+mod frames;
 mod launches;
 mod sampling;
 mod schedules;

@@ -4,6 +4,7 @@
 mod common;
 mod conformance;
 mod diagnostics;
+mod frames;
 mod networks;
 mod own_consistency;
 mod processes;

@@ -120,6 +120,7 @@ impl Adversarial<'_> {
             None => (time, noise),
         };
         self.check_form()?;
+        batch.check_none_given()?;
         for (time, noise) in [(time, noise), (real_time, real_noise)] {
             check_per_sample("time", time.tensor(), batch.x())?;
             check_like("noise", noise, batch.x())?;
