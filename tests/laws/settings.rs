@@ -54,6 +54,10 @@ fn every_setting_has_its_spelling() -> Result<()> {
         r#"{"reference":{"guided":4.0},"guard":{"epsilon":1e-6},"scope":"sample"}"#,
     );
     spelled(
+        &Normalizer::conditional().unguarded().over_frame(),
+        r#"{"reference":"conditional","guard":"none","scope":"frame"}"#,
+    );
+    spelled(
         &Normalizer::fastvideo(guidance),
         r#"{"reference":{"guided":4.0},"guard":"none","scope":"batch"}"#,
     );
@@ -114,7 +118,7 @@ fn objects_show_their_settings_and_hide_their_closures() -> Result<()> {
     let _prediction = probe.teacher_cond()?;
     let cases = [
         (format!("{engine:?} {plain:?}"), "EngineFn RegularizerFn"),
-        (format!("{:?}", renoising()), "Renoising { shift: Some(Shift(1.0)), .. }"),
+        (format!("{:?}", renoising()), "Renoising { shift: Some(Shift(1.0)), frames: None, .. }"),
         (format!("{denoiser:?}"), "Denoiser { prediction: Noise, paired: false, .. }"),
         (before, "knows_cond: false, knows_null: false"),
         (format!("{probe:?}"), "knows_cond: true, knows_null: false"),
