@@ -115,9 +115,10 @@ pub fn named(record: Record) -> Record {
         "fake",
         "critic",
     ];
+    let of_roles = ["_gradient", "_learning_rate"];
     let kept = record
         .into_iter()
-        .filter(|(name, _)| !["loss", "student_gradient"].contains(&name.as_str()));
+        .filter(|(name, _)| name != "loss" && !of_roles.iter().any(|end| name.ends_with(end)));
     let renamed = |(name, value): (String, f64)| {
         let name = if LOSSES.contains(&name.as_str()) { format!("{name}_loss") } else { name };
         (name, value)

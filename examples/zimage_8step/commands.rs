@@ -134,6 +134,7 @@ fn train_released(options: &Options, device: Device, launch: &Launch) -> Result<
     let training = released::Training {
         prompt_file,
         negative_prompt: options.negative_prompt.clone().unwrap_or_default(),
+        preview_prompts: options.preview_prompts.clone(),
         out: options.out.clone(),
         features: options.features.clone().unwrap_or_else(|| options.out.join("features")),
         sizes: options.sizes(),

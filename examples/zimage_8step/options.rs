@@ -17,7 +17,7 @@ use zimage::model::{BLOCK_LINEARS, Checkpoint, Storage};
 pub const TEACHER: &str = "assets/teacher";
 
 /// The options that only training looks at.
-const OF_TRAINING: [&str; 35] = [
+const OF_TRAINING: [&str; 36] = [
     "accumulate",
     "negative_prompt",
     "guidance_rescale",
@@ -45,6 +45,7 @@ const OF_TRAINING: [&str; 35] = [
     "dropout",
     "checkpointing",
     "prompt_file",
+    "preview_prompts",
     "features",
     "plan",
     "processes",
@@ -206,6 +207,10 @@ pub struct Options {
     /// What the teacher is guided away from, where a prompt has no "negative" of its own; nothing by default
     #[arg(long, value_name = "PROMPT", help_heading = "Released checkpoints")]
     pub negative_prompt: Option<String>,
+    /// Text file with the prompts of previews and samples.png, at most 16, better none that is trained on; the
+    /// first four of PROMPT_FILE by default
+    #[arg(long, value_name = "FILE", help_heading = "Released checkpoints")]
+    pub preview_prompts: Option<PathBuf>,
     /// Where the features of the prompts are kept; OUT/features by default
     #[arg(long, value_name = "DIR", help_heading = "Released checkpoints")]
     pub features: Option<PathBuf>,
@@ -237,8 +242,8 @@ pub struct Options {
     /// Updates between two lines of diagnostics in metrics.jsonl; 0 for none
     #[arg(long, default_value_t = 10, help_heading = "Evaluation")]
     pub observe_every: u64,
-    /// Updates between two looks at the student on the way: scores of the embedded model; of a released one
-    /// a picture preview-N.png and the student itself in student-N; 0 for none
+    /// Updates between two looks at the student on the way: a picture preview-N.png, scores of the embedded
+    /// model, of a released one the student itself in student-N; 0 for none
     #[arg(long, default_value_t = 0, help_heading = "Evaluation")]
     pub evaluate_every: u64,
 }
@@ -385,6 +390,7 @@ impl Options {
         for (option, is_given) in [
             ("prompt-file", self.prompt_file.is_some()),
             ("negative-prompt", self.negative_prompt.is_some()),
+            ("preview-prompts", self.preview_prompts.is_some()),
             ("features", self.features.is_some()),
             ("size", self.size.is_some()),
             ("float32", self.float32),

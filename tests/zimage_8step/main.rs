@@ -11,6 +11,7 @@ mod my_model;
 mod options;
 mod processes;
 mod released;
+mod tensorboard;
 mod trust;
 
 use std::process::ExitCode;

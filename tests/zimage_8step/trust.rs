@@ -45,7 +45,7 @@ fn a_command_that_began_anew_is_not_told_to_begin_anew_again() -> Result<()> {
 fn what_begins_anew_leaves_no_student_of_the_run_before() -> Result<()> {
     let place = Workplace::new()?;
     let out = place.out();
-    let made = ["student", "student-000004"];
+    let made = ["student", "student-000004", "tensorboard"];
     for folder in made.into_iter().chain(["features", "student-of-mine"]) {
         fs::create_dir_all(out.join(folder))?;
     }

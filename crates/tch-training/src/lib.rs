@@ -10,7 +10,7 @@
 //! | [`lora`] | low-rank adapters over frozen linear layers, and their files |
 //! | [`safetensors`] | files of tensors, sharded ones too, read without a second copy |
 //! | [`seed`] | a stream of random numbers for each thing that is drawn |
-//! | [`run`] | a run's state, log, lock, interruption and fingerprints of its data |
+//! | [`run`] | a run's state, log, event files for TensorBoard, lock, interruption and fingerprints of its data |
 //! | [`files`] | files that are there as a whole or not at all |
 //!
 //! No layer seeds the process: what draws random numbers takes them from libtorch's global generator, and says so.

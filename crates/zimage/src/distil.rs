@@ -21,6 +21,7 @@ mod sampling;
 mod saved_student;
 mod stream;
 mod student;
+mod tensorboard;
 mod terms;
 mod training_loop;
 mod weights;

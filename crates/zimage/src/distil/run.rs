@@ -1,6 +1,7 @@
 //! Distillation of a released checkpoint: text encoder, transformer and autoencoder of a diffusers
 //! folder, student and fake score as adapters over one frozen transformer.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -16,7 +17,7 @@ use tch_training::safetensors::write_tensors;
 
 use crate::autoencoder::Decoder;
 use crate::distil::curves::write_curves;
-use crate::distil::distillation::Distillation;
+use crate::distil::distillation::{Distillation, Record};
 use crate::distil::model_card::write_model_card;
 use crate::distil::picture_size::PictureSize;
 use crate::distil::processes::Processes;
@@ -29,7 +30,9 @@ use crate::distil::saved_student::{
 };
 use crate::distil::training_loop::{Ending, Intervals, Outcome, Preview, train_student};
 use crate::distil::weights::{Network, RoleWeights};
-use crate::model::{ADAPTER_NAMES, Checkpoint, Config, MemoryPlan, Role, Storage, TrainingSetup};
+use crate::model::{
+    ADAPTER_NAMES, Checkpoint, Config, MemoryPlan, Pipeline, Role, Storage, TrainingSetup,
+};
 use crate::picture::{Sheet, write_comparison, write_grid};
 use crate::text::{FeatureCache, MAX_TOKENS, Prompt, TextEncoder, read_prompts};
 
@@ -39,8 +42,10 @@ pub const SIZE: PictureSize = PictureSize::square(1024);
 /// the base model's card recommends, in this form.
 pub const TEACHER_GUIDANCE: f64 = 4.0;
 
-/// Prompts in samples.png.
+/// Prompts in samples.png and previews where none are named for them.
 const PICTURED: usize = 4;
+/// The most that may be named: each costs a preview the time of a picture.
+const MOST_PICTURED: usize = 16;
 /// Steps of the teacher beside the student in samples.png.
 const TEACHER_STEPS: usize = 50;
 /// Shift of the guidance-distilled Z-Image-Turbo; the base model's is 6.
@@ -105,6 +110,9 @@ pub struct Training {
     pub prompt_file: PathBuf,
     /// The condition of the null branch for prompts without one of their own; empty for none.
     pub negative_prompt: String,
+    /// Such a file with the prompts of previews and samples.png, which are not trained on; the first of `prompt_file`
+    /// otherwise.
+    pub preview_prompts: Option<PathBuf>,
     /// Where results go.
     pub out: PathBuf,
     /// Where the features of the prompts are kept.
@@ -152,6 +160,7 @@ pub fn train(
     // Needed at the end, and not kept until then.
     drop(Decoder::load(folder, Kind::Float, Device::Cpu)?);
     let prompts = read_prompts(&training.prompt_file)?;
+    let pictured = pictured_prompts(training.preview_prompts.as_deref(), &prompts)?;
     if shift.get() == TURBO_SHIFT && processes.is_first() {
         eprintln!(
             "warning: the scheduler's shift is {TURBO_SHIFT}, that of Z-Image-Turbo, whose guidance is \
@@ -160,6 +169,11 @@ pub fn train(
     }
     if processes.is_first() {
         recipe.print_cautions();
+        let trained =
+            pictured.iter().filter(|shown| prompts.iter().any(|of| of.text == shown.text)).count();
+        if training.preview_prompts.is_some() && trained > 0 {
+            eprintln!("warning: {trained} of the prompts of --preview-prompts are trained on too");
+        }
         create_folder(out)?;
     }
     let fingerprint_of_teacher = checkpoint.fingerprint()?;
@@ -188,26 +202,28 @@ pub fn train(
 
     let negative =
         |prompt: &Prompt| prompt.negative.clone().unwrap_or(training.negative_prompt.clone());
-    let mut nulls: Vec<String> = prompts.iter().map(negative).collect();
-    let null_of = prompts.iter().map(negative);
-    nulls.sort_unstable();
-    nulls.dedup();
-    let null_of = null_of.filter_map(|null| nulls.binary_search(&null).ok()).collect();
-    let texts = prompts.iter().map(|prompt| &prompt.text);
-    let all: Vec<&str> = texts.chain(&nulls).map(String::as_str).collect();
+    let encode = |cache: &FeatureCache, teacher: &Pipeline, prompts: &[Prompt]| {
+        let mut nulls: Vec<String> = prompts.iter().map(negative).collect();
+        nulls.sort_unstable();
+        nulls.dedup();
+        let null_of = prompts.iter().map(negative);
+        let null_of = null_of.filter_map(|null| nulls.binary_search(&null).ok()).collect();
+        let features = prompts.iter().map(|prompt| cache.get(&prompt.text));
+        let nulls = nulls.iter().map(|null| cache.get(null)).collect::<Result<Vec<_>>>()?;
+        let network = &teacher.transformer;
+        Prompts::from_features(network, features, &nulls[0])?.with_nulls(network, &nulls, null_of)
+    };
+    let named = || prompts.iter().chain(&pictured);
+    let negatives: BTreeSet<String> = named().map(negative).collect();
+    let texts = named().map(|prompt| &prompt.text);
+    let all: Vec<&str> = texts.chain(&negatives).map(String::as_str).collect();
     let cache = FeatureCache::encode_observed(&training.features, folder, (kind, device), &all)?;
     let teacher = checkpoint.load_observed(kind, device)?;
-    let features = prompts.iter().map(|prompt| cache.get(&prompt.text));
-    let nulls = nulls.iter().map(|null| cache.get(null)).collect::<Result<Vec<_>>>()?;
-    let encoded = Prompts::from_features(&teacher.transformer, features, &nulls[0])?.with_nulls(
-        &teacher.transformer,
-        &nulls,
-        null_of,
-    )?;
-    let captions: Vec<&str> =
-        prompts.iter().take(PICTURED).map(|prompt| prompt.text.as_str()).collect();
+    let encoded = encode(&cache, &teacher, &prompts)?;
+    let shown = encode(&cache, &teacher, &pictured)?;
+    let captions: Vec<&str> = pictured.iter().map(|prompt| prompt.text.as_str()).collect();
     let noise = draw_noise(recipe.seed, captions.len(), size)?;
-    let renderer = Renderer::new(folder, &teacher, &encoded, recipe.seed, noise);
+    let renderer = Renderer::new(folder, &teacher, &shown, recipe.seed, noise);
 
     let items: Vec<i64> = (0..prompts.len() as i64).collect();
     let base = &teacher.transformer;
@@ -237,7 +253,8 @@ pub fn train(
         let heading = format!("student {}", recipe.steps);
         write_comparison(&path, &[&heading], &[images], &captions, Sheet::LARGE)?;
         let message = format!("{}", path.display());
-        Ok(Preview { entry: json!({ "preview": message }), message })
+        let entry = json!({ "preview": message });
+        Ok(Preview { message, entry, scores: Record::new(), picture: Some(path) })
     };
     let writer = states.as_mut().map(|(states, _lock)| states);
     let outcome = train_student(out, training.intervals, &mut distillation, writer, preview)?;
@@ -268,6 +285,21 @@ pub fn train(
     write_json(&out.join(REPORT), &report)?;
     println!("{}", states_stay(out));
     Ok(Ending::Finished)
+}
+
+/// The prompts of previews and samples.png: those of a file, or the first that are trained on.
+fn pictured_prompts(file: Option<&Path>, prompts: &[Prompt]) -> Result<Vec<Prompt>> {
+    let Some(file) = file else {
+        return Ok(prompts.iter().take(PICTURED).cloned().collect());
+    };
+    let pictured = read_prompts(file)?;
+    ensure!(
+        pictured.len() <= MOST_PICTURED,
+        "{} holds {} prompts: a preview draws all of them, at most {MOST_PICTURED}",
+        file.display(),
+        pictured.len()
+    );
+    Ok(pictured)
 }
 
 /// How a student is run: as it was trained.

@@ -14,6 +14,7 @@ use tch_training::run::{Lock, StateFolder};
 
 use crate::distil::picture_size::PictureSize;
 use crate::distil::recipe::Recipe;
+use crate::distil::tensorboard::FOLDER;
 use crate::distil::weights::RoleWeights;
 use crate::model::{ADAPTER_PREFIX, Checkpoint, INDEX, Pipeline};
 
@@ -220,12 +221,12 @@ fn remove_results(out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether a run gives this name to something that it makes: a student, a picture, curves, its report.
+/// Whether a run gives this name to something that it makes: a student, a picture, curves, event files, its report.
 fn is_result(name: &str) -> bool {
     let is_numbered =
         |rest: &str| rest.len() >= 6 && rest.bytes().all(|byte| byte.is_ascii_digit());
     let preview = name.strip_prefix("preview-").and_then(|rest| rest.strip_suffix(".png"));
-    [REPORT, "student", "samples.png", "curves.svg"].contains(&name)
+    [REPORT, "student", "samples.png", "curves.svg", FOLDER].contains(&name)
         || name.strip_prefix("student-").is_some_and(is_numbered)
         || preview.is_some_and(is_numbered)
 }

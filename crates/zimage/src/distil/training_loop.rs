@@ -1,6 +1,6 @@
 //! The loop over the updates of a distillation: progress, metrics, saving and going on.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow};
@@ -11,6 +11,7 @@ use tch_training::run::{Interrupt, Log, Progress, StateFolder};
 use crate::distil::alarms::Alarms;
 use crate::distil::distillation::{Distillation, Record, value};
 use crate::distil::processes::is_breakdown;
+use crate::distil::tensorboard::Board;
 use crate::distil::terms::Terms;
 use crate::progress::progress_bar;
 
@@ -23,6 +24,9 @@ pub struct Preview {
     pub message: String,
     /// What goes to metrics.jsonl.
     pub entry: Value,
+    /// Numbers for TensorBoard, and a PNG file.
+    pub scores: Record,
+    pub picture: Option<PathBuf>,
 }
 
 /// How often things happen in a training: after every so many updates, 0 for never.
@@ -62,6 +66,7 @@ pub enum Ending {
 struct Session<'s> {
     states: &'s mut StateFolder,
     log: Log,
+    board: Board,
     history: History,
     alarms: Alarms,
     start: Instant,
@@ -100,6 +105,8 @@ impl<'s> Session<'s> {
             eprintln!("warning: {lost}: the log starts anew, without what was observed before");
             Vec::new()
         });
+        let resumed = is_resumed.then(|| distillation.updates());
+        let board = Board::open(out, resumed, distillation.recipe())?;
         let history: History = lines.iter().filter_map(observed).collect();
         let mut alarms = Alarms::default();
         for (update, record) in &history {
@@ -109,11 +116,12 @@ impl<'s> Session<'s> {
         Ok(Self {
             states,
             log,
+            board,
             history,
             alarms,
             start: Instant::now(),
             before: progress.seconds,
-            saved: is_resumed.then(|| distillation.updates()),
+            saved: resumed,
         })
     }
 
@@ -141,14 +149,16 @@ impl<'s> Session<'s> {
     }
 
     fn observe(&mut self, update: u64, record: Record, bar: &ProgressBar) -> Result<()> {
-        let mut line = serde_json::Map::new();
+        let (mut line, seconds) = (serde_json::Map::new(), self.seconds());
         line.insert("update".into(), update.into());
-        line.insert("seconds".into(), self.seconds().into());
+        line.insert("seconds".into(), seconds.into());
         line.extend(record.iter().map(|(name, value)| (name.clone(), (*value).into())));
         self.log.write(&line.into())?;
+        self.board.observe(update, seconds, &record)?;
         for alarm in self.alarms.look(update, &record) {
             bar.suspend(|| eprintln!("warning: update {update}: {}", alarm.text()));
             self.log.write(&json!({ "update": update, "alarm": alarm.name() }))?;
+            self.board.alarm(update, alarm)?;
         }
         self.history.push((update, record));
         Ok(())
@@ -156,7 +166,7 @@ impl<'s> Session<'s> {
 }
 
 /// Runs all updates that are left, and shows the progress. Goes on from the state in `states` if there is
-/// one; what is observed goes to metrics.jsonl in the folder `out` and is returned. What is wrong by the
+/// one; what is observed goes to metrics.jsonl and to event files for TensorBoard in the folder `out`, and is returned. What is wrong by the
 /// diagnostics is said once, on standard error and there ([`Alarms`]).
 ///
 /// Of several processes, the first alone has `states`: it gives the others what it goes on from, and writes and
@@ -233,9 +243,10 @@ pub fn train_student<'s, T: Terms>(
                 session.observe(update, record, &bar)?;
             }
             if is_due(update, intervals.evaluate) {
-                let Preview { message, entry } = evaluate(distillation)?;
-                bar.suspend(|| println!("update {update}: {message}"));
-                session.log.write(&json!({ "update": update, "student": entry }))?;
+                let preview = evaluate(distillation)?;
+                bar.suspend(|| println!("update {update}: {}", preview.message));
+                session.log.write(&json!({ "update": update, "student": preview.entry }))?;
+                session.board.preview(update, &preview)?;
             }
         }
         let is_last = update == updates;

@@ -178,6 +178,8 @@ pub fn train(
 
     let mut distillation = new()?.among(processes)?;
     let few = run(recipe.steps, Guidance::NEUTRAL, recipe.transition);
+    let teacher_heading = format!("teacher {TEACHER_STEPS}");
+    let student_heading = format!("student {}", recipe.steps);
     let preview = |distillation: &Distillation<'_>| {
         let samples = evaluator.generate(distillation.student(), few)?;
         let row = evaluator.row("student", few, &samples, &reference)?;
@@ -186,7 +188,12 @@ pub fn train(
             "alignment {:.1}%, Fréchet {frechet_distance:.3}, drift {variance_drift:+.3}",
             100.0 * alignment
         );
-        Ok(Preview { message, entry: serde_json::to_value(row)? })
+        let path = out.join(format!("preview-{:06}.png", distillation.updates()));
+        let columns =
+            [(teacher_heading.as_str(), &reference), (student_heading.as_str(), &samples)];
+        write_pictures(&path, &evaluator, &data.items, columns)?;
+        let scores = row.scores.named();
+        Ok(Preview { message, entry: serde_json::to_value(row)?, scores, picture: Some(path) })
     };
     let outcome = train_student(out, training.intervals, &mut distillation, &mut states, preview)?;
     let Outcome::Finished { history, seconds: training_seconds } = outcome else {
@@ -225,13 +232,13 @@ pub fn train(
     evaluation_seconds += start.elapsed().as_secs_f64();
 
     let summary = Summary::new(&rows[0].scores, &unguided.scores, &student.scores);
-    write_pictures(
-        out,
-        &evaluator,
-        &data.items,
-        recipe,
-        [&reference, &unguided_samples, &student_samples],
-    )?;
+    let unguided_heading = format!("teacher {}", recipe.steps);
+    let columns = [
+        (teacher_heading.as_str(), &reference),
+        (unguided_heading.as_str(), &unguided_samples),
+        (student_heading.as_str(), &student_samples),
+    ];
+    write_pictures(&out.join("samples.png"), &evaluator, &data.items, columns)?;
     write_curves(&out.join("curves.svg"), &history)?;
     let student_folder = out.join("student");
     let saved =
@@ -284,33 +291,25 @@ fn check_model(checkpoint: &Checkpoint, data: &EmojiData) -> Result<()> {
     Ok(())
 }
 
-/// The same captions and noise side by side: guided teacher, unguided few-step teacher, student.
-fn write_pictures(
-    out: &Path,
+/// Pictures of the same captions from the same noise side by side, a column for each heading.
+fn write_pictures<const N: usize>(
+    path: &Path,
     evaluator: &Evaluator<'_>,
     items: &[Item],
-    recipe: &Recipe,
-    samples: [&Tensor; 3],
+    columns: [(&str, &Tensor); N],
 ) -> Result<()> {
     let count = evaluator.items().len();
     let shown = PICTURED.min(count);
     let picks: Vec<i64> = (0..shown).map(|i| (i * count / shown) as i64).collect();
     let index = Tensor::f_from_slice(&picks)?;
-    let columns = samples
+    let headings = columns.map(|(heading, _)| heading);
+    let columns = columns
         .iter()
-        .map(|images| Ok(images.f_index_select(0, &index)?))
+        .map(|(_, images)| Ok(images.f_index_select(0, &index)?))
         .collect::<Result<Vec<_>>>()?;
     let captions: Vec<&str> = picks
         .iter()
         .map(|pick| items[evaluator.items()[*pick as usize] as usize].caption.as_str())
         .collect();
-    let (teacher, few) = (format!("teacher {TEACHER_STEPS}"), format!("teacher {}", recipe.steps));
-    let student = format!("student {}", recipe.steps);
-    write_comparison(
-        &out.join("samples.png"),
-        &[&teacher, &few, &student],
-        &columns,
-        &captions,
-        Sheet::SMALL,
-    )
+    write_comparison(path, &headings, &columns, &captions, Sheet::SMALL)
 }

@@ -5,6 +5,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 use tch_training::parameters::is_finite;
 
+use crate::distil::Record;
 use crate::emoji::classifier::{Classifier, unit_rows};
 use crate::emoji::pictures::EmojiData;
 
@@ -27,6 +28,22 @@ pub struct Scores {
     /// Log ratio of the images' mean variance to that of the reference.
     pub variance_drift: f64,
     pub saturation: f64,
+}
+
+impl Scores {
+    /// The scores by name.
+    pub(super) fn named(&self) -> Record {
+        let Self { alignment, alignment_at_16, frechet_distance, variance_drift, saturation } =
+            *self;
+        let named = [
+            ("alignment", alignment),
+            ("alignment_at_16", alignment_at_16),
+            ("frechet_distance", frechet_distance),
+            ("variance_drift", variance_drift),
+            ("saturation", saturation),
+        ];
+        named.map(|(name, value)| (name.to_owned(), value)).to_vec()
+    }
 }
 
 /// Compares generated images with the real ones.

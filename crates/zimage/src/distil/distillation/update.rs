@@ -11,6 +11,7 @@ use super::{Distillation, Record, VARIANCE_DRIFT};
 use crate::distil::adapter::denoiser;
 use crate::distil::readings::Readings;
 use crate::distil::recipe::Recipe;
+use crate::distil::role_trainer::RoleTrainer;
 use crate::distil::rollout::{Captions, Rollout};
 use crate::distil::stream::Stream;
 use crate::distil::terms::{Networks, Terms};
@@ -66,14 +67,19 @@ impl<T: Terms> Distillation<'_, T> {
         let mut readings = self.train_student(&captions, &rollouts, observe)?;
         if !rollouts.is_empty() {
             if self.fake.is_some() {
-                let mut sum = Tensor::f_zeros([], (Kind::Double, self.teacher.device()))?;
+                // Loss and norm of the gradient.
+                let mut sum = Tensor::f_zeros([2], (Kind::Double, self.teacher.device()))?;
                 for _ in 0..self.recipe.fake_updates {
-                    if let Some(loss) = self.train_fake(&rollouts, &mut readings)? {
-                        sum = sum.f_add(&loss.f_detach()?.f_to_kind(Kind::Double)?)?;
+                    if let Some((loss, norm)) = self.train_fake(&rollouts, &mut readings)? {
+                        let double = |tensor: Tensor| tensor.f_detach()?.f_to_kind(Kind::Double);
+                        sum = sum.f_add(&Tensor::f_stack(&[double(loss)?, double(norm)?], 0)?)?;
                     }
                 }
-                let count = self.recipe.fake_updates.max(1) as f64;
-                readings.push("fake", &sum.f_div_scalar(count)?)?;
+                let mean = sum.f_div_scalar(self.recipe.fake_updates.max(1) as f64)?;
+                readings.push("fake", &mean.f_select(0, 0)?)?;
+                if observe {
+                    readings.push("fake_gradient", &mean.f_select(0, 1)?)?;
+                }
             }
             let (base, shift) = (self.teacher, self.recipe.shift);
             let dm = self.fake.as_ref().map(|fake| fake.matching(base, shift));
@@ -89,7 +95,19 @@ impl<T: Terms> Distillation<'_, T> {
         if let (Some((_, value)), Some(of_data)) = (of_samples, self.data_variance) {
             *value = (*value / of_data).ln();
         }
+        if observe {
+            record.extend(self.learning_rates());
+        }
         Ok(record)
+    }
+
+    /// The learning rates of the roles at the last update, as numbers of a record.
+    fn learning_rates(&self) -> Record {
+        let rate = |role: &str, trainer: &RoleTrainer| {
+            (format!("{role}_learning_rate"), trainer.optimizer.settings.learning_rate)
+        };
+        let fake = self.fake.iter().map(|fake| rate("fake", &fake.trainer));
+        [rate("student", &self.student.trainer)].into_iter().chain(fake).collect()
     }
 
     /// Linear warm-up, and the decay of the recipe.
@@ -183,12 +201,12 @@ impl<T: Terms> Distillation<'_, T> {
         Ok((evaluation.loss, readings))
     }
 
-    /// One update of the fake score, if there is one; its loss.
+    /// One update of the fake score, if there is one; its loss and the norm of its gradient.
     fn train_fake(
         &mut self,
         rollouts: &[Rollout<'_>],
         readings: &mut Readings,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Option<(Tensor, Tensor)>> {
         let checkpointing = self.recipe.checkpointing;
         let Some(fake) = &mut self.fake else { return Ok(None) };
         let (base, shift) = (self.teacher, self.recipe.shift);
@@ -203,7 +221,8 @@ impl<T: Terms> Distillation<'_, T> {
         let norm = fake.trainer.step(self.processes)?;
         readings.push_norm("fake score", &norm)?;
         let sum = losses.into_iter().map(Ok).reduce(|sum, loss| Ok(sum?.f_add(&loss?)?));
-        sum.transpose()
+        let loss: Option<Result<Tensor>> = sum;
+        Ok(loss.transpose()?.map(|loss| (loss, norm)))
     }
 
     /// Fresh captions, for each part of the batch.
