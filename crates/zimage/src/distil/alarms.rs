@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use crate::distil::distillation::{Record, value};
 
 /// Observations that are averaged, since each depends on the noise levels that it drew.
-const WINDOW: usize = 4;
+const WINDOW: usize = 3;
 
 /// The update from which observations count: before it student and fake score are the teacher still, and the numbers
 /// change fast.
@@ -125,7 +125,7 @@ impl Alarms {
             }
             // A fake score that lags is the reason, then.
             Alarm::EngineAlone => {
-                is("dm_to_ca", &|ratio| ratio < 0.07) && !self.holds(Alarm::FakeLags)
+                is("dm_to_ca", &|ratio| ratio < 0.11) && !self.holds(Alarm::FakeLags)
             }
             Alarm::Contrast => is("variance_drift", &|drift| drift.abs() > 1.5),
             Alarm::Diversity => is("x_spread", &|spread| {
