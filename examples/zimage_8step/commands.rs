@@ -11,7 +11,9 @@ use tch_training::run::INTERRUPTED;
 use zimage::autoencoder::AutoencoderConfig;
 use zimage::device::set_threads;
 use zimage::distil::run as released;
-use zimage::distil::{ADAPTER, Ending, FinishedRun, Preset, Recipe, Start, own_device};
+use zimage::distil::{
+    ADAPTER, Ending, FinishedRun, Preset, Recipe, Start, export_comfyui, own_device,
+};
 use zimage::emoji::run as embedded;
 use zimage::failure::{is_other_run, is_out_of_memory};
 use zimage::model::{Checkpoint, read_config};
@@ -26,6 +28,9 @@ use super::options::{Options, TEACHER};
 pub fn run(options: &Options, launch: &Launch) -> Result<ExitCode> {
     if options.sample.is_none() {
         options.refuse_sampling()?;
+    }
+    if options.export.is_some() {
+        return export(options).map(|()| ExitCode::SUCCESS);
     }
     let processes = launch.world_size();
     ensure!(
@@ -70,6 +75,14 @@ pub fn advice(error: &Error) -> Option<&'static str> {
         "Sample from it with --sample, train it further with more --updates, name another --out, or write over \
          it with --fresh",
     )
+}
+
+/// Writes a student for another program.
+fn export(options: &Options) -> Result<()> {
+    for path in export_comfyui(&options.student_folder()?)? {
+        println!("{}", path.display());
+    }
+    Ok(())
 }
 
 /// Prints the memory that a training would take, and what its processes would exchange.

@@ -115,7 +115,12 @@ pub struct Options {
         conflicts_with_all = OF_TRAINING
     )]
     pub sample: Option<String>,
-    /// Student to sample from; OUT/student by default
+    /// Write the student of an earlier run for another program, and do not train: comfyui, into comfyui/ of its
+    /// folder, the adapter for models/loras and, of a run with --merge, a whole model for
+    /// models/diffusion_models
+    #[arg(long, value_parser = ["comfyui"], help_heading = "Sampling", conflicts_with_all = OF_TRAINING, conflicts_with = "sample")]
+    pub export: Option<String>,
+    /// Student to sample from, or to export; OUT/student by default
     #[arg(long, value_name = "DIR", help_heading = "Sampling")]
     pub student: Option<PathBuf>,
     /// How many pictures; 8 by default
@@ -363,7 +368,7 @@ impl Options {
     /// Names the option.
     pub fn refuse_sampling(&self) -> Result<()> {
         for (option, is_given) in [
-            ("student", self.student.is_some()),
+            ("student", self.student.is_some() && self.export.is_none()),
             ("count", self.count.is_some()),
             ("tensors", self.tensors),
         ] {

@@ -5,6 +5,7 @@ mod commands;
 #[path = "../../crates/zimage/tests/common/mod.rs"]
 mod common;
 mod embedded;
+mod export;
 mod my_data;
 mod my_model;
 #[path = "../../examples/zimage_8step/options.rs"]

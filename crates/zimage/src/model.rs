@@ -19,6 +19,7 @@ pub(crate) use blocks::{Linear, RmsNorm};
 pub use checkpoint::{Checkpoint, read_config};
 pub use config::{BLOCK_LINEARS, Config, is_caption_side};
 pub(crate) use config::{MOST_LAYERS, TIME_FEATURES};
+pub(crate) use files::WEIGHTS;
 pub use files::{ADAPTER_NAMES, ADAPTER_PREFIX};
 pub use grid::{Grid, padded};
 pub use layout::{patchify, unpatchify};

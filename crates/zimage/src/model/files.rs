@@ -40,7 +40,7 @@ pub const ADAPTER_NAMES: LayerNames<'_> = LayerNames {
 pub const ADAPTER_PREFIX: &str = "transformer.";
 
 /// Stem of the weight files in a diffusers folder.
-const WEIGHTS: &str = "diffusion_pytorch_model";
+pub(crate) const WEIGHTS: &str = "diffusion_pytorch_model";
 
 impl ZImageTransformer {
     /// A new model in float32.
