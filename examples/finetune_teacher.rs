@@ -111,9 +111,12 @@ fn finetune(data: &EmojiData, path: &Path, arguments: &Arguments) -> Result<()> 
     lora.save(path, ADAPTER_PREFIX)?;
     println!("The adapter is in {}", path.display());
     let rounded = base.cast(Kind::BFloat16)?;
-    let merged = rounded.merged(&lora.frozen(1.0, Kind::Float)?, Device::Cpu)?;
-    let kept = lora.kept_by_merge(rounded.parameters(), merged.parameters())?;
-    println!("Merged into bfloat16, {:.0} % of its update would be kept", 100.0 * kept);
+    for strength in [1.0, 0.1, 0.01, 0.001] {
+        let lora = lora.frozen(strength, Kind::Float)?;
+        let merged = rounded.merged(&lora, Device::Cpu)?;
+        let kept = 100.0 * lora.kept_by_merge(rounded.parameters(), merged.parameters())?;
+        println!("Merged into bfloat16 at strength {strength}, {kept:.1} % of its update is kept");
+    }
     Ok(())
 }
 

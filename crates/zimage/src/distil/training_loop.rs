@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow};
-use indicatif::ProgressBar;
+use indicatif::{HumanDuration, ProgressBar};
 use serde_json::{Value, json};
 use tch_training::run::{Interrupt, Log, Progress, StateFolder};
 
@@ -190,13 +190,11 @@ pub fn train_student<'s, T: Terms>(
     let (start, before) = (distillation.updates(), processes.statistics());
 
     let bar = match session {
-        Some(_) => {
-            progress_bar(Some(updates), "{pos}/{len} updates, {elapsed} gone, {eta} left  {msg}")?
-        }
+        Some(_) => progress_bar(Some(updates), "{pos}/{len} updates, {elapsed} gone, {msg}")?,
         None => ProgressBar::hidden(),
     };
     bar.set_position(distillation.updates());
-    bar.reset_eta();
+    let mut warm_since = Instant::now();
     while distillation.updates() < updates {
         if !distillation.is_warm() {
             bar.set_message("the fake score alone");
@@ -207,7 +205,7 @@ pub fn train_student<'s, T: Terms>(
                 processes.leave_together();
                 return Ok(Outcome::Interrupted);
             }
-            bar.reset_eta();
+            warm_since = Instant::now();
             continue;
         }
         let observe = is_due(distillation.updates() + 1, intervals.observe);
@@ -236,7 +234,9 @@ pub fn train_student<'s, T: Terms>(
             ))
             .with_context(kept);
         }
-        bar.set_message(format!("CA {:.3}  DM {:.4}  fake {:.3}", of("ca"), of("dm"), of("fake")));
+        let left = time_left(warm_since, update - start, updates - update);
+        let [ca, dm, fake] = ["ca", "dm", "fake"].map(of);
+        bar.set_message(format!("{left:#} left  CA {ca:.3}  DM {dm:.4}  fake {fake:.3}"));
         bar.inc(1);
         if let Some(session) = &mut session {
             if observe {
@@ -276,6 +276,11 @@ fn save<T: Terms>(
     distillation: &Distillation<'_, T>,
 ) -> Result<()> {
     session.as_mut().map_or(Ok(()), |session| session.save(distillation))
+}
+
+/// By the mean time of the updates since `start`: that of the last few is noise, as machines have other work to do.
+fn time_left(start: Instant, done: u64, left: u64) -> HumanDuration {
+    HumanDuration(start.elapsed().mul_f64(left as f64 / done.max(1) as f64))
 }
 
 /// Whether something that happens every so many updates happens after this one; 0 is never.
