@@ -112,7 +112,7 @@ fn finetune(data: &EmojiData, path: &Path, arguments: &Arguments) -> Result<()> 
     println!("The adapter is in {}", path.display());
     let rounded = base.cast(Kind::BFloat16)?;
     for strength in [1.0, 0.1, 0.01, 0.001] {
-        let lora = lora.frozen(strength, Kind::Float)?;
+        let lora = lora.frozen(strength, Kind::Float, Device::Cpu)?;
         let merged = rounded.merged(&lora, Device::Cpu)?;
         let kept = 100.0 * lora.kept_by_merge(rounded.parameters(), merged.parameters())?;
         println!("Merged into bfloat16 at strength {strength}, {kept:.1} % of its update is kept");

@@ -354,18 +354,19 @@ impl Lora {
         Self::from_pairs(pairs.collect::<Result<_>>()?, 0.0)
     }
 
-    /// A copy outside any graph that is not trained, in a dtype of its own, its update `strength` times as large.
+    /// A copy outside any graph that is not trained, in a dtype and on a device of its own, its update `strength` times
+    /// as large.
     ///
     /// # Errors
     /// [`Error::Torch`] if it cannot be allocated.
-    pub fn frozen(&self, strength: f64, kind: Kind) -> Result<Self> {
+    pub fn frozen(&self, strength: f64, kind: Kind, device: Device) -> Result<Self> {
         let _guard = tch::no_grad_guard();
         let pairs = self
             .pairs()
             .iter()
             .map(|(name, Pair { down, up, scale })| {
-                let up = up.f_mul_scalar(scale * strength)?.f_to_kind(kind)?;
-                let down = down.f_detach()?.f_to_kind(kind)?;
+                let up = up.f_mul_scalar(scale * strength)?.f_to_kind(kind)?.f_to_device(device)?;
+                let down = down.f_detach()?.f_to_kind(kind)?.f_to_device(device)?;
                 Ok((name.clone(), Pair { down, up, scale: 1.0 }))
             })
             .collect::<Result<_>>()?;

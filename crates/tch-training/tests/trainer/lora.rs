@@ -301,7 +301,7 @@ fn two_adapters_joined_do_what_both_do() -> Result<()> {
             pair.up.shallow_clone().copy_(&wave(&pair.up.size(), 0.2, Kind::Float));
         }
     }
-    let (joined, frozen) = (one.joined(&two)?, two.frozen(0.5, Kind::Float)?);
+    let (joined, frozen) = (one.joined(&two)?, two.frozen(0.5, Kind::Float, Device::Cpu)?);
     assert!(frozen.parameters().iter().all(|(_, tensor)| !tensor.requires_grad()));
     for (layer, [_, inputs]) in layers() {
         let x = wave(&[3, inputs], 0.7, Kind::Float);

@@ -99,7 +99,8 @@ pub fn save_student(
             // On the way to a file: the device may have no room for a second model. Read again, as the teacher's
             // weights may be in 8 bits.
             let base = base.plain().load(teacher.transformer.kind(), Device::Cpu)?.transformer;
-            let transformer = base.merged(&lora.frozen(1.0, Kind::Float)?, Device::Cpu)?;
+            let transformer =
+                base.merged(&lora.frozen(1.0, Kind::Float, Device::Cpu)?, Device::Cpu)?;
             let (before, after) = (base.parameters(), transformer.parameters());
             let kept = lora.kept_by_merge(before, after)?;
             if kept < MUCH {

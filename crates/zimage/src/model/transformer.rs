@@ -121,7 +121,7 @@ impl ZImageTransformer {
     /// If the model has one already, or libtorch cannot allocate the pairs.
     pub fn with_adapter(&self, lora: &Lora, strength: f64) -> Result<Self> {
         ensure!(self.adapter.is_none(), "the model has an adapter already");
-        let adapter = lora.frozen(strength, self.kind())?;
+        let adapter = lora.frozen(strength, self.kind(), self.device())?;
         let handle = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.shallow_clone());
         let parameters = self.parameters.iter().map(handle).collect();
         Self::assemble(self.config.clone(), parameters, Some(adapter), self.rotary.clone())
