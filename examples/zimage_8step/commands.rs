@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Error, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
 use decoupled_dmd::{Guidance, Shift};
 use tch::Device;
 use tch_c10d::{Launch, ProcessGroup};
@@ -118,6 +118,10 @@ fn plan(options: &Options) -> Result<()> {
         sizes.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or "),
         recipe.parts()?
     );
+    if let Some(path) = &options.teacher_lora {
+        let size = path.metadata().with_context(|| format!("reading {}", path.display()))?.len();
+        println!("On top, {}: at most {:.3} GB", path.display(), size as f64 / 1e9);
+    }
     if processes > 1 {
         let bytes = released::exchanged(&plan, &config, &recipe);
         let sent = 2.0 * (processes - 1) as f64 / processes as f64 * bytes as f64;

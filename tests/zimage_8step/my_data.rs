@@ -8,6 +8,7 @@ use tch_training::safetensors::read_tensors;
 
 use super::common::max_difference;
 use super::common::small_pipeline::Workplace;
+use super::my_model::finetuning;
 use super::parsed;
 use super::released::{message, recipe, student, train, training, wait_for};
 use super::run;
@@ -28,8 +29,11 @@ fn options(place: &Workplace) -> Result<Vec<String>> {
     let prompts = prompts(place)?;
     let more = ["--negative-prompt", "a drawing", "--size", "24,32x16", "--batch", "4"];
     let parts = ["--accumulate", "2", "--fake-rank", "3", "--guidance-rescale"];
-    let file = ["--prompt-file", &prompts];
-    Ok(file.into_iter().chain(more).chain(parts).map(str::to_owned).collect())
+    let finetuned = finetuning(place, "mine.safetensors")?;
+    let files = ["--prompt-file", &prompts, "--teacher-lora", &finetuned, "--base", "int8"];
+    let dropped = ["--dropout", "0.1", "--decay", "cosine"];
+    let all = files.into_iter().chain(more).chain(parts).chain(dropped);
+    Ok(all.map(str::to_owned).collect())
 }
 
 fn of(options: &[String]) -> Vec<&str> {

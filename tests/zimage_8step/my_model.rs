@@ -16,7 +16,7 @@ use super::parsed;
 use super::released::{first_picture, images, student, train, training, wait_for};
 
 /// Writes an adapter of rank 3 on keys and on the caption side, as kohya does, that moves the model.
-fn finetuning(place: &Workplace, name: &str) -> Result<String> {
+pub fn finetuning(place: &Workplace, name: &str) -> Result<String> {
     let _guard = seeded(5);
     let config = Config::load(&place.model().join("transformer/config.json"))?;
     let targets = LoraSettings { rank: 3, ..LoraSettings::on(["to_k", "cap_embedder.1"]) };
