@@ -102,7 +102,7 @@ fn plan(options: &Options) -> Result<()> {
     let processes = options.processes.unwrap_or(1);
     let whole = recipe.batch;
     ensure!(
-        processes > 0 && recipe.parts()?.is_multiple_of(processes),
+        processes > 0 && recipe.part()?.is_multiple_of(processes),
         "--batch {whole} cannot be parted among --processes {processes}{}",
         match recipe.accumulate {
             1 => String::new(),
@@ -116,7 +116,7 @@ fn plan(options: &Options) -> Result<()> {
     println!(
         "Training at {} pixels, {} samples at once, prompts of up to {MAX_TOKENS} tokens:\n{plan}",
         sizes.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or "),
-        recipe.parts()?
+        recipe.part()?
     );
     if let Some(path) = &options.teacher_lora {
         let size = path.metadata().with_context(|| format!("reading {}", path.display()))?.len();

@@ -4,7 +4,7 @@ mod recipe;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use decoupled_dmd::{Guidance, Schedule, Shift, Transition};
 use serde::de::DeserializeOwned;
@@ -119,7 +119,13 @@ pub struct Options {
     /// Write the student of an earlier run for another program, and do not train: comfyui, into comfyui/ of its
     /// folder, the adapter for models/loras and, of a run with --merge, a whole model for
     /// models/diffusion_models
-    #[arg(long, value_parser = ["comfyui"], help_heading = "Sampling", conflicts_with_all = OF_TRAINING, conflicts_with = "sample")]
+    #[arg(
+        long,
+        value_parser = ["comfyui"],
+        help_heading = "Sampling",
+        conflicts_with_all = OF_TRAINING,
+        conflicts_with = "sample"
+    )]
     pub export: Option<String>,
     /// Student to sample from, or to export; OUT/student by default
     #[arg(long, value_name = "DIR", help_heading = "Sampling")]
@@ -338,14 +344,12 @@ impl Options {
     /// # Errors
     /// Names the option.
     pub fn refuse_sampling(&self) -> Result<()> {
-        for (option, is_given) in [
+        let options = [
             ("student", self.student.is_some() && self.export.is_none()),
             ("count", self.count.is_some()),
             ("tensors", self.tensors),
-        ] {
-            ensure!(!is_given, "--{option} is for pictures of a prompt: give one with --sample");
-        }
-        Ok(())
+        ];
+        refuse(&options, || "pictures of a prompt: give one with --sample".to_owned())
     }
 
     /// How many pictures to make of a prompt.
@@ -363,7 +367,7 @@ impl Options {
     /// # Errors
     /// Names the option.
     pub fn refuse_released(&self) -> Result<()> {
-        for (option, is_given) in [
+        let options = [
             ("prompt-file", self.prompt_file.is_some()),
             ("negative-prompt", self.negative_prompt.is_some()),
             ("preview-prompts", self.preview_prompts.is_some()),
@@ -372,14 +376,11 @@ impl Options {
             ("float32", self.float32),
             ("merge", self.merge),
             ("tensors", self.tensors),
-        ] {
-            ensure!(
-                !is_given,
-                "--{option} is for released checkpoints: {} has neither text_encoder/ nor vae/",
-                self.checkpoint.display()
-            );
-        }
-        Ok(())
+        ];
+        refuse(&options, || {
+            let folder = self.checkpoint.display();
+            format!("released checkpoints: {folder} has neither text_encoder/ nor vae/")
+        })
     }
 
     /// Refuses what a released model would not look at.
@@ -387,17 +388,21 @@ impl Options {
     /// # Errors
     /// Names the option.
     pub fn refuse_embedded(&self) -> Result<()> {
-        for (option, is_given) in [
+        let options = [
             ("data", self.data.is_some()),
             ("classifier", self.classifier.is_some()),
             ("prompts", self.prompts.is_some()),
-        ] {
-            ensure!(
-                !is_given,
-                "--{option} is for the embedded model, and {} is a released one",
-                self.checkpoint.display()
-            );
-        }
-        Ok(())
+        ];
+        refuse(&options, || {
+            format!("the embedded model, and {} is a released one", self.checkpoint.display())
+        })
+    }
+}
+
+/// Refuses the first of some options that is given, and says what they are for.
+fn refuse(options: &[(&str, bool)], purpose: impl Fn() -> String) -> Result<()> {
+    match options.iter().find(|(_, is_given)| *is_given) {
+        Some((option, _)) => bail!("--{option} is for {}", purpose()),
+        None => Ok(()),
     }
 }

@@ -101,7 +101,7 @@ impl Options {
             "--dm-shift is for schedules in which distribution matching has times of its own"
         );
         ensure!(recipe.batch > 0, "--batch must be at least 1");
-        recipe.parts().context("--accumulate")?;
+        recipe.part().context("--accumulate")?;
         ensure!(recipe.steps > 0, "--steps must be at least 1");
         for (option, value) in
             [("student-lr", recipe.student.learning_rate), ("fake-lr", recipe.fake.learning_rate)]

@@ -47,6 +47,12 @@ const LARGEST_RANK: i64 = 65_536;
 /// Name and shape `[out, in]` of a linear layer.
 pub type LinearLayer = (String, [i64; 2]);
 
+/// What stands before the last parts of a layer's name, up to the dot: `layers.3.` where `attention.to_q` ends
+/// `layers.3.attention.to_q`, and nothing where the parts are the whole name; `None` where the name ends otherwise.
+pub fn stem<'n>(name: &'n str, parts: &str) -> Option<&'n str> {
+    name.strip_suffix(parts).filter(|stem| stem.is_empty() || stem.ends_with('.'))
+}
+
 /// Shape and extent of an adapter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -87,12 +93,8 @@ impl LoraSettings {
         check("targets", "at least one linear layer", "none".to_owned(), is_named)?;
         let mut found = BTreeSet::new();
         for target in &self.targets {
-            let suffix = format!(".{target}");
-            let matching: Vec<_> = layers
-                .iter()
-                .filter(|(name, _)| name == target || name.ends_with(&suffix))
-                .cloned()
-                .collect();
+            let matching: Vec<_> =
+                layers.iter().filter(|(name, _)| stem(name, target).is_some()).cloned().collect();
             if matching.is_empty() {
                 return Err(Error::NoSuchTarget { target: target.clone() });
             }
@@ -308,8 +310,8 @@ impl Lora {
     }
 
     /// The share of the update that a merge has kept, from the parameters before and those that [`Self::merged`] made
-    /// of them: the projection of what rounding to their type leaves of it on the update, over the update. 1 in float32.
-    /// In bfloat16 a weight that is hundreds of times as large as its update swallows it: below about 0.9 the adapter
+    /// of them: the projection of what rounding to their type leaves of it on the update, over the update. It is 1 in
+    /// float32. In bfloat16 a weight that is hundreds of times as large as its update swallows it: below about 0.9 the adapter
     /// apart is the better student.
     ///
     /// # Errors

@@ -61,7 +61,7 @@ fn read(
     let weights = Weights::open_file(path)?;
     let prepare = |tensor: &Tensor| Ok(tensor.f_to_device(device)?.f_to_kind(Kind::Float)?);
     let renamed = names.rename(weights.all()?, layers, prepare)?;
-    let has_alphas = renamed.has_alphas();
+    let has_alphas = !renamed.alphas.is_empty();
     let mut parameters = renamed.fold_alphas()?;
     let prefix = names.prefixes.first().copied().unwrap_or_default();
     if let Some(text) = weights.metadata(METADATA) {

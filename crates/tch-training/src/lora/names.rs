@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use tch::Tensor;
 
-use super::{HALVES, LinearLayer};
+use super::{HALVES, LinearLayer, stem};
 use crate::error::{Fault, Result};
 use crate::parameters::{Parameters, is_finite, no_faults};
 
@@ -72,19 +72,15 @@ impl LayerNames<'_> {
         let by_name: BTreeMap<&str, &LinearLayer> =
             layers.iter().map(|layer| (layer.0.as_str(), layer)).collect();
         let own = layers.iter().map(|layer| (layer.0.clone(), vec![layer]));
-        let stems = |part: &str| -> Vec<&'l str> {
-            let stem = |(name, _): &'l LinearLayer| {
-                name.strip_suffix(part).filter(|stem| stem.is_empty() || stem.ends_with('.'))
-            };
-            layers.iter().filter_map(stem).collect()
-        };
+        let by_name = &by_name;
         let aliases = self.aliases.iter().flat_map(|(alias, parts)| {
-            let stems = parts.first().map(|part| stems(part)).unwrap_or_default();
-            let stands_for = |stem: &str| -> Option<(String, Vec<&'l LinearLayer>)> {
+            let first = parts.first().copied().unwrap_or_default();
+            layers.iter().filter_map(move |(name, _)| {
+                let stem = stem(name, first)?;
                 let layer = |part: &&str| by_name.get(format!("{stem}{part}").as_str()).copied();
-                Some((format!("{stem}{alias}"), parts.iter().map(layer).collect::<Option<_>>()?))
-            };
-            stems.into_iter().filter_map(stands_for).collect::<Vec<_>>()
+                let stacked: Vec<&LinearLayer> = parts.iter().map(layer).collect::<Option<_>>()?;
+                (!stacked.is_empty()).then(|| (format!("{stem}{alias}"), stacked))
+            })
         });
         let mut spellings = BTreeMap::new();
         for (name, stacked) in own.chain(aliases) {
@@ -122,34 +118,31 @@ impl Renamed {
     ) -> Result<Option<Fault>> {
         let found = tensor.size();
         let rows: i64 = stacked.iter().map(|(_, [rows, _])| rows).sum();
+        let expected = match part {
+            Part::Alpha if tensor.numel() != 1 => Some(vec![]),
+            // Of a layer alone, the pair is checked as a whole.
+            Part::Half(1) if stacked.len() > 1 && found.first() != Some(&rows) => {
+                Some(vec![rows, found.last().copied().unwrap_or_default()])
+            }
+            _ => None,
+        };
+        if let Some(expected) = expected {
+            return Ok(Some(Fault::Shape { name, expected, found }));
+        }
         let mut start = 0;
         for (layer, [own_rows, _]) in stacked {
-            let is_twice = match part {
-                Part::Alpha if tensor.numel() != 1 => {
-                    return Ok(Some(Fault::Shape { name, expected: vec![], found }));
-                }
-                Part::Alpha => {
-                    let alpha = tensor.f_flatten(0, -1)?;
-                    self.alphas.insert(layer.clone(), alpha).is_some()
-                }
+            let before = match part {
+                Part::Alpha => self.alphas.insert(layer.clone(), tensor.f_flatten(0, -1)?),
                 Part::Half(half) => {
                     let own = match half {
                         _ if stacked.len() == 1 => tensor.shallow_clone(),
                         0 => tensor.copy(),
-                        _ if found.first() != Some(&rows) => {
-                            let rank = found.last().copied().unwrap_or_default();
-                            return Ok(Some(Fault::Shape {
-                                name,
-                                expected: vec![rows, rank],
-                                found,
-                            }));
-                        }
                         _ => tensor.f_narrow(0, start, *own_rows)?.copy(),
                     };
-                    self.parameters.insert(format!("{layer}{}", HALVES[half]), own).is_some()
+                    self.parameters.insert(format!("{layer}{}", HALVES[half]), own)
                 }
             };
-            if is_twice {
+            if before.is_some() {
                 return Ok(Some(Fault::Twice { name }));
             }
             start += own_rows;
@@ -171,9 +164,5 @@ impl Renamed {
         }
         no_faults("the adapter", faults)?;
         Ok(parameters)
-    }
-
-    pub(super) fn has_alphas(&self) -> bool {
-        !self.alphas.is_empty()
     }
 }

@@ -82,7 +82,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
         size: [i64; 3],
         terms: T,
     ) -> Result<Self> {
-        recipe.parts()?;
+        recipe.part()?;
         ensure!(
             recipe.accumulate == 1 || terms.state().is_empty(),
             "terms with networks of their own are trained on whole batches"
@@ -136,7 +136,7 @@ impl<'a, T: Terms> Distillation<'a, T> {
     /// If the batch cannot be parted equally, or the terms have networks of their own, which are not averaged.
     pub fn among(mut self, processes: impl Into<Processes<'a>>) -> Result<Self> {
         self.processes = processes.into();
-        self.processes.part(self.recipe.parts()?)?;
+        self.processes.part(self.recipe.part()?)?;
         ensure!(
             self.processes.count() == 1 || self.terms.state().is_empty(),
             "terms with networks of their own are trained by one process"

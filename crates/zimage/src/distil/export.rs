@@ -7,24 +7,15 @@ use anyhow::{Context as _, Result, ensure};
 use tch::Tensor;
 use tch_training::Parameters;
 use tch_training::files::create_folder;
+use tch_training::lora::stem;
+use tch_training::parameters::parameter;
 use tch_training::safetensors::{Weights, read_tensors, write_tensors};
 
 use crate::distil::saved_student::{ADAPTER, SavedRecipe};
-use crate::model::{ADAPTER_PREFIX, Config, WEIGHTS};
+use crate::model::{ADAPTER_PREFIX, Config, OTHER_NAMES, WEIGHTS};
 
 /// What ComfyUI writes before the names of a diffusion model in a file of adapters.
 const PREFIX: &str = "diffusion_model.";
-/// The linear layers that are one in ComfyUI, `attention.qkv`, in the order of their rows.
-const FUSED: [&str; 3] = ["to_q", "to_k", "to_v"];
-/// Parts of names, and what ComfyUI calls them: as in the model's first release.
-const RENAMED: [(&str, &str); 5] = [
-    (".attention.to_out.0.", ".attention.out."),
-    (".attention.norm_q.", ".attention.q_norm."),
-    (".attention.norm_k.", ".attention.k_norm."),
-    ("all_x_embedder.2-1.", "x_embedder."),
-    ("all_final_layer.2-1.", "final_layer."),
-];
-
 /// Writes what there is of a student's folder for ComfyUI, into the folders `loras/` and `diffusion_models/` of its
 /// `comfyui/`: the adapter as one file, and the whole transformer as one file. Returns their paths.
 ///
@@ -77,23 +68,26 @@ pub fn export_comfyui(student: &Path) -> Result<Vec<PathBuf>> {
 fn fused(parameters: Parameters) -> Result<Parameters> {
     let mut fused = Parameters::new();
     for (name, tensor) in &parameters {
-        let is_fused = |part: &&str| name.ends_with(&format!(".attention.{part}.weight"));
-        match FUSED.iter().position(is_fused) {
-            Some(0) => {
-                let of = |part: &str| name.replace(FUSED[0], part);
-                let parts = FUSED.map(|part| {
-                    parameters.get(&of(part)).with_context(|| format!("{} is missing", of(part)))
-                });
-                let parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
-                let _ = fused.insert(of("qkv"), Tensor::f_cat(&parts, 0)?);
+        // What ends the name of a layer, `.weight` or `.bias`; tokens have no such end.
+        let (layer, end) = name.split_at(name.rfind('.').unwrap_or(name.len()));
+        let renamed = OTHER_NAMES.iter().find_map(|(alias, parts)| {
+            let (index, stem) =
+                (0..).zip(*parts).find_map(|(index, part)| Some((index, stem(layer, part)?)))?;
+            Some((stem, *alias, *parts, index))
+        });
+        let (name, tensor) = match renamed {
+            None => (name.clone(), tensor.shallow_clone()),
+            Some((stem, alias, [_], _)) => (format!("{stem}{alias}{end}"), tensor.shallow_clone()),
+            Some((stem, alias, parts, 0)) => {
+                let stacked =
+                    parts.iter().map(|part| parameter(&parameters, &format!("{stem}{part}{end}")));
+                let stacked = stacked.collect::<Result<Vec<_>, _>>()?;
+                (format!("{stem}{alias}{end}"), Tensor::f_cat(&stacked, 0)?)
             }
-            Some(_) => {}
-            None => {
-                let rename = |name: String, (from, to): &(&str, &str)| name.replace(from, to);
-                let _ =
-                    fused.insert(RENAMED.iter().fold(name.clone(), rename), tensor.shallow_clone());
-            }
-        }
+            // In the stack of the first.
+            Some(_) => continue,
+        };
+        let _ = fused.insert(name, tensor);
     }
     Ok(fused)
 }

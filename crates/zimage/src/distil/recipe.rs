@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 use anyhow::{Result, ensure};
 use decoupled_dmd::{Guidance, Schedule, Shift, Transition};
 use serde::{Deserialize, Serialize};
-use tch_training::AdamWSettings;
 use tch_training::lora::LoraSettings;
+use tch_training::{AdamWSettings, Tape};
 
 use crate::model::{Config, Storage, is_caption_side};
 
@@ -141,13 +141,18 @@ impl Recipe {
     ///
     /// # Errors
     /// If the batch cannot be parted equally.
-    pub fn parts(&self) -> Result<usize> {
+    pub fn part(&self) -> Result<usize> {
         let Self { batch, accumulate, .. } = *self;
         ensure!(
             accumulate > 0 && batch.is_multiple_of(accumulate),
             "a batch of {batch} cannot be computed in {accumulate} equal parts"
         );
         Ok(batch / accumulate)
+    }
+
+    /// What the forward passes of one loss are kept on, if they are to be computed again.
+    pub(super) fn tape(&self) -> Option<Tape> {
+        self.checkpointing.then(Tape::default)
     }
 
     /// The settings of the fake score's adapter.

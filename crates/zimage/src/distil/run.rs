@@ -31,7 +31,7 @@ use crate::distil::saved_student::{
 use crate::distil::training_loop::{Ending, Intervals, Outcome, Preview, train_student};
 use crate::distil::weights::{Network, RoleWeights};
 use crate::model::{
-    ADAPTER_NAMES, Checkpoint, Config, MemoryPlan, Pipeline, Role, Storage, TrainingSetup,
+    ADAPTER_NAMES, Checkpoint, Config, MemoryPlan, Role, Storage, TrainingSetup, ZImageTransformer,
 };
 use crate::picture::{Sheet, write_comparison, write_grid};
 use crate::text::{FeatureCache, MAX_TOKENS, Prompt, TextEncoder, read_prompts};
@@ -65,12 +65,11 @@ pub fn plan(
 ) -> Result<MemoryPlan> {
     recipe.check_adapter(config)?;
     recipe.check_storage(storage)?;
-    let batch = recipe.parts()? as i64;
-    let latents = sizes.iter().map(|size| size.latents(checkpoint, config));
-    let latents = latents.collect::<Result<Vec<_>>>()?;
+    let batch = recipe.part()? as i64;
+    let (first, all) = latents(sizes, checkpoint, config)?;
     // What is drawn in the largest takes the most.
-    let largest = latents.into_iter().max_by_key(|[_, height, width]| height * width);
-    let [_, height, width] = largest.context("there is no size of pictures")?;
+    let area = |[_, height, width]: &[i64; 3]| height * width;
+    let [_, height, width] = all.into_iter().max_by_key(area).unwrap_or(first);
     check_kind(kind, recipe)?;
     MemoryPlan::new(&TrainingSetup {
         config,
@@ -85,6 +84,17 @@ pub fn plan(
         encodes_captions: false,
         ema: true,
     })
+}
+
+/// The sizes of the latents of pictures: of the first, and of all.
+fn latents(
+    sizes: &[PictureSize],
+    checkpoint: &Path,
+    config: &Config,
+) -> Result<([i64; 3], Vec<[i64; 3]>)> {
+    let all = sizes.iter().map(|size| size.latents(checkpoint, config));
+    let all = all.collect::<Result<Vec<_>>>()?;
+    Ok((*all.first().context("there is no size of pictures")?, all))
 }
 
 /// The bytes of the gradients that a process gives away in an update of the student, with those of the fake score
@@ -145,7 +155,7 @@ pub fn train(
     group: &ProcessGroup,
 ) -> Result<Ending> {
     let processes = Processes::from(group);
-    processes.part(recipe.parts()?)?;
+    processes.part(recipe.part()?)?;
     // Whatever is wrong with settings or files, before encoding and loading take their time.
     let Training { out, kind, device, sizes, .. } = training;
     let (kind, device) = (*kind, *device);
@@ -153,9 +163,7 @@ pub fn train(
     check_kind(kind, recipe)?;
     recipe.check_adapter(checkpoint.config())?;
     recipe.check_storage(checkpoint.storage())?;
-    let latents = sizes.iter().map(|size| size.latents(folder, checkpoint.config()));
-    let latents = latents.collect::<Result<Vec<_>>>()?;
-    let size = *latents.first().context("there is no size of pictures")?;
+    let (size, all_sizes) = latents(sizes, folder, checkpoint.config())?;
     checkpoint.check()?;
     // Needed at the end, and not kept until then.
     drop(Decoder::load(folder, Kind::Float, Device::Cpu)?);
@@ -200,27 +208,15 @@ pub fn train(
         println!("{}", recipe.described_learning_rate());
     }
 
-    let negative =
-        |prompt: &Prompt| prompt.negative.clone().unwrap_or(training.negative_prompt.clone());
-    let encode = |cache: &FeatureCache, teacher: &Pipeline, prompts: &[Prompt]| {
-        let mut nulls: Vec<String> = prompts.iter().map(negative).collect();
-        nulls.sort_unstable();
-        nulls.dedup();
-        let null_of = prompts.iter().map(negative);
-        let null_of = null_of.filter_map(|null| nulls.binary_search(&null).ok()).collect();
-        let features = prompts.iter().map(|prompt| cache.get(&prompt.text));
-        let nulls = nulls.iter().map(|null| cache.get(null)).collect::<Result<Vec<_>>>()?;
-        let network = &teacher.transformer;
-        Prompts::from_features(network, features, &nulls[0])?.with_nulls(network, &nulls, null_of)
-    };
+    let negative = |prompt| negative_of(prompt, &training.negative_prompt);
     let named = || prompts.iter().chain(&pictured);
-    let negatives: BTreeSet<String> = named().map(negative).collect();
-    let texts = named().map(|prompt| &prompt.text);
-    let all: Vec<&str> = texts.chain(&negatives).map(String::as_str).collect();
+    let negatives: BTreeSet<&str> = named().map(negative).collect();
+    let all: Vec<&str> = named().map(|prompt| prompt.text.as_str()).chain(negatives).collect();
     let cache = FeatureCache::encode_observed(&training.features, folder, (kind, device), &all)?;
     let teacher = checkpoint.load_observed(kind, device)?;
-    let encoded = encode(&cache, &teacher, &prompts)?;
-    let shown = encode(&cache, &teacher, &pictured)?;
+    let encode =
+        |prompts| encode_prompts(&teacher.transformer, &cache, prompts, &training.negative_prompt);
+    let (encoded, shown) = (encode(&prompts)?, encode(&pictured)?);
     let captions: Vec<&str> = pictured.iter().map(|prompt| prompt.text.as_str()).collect();
     let noise = draw_noise(recipe.seed, captions.len(), size)?;
     let renderer = Renderer::new(folder, &teacher, &shown, recipe.seed, noise);
@@ -228,7 +224,7 @@ pub fn train(
     let items: Vec<i64> = (0..prompts.len() as i64).collect();
     let base = &teacher.transformer;
     let mut distillation = Distillation::new(recipe.clone(), base, &encoded, &items, size)?
-        .with_sizes(latents)?
+        .with_sizes(all_sizes)?
         .among(processes)?;
     let saved = SavedRecipe {
         recipe: recipe.clone(),
@@ -285,6 +281,26 @@ pub fn train(
     write_json(&out.join(REPORT), &report)?;
     println!("{}", states_stay(out));
     Ok(Ending::Finished)
+}
+
+/// What the null branch of a prompt is conditioned on.
+fn negative_of<'p>(prompt: &'p Prompt, others: &'p str) -> &'p str {
+    prompt.negative.as_deref().unwrap_or(others)
+}
+
+/// Prompts encoded by the caption side of the teacher, with the negative prompt of each.
+fn encode_prompts(
+    teacher: &ZImageTransformer,
+    cache: &FeatureCache,
+    prompts: &[Prompt],
+    negative: &str,
+) -> Result<Prompts> {
+    let negatives = || prompts.iter().map(|prompt| negative_of(prompt, negative));
+    let distinct: Vec<&str> = BTreeSet::from_iter(negatives()).into_iter().collect();
+    let null_of = negatives().filter_map(|null| distinct.binary_search(&null).ok()).collect();
+    let nulls = distinct.iter().map(|null| cache.get(null)).collect::<Result<Vec<_>>>()?;
+    let features = prompts.iter().map(|prompt| cache.get(&prompt.text));
+    Prompts::from_features(teacher, features, &nulls[0])?.with_nulls(teacher, &nulls, null_of)
 }
 
 /// The prompts of previews and samples.png: those of a file, or the first that are trained on.

@@ -58,8 +58,8 @@ impl SavedRecipe {
 }
 
 /// Writes a student: an adapter as a file for `load_lora_weights`, with that of the teacher in it if the teacher has
-/// one; a model as a diffusers folder. With `merged`, an adapter becomes such a folder too, with a warning where rounding takes much of it. What an
-/// earlier student has left in the folder goes.
+/// one; a model as a diffusers folder. With `merged`, the checkpoint of the base, an adapter becomes such a folder too,
+/// with a warning where rounding takes much of it. What an earlier student has left in the folder goes.
 ///
 /// # Errors
 /// If a weight is not finite, or a file cannot be written.

@@ -166,8 +166,8 @@ impl<'s> Session<'s> {
 }
 
 /// Runs all updates that are left, and shows the progress. Goes on from the state in `states` if there is
-/// one; what is observed goes to metrics.jsonl and to event files for TensorBoard in the folder `out`, and is returned. What is wrong by the
-/// diagnostics is said once, on standard error and there ([`Alarms`]).
+/// one; what is observed goes to metrics.jsonl and to event files for TensorBoard in the folder `out`, and is
+/// returned. What is wrong by the diagnostics is said once, on standard error and there ([`Alarms`]).
 ///
 /// Of several processes, the first alone has `states`: it gives the others what it goes on from, and writes and
 /// evaluates for all. A signal to one of them stops all, after the same update.

@@ -114,7 +114,7 @@ pub fn train(
     group: &ProcessGroup,
 ) -> Result<Ending> {
     let processes = Processes::from(group);
-    processes.part(recipe.parts()?)?;
+    processes.part(recipe.part()?)?;
     let Training { out, device, captions: count, .. } = training;
     let (device, count) = (*device, *count);
     recipe.check_adapter(checkpoint.config())?;

@@ -11,7 +11,7 @@ use tch_training::safetensors::{Weights, write_tensors};
 
 use crate::model::checkpoint::read_config;
 use crate::model::config::{CLASS_NAME, Config};
-use crate::model::quantization::{Storage, quantize};
+use crate::model::quantization::Storage;
 use crate::model::transformer::ZImageTransformer;
 
 /// The names in files of adapters: as diffusers writes them, and as ComfyUI, kohya, peft and others do.
@@ -25,16 +25,21 @@ pub const ADAPTER_NAMES: LayerNames<'_> = LayerNames {
         "lora_transformer_",
         "",
     ],
-    // Those of the model's first release, which ComfyUI has kept.
-    aliases: &[
-        ("attention.qkv", &["attention.to_q", "attention.to_k", "attention.to_v"]),
-        ("attention.out", &["attention.to_out.0"]),
-        ("attention.to_out", &["attention.to_out.0"]),
-        ("x_embedder", &["all_x_embedder.2-1"]),
-        ("final_layer.linear", &["all_final_layer.2-1.linear"]),
-        ("final_layer.adaLN_modulation.1", &["all_final_layer.2-1.adaLN_modulation.1"]),
-    ],
+    aliases: &OTHER_NAMES,
 };
+
+/// Last parts of names in other programs, and ours: of the model's first release, which ComfyUI has kept, and behind
+/// those what adapters alone have.
+pub(crate) const OTHER_NAMES: [(&str, &[&str]); 8] = [
+    ("attention.qkv", &["attention.to_q", "attention.to_k", "attention.to_v"]),
+    ("attention.out", &["attention.to_out.0"]),
+    ("attention.q_norm", &["attention.norm_q"]),
+    ("attention.k_norm", &["attention.norm_k"]),
+    ("x_embedder", &["all_x_embedder.2-1"]),
+    ("final_layer.linear", &["all_final_layer.2-1.linear"]),
+    ("final_layer.adaLN_modulation.1", &["all_final_layer.2-1.adaLN_modulation.1"]),
+    ("attention.to_out", &["attention.to_out.0"]),
+];
 
 /// What diffusers writes before the names.
 pub const ADAPTER_PREFIX: &str = "transformer.";
@@ -100,13 +105,9 @@ pub(super) fn read_weights(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<ZImageTransformer> {
     let weights = Weights::open(&folder.join("transformer"), WEIGHTS)?;
-    let expected = config.parameters();
-    if storage == Storage::Full {
-        let parameters = weights.load(&expected, kind, device, progress)?;
-        return ZImageTransformer::from_parameters(config, parameters);
-    }
-    let parameters = weights.load_converted(&expected, kind, device, progress, quantize)?;
-    ZImageTransformer::from_quantized(config, parameters)
+    let keep = |name, tensor| storage.keep(name, tensor);
+    let parameters = weights.load_converted(&config.parameters(), kind, device, progress, keep)?;
+    ZImageTransformer::from_kept(config, parameters)
 }
 
 /// Compares names and shapes of the weights in `transformer/` of a folder with a config.

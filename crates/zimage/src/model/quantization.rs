@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 use tch_training::Parameters;
+use tch_training::lora::stem;
 use tch_training::parameters::parameter;
 
 use crate::model::config::BLOCK_LINEARS;
@@ -21,6 +22,23 @@ pub enum Storage {
     /// The linear layers of attention and feed-forward in 8 bits, which the forward pass turns into its own dtype,
     /// layer by layer; all else as in [`Self::Full`].
     Int8,
+}
+
+impl Storage {
+    /// What is kept in place of a parameter.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub(super) fn keep(
+        self,
+        name: String,
+        tensor: Tensor,
+    ) -> tch_training::Result<Vec<(String, Tensor)>> {
+        match self {
+            Self::Full => Ok(vec![(name, tensor)]),
+            Self::Int8 => quantize(name, tensor),
+        }
+    }
 }
 
 /// The matrix of a linear layer.
@@ -63,7 +81,7 @@ fn scale_of(layer: &str) -> String {
 /// Whether a parameter is kept in 8 bits by [`Storage::Int8`].
 pub(super) fn is_quantized(parameter: &str) -> bool {
     let Some(layer) = parameter.strip_suffix(".weight") else { return false };
-    BLOCK_LINEARS.iter().any(|part| layer.ends_with(&format!(".{part}")))
+    BLOCK_LINEARS.iter().any(|parts| stem(layer, parts).is_some())
 }
 
 /// The parameters in place of one: a matrix of a block in 8 bits and its scales, all else as it is.
@@ -73,10 +91,7 @@ pub(super) fn is_quantized(parameter: &str) -> bool {
 ///
 /// # Errors
 /// If libtorch fails.
-pub(super) fn quantize(
-    name: String,
-    tensor: Tensor,
-) -> tch_training::Result<Vec<(String, Tensor)>> {
+fn quantize(name: String, tensor: Tensor) -> tch_training::Result<Vec<(String, Tensor)>> {
     let Some(layer) = name.strip_suffix(".weight").filter(|_| is_quantized(&name)) else {
         return Ok(vec![(name, tensor)]);
     };

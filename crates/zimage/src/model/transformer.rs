@@ -14,7 +14,7 @@ use crate::model::grid::{Grid, padded};
 use crate::model::layout::{
     Sequence, fill_padding, first_rows, join, longest, patchify, stack_tokens, unpatchify,
 };
-use crate::model::quantization::{Storage, quantize};
+use crate::model::quantization::Storage;
 use crate::model::role::Role;
 use crate::model::rope::RotaryCache;
 use crate::model::stack::run_blocks;
@@ -52,7 +52,7 @@ impl ZImageTransformer {
         config.validate()?;
         let shapes = parameters.iter().map(|(name, tensor)| (name.as_str(), tensor.size()));
         check_shapes("the parameters", &config.parameters(), shapes)?;
-        Self::assemble(config, parameters, None, Rc::default())
+        Self::assemble(config, parameters, Rc::default())
     }
 
     /// The same model with its weights kept as `storage` says. Tensors that stay as they are are shared.
@@ -61,30 +61,24 @@ impl ZImageTransformer {
     /// If weights are kept in 8 bits already, or libtorch cannot allocate those.
     pub fn stored(&self, storage: Storage) -> Result<Self> {
         ensure!(!self.is_quantized(), "the weights are kept in 8 bits already");
-        if storage == Storage::Full {
-            return self.map(|tensor| Ok(tensor.shallow_clone()));
-        }
         let mut parameters = Parameters::new();
         for (name, tensor) in &self.parameters {
-            parameters.extend(quantize(name.clone(), tensor.shallow_clone())?);
+            parameters.extend(storage.keep(name.clone(), tensor.shallow_clone())?);
         }
-        Self::assemble(self.config.clone(), parameters, self.adapter.clone(), self.rotary.clone())
+        self.over(parameters)
     }
 
-    /// The model over parameters of which [`quantize`] has made those of some layers.
+    /// The model over what a [`Storage`] keeps of parameters that were checked.
     ///
     /// # Errors
-    /// If a parameter is missing.
-    pub(super) fn from_quantized(config: Config, parameters: Parameters) -> Result<Self> {
-        Self::assemble(config, parameters, None, Rc::default())
+    /// If the config is not valid, or a parameter is missing.
+    pub(super) fn from_kept(config: Config, parameters: Parameters) -> Result<Self> {
+        config.validate()?;
+        Self::assemble(config, parameters, Rc::default())
     }
 
-    fn assemble(
-        config: Config,
-        parameters: Parameters,
-        adapter: Option<Lora>,
-        rotary: Rc<RotaryCache>,
-    ) -> Result<Self> {
+    /// The model over parameters, without an adapter.
+    fn assemble(config: Config, parameters: Parameters, rotary: Rc<RotaryCache>) -> Result<Self> {
         let p = &parameters;
         let key = config.patch_key();
         let stack = |name: &str, count: i64, modulated: bool| -> Result<Rc<[Block]>> {
@@ -109,8 +103,14 @@ impl ZImageTransformer {
             rotary,
             config,
             parameters,
-            adapter,
+            adapter: None,
         })
+    }
+
+    /// The same model, with its adapter, over other parameters.
+    fn over(&self, parameters: Parameters) -> Result<Self> {
+        let model = Self::assemble(self.config.clone(), parameters, self.rotary.clone())?;
+        Ok(Self { adapter: self.adapter.clone(), ..model })
     }
 
     /// The same model with an adapter that belongs to it in all its roles, apart from the weights, which are shared:
@@ -121,10 +121,8 @@ impl ZImageTransformer {
     /// If the model has one already, or libtorch cannot allocate the pairs.
     pub fn with_adapter(&self, lora: &Lora, strength: f64) -> Result<Self> {
         ensure!(self.adapter.is_none(), "the model has an adapter already");
-        let adapter = lora.frozen(strength, self.kind(), self.device())?;
-        let handle = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.shallow_clone());
-        let parameters = self.parameters.iter().map(handle).collect();
-        Self::assemble(self.config.clone(), parameters, Some(adapter), self.rotary.clone())
+        let adapter = Some(lora.frozen(strength, self.kind(), self.device())?);
+        Ok(Self { adapter, ..self.map(|tensor| Ok(tensor.shallow_clone()))? })
     }
 
     /// The adapter that belongs to the model.
@@ -198,8 +196,7 @@ impl ZImageTransformer {
             .iter()
             .map(|(name, tensor)| Ok((name.clone(), convert(tensor)?)))
             .collect::<Result<_>>()?;
-        let adapter = self.adapter.clone();
-        Self::assemble(self.config.clone(), parameters, adapter, self.rotary.clone())
+        self.over(parameters)
     }
 
     /// The model with the pairs of `lora` and of its own adapter added to its weights, in its dtype and on `device`.

@@ -57,8 +57,8 @@ impl FeatureCache {
         Ok(Self { folder: folder.into(), manifest })
     }
 
-    /// Adds to the cache in `folder`, which is made where there is none, the features of `prompts`, by the text encoder of the diffusers folder `model` in `kind`. Entries that
-    /// are there already stay, so that an interrupted run goes on where it was; broken ones are made
+    /// Adds to the cache in `folder`, which is made where there is none, the features of `prompts`, by the text
+    /// encoder of the diffusers folder `model` in `kind`. Entries that are there already stay, so that an interrupted run goes on where it was; broken ones are made
     /// anew. The encoder is loaded only if something is to be made. Runs may share a folder: one encodes at a
     /// time, and the others wait for it.
     ///

@@ -24,6 +24,11 @@ fn share(loss: Tensor, parts: usize) -> Result<Tensor> {
     Ok(if parts > 1 { loss.f_div_scalar(parts as f64)? } else { loss })
 }
 
+/// The sum of losses, if there are any.
+fn sum(losses: Vec<Tensor>) -> Result<Option<Tensor>> {
+    losses.into_iter().map(Ok).reduce(|sum, loss| Ok(sum?.f_add(&loss?)?)).transpose()
+}
+
 impl<T: Terms> Distillation<'_, T> {
     /// Trains the fake score alone on one rollout of the student, as often as in an update, as long
     /// as [`Self::is_warm`] says no.
@@ -126,7 +131,7 @@ impl<T: Terms> Distillation<'_, T> {
     ) -> Result<Readings> {
         self.student.trainer.optimizer.zero_grad();
         let parts = (0..captions.len()).map(|part| {
-            let tape = self.tape();
+            let tape = self.recipe.tape();
             let (loss, readings) =
                 self.loss_of_student(&captions[part], rollouts.get(part), tape.as_ref(), observe)?;
             let share = share(loss, captions.len())?;
@@ -162,9 +167,7 @@ impl<T: Terms> Distillation<'_, T> {
             losses.push(loss);
             readings.extend(seen);
         }
-        let sum = losses.into_iter().map(Ok).reduce(|sum, loss| Ok(sum?.f_add(&loss?)?));
-        let loss: Result<Tensor> = sum.context("the student is trained by no loss")?;
-        Ok((loss?, readings))
+        Ok((sum(losses)?.context("the student is trained by no loss")?, readings))
     }
 
     /// The objective's loss, and what it shows.
@@ -207,27 +210,24 @@ impl<T: Terms> Distillation<'_, T> {
         rollouts: &[Rollout<'_>],
         readings: &mut Readings,
     ) -> Result<Option<(Tensor, Tensor)>> {
-        let checkpointing = self.recipe.checkpointing;
         let Some(fake) = &mut self.fake else { return Ok(None) };
         let (base, shift) = (self.teacher, self.recipe.shift);
         fake.trainer.optimizer.zero_grad();
         let mut losses = Vec::with_capacity(rollouts.len());
         for rollout in rollouts {
-            let tape = checkpointing.then(Tape::default);
+            let tape = self.recipe.tape();
             let loss = share(fake.loss(base, rollout, shift, tape.as_ref())?, rollouts.len())?;
             fake.trainer.accumulate(&loss, tape.as_ref())?;
             losses.push(loss.f_detach()?);
         }
         let norm = fake.trainer.step(self.processes)?;
         readings.push_norm("fake score", &norm)?;
-        let sum = losses.into_iter().map(Ok).reduce(|sum, loss| Ok(sum?.f_add(&loss?)?));
-        let loss: Option<Result<Tensor>> = sum;
-        Ok(loss.transpose()?.map(|loss| (loss, norm)))
+        Ok(sum(losses)?.map(|loss| (loss, norm)))
     }
 
     /// Fresh captions, for each part of the batch.
     fn draw_captions(&self) -> Result<Vec<Captions>> {
-        let count = self.processes.part(self.recipe.parts()?)?;
+        let count = self.processes.part(self.recipe.part()?)?;
         let part = |_| {
             let items = self.buckets.draw(count)?;
             let (cond, null) = self.prompts.conditions(&items)?;
@@ -263,11 +263,6 @@ impl<T: Terms> Distillation<'_, T> {
     fn size(&self, number: u64) -> [i64; 3] {
         let pick = seed_of(self.recipe.seed, Stream::Size(number)) as usize;
         self.sizes[pick % self.sizes.len()]
-    }
-
-    /// What the forward passes of one loss are kept on, if they are to be computed again.
-    fn tape(&self) -> Option<Tape> {
-        self.recipe.checkpointing.then(Tape::default)
     }
 
     fn sampler<'d>(&self, student: &'d Denoiser<'d>, steps: usize) -> Result<Sampler<'d>> {
