@@ -235,7 +235,7 @@ fn sample_embedded(options: &Options, device: Device, caption: &str) -> Result<(
         "{} is the adapter of a released model: name that with --checkpoint",
         folder.display()
     );
-    let student = Checkpoint::open(&folder)?;
+    let student = Checkpoint::open(&folder)?.stored(options.base);
     let saved = options.saved_recipe(&folder, Preset::Embedded, student.shift())?;
     let pictures = embedded::Pictures {
         caption: caption.to_owned(),

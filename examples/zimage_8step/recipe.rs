@@ -10,6 +10,9 @@ use zimage::model::BLOCK_LINEARS;
 
 use super::Options;
 
+/// Beyond any use, and small enough that no count overflows.
+const MOST: u64 = 100_000_000;
+
 impl Options {
     /// The recipe in the folder of a student, with what the command line says otherwise; that of `default`
     /// where there is none.
@@ -33,7 +36,7 @@ impl Options {
         let Recipe { steps, transition, .. } = &mut saved.recipe;
         *steps = self.steps.unwrap_or(*steps);
         *transition = self.transition.unwrap_or(*transition);
-        ensure!(*steps > 0, "--steps must be at least 1");
+        check_count("steps", 1, *steps as u64)?;
         if let Some(sizes) = &self.size {
             ensure!(sizes.len() == 1, "--size: pictures of a prompt are of one size");
             saved.size = Some(sizes[0]);
@@ -100,9 +103,17 @@ impl Options {
             recipe.schedule != Schedule::CoupledShared || self.dm_shift.is_none(),
             "--dm-shift is for schedules in which distribution matching has times of its own"
         );
-        ensure!(recipe.batch > 0, "--batch must be at least 1");
+        for (option, least, value) in [
+            ("updates", 1, recipe.updates),
+            ("fake-updates", 0, recipe.fake_updates),
+            ("fake-warmup", 0, recipe.fake_warmup),
+            ("warmup", 0, recipe.warmup),
+            ("batch", 1, recipe.batch as u64),
+            ("steps", 1, recipe.steps as u64),
+        ] {
+            check_count(option, least, value)?;
+        }
         recipe.part().context("--accumulate")?;
-        ensure!(recipe.steps > 0, "--steps must be at least 1");
         for (option, value) in
             [("student-lr", recipe.student.learning_rate), ("fake-lr", recipe.fake.learning_rate)]
         {
@@ -111,6 +122,15 @@ impl Options {
         ensure!((0.0..1.0).contains(&recipe.ema), "--ema must be in [0, 1), found {}", recipe.ema);
         Ok(recipe)
     }
+}
+
+/// Refuses what counts nothing or overflows.
+fn check_count(option: &str, least: u64, value: u64) -> Result<()> {
+    ensure!(
+        (least..=MOST).contains(&value),
+        "--{option} must be from {least} to {MOST}, found {value}"
+    );
+    Ok(())
 }
 
 /// Replaces `value` by what the command line says, if it says something.

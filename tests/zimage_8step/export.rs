@@ -74,8 +74,13 @@ fn what_comfyui_has_no_place_for_is_refused() -> Result<()> {
     let mut settings: serde_json::Value = serde_json::from_str(&fs::read_to_string(&config)?)?;
     settings["all_patch_size"] = serde_json::json!([4]);
     fs::write(&config, settings.to_string())?;
+    // An earlier export outlives one that fails.
+    let earlier = place.out().join("comfyui/loras/old.safetensors");
+    fs::create_dir_all(place.out().join("comfyui/loras"))?;
+    fs::write(&earlier, "")?;
     let error = message(run(&options(&place, &[])?), "another patch size");
     assert!(error.contains("patch size 2, found [4]"), "{error}");
+    assert!(earlier.exists());
 
     for (more, complaint) in
         [(&["--updates", "3"][..], "--updates"), (&["--sample", "x"], "--sample")]

@@ -4,6 +4,7 @@
 mod commands;
 #[path = "../../crates/zimage/tests/common/mod.rs"]
 mod common;
+mod continuing;
 mod embedded;
 mod export;
 mod my_data;

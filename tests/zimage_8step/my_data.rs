@@ -5,6 +5,7 @@ use std::fs;
 use anyhow::{Result, ensure};
 use serde_json::Value;
 use tch_training::safetensors::read_tensors;
+use zimage::text::read_prompts;
 
 use super::common::max_difference;
 use super::common::small_pipeline::Workplace;
@@ -117,6 +118,10 @@ fn what_is_wrong_with_data_is_named() -> Result<()> {
         (&["--accumulate", "0"], "cannot be computed in 0"),
         (&["--guidance-interval", "0.5,0.2"], "upper end of the interval"),
         (&["--rank", "0", "--fake-rank", "3"], "are about adapters"),
+        (&["--updates", "0"], "--updates must be from 1 to"),
+        (&["--fake-updates", "18446744073709551615"], "--fake-updates must be from 0 to"),
+        (&["--batch", "18446744073709551615"], "--batch must be from 1 to"),
+        (&["--steps", "100000001"], "--steps must be from 1 to"),
     ] {
         let options = parsed(&place, &[&["--prompt-file", &prompts], more].concat())?;
         let error = message(recipe(&options), "a recipe");
@@ -126,6 +131,18 @@ fn what_is_wrong_with_data_is_named() -> Result<()> {
     assert!(smaller.iter().any(|text| text.contains("rank 4 and the student 8")), "{smaller:?}");
     let larger = recipe(&parsed(&place, &["--rank", "8", "--fake-rank", "16"])?)?.cautions();
     assert!(larger.is_empty(), "{larger:?}");
+    // JSON under the name of a text is no prompt, and another spelling of the negative one.
+    let lines = r#"{"prompt": "A cat", "negative_prompt": "a dog"}"#;
+    let [text, json] = ["mine.txt", "mine.jsonl"].map(|name| place.0.path().join(name));
+    for path in [&text, &json] {
+        fs::write(path, lines)?;
+    }
+    let error = message(read_prompts(&text), "JSON in a text");
+    assert!(error.contains("line 1 is a prompt in JSON") && error.contains(".jsonl"), "{error}");
+    assert_eq!(read_prompts(&json)?[0].negative.as_deref(), Some("a dog"));
+    fs::write(&text, "{a red|a blue} fox\n")?;
+    assert_eq!(read_prompts(&text)?[0].text, "{a red|a blue} fox");
+
     for size in ["23", "24x", "x24", "24x24x24", "many", "0", "24,0"] {
         let size = parsed(&place, &["--prompt-file", &prompts, "--size", size]);
         let refused = size

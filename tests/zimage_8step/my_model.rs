@@ -1,5 +1,7 @@
 //! Distilling a finetuned model, on a base in 8 bits.
 
+use std::path::Path;
+
 use anyhow::{Result, ensure};
 use decoupled_dmd::Shift;
 use tch::{Device, Kind, Tensor};
@@ -8,7 +10,7 @@ use tch_training::lora::{Lora, LoraSettings};
 use tch_training::safetensors::write_tensors;
 use zimage::Config;
 use zimage::distil::Preset;
-use zimage::model::Storage;
+use zimage::model::{Checkpoint, Storage};
 
 use super::common::small_pipeline::Workplace;
 use super::common::{max_difference, seeded};
@@ -97,6 +99,13 @@ fn what_does_not_go_with_a_finetuned_model_is_refused() -> Result<()> {
     let absent = place.0.path().join("absent.safetensors").display().to_string();
     refused(&place, &["--teacher-lora", &path, "--teacher-lora-scale", "0"], "strength")?;
     refused(&place, &["--teacher-lora", &absent], "absent.safetensors")?;
+    for (scale, part) in [("1e-300", "it changes nothing"), ("1e300", "beyond what float32 holds")]
+    {
+        let checkpoint = Checkpoint::open(&place.model())?;
+        let checkpoint = checkpoint.with_adapter(Path::new(&path), scale.parse()?)?;
+        let error = checkpoint.check().expect_err(part).to_string();
+        ensure!(error.contains(part) && error.contains(scale), "{error}");
+    }
     let error = parsed(&place, &["--rank", "0"])?
         .recipe(Preset::ZImage8Step, Shift::NONE)?
         .check_storage(Storage::Int8)

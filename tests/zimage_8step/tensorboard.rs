@@ -59,7 +59,7 @@ type Shown = BTreeMap<(String, u64), Vec<(u64, Vec<u8>)>>;
 
 /// Reads the event files of a run as TensorBoard does: the start of a session takes back what is shown from its step
 /// on. A point that is shown twice is an error.
-fn read(folder: &Path) -> Result<Shown> {
+pub fn read(folder: &Path) -> Result<Shown> {
     let mut shown = Shown::new();
     let entries = fs::read_dir(folder)?.map(|entry| Ok(entry?.path()));
     let mut paths = entries.collect::<Result<Vec<_>>>()?;

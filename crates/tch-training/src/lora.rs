@@ -375,6 +375,23 @@ impl Lora {
         Ok(Self { pairs: Rc::new(pairs), dropout: 0.0 })
     }
 
+    /// What no element of an update exceeds: the largest `scale * rank * max |A| * max |B|` of the pairs. It is 0 for
+    /// an adapter that changes nothing, and may be infinite or NaN where tensors are not finite.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if libtorch fails.
+    pub fn bound(&self) -> Result<f64> {
+        let largest = |tensor: &Tensor| f64::try_from(&tensor.f_detach()?.f_abs()?.f_max()?);
+        let bounds = self.pairs().values().map(|Pair { down, up, scale }| {
+            let rank = down.size().first().copied().unwrap_or_default() as f64;
+            Ok(scale.abs() * rank * largest(down)? * largest(up)?)
+        });
+        // NaN is kept, which `f64::max` drops.
+        let larger =
+            |bound: f64, next: f64| if bound.is_nan() || bound > next { bound } else { next };
+        Ok(bounds.collect::<Result<Vec<_>>>()?.into_iter().fold(0.0, larger))
+    }
+
     /// A deep copy outside any graph, as a moving average needs it.
     ///
     /// # Errors

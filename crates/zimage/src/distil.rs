@@ -30,7 +30,7 @@ mod weights;
 pub use adapter::{denoiser, fake_denoiser};
 pub use alarms::{Alarm, Alarms};
 pub use curves::{FONT, register_font, write_curves};
-pub use distillation::{Distillation, Record};
+pub use distillation::{Distillation, MadeBy, Record};
 pub use export::export_comfyui;
 pub use fake_score::FakeScore;
 pub use flow_matching::{SHIFT, flow_matching_loss};

@@ -1,17 +1,21 @@
 //! Adapters as files, with the names that peft, diffusers and ComfyUI use.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use super::{HALVES, LayerNames, LinearLayer, Lora};
 use crate::error::{Error, Result};
+use crate::files::read_json;
 use crate::parameters::Parameters;
 use crate::safetensors::{Weights, write_tensors};
 
 /// The key of diffusers' adapter settings in a file's metadata.
 const METADATA: &str = "lora_adapter_metadata";
+
+/// What peft writes before the names, and the file beside its own in which it leaves the settings.
+const PEFT: (&str, &str) = ("base_model.model.", "adapter_config.json");
 
 impl Lora {
     /// Writes the adapter as `{prefix}{layer}.lora_A.weight` and `.lora_B.weight` with the scale folded into B,
@@ -32,14 +36,14 @@ impl Lora {
     }
 
     /// Reads an adapter for a model with these linear `layers`, in float32 and with a scale of 1: what
-    /// [`Self::save`] writes, what diffusers writes, with its settings in the metadata or not, and what other
-    /// programs write under the `names`. The scale is alpha / rank where a layer has an alpha, else 1; a scale in
-    /// the metadata besides is refused.
+    /// [`Self::save`] writes, what diffusers writes, with its settings in the metadata or not, what peft writes, with
+    /// its settings in [`Self::settings_file`], and what other programs write under the `names`. The scale is
+    /// alpha / rank of the settings, or where a layer has an alpha of its own, else 1; both at once are refused.
     ///
     /// # Errors
     /// With an [`Error::In`] around them that names the file: as [`Weights::open_file`] and
-    /// [`Self::from_parameters`], [`Error::Tensors`] if numbers are not finite or a name is there twice,
-    /// [`Error::Json`], [`Error::OutOfRange`] and [`Error::NotSupported`] for the settings.
+    /// [`Self::from_parameters`], [`Error::Tensors`] if numbers are not finite or no floats, or a name is there twice,
+    /// [`Error::File`], [`Error::Json`], [`Error::OutOfRange`] and [`Error::NotSupported`] for the settings.
     pub fn load(
         path: &Path,
         layers: &[LinearLayer],
@@ -50,6 +54,11 @@ impl Lora {
         read(path, layers, names, device)
             .map_err(|error| error.inside(format!("reading the adapter {}", path.display())))
     }
+
+    /// The file `adapter_config.json` beside an adapter, where peft leaves the alpha and rank of its own.
+    pub fn settings_file(path: &Path) -> PathBuf {
+        path.with_file_name(PEFT.1)
+    }
 }
 
 fn read(
@@ -59,22 +68,37 @@ fn read(
     device: Device,
 ) -> Result<Lora> {
     let weights = Weights::open_file(path)?;
+    let tensors = weights.all()?;
+    let is_of_peft = tensors.keys().any(|name| name.starts_with(PEFT.0));
     let prepare = |tensor: &Tensor| Ok(tensor.f_to_device(device)?.f_to_kind(Kind::Float)?);
-    let renamed = names.rename(weights.all()?, layers, prepare)?;
+    let renamed = names.rename(tensors, layers, prepare)?;
     let has_alphas = !renamed.alphas.is_empty();
     let mut parameters = renamed.fold_alphas()?;
-    let prefix = names.prefixes.first().copied().unwrap_or_default();
-    if let Some(text) = weights.metadata(METADATA) {
+    let settings = match weights.metadata(METADATA) {
+        Some(text) => {
+            let place = format!("the metadata {METADATA}");
+            let settings = serde_json::from_str(text)
+                .map_err(|source| Error::Json { place: place.clone(), source })?;
+            let prefix = names.prefixes.first().copied().unwrap_or_default();
+            Some(Settings { settings, prefix, place })
+        }
+        None if is_of_peft && !has_alphas => {
+            let file = Lora::settings_file(path);
+            let place = file.display().to_string();
+            Some(Settings { settings: read_json(&file)?, prefix: "", place })
+        }
+        None => None,
+    };
+    if let Some(settings) = settings {
         if has_alphas {
-            let what =
-                format!("a scale in the settings in {METADATA} and again in tensors of alpha");
+            let what = format!("a scale in {} and again in tensors of alpha", settings.place);
             return Err(Error::NotSupported { what, found: "both".to_owned() });
         }
-        let (alpha, rank) = alpha_and_rank(text, prefix)?;
+        let (alpha, rank) = settings.alpha_and_rank()?;
         for (name, up) in parameters.iter_mut().filter(|(name, _)| name.ends_with(HALVES[1])) {
             let found = up.size().last().copied().unwrap_or_default();
             if found as f64 != rank {
-                let what = format!("another rank of {name} than r {rank} in {METADATA}");
+                let what = format!("another rank of {name} than r {rank} in {}", settings.place);
                 return Err(Error::NotSupported { what, found: found.to_string() });
             }
             *up = up.f_mul_scalar(alpha / rank)?;
@@ -83,29 +107,41 @@ fn read(
     Lora::from_parameters(layers, &parameters)
 }
 
-/// lora_alpha and r of the settings that diffusers may have left in a file.
-fn alpha_and_rank(text: &str, prefix: &str) -> Result<(f64, f64)> {
-    let settings: Map<String, Value> = serde_json::from_str(text)
-        .map_err(|source| Error::Json { place: format!("the metadata {METADATA}"), source })?;
-    let setting = |name: &str| settings.get(&format!("{prefix}{name}")).unwrap_or(&Value::Null);
-    for name in ["rank_pattern", "alpha_pattern", "use_rslora", "use_dora"] {
-        let is_off = match setting(name) {
-            Value::Null | Value::Bool(false) => true,
-            Value::Object(patterns) => patterns.is_empty(),
-            _ => false,
-        };
-        if !is_off {
-            let what = format!("the setting {name} of {METADATA}");
-            return Err(Error::NotSupported { what, found: setting(name).to_string() });
-        }
+/// What a program has written about an adapter.
+struct Settings<'a> {
+    settings: Map<String, Value>,
+    /// What stands before their names.
+    prefix: &'a str,
+    /// Where they are.
+    place: String,
+}
+
+impl Settings<'_> {
+    fn get(&self, name: &str) -> &Value {
+        self.settings.get(&format!("{}{name}", self.prefix)).unwrap_or(&Value::Null)
     }
-    let number = |what: &'static str| {
-        let value = setting(what).as_f64().filter(|value| *value > 0.0 && value.is_finite());
-        value.ok_or_else(|| Error::OutOfRange {
-            what,
-            requirement: "positive in the metadata of the adapter",
-            found: setting(what).to_string(),
-        })
-    };
-    Ok((number("lora_alpha")?, number("r")?))
+
+    /// lora_alpha and r.
+    fn alpha_and_rank(&self) -> Result<(f64, f64)> {
+        for name in ["rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"] {
+            let is_off = match self.get(name) {
+                Value::Null | Value::Bool(false) => true,
+                Value::Object(patterns) => patterns.is_empty(),
+                _ => false,
+            };
+            if !is_off {
+                let what = format!("the setting {name} of {}", self.place);
+                return Err(Error::NotSupported { what, found: self.get(name).to_string() });
+            }
+        }
+        let number = |what: &'static str| {
+            let value = self.get(what).as_f64().filter(|value| *value > 0.0 && value.is_finite());
+            value.ok_or_else(|| Error::OutOfRange {
+                what,
+                requirement: "positive in the settings of the adapter",
+                found: self.get(what).to_string(),
+            })
+        };
+        Ok((number("lora_alpha")?, number("r")?))
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::{HALVES, LinearLayer, stem};
 use crate::error::{Fault, Result};
@@ -47,6 +47,11 @@ impl LayerNames<'_> {
         let mut renamed = Renamed { parameters: Parameters::new(), alphas: BTreeMap::new() };
         let mut faults = Vec::new();
         for (name, tensor) in tensors {
+            if !tensor.is_floating_point() {
+                let found = tensor.f_kind()?;
+                faults.push(Fault::Kind { name, expected: Kind::Float, found });
+                continue;
+            }
             let tensor = prepare(&tensor)?;
             if !is_finite(&tensor)? {
                 faults.push(Fault::NotFinite { name });

@@ -90,11 +90,13 @@ impl EventFile {
     }
 }
 
-/// The highest number of an event file in a folder, 0 if there is none.
+/// The highest number of an event file in a folder, 0 if there is none. What no number could follow is not ours.
 fn last(folder: &Path) -> Result<u64> {
     let numbers = fs::read_dir(folder).and_then(|entries| {
-        let number =
-            |entry: fs::DirEntry| entry.file_name().to_str()?.strip_prefix(PREFIX)?.parse().ok();
+        let number = |entry: fs::DirEntry| {
+            let number = entry.file_name().to_str()?.strip_prefix(PREFIX)?.parse().ok();
+            number.filter(|number| *number < u64::MAX)
+        };
         entries.filter_map(|entry| entry.map(number).transpose()).collect::<Result<Vec<u64>, _>>()
     });
     Ok(numbers.map_err(Error::file("reading", folder))?.into_iter().max().unwrap_or(0))

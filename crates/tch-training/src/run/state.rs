@@ -178,7 +178,8 @@ impl StateFolder {
             let path = entry?.path();
             // What is not named as a state is somebody else's.
             let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-            let Ok(number) = stem.parse() else { continue };
+            let number = stem.parse().ok().filter(|number| *number < u64::MAX);
+            let Some(number) = number else { continue };
             let own = self.path(number);
             if path == own.with_extension(PARTIAL) && path.is_dir() {
                 leftovers.push(path);

@@ -289,6 +289,72 @@ fn names_of_other_programs_are_those_of_the_model() -> Result<()> {
     Ok(())
 }
 
+/// peft leaves alpha and rank in a file beside the adapter's own.
+#[test]
+fn the_scale_of_an_adapter_of_peft_is_in_the_file_beside_it() -> Result<()> {
+    let folder = tempdir()?;
+    let path = folder.path().join("adapter_model.safetensors");
+    let names = LayerNames { prefixes: &["model.", "base_model.model."], ..NAMES };
+    let (down, up) = (wave(&[2, 4], 0.1, Kind::Float), wave(&[6, 2], 0.9, Kind::Float));
+    let mut tensors = Parameters::from([
+        ("base_model.model.blocks.0.in.lora_A.weight".to_owned(), down),
+        ("base_model.model.blocks.0.in.lora_B.weight".to_owned(), up.shallow_clone()),
+    ]);
+    write_tensors(&path, &tensors)?;
+    let load = || Lora::load(&path, &layers(), names, Device::Cpu);
+    let refused = || chain(&load().unwrap_err());
+    assert!(refused().contains("adapter_config.json"), "{}", refused());
+
+    let settings = |text: &str| std::fs::write(Lora::settings_file(&path), text);
+    settings(r#"{ "peft_type": "LORA", "r": 2, "lora_alpha": 16, "rank_pattern": {} }"#)?;
+    assert_eq!(load()?.pair("blocks.0.in").ok_or("a pair")?.up.detach(), &up * 8.0);
+    for (text, part) in [
+        (r#"{ "r": 4, "lora_alpha": 16 }"#, "another rank"),
+        (r#"{ "r": 2 }"#, "lora_alpha"),
+        (r#"{ "r": 2, "lora_alpha": 16, "use_rslora": true }"#, "use_rslora"),
+        (r#"{ "r": 2, "lora_alpha": 16, "alpha_pattern": { "in": 4 } }"#, "alpha_pattern"),
+        ("{", "adapter_config.json"),
+    ] {
+        settings(text)?;
+        assert!(refused().contains(part), "{text}: {}", refused());
+    }
+
+    // An alpha of the layer's own needs no settings.
+    drop(tensors.insert("base_model.model.blocks.0.in.alpha".to_owned(), Tensor::from(4f32)));
+    write_tensors(&path, &tensors)?;
+    assert_eq!(load()?.pair("blocks.0.in").ok_or("a pair")?.up.detach(), &up * 2.0);
+    Ok(())
+}
+
+#[test]
+fn integers_are_no_adapter_and_a_bound_holds() -> Result<()> {
+    let folder = tempdir()?;
+    let path = folder.path().join("adapter.safetensors");
+    let lora = filled()?;
+    let bound = lora.bound()?;
+    for pair in lora.pairs().values() {
+        let update = pair.up.detach().matmul(&pair.down.detach()) * pair.scale;
+        assert!(update.abs().max().double_value(&[]) <= bound);
+    }
+    let none = Lora::new(&layers(), &LoraSettings::on(["in"]), Device::Cpu)?;
+    assert_eq!(none.bound()?, 0.0);
+    {
+        let _guard = tch::no_grad_guard();
+        let mut first = none.pairs()["blocks.0.in"].up.shallow_clone();
+        let _ = first.fill_(f64::NAN);
+    }
+    assert!(none.bound()?.is_nan());
+
+    lora.save(&path, "")?;
+    let mut tensors = read_tensors(&path)?;
+    let half = tensors.get_mut("blocks.0.in.lora_A.weight").ok_or("a half")?;
+    *half = (&*half * 100.0).to_kind(Kind::Int64);
+    write_tensors(&path, &tensors)?;
+    let error = chain(&Lora::load(&path, &layers(), NAMES, Device::Cpu).unwrap_err());
+    assert!(error.contains("blocks.0.in.lora_A.weight is Int64"), "{error}");
+    Ok(())
+}
+
 #[test]
 fn two_adapters_joined_do_what_both_do() -> Result<()> {
     let _guard = seeded(9);

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 use tch_training::files::write_atomically;
 use tch_training::parameters::restore;
-use tch_training::run::{Log, LostLines, Progress, StateFolder, fingerprint};
+use tch_training::run::{EventFile, Log, LostLines, Progress, StateFolder, fingerprint};
 use tch_training::{Error, Parameters};
 use tempfile::{TempDir, tempdir};
 
@@ -113,6 +113,27 @@ fn a_crash_at_any_moment_leaves_one_state_and_its_leftovers_go() -> Result<()> {
     fs::remove_file(path("000001.partial/state.json"))?;
     drop(assert_holds(&folder.states(), 0.2, 2)?);
     assert_eq!(folder.names()?, ["000002", "kept"]);
+    Ok(())
+}
+
+/// What has a number that none could follow is somebody else's.
+#[test]
+fn numbers_that_cannot_be_counted_on_are_left_alone() -> Result<()> {
+    let folder = Folder(tempdir()?);
+    let other = folder.states().join(u64::MAX.to_string());
+    fs::create_dir_all(&other)?;
+    let mut states = StateFolder::open(&folder.states(), &identity())?;
+    states.save(&tensors(0.1), progress(1))?;
+    drop(assert_holds(&folder.states(), 0.1, 1)?);
+    assert!(other.exists());
+
+    let events = folder.0.path().join("tensorboard");
+    fs::create_dir_all(&events)?;
+    fs::write(events.join(format!("events.out.tfevents.{}", u64::MAX)), "")?;
+    for number in 1..=2 {
+        drop(EventFile::create(&events, 0)?);
+        assert!(events.join(format!("events.out.tfevents.00000{number}")).exists());
+    }
     Ok(())
 }
 

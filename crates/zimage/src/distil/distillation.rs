@@ -16,6 +16,8 @@ use crate::distil::terms::{ScheduledTerms, Terms};
 use crate::distil::weights::Network;
 use crate::model::ZImageTransformer;
 
+pub use state::MadeBy;
+
 /// The log of the samples' mean variance over that of the data.
 const VARIANCE_DRIFT: &str = "variance_drift";
 

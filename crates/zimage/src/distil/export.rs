@@ -11,16 +11,21 @@ use tch_training::lora::stem;
 use tch_training::parameters::parameter;
 use tch_training::safetensors::{Weights, read_tensors, write_tensors};
 
-use crate::distil::saved_student::{ADAPTER, SavedRecipe};
+use crate::distil::saved_student::{ADAPTER, SavedRecipe, remove};
 use crate::model::{ADAPTER_PREFIX, Config, OTHER_NAMES, WEIGHTS};
 
 /// What ComfyUI writes before the names of a diffusion model in a file of adapters.
 const PREFIX: &str = "diffusion_model.";
+
+/// The folder in that of a student.
+pub(super) const COMFYUI: &str = "comfyui";
+
 /// Writes what there is of a student's folder for ComfyUI, into the folders `loras/` and `diffusion_models/` of its
 /// `comfyui/`: the adapter as one file, and the whole transformer as one file. Returns their paths.
 ///
 /// # Errors
-/// If the folder holds neither, the transformer has another patch size than 2, or a file cannot be read or written.
+/// If the folder holds neither, the transformer has another patch size than 2, or a file cannot be read or written; an
+/// earlier export is still there then.
 pub fn export_comfyui(student: &Path) -> Result<Vec<PathBuf>> {
     let name = match SavedRecipe::read(student)? {
         Some(saved) => format!("zimage_{}step.safetensors", saved.recipe.steps),
@@ -32,16 +37,13 @@ pub fn export_comfyui(student: &Path) -> Result<Vec<PathBuf>> {
         "{} is no student: it holds neither {ADAPTER} nor transformer/",
         student.display()
     );
-    let folder = student.join("comfyui");
-    if folder.exists() {
-        fs::remove_dir_all(&folder).with_context(|| format!("removing {}", folder.display()))?;
-    }
+    let (folder, partial) = (student.join(COMFYUI), student.join(format!("{COMFYUI}.partial")));
+    remove(&partial, |path| fs::remove_dir_all(path))?;
     let mut written = Vec::new();
     let mut write = |part: &str, tensors: &Parameters| -> Result<()> {
-        create_folder(&folder.join(part))?;
-        let path = folder.join(part).join(&name);
-        write_tensors(&path, tensors)?;
-        written.push(path);
+        create_folder(&partial.join(part))?;
+        write_tensors(&partial.join(part).join(&name), tensors)?;
+        written.push(folder.join(part).join(&name));
         Ok(())
     };
     if transformer.exists() {
@@ -60,6 +62,8 @@ pub fn export_comfyui(student: &Path) -> Result<Vec<PathBuf>> {
         });
         write("loras", &renamed.collect())?;
     }
+    remove(&folder, |path| fs::remove_dir_all(path))?;
+    fs::rename(&partial, &folder).with_context(|| format!("renaming to {}", folder.display()))?;
     Ok(written)
 }
 

@@ -65,7 +65,7 @@ pub fn plan(
 ) -> Result<MemoryPlan> {
     recipe.check_adapter(config)?;
     recipe.check_storage(storage)?;
-    let batch = recipe.part()? as i64;
+    let batch = i64::try_from(recipe.part()?).context("the batch")?;
     let (first, all) = latents(sizes, checkpoint, config)?;
     // What is drawn in the largest takes the most.
     let area = |[_, height, width]: &[i64; 3]| height * width;
@@ -102,7 +102,7 @@ fn latents(
 pub fn exchanged(plan: &MemoryPlan, config: &Config, recipe: &Recipe) -> u64 {
     let steps = recipe.steps as u64 * config.dim as u64 * 4;
     let [student, fake] = plan.gradients;
-    student + (fake + steps) * recipe.fake_updates
+    student.saturating_add((fake + steps).saturating_mul(recipe.fake_updates))
 }
 
 fn check_kind(kind: Kind, recipe: &Recipe) -> Result<()> {

@@ -12,6 +12,7 @@ use tch_training::files::{create_folder, read_json, write_json};
 use tch_training::parameters::is_finite;
 use tch_training::run::{Lock, StateFolder};
 
+use crate::distil::export::COMFYUI;
 use crate::distil::picture_size::PictureSize;
 use crate::distil::recipe::Recipe;
 use crate::distil::tensorboard::FOLDER;
@@ -78,6 +79,7 @@ pub fn save_student(
         );
     }
     create_folder(folder)?;
+    remove(&folder.join(COMFYUI), |path| fs::remove_dir_all(path))?;
     write_json(&folder.join(RECIPE), saved)?;
     let transformer = match weights {
         RoleWeights::Copy(model) => {
@@ -116,7 +118,8 @@ pub fn save_student(
     Pipeline { transformer, shift: teacher.shift }.save(folder)
 }
 
-fn remove(path: &Path, remove: impl Fn(&Path) -> std::io::Result<()>) -> Result<()> {
+/// Removes what is there by `remove`.
+pub(super) fn remove(path: &Path, remove: impl Fn(&Path) -> std::io::Result<()>) -> Result<()> {
     if path.exists() {
         remove(path).with_context(|| format!("removing {}", path.display()))?;
     }

@@ -9,8 +9,9 @@ use serde_json::{Value, json};
 use tch_training::run::{Interrupt, Log, Progress, StateFolder};
 
 use crate::distil::alarms::Alarms;
-use crate::distil::distillation::{Distillation, Record, value};
+use crate::distil::distillation::{Distillation, MadeBy, Record, value};
 use crate::distil::processes::is_breakdown;
+use crate::distil::recipe::Decay;
 use crate::distil::tensorboard::Board;
 use crate::distil::terms::Terms;
 use crate::progress::progress_bar;
@@ -88,17 +89,22 @@ impl<'s> Session<'s> {
         let is_resumed = saved.is_some();
         // Taken, so that a second copy of the state is not kept until the end.
         if let Some((tensors, _)) = saved {
-            let before = distillation.load_state(&tensors)?;
+            let MadeBy { processes, updates: planned } = distillation.load_state(&tensors)?;
             let now = distillation.processes().count() as u64;
-            let made_by = if before == now {
+            let made_by = if processes == now {
                 String::new()
             } else {
                 format!(
-                    ", which {before} processes made, with {now}: it draws other numbers from here"
+                    ", which {processes} processes made, with {now}: it draws other numbers from here"
                 )
             };
             let (update, updates) = (distillation.updates(), distillation.recipe().updates);
             println!("Going on after update {update} of {updates}{made_by}");
+            if planned != updates && distillation.recipe().decay != Decay::None {
+                println!(
+                    "It was begun for {planned} updates: from here its learning rate falls towards {updates}"
+                );
+            }
         }
         let (log, lines) = Log::open(&out.join("metrics.jsonl"), progress.log_bytes)?;
         let lines = lines.unwrap_or_else(|lost| {

@@ -1,6 +1,6 @@
 //! The table of scores, and report.json.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
 use serde::Serialize;
 
@@ -21,28 +21,51 @@ pub struct Report {
     pub summary: Summary,
 }
 
-/// The student at its full number of steps against the guided teacher.
+/// The student at its full number of steps against the guided teacher. A ratio to nothing is no number.
 #[derive(Debug, Serialize)]
 pub struct Summary {
     /// Alignment over that of the guided teacher at 50 steps.
-    pub alignment_ratio: f64,
+    pub alignment_ratio: Option<f64>,
     /// Share of the gap between the unguided few-step teacher and the guided teacher at 50 steps.
-    pub gap_closed: f64,
+    pub gap_closed: Option<f64>,
     /// Fréchet distance over that of the guided teacher at 50 steps.
-    pub frechet_ratio: f64,
+    pub frechet_ratio: Option<f64>,
     pub variance_drift: f64,
 }
 
 impl Summary {
     /// From the scores of guided teacher, unguided few-step teacher and student.
     pub fn new(guided: &Scores, unguided: &Scores, student: &Scores) -> Self {
+        let ratio = |part: f64, whole: f64| (whole != 0.0).then_some(part / whole);
         Self {
-            alignment_ratio: student.alignment / guided.alignment,
-            gap_closed: (student.alignment - unguided.alignment)
-                / (guided.alignment - unguided.alignment),
-            frechet_ratio: student.frechet_distance / guided.frechet_distance,
+            alignment_ratio: ratio(student.alignment, guided.alignment),
+            gap_closed: ratio(
+                student.alignment - unguided.alignment,
+                guided.alignment - unguided.alignment,
+            ),
+            frechet_ratio: ratio(student.frechet_distance, guided.frechet_distance),
             variance_drift: student.variance_drift,
         }
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let percent = |ratio: Option<f64>, digits: usize, of: &str, otherwise: &str| match ratio {
+            Some(ratio) => format!("{:.digits$}% of {of}", 100.0 * ratio),
+            None => otherwise.to_owned(),
+        };
+        let frechet = match self.frechet_ratio {
+            Some(ratio) => format!("{ratio:.2} times its Fréchet distance"),
+            None => "a teacher without Fréchet distance".to_owned(),
+        };
+        write!(
+            f,
+            "{}, {}, {frechet}, variance drift {:+.3}",
+            percent(self.alignment_ratio, 1, "its alignment", "a teacher without alignment"),
+            percent(self.gap_closed, 0, "the gap closed", "no gap to close"),
+            self.variance_drift
+        )
     }
 }
 

@@ -246,14 +246,7 @@ pub fn train(
     let weights = &distillation.student_weights().role;
     save_student(&student_folder, &teacher, weights, Some(checkpoint), &saved)?;
     println!("\n{}", table(&rows));
-    println!(
-        "Student against the guided teacher: {:.1}% of its alignment, {:.0}% of the gap closed, \
-         {:.2} times its Fréchet distance, variance drift {:+.3}",
-        100.0 * summary.alignment_ratio,
-        100.0 * summary.gap_closed,
-        summary.frechet_ratio,
-        summary.variance_drift
-    );
+    println!("Student against the guided teacher: {summary}");
     println!("Training {training_seconds:.0} s, evaluation {evaluation_seconds:.0} s");
     println!("Pictures, curves, report and student are in {}", out.display());
     let report = Report {

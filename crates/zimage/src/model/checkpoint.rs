@@ -51,7 +51,8 @@ impl Checkpoint {
     /// ([`ZImageTransformer::with_adapter`](super::ZImageTransformer::with_adapter)).
     ///
     /// # Errors
-    /// If the strength is not a number other than zero. The file is read by [`Self::check`] and [`Self::load`].
+    /// If the strength is not a number other than zero. The file is read by [`Self::check`] and [`Self::load`], which
+    /// refuse an update that is zero or beyond float32.
     pub fn with_adapter(self, path: &Path, strength: f64) -> Result<Self> {
         let is_strength = strength.is_finite() && strength != 0.0;
         ensure!(is_strength, "the strength of {} is {strength}", path.display());
@@ -78,7 +79,7 @@ impl Checkpoint {
     /// What is said of the model behind its folder: the adapter that finetunes it.
     pub fn described_finetuning(&self) -> String {
         self.adapter.as_ref().map_or(String::new(), |AdapterFile { path, strength }| {
-            format!(", finetuned by {} at strength {strength}", path.display())
+            format!(", finetuned by {} at strength {strength:?}", path.display())
         })
     }
 
@@ -112,11 +113,24 @@ impl Checkpoint {
         self.read_adapter().map(drop)
     }
 
+    /// The adapter, at its strength.
     fn read_adapter(&self) -> Result<Option<Lora>> {
-        let read = |file: &AdapterFile| {
-            Lora::load(&file.path, &self.config.linears(), ADAPTER_NAMES, Device::Cpu)
+        let read = |AdapterFile { path, strength }: &AdapterFile| {
+            let lora = Lora::load(path, &self.config.linears(), ADAPTER_NAMES, Device::Cpu)?;
+            let lora = lora.frozen(*strength, Kind::Float, Device::Cpu)?;
+            let bound = lora.bound()?;
+            let path = path.display();
+            ensure!(
+                bound < f64::from(f32::MAX),
+                "{path}: at strength {strength:?} its update is beyond what float32 holds"
+            );
+            ensure!(
+                bound >= f64::from(f32::MIN_POSITIVE),
+                "{path}: at strength {strength:?} it changes nothing"
+            );
+            Ok(lora)
         };
-        Ok(self.adapter.as_ref().map(read).transpose()?)
+        self.adapter.as_ref().map(read).transpose()
     }
 
     /// The transformer, in the dtype and on the device asked for, and the shift.
@@ -150,8 +164,8 @@ impl Checkpoint {
         let config = self.config.clone();
         let place = (kind, device);
         let mut transformer = read_weights(&self.folder, config, self.storage, place, progress)?;
-        if let (Some(lora), Some(file)) = (self.read_adapter()?, &self.adapter) {
-            transformer = transformer.with_adapter(&lora, file.strength)?;
+        if let Some(lora) = self.read_adapter()? {
+            transformer = transformer.with_adapter(&lora)?;
         }
         Ok(Pipeline { transformer, shift: self.shift })
     }
@@ -172,13 +186,16 @@ impl Checkpoint {
         Ok(hash.hex())
     }
 
-    /// [`fingerprint`] of the file of the adapter, with its strength.
+    /// [`fingerprint`] of the file of the adapter, and of [`Lora::settings_file`] if there is one, with its strength.
     ///
     /// # Errors
-    /// If the file cannot be read.
+    /// If a file cannot be read.
     pub fn fingerprint_of_adapter(&self) -> Result<Option<String>> {
         let of = |AdapterFile { path, strength }: &AdapterFile| {
-            Ok(format!("{} at strength {strength}", fingerprint(path)?))
+            let settings = Some(Lora::settings_file(path)).filter(|path| path.exists());
+            let settings = settings.map(|path| fingerprint(&path)).transpose()?;
+            let settings = settings.map_or(String::new(), |hash| format!(" with settings {hash}"));
+            Ok(format!("{}{settings} at strength {strength:?}", fingerprint(path)?))
         };
         self.adapter.as_ref().map(of).transpose()
     }

@@ -16,6 +16,9 @@ const SINGLE: u64 = 4;
 /// Bytes of the scale of a row in 8 bits.
 const SCALE: u64 = 2;
 
+/// Tokens of one call, of all samples together, that no machine has room for.
+const MOST_TOKENS: i64 = 1 << 26;
+
 /// A training of student and fake score against a frozen teacher.
 #[derive(Clone, Debug)]
 pub struct TrainingSetup<'a> {
@@ -164,7 +167,14 @@ impl TrainingSetup<'_> {
         }
         let (needed, most) = (padded(self.caption) + 2, self.config.axes_lens[0]);
         ensure!(needed <= most, "axis 0 has {most} positions, but {needed} are needed");
-        Ok((padded(rows * columns) as u64, padded(self.caption) as u64))
+        let (image, caption) = (padded(rows * columns), padded(self.caption));
+        ensure!(
+            (image + caption).checked_mul(self.batch).is_some_and(|tokens| tokens <= MOST_TOKENS),
+            "{} samples of {} tokens at once are more than the {MOST_TOKENS} tokens that are planned for",
+            self.batch,
+            image + caption
+        );
+        Ok((image as u64, caption as u64))
     }
 }
 

@@ -119,9 +119,9 @@ impl ZImageTransformer {
     ///
     /// # Errors
     /// If the model has one already, or libtorch cannot allocate the pairs.
-    pub fn with_adapter(&self, lora: &Lora, strength: f64) -> Result<Self> {
+    pub fn with_adapter(&self, lora: &Lora) -> Result<Self> {
         ensure!(self.adapter.is_none(), "the model has an adapter already");
-        let adapter = Some(lora.frozen(strength, self.kind(), self.device())?);
+        let adapter = Some(lora.frozen(1.0, self.kind(), self.device())?);
         Ok(Self { adapter, ..self.map(|tensor| Ok(tensor.shallow_clone()))? })
     }
 

@@ -14,16 +14,17 @@ pub struct Prompt {
     #[serde(rename = "prompt")]
     pub text: String,
     /// The condition of the null branch, where it is not that of the other prompts.
-    #[serde(default)]
+    #[serde(default, alias = "negative_prompt")]
     pub negative: Option<String>,
 }
 
 /// The prompts of a file in UTF-8, one a line: text, or in a file whose name ends with `.jsonl` objects with
-/// `prompt` and, if wanted, `negative`, whose other fields are not looked at. Space around them is dropped, and so
+/// `prompt` and, if wanted, `negative` or `negative_prompt`, whose other fields are not looked at. Space around them is dropped, and so
 /// are blank lines and whatever occurred before.
 ///
 /// # Errors
-/// If the file cannot be read, is not UTF-8, holds no prompt, or a line is not such an object; the line is named.
+/// If the file cannot be read, is not UTF-8, holds no prompt, or a line is not such an object, or is one in a file of
+/// text; the line is named.
 pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
     let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
     let text = match std::str::from_utf8(&bytes) {
@@ -43,6 +44,11 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
         let prompt = if is_json {
             parse(line).with_context(|| format!("{}: line {number}", path.display()))?
         } else {
+            ensure!(
+                parse(line).is_err(),
+                "{}: line {number} is a prompt in JSON: a file of such lines ends with .jsonl",
+                path.display()
+            );
             Prompt { text: line.to_owned(), negative: None }
         };
         if seen.insert(prompt.clone()) {

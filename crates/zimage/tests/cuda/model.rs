@@ -73,7 +73,8 @@ fn a_finetuned_base_in_8_bits() {
                 }
                 Ok(lora)
             };
-            let base = model.with_adapter(&adapter(Device::Cpu)?, 0.5)?.stored(Storage::Int8)?;
+            let own = adapter(Device::Cpu)?.frozen(0.5, Kind::Float, Device::Cpu)?;
+            let base = model.with_adapter(&own)?.stored(Storage::Int8)?;
             let student = adapter(device)?;
             let latents = wave(&[2, 3, 16, 16], 0.4, Kind::Float).to_device(device);
             let t = Tensor::from_slice(&[0.25f32, 0.75]).to_device(device);

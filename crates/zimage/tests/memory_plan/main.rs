@@ -341,6 +341,8 @@ fn setups_are_checked() -> Result<()> {
         (TrainingSetup { caption: 96, ..setup() }, "axis 0 has 96 positions, but 98"),
         (TrainingSetup { caption: i64::MAX, ..setup() }, "axis 0"),
         (TrainingSetup { batch: 0, ..setup() }, "batch"),
+        (TrainingSetup { batch: 1 << 20, ..setup() }, "more than the 67108864 tokens"),
+        (TrainingSetup { batch: i64::MAX, ..setup() }, "more than the 67108864 tokens"),
         (TrainingSetup { lora: Some(&wrong), ..setup() }, "rank"),
     ] {
         let error = MemoryPlan::new(&setup).expect_err(part).to_string();

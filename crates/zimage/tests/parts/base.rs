@@ -28,7 +28,7 @@ fn a_finetuned_base_is_the_model_with_the_adapter_in_its_weights() -> Result<()>
     let _guard = seeded(1);
     let (base, inputs) = (model(Kind::Float)?, inputs());
     let own = adapter(&every_linear())?;
-    let finetuned = base.with_adapter(&own, 1.0)?;
+    let finetuned = base.with_adapter(&own)?;
     let exact = {
         let double_base = base.cast(Kind::Double)?;
         inputs.run(&merged_by_hand(&double_base, &double(&own)?)?, Role::BASE)?
@@ -42,12 +42,12 @@ fn a_finetuned_base_is_the_model_with_the_adapter_in_its_weights() -> Result<()>
     assert!(copy.adapter().is_none());
     assert_rounding("copy", &merged, &inputs.run(&copy, Role::BASE)?, &exact);
     // Half the strength is half the update.
-    let half = base.with_adapter(&own, 0.5)?;
+    let half = base.with_adapter(&own.frozen(0.5, Kind::Float, Device::Cpu)?)?;
     let pair = |of: &ZImageTransformer| {
         of.adapter().expect("an adapter").pairs()["layers.0.attention.to_q"].up.shallow_clone()
     };
     assert_eq!(max_difference(&(pair(&half) * 2.0), &pair(&finetuned)), 0.0);
-    let error = finetuned.with_adapter(&own, 1.0).expect_err("a second adapter").to_string();
+    let error = finetuned.with_adapter(&own).expect_err("a second adapter").to_string();
     assert!(error.contains("has an adapter already"), "{error}");
     Ok(())
 }
@@ -58,7 +58,7 @@ fn the_joined_adapter_of_a_student_does_what_both_do() -> Result<()> {
     let _guard = seeded(2);
     let (base, inputs) = (model(Kind::Float)?, inputs());
     let (own, student) = (adapter(&every_linear())?, adapter(&settings())?);
-    let finetuned = base.with_adapter(&own, 1.0)?;
+    let finetuned = base.with_adapter(&own)?;
     let (over, joined) = (Role::adapted(&student), student.joined(&own)?);
     let found = inputs.run(&finetuned, over)?;
     let exact = inputs.run(&base.cast(Kind::Double)?, Role::adapted(&double(&joined)?))?;
@@ -122,6 +122,8 @@ fn adapters_of_other_programs_are_read() -> Result<()> {
         }
         files.push(tensors);
     }
+    // Of peft, beside its file; the others have no such settings.
+    std::fs::write(Lora::settings_file(&path), r#"{ "r": 3, "lora_alpha": 3 }"#)?;
     let mut kohya = Parameters::new();
     let mut comfy = Parameters::new();
     for layer in &plain {

@@ -9,7 +9,8 @@ use tch_training::Parameters;
 use tch_training::safetensors::{read_tensors, write_tensors};
 use tempfile::tempdir;
 use zimage::emoji::{
-    Classifier, EmojiData, FEATURES, Judge, frechet_distance, saturation, variance_drift,
+    Classifier, EmojiData, FEATURES, Judge, Scores, Summary, frechet_distance, saturation,
+    variance_drift,
 };
 
 use super::common::{float32_bound, seeded, workspace};
@@ -36,6 +37,30 @@ fn blur(images: &Tensor, side: i64) -> Result<Tensor> {
     let margin = side / 2;
     let padded = images.f_replication_pad2d([margin, margin, margin, margin])?;
     Ok(padded.f_avg_pool2d(side, 1, 0, false, true, None)?)
+}
+
+/// A ratio to nothing is said in words, and is no number in a report.
+#[test]
+fn a_student_is_not_compared_with_nothing() -> Result<()> {
+    let of = |alignment, frechet_distance| Scores {
+        alignment,
+        alignment_at_16: 0.5,
+        frechet_distance,
+        variance_drift: 0.25,
+        saturation: 0.0,
+    };
+    let usual = Summary::new(&of(0.8, 0.5), &of(0.4, 0.5), &of(0.6, 1.0));
+    assert_eq!(
+        usual.to_string(),
+        "75.0% of its alignment, 50% of the gap closed, 2.00 times its Fréchet distance, variance drift +0.250"
+    );
+    let same = Summary::new(&of(0.0, 0.0), &of(0.0, 0.5), &of(0.6, 1.0));
+    assert_eq!(
+        same.to_string(),
+        "a teacher without alignment, no gap to close, a teacher without Fréchet distance, variance drift +0.250"
+    );
+    assert!(serde_json::to_value(&same)?["gap_closed"].is_null());
+    Ok(())
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The state of a distillation: all that training changes, as tensors by name.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tch::Tensor;
 use tch_training::Parameters;
 use tch_training::parameters::{prefixed, restore};
@@ -12,8 +12,19 @@ use crate::distil::terms::Terms;
 /// Names of the counts in the state.
 const WARMED: &str = "fake_warmup_updates";
 const UPDATES: &str = "updates";
+/// Updates in all, which decide where the learning rate falls.
+const PLANNED: &str = "planned_updates";
 /// The number of processes that a state was made by, where there were several.
 const PROCESSES: &str = "processes";
+
+/// How a state was made.
+#[derive(Clone, Copy, Debug)]
+pub struct MadeBy {
+    /// The number of processes.
+    pub processes: u64,
+    /// The updates that it was to have in the end.
+    pub updates: u64,
+}
 
 impl<T: Terms> Distillation<'_, T> {
     /// Everything that training changes, by name: the trained parameters, moments and step counts of
@@ -32,18 +43,24 @@ impl<T: Terms> Distillation<'_, T> {
             .chain([
                 (WARMED.to_owned(), count(self.warmed)),
                 (UPDATES.to_owned(), count(self.update)),
+                (PLANNED.to_owned(), count(self.recipe.updates)),
             ])
             .chain(processes)
             .collect()
     }
 
-    /// Restores what [`Self::state`] gave, and returns the number of processes that it was made by, which may be
-    /// another.
+    /// Restores what [`Self::state`] gave, and returns how it was made, which may be otherwise.
     ///
     /// # Errors
-    /// Names what is missing, unexpected, or of another shape or dtype; nothing is changed then.
-    pub fn load_state(&mut self, state: &Parameters) -> Result<u64> {
+    /// Names what is missing, unexpected, or of another shape or dtype, or says that it has more updates than the
+    /// recipe; nothing is changed then.
+    pub fn load_state(&mut self, state: &Parameters) -> Result<MadeBy> {
         let (warmed, update) = (count(state, WARMED)?, count(state, UPDATES)?);
+        let (planned, wanted) = (count(state, PLANNED)?, self.recipe.updates);
+        ensure!(
+            update <= wanted,
+            "the run has made {update} updates, of {planned}, and {wanted} are asked for: it cannot go back"
+        );
         let processes = if state.contains_key(PROCESSES) { count(state, PROCESSES)? } else { 1 };
         let without = |state: Parameters| -> Parameters {
             state.into_iter().filter(|(name, _)| name != PROCESSES).collect()
@@ -51,7 +68,7 @@ impl<T: Terms> Distillation<'_, T> {
         let copy = state.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
         restore(&without(self.state()), &without(copy.collect()))?;
         (self.warmed, self.update) = (warmed, update);
-        Ok(processes)
+        Ok(MadeBy { processes, updates: planned })
     }
 
     /// Replaces all that training changes by what the first process has. All must call it.

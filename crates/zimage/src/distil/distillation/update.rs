@@ -36,7 +36,8 @@ impl<T: Terms> Distillation<'_, T> {
     /// # Errors
     /// If libtorch fails.
     pub fn warm_up(&mut self) -> Result<()> {
-        let end = (self.warmed + self.recipe.fake_updates.max(1)).min(self.recipe.fake_warmup);
+        let end = self.warmed.saturating_add(self.recipe.fake_updates.max(1));
+        let end = end.min(self.recipe.fake_warmup);
         self.begin(Stream::WarmUp(self.warmed));
         let captions = self.draw_captions()?;
         let steps = self.rollout_steps().unwrap_or(self.recipe.steps);
