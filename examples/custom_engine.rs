@@ -9,6 +9,7 @@
 use std::cell::RefCell;
 
 use anyhow::Result;
+use decoupled_dmd::arithmetic::Arithmetic;
 use decoupled_dmd::testing::check_engine;
 use decoupled_dmd::{
     AboveStudent, Batch, CfgAugmentation, Condition, Denoiser, DistributionMatching, Engine, Group,
@@ -28,7 +29,7 @@ struct AutoGuidance<'a> {
 impl Engine for AutoGuidance<'_> {
     fn direction(&self, probe: &Probe<'_>) -> decoupled_dmd::Result<Tensor> {
         let weak = self.weak.denoise(probe.noised(), probe.tau(), probe.batch().cond())?;
-        let difference = probe.teacher_cond()?.f_sub(&weak)?.f_mul_scalar(self.guidance.w())?;
+        let difference = probe.teacher_cond()?.f_sub(&weak)?.times(self.guidance.w())?;
         probe.normalize(&difference)
     }
 }

@@ -7,6 +7,7 @@
 //! settle near the data.
 
 use anyhow::Result;
+use decoupled_dmd::arithmetic::Arithmetic;
 use decoupled_dmd::{
     Batch, CfgAugmentation, Condition, Denoiser, Group, Guidance, Objective, Prediction, Probe,
     RectifiedFlow, Regularizer, Renoising, Uniform,
@@ -32,8 +33,8 @@ impl Regularizer for BatchGaussian {
         let distance = inverse.f_mv(&offset)?.f_dot(&offset)?;
         let volumes = s.f_logdet()?.f_sub(&c.f_logdet()?)?;
         let dimension = x.size().last().copied().unwrap_or_default() as f64;
-        let sum = trace.f_add(&distance)?.f_add(&volumes)?.f_sub_scalar(dimension)?;
-        Ok(sum.f_mul_scalar(0.5)?)
+        let sum = trace.f_add(&distance)?.f_add(&volumes)?.minus(dimension)?;
+        Ok(sum.times(0.5)?)
     }
 }
 

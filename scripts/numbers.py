@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Refuses calls of tch in `src` that take a number, such as `f_mul_scalar`: they panic where libtorch fails, and
-`src/arithmetic.rs` says why and what to call instead. The list of them is read from the sources of tch. Tests inside the
-files do not count."""
+"""Refuses calls of tch in the sources of the library and of the crates that take a number, such as `f_mul_scalar`: they
+panic where libtorch fails, and `src/arithmetic.rs` says why and what to call instead. The list of them is read from the
+sources of tch. Tests inside the files do not count."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "src"
+SOURCES = [ROOT / "src", *sorted(ROOT.glob("crates/*/src"))]
 
 
 def sources_of_tch() -> list[Path]:
@@ -36,14 +36,14 @@ def main() -> int:
         print("the sources of tch are not understood: a call known to take a number is not found", file=sys.stderr)
         return 1
     refused = 0
-    for file in sorted(SOURCE.rglob("*.rs")):
+    for file in (file for source in SOURCES for file in sorted(source.rglob("*.rs"))):
         code = file.read_text().split("#[cfg(test)]\nmod tests")[0]
         for number, line in enumerate(code.splitlines(), 1):
             for name in re.findall(r"\bf_\w+", line.split("//")[0]):
                 if name in names:
                     print(f"{file.relative_to(ROOT)}:{number}: {name} takes a number", file=sys.stderr)
                     refused += 1
-    print(f"{len(names)} calls of tch take a number; {refused} of them in src")
+    print(f"{len(names)} calls of tch take a number; {refused} are in the sources")
     return 1 if refused else 0
 
 

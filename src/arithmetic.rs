@@ -3,11 +3,26 @@
 //! The calls of tch 0.26 that take a number, such as `f_mul_scalar`, panic where libtorch fails, as for want of memory:
 //! tch's copy of the number is dropped before the error is read, and its destructor unwraps that error. Here a number
 //! is a tensor without axes, which libtorch takes as it takes a number. It lies on the CPU: the binary operators used
-//! here take it beside tensors of a GPU without waiting. `scripts/numbers.py` refuses the calls of tch in `src`.
+//! here take it beside tensors of a GPU without waiting. Engines, regularizers and networks of one's own that are to
+//! return every failure as an error compute with it too. `scripts/numbers.py` refuses the calls of tch.
+//!
+//! ```
+//! use decoupled_dmd::arithmetic::{Arithmetic, counting};
+//! use tch::{Device, Kind, Tensor};
+//!
+//! # fn main() -> Result<(), tch::TchError> {
+//! let x = counting(3, (Kind::Float, Device::Cpu))?; // 0, 1, 2
+//! let y = x.times(2.0)?.plus(1.0)?.within(0.0, 4.0)?;
+//! assert_eq!(y, Tensor::from_slice(&[1f32, 3.0, 4.0]));
+//! # Ok(())
+//! # }
+//! ```
 
-use tch::{Device, Kind, Tensor};
+use std::result;
 
-use crate::error::Result;
+use tch::{Device, Kind, TchError, Tensor};
+
+type Result<T> = result::Result<T, TchError>;
 
 /// A number as a tensor without axes on the CPU, in the type that `like` is computed in: float64 where `like` has it,
 /// else float32. An operator with `like` keeps the type of `like` if that has axes.
@@ -16,33 +31,53 @@ pub(crate) fn number(value: f64, like: &Tensor) -> Result<Tensor> {
 }
 
 fn number_of(value: f64, kind: Kind) -> Result<Tensor> {
-    Ok(match kind {
-        Kind::Double => Tensor::f_from_data_size(&value.to_ne_bytes(), &[], Kind::Double)?,
-        _ => Tensor::f_from_data_size(&(value as f32).to_ne_bytes(), &[], Kind::Float)?,
-    })
+    match kind {
+        Kind::Double => Tensor::f_from_data_size(&value.to_ne_bytes(), &[], Kind::Double),
+        _ => Tensor::f_from_data_size(&(value as f32).to_ne_bytes(), &[], Kind::Float),
+    }
 }
 
 /// A number with the type and device of `like`, for operators that take no other.
 pub(crate) fn number_like(value: f64, like: &Tensor) -> Result<Tensor> {
     // A copy from the CPU is not waited for: libtorch copies the number before it returns.
-    Ok(number(value, like)?.f_to_device_(like.device(), like.f_kind()?, true, false)?)
+    number(value, like)?.f_to_device_(like.device(), like.f_kind()?, true, false)
 }
 
-/// A whole number as a tensor without axes on the CPU, in Int64.
-pub(crate) fn whole_number(value: i64) -> Result<Tensor> {
-    Ok(Tensor::f_from_data_size(&value.to_ne_bytes(), &[], Kind::Int64)?)
+/// A whole number as a tensor without axes on the CPU, in Int64, for operators with whole numbers.
+///
+/// # Errors
+/// If libtorch fails.
+pub fn whole_number(value: i64) -> Result<Tensor> {
+    Tensor::f_from_data_size(&value.to_ne_bytes(), &[], Kind::Int64)
 }
 
 /// A tensor of one floating-point number.
-pub(crate) fn filled(size: &[i64], value: f64, options: (Kind, Device)) -> Result<Tensor> {
+///
+/// # Errors
+/// If libtorch fails, or the type holds no such numbers.
+pub fn filled(size: &[i64], value: f64, options: (Kind, Device)) -> Result<Tensor> {
     let mut zeros = Tensor::f_zeros(size, options)?;
     zeros.plus_(value)
+}
+
+/// The whole numbers from 0 to `length - 1`, `[length]`.
+///
+/// # Errors
+/// If libtorch fails.
+pub fn counting(length: i64, (kind, device): (Kind, Device)) -> Result<Tensor> {
+    let numbers: Vec<i64> = (0..length).collect();
+    // Not waited for: libtorch reads the numbers before it returns.
+    Tensor::f_from_slice(&numbers)?.f_to_kind(kind)?.f_to_device_(device, kind, true, false)
 }
 
 /// Arithmetic of a floating-point tensor and a number; the result of all but a comparison has the tensor's type. The
 /// gradient is that of tch's own calls, but at the number itself in `at_least`, `at_most` and `within`, where it is
 /// halved.
-pub(crate) trait Arithmetic {
+///
+/// # Errors
+/// Of all methods, those of libtorch.
+#[expect(clippy::missing_errors_doc, reason = "said once for all")]
+pub trait Arithmetic {
     /// `x * number`.
     fn times(&self, number: f64) -> Result<Tensor>;
     /// `x / number`.
@@ -113,30 +148,30 @@ impl Arithmetic for Tensor {
     }
 
     fn above(&self, value: f64) -> Result<Tensor> {
-        Ok(self.f_gt_tensor(&number(value, self)?)?)
+        self.f_gt_tensor(&number(value, self)?)
     }
 
     fn below(&self, value: f64) -> Result<Tensor> {
-        Ok(self.f_lt_tensor(&number(value, self)?)?)
+        self.f_lt_tensor(&number(value, self)?)
     }
 
     fn toward(&self, other: &Tensor, share: f64) -> Result<Tensor> {
-        Ok(self.f_lerp_tensor(other, &number_like(share, self)?)?)
+        self.f_lerp_tensor(other, &number_like(share, self)?)
     }
 
     fn times_(&mut self, value: f64) -> Result<Tensor> {
         let number = number(value, self)?;
-        Ok(self.f_mul_(&number)?)
+        self.f_mul_(&number)
     }
 
     fn plus_(&mut self, value: f64) -> Result<Tensor> {
         let number = number(value, self)?;
-        Ok(self.f_add_(&number)?)
+        self.f_add_(&number)
     }
 
     fn toward_(&mut self, other: &Tensor, share: f64) -> Result<Tensor> {
         let share = number_like(share, self)?;
-        Ok(self.f_lerp_tensor_(other, &share)?)
+        self.f_lerp_tensor_(other, &share)
     }
 }
 
@@ -144,7 +179,7 @@ impl Arithmetic for Tensor {
 fn with(
     x: &Tensor,
     number: f64,
-    operator: impl Fn(&Tensor, &Tensor) -> Result<Tensor, tch::TchError>,
+    operator: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
 ) -> Result<Tensor> {
     let kind = x.f_kind()?;
     let result = operator(x, &number_of(number, kind)?)?;
@@ -232,6 +267,11 @@ mod tests {
         assert_eq!((filled.size(), filled.kind()), (vec![2], Kind::BFloat16));
         assert_eq!(number_like(0.5, &filled)?.kind(), Kind::BFloat16);
         assert_eq!(whole_number(i64::MAX)?.int64_value(&[]), i64::MAX);
+        for kind in [Kind::Int64, Kind::Float, Kind::Double] {
+            let options = (kind, Device::Cpu);
+            assert!(counting(5, options)?.equal(&Tensor::arange(5, options)));
+        }
+        assert_eq!(counting(0, options)?.size(), [0]);
         Ok(())
     }
 }

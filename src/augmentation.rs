@@ -3,7 +3,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::arithmetic::{Arithmetic, number};
+use crate::arithmetic::{Arithmetic, counting, number};
 use crate::checks::{check_device, check_range, check_samples, check_size};
 use crate::error::{Error, Result};
 use crate::numeric::{batch_size, compute_kind, masked, per_sample, sample_mean, widen};
@@ -182,12 +182,12 @@ impl AugmentationDraw {
 
     /// A column mapped from [0, 1] to `[low, high]`.
     fn between(&self, column: i64, low: f64, high: f64) -> Result<Tensor> {
-        self.column(column)?.times(high - low)?.plus(low)
+        Ok(self.column(column)?.times(high - low)?.plus(low)?)
     }
 
     /// A column as normal numbers of the standard deviation `std`.
     fn normal(&self, column: i64, std: f64) -> Result<Tensor> {
-        normal_quantile(&self.column(column)?)?.times(std)
+        Ok(normal_quantile(&self.column(column)?)?.times(std)?)
     }
 
     fn moved(&self, x: &Tensor, blit: bool, geometric: bool) -> Result<Tensor> {
@@ -255,13 +255,12 @@ impl AugmentationDraw {
             if let Some(length) = shape.iter_mut().rev().nth(from_end) {
                 *length = count;
             }
-            // 1, 2, .. to the middles of the elements.
-            let places =
-                Tensor::f_ones([count], (Kind::Double, x.device()))?.f_cumsum(0, None::<Kind>)?;
-            let places = places.minus(0.5)?.over(count as f64)?;
+            // The middles of the elements.
+            let places = counting(count, (Kind::Double, x.device()))?;
+            let places = places.plus(0.5)?.over(count as f64)?;
             let centre = per_sample(&self.column(column)?, x)?;
             let distance = places.f_view(shape.as_slice())?.f_sub(&centre)?.f_abs()?;
-            distance.below(0.5 * side)
+            Ok(distance.below(0.5 * side)?)
         };
         let cut = within(0, 13)?.f_logical_and(&within(1, 14)?)?;
         masked(x, Some(&cut.f_logical_not()?))

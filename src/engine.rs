@@ -24,6 +24,7 @@ use crate::probe::Probe;
 /// method; here auto-guidance (Karras et al. 2024), with a weaker model in place of the null branch:
 ///
 /// ```
+/// use decoupled_dmd::arithmetic::Arithmetic;
 /// use decoupled_dmd::{Denoiser, Engine, Guidance, Probe, Result};
 /// use tch::Tensor;
 ///
@@ -35,7 +36,7 @@ use crate::probe::Probe;
 /// impl Engine for AutoGuidance<'_> {
 ///     fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
 ///         let weak = self.weak.denoise(probe.noised(), probe.tau(), probe.batch().cond())?;
-///         let difference = probe.teacher_cond()?.f_sub(&weak)?.f_mul_scalar(self.guidance.w())?;
+///         let difference = probe.teacher_cond()?.f_sub(&weak)?.times(self.guidance.w())?;
 ///         probe.normalize(&difference)
 ///     }
 /// }

@@ -46,7 +46,7 @@
 //! Losses are means over all elements of the batch; directions are differences of clean samples; time
 //! runs from 0, noise, to 1, data. Nothing here panics on bad input: every function on user input
 //! returns an [`Error`] that names the argument. Nor does it where libtorch fails, as for want of memory. In a closure of
-//! yours, calls of tch 0.26 with a number, such as `f_mul_scalar`, do; `f_mul` by a tensor of one number does not.
+//! yours, calls of tch 0.26 with a number, such as `f_mul_scalar`, do; those of [`arithmetic`] do not.
 #![warn(
     missing_docs,
     missing_debug_implementations,
@@ -66,7 +66,7 @@
     )
 )]
 
-mod arithmetic;
+pub mod arithmetic;
 mod augmentation;
 mod batch;
 mod checks;

@@ -82,7 +82,7 @@ pub(crate) fn sample_distance(one: &Tensor, two: &Tensor) -> Result<Tensor> {
     let rows = |tensor: &Tensor| tensor.f_reshape([-1, 1, width]);
     let distances = Tensor::f_cdist(&rows(one)?, &rows(two)?, 1.0, None::<i64>)?;
     let per_sample = distances.f_reshape([batch_size(one), -1])?;
-    per_sample.f_mean_dim(&[1i64][..], false, None::<Kind>)?.over(width as f64)
+    Ok(per_sample.f_mean_dim(&[1i64][..], false, None::<Kind>)?.over(width as f64)?)
 }
 
 /// Sums of squares over the last axis, `[B, ..]` to `[B, ..]` with one axis less: as exact as squaring and
@@ -106,7 +106,7 @@ fn frobenius_norm(tensor: &Tensor, axis: i64, is_kept: bool) -> Result<Tensor> {
 /// Mean of all elements, written as sum / count: its gradient stays an expanded scalar, where libtorch's own
 /// mean makes a full tensor, until an operation needs the latter.
 pub(crate) fn mean(tensor: &Tensor) -> Result<Tensor> {
-    tensor.f_sum(None::<Kind>)?.over(tensor.numel() as f64)
+    Ok(tensor.f_sum(None::<Kind>)?.over(tensor.numel() as f64)?)
 }
 
 /// `tensor` with zeros where `mask`, a boolean of its shape, is false, also in place of NaN; no gradient

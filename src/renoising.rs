@@ -66,7 +66,7 @@ forward_time_distribution!(std::rc::Rc<S>);
 
 /// Standard normal numbers for unit-uniform draws, at most [`Z_MAX`] from 0.
 pub(crate) fn normal_quantile(u: &Tensor) -> Result<Tensor> {
-    u.f_special_ndtri()?.within(-Z_MAX, Z_MAX)
+    Ok(u.f_special_ndtri()?.within(-Z_MAX, Z_MAX)?)
 }
 
 /// The re-noising of a group: a [`TimeDistribution`] of tau, and the [`Shift`] of its times. The path of the

@@ -312,7 +312,7 @@ impl<'a> MeanFlow<'a> {
                 let middle = from.between(to, share)?;
                 let point = x.f_sub(&v.f_mul(&length.times(share)?)?)?;
                 let rest = u(&point, &middle, to)?;
-                rest.toward(&v, share)
+                Ok(rest.toward(&v, share)?)
             }
             FlowRule::Eulerian(tangent) => {
                 let v = self.velocity(batch, x, from)?;

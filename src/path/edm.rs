@@ -77,7 +77,7 @@ impl Edm {
         check_clock("t", t)?;
         let (low, high) = self.roots();
         let root = wide_time(t)?.times(low - high)?.plus(high)?;
-        root.power(self.rho)
+        Ok(root.power(self.rho)?)
     }
 
     /// The crate's time at which sigma is `sigma`.
@@ -113,7 +113,7 @@ impl Edm {
         let (low, high) = self.roots();
         let root = sigma.within(self.sigma_min, self.sigma_max)?;
         let root = root.power(self.rho.recip())?;
-        root.minus(high)?.over(low - high)?.within(0.0, 1.0)
+        Ok(root.minus(high)?.over(low - high)?.within(0.0, 1.0)?)
     }
 
     fn roots(&self) -> (f64, f64) {

@@ -32,7 +32,7 @@ impl TrigFlow {
     /// or of frames, as [`PostShift`], and floating point.
     pub fn angle(&self, t: &Tensor) -> Result<Tensor> {
         check_clock("t", t)?;
-        wide_time(t)?.complement()?.times(FRAC_PI_2)
+        Ok(wide_time(t)?.complement()?.times(FRAC_PI_2)?)
     }
 }
 

@@ -301,6 +301,6 @@ impl Regularizer for MeanVariance {
         let logarithm = floored.f_div(&target_variance)?.f_log()?.f_add(&tangent)?;
         let divergence =
             variance.f_add(&offset)?.f_div(&target_variance)?.minus(1.0)?.f_sub(&logarithm)?;
-        divergence.f_mean(None::<Kind>)?.times(0.5)
+        Ok(divergence.f_mean(None::<Kind>)?.times(0.5)?)
     }
 }

@@ -134,7 +134,7 @@ impl Regularizer for ScoreIdentity<'_> {
                     let length = square.plus(c * c)?.f_sqrt()?;
                     let elements = x.numel() as f64;
                     let sum = product.f_div(&length)?.f_sum(None::<Kind>)?;
-                    sum.over(elements)
+                    Ok(sum.over(elements)?)
                 }
             }
         })

@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor, no_grad_guard};
 
 use super::{Check, Result, require};
-use crate::arithmetic::Arithmetic;
+use crate::arithmetic::{Arithmetic, counting};
 use crate::batch::{Batch, Condition};
 use crate::denoiser::Denoiser;
 use crate::probe::Probe;
@@ -32,9 +32,7 @@ impl Trial {
         let kind = x.f_kind()?;
         let tau_kind = if kind == Kind::Double { Kind::Double } else { Kind::Float };
         // From 0.1 to 0.9.
-        let places = Tensor::f_ones([count], (tau_kind, x.device()))?
-            .f_cumsum(0, None::<Kind>)?
-            .minus(1.0)?;
+        let places = counting(count, (tau_kind, x.device()))?;
         let tau = places.times(0.8 / (count as f64 - 1.0))?.plus(0.1)?;
         let input = batch.student_input().ok();
         Ok(Self {
@@ -169,7 +167,7 @@ impl Trial {
 /// A wave without a period, of unit variance, with the shape, type and device of `x`.
 pub(super) fn noise_like(x: &Tensor) -> Result<Tensor> {
     let count = x.numel() as i64;
-    let places = Tensor::f_ones([count], (Kind::Double, x.device()))?.f_cumsum(0, None::<Kind>)?;
+    let places = counting(count, (Kind::Double, x.device()))?.plus(1.0)?;
     let wave = places.times(2.4)?.f_sin()?.times(std::f64::consts::SQRT_2)?;
     Ok(wave.f_view(x.size().as_slice())?.f_to_kind(x.f_kind()?)?)
 }

@@ -9,7 +9,7 @@ use self::buckets::{ABSENT, buckets, fingerprint, flatten, misfit, unflatten};
 use self::norm::{norm, on_cpu, spread, total_norm};
 use crate::agreement::{Call, digest};
 use crate::ffi::{self, Layout};
-use crate::group::is_float;
+use crate::group::{is_float, number};
 use crate::{Error, Operation, ProcessGroup, Result, Statistics};
 
 const OPERATION: Operation = Operation::AverageGradients;
@@ -145,7 +145,9 @@ impl ProcessGroup {
             Some(max_norm) if norm + 1e-6 > max_norm => {
                 let factor = max_norm / (norm + 1e-6);
                 for gradient in gradients.iter().flatten() {
-                    let _ = gradient.shallow_clone().f_mul_scalar_(factor).map_err(refused)?;
+                    let scaled =
+                        number(factor).and_then(|factor| gradient.shallow_clone().f_mul_(&factor));
+                    let _ = scaled.map_err(refused)?;
                 }
                 true
             }

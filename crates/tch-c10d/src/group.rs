@@ -211,7 +211,7 @@ impl ProcessGroup {
             return Ok(());
         }
         let _guard = tch::no_grad_guard();
-        let divided = tensor.f_div_scalar_(self.world_size() as f64);
+        let divided = number(self.world_size() as f64).and_then(|count| tensor.f_div_(&count));
         divided.map(drop).map_err(|source| self.refused(operation, source))
     }
 
@@ -387,4 +387,10 @@ impl ProcessGroup {
 /// Whether the mean of tensors of a kind can be made.
 pub(crate) fn is_float(kind: Kind) -> bool {
     matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16)
+}
+
+/// A number as a tensor without axes on the CPU, which operators in place take beside any other. The calls of tch 0.26
+/// that take a number itself, such as `f_mul_scalar`, panic where libtorch fails.
+pub(crate) fn number(value: f64) -> Result<Tensor, TchError> {
+    Tensor::f_from_slice(&[value])?.f_reshape([0_i64; 0])
 }

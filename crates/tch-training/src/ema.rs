@@ -3,6 +3,7 @@
 use tch::Tensor;
 
 use crate::error::{Error, Fault, Result};
+use crate::number::number;
 use crate::parameters::no_faults;
 
 /// Moves the tensors of `average` towards those of `current`, which are the same in name and order:
@@ -40,8 +41,19 @@ pub fn update_average(
     no_faults("the current weights", differences(average, current))?;
     let _guard = tch::no_grad_guard();
     let decay = decay.min((1 + step) as f64 / (10 + step) as f64);
+    // One for all tensors of a type and device, as that of the last, which nearly always is that of the next.
+    let mut share: Option<Tensor> = None;
     for ((_, average), (_, current)) in average.iter().zip(current) {
-        let _ = average.shallow_clone().f_lerp_(current, 1.0 - decay)?;
+        let (kind, device) = (average.f_kind()?, average.device());
+        let fits = |share: &Tensor| share.kind() == kind && share.device() == device;
+        let share = match share.take().filter(fits) {
+            Some(same) => share.insert(same),
+            None => {
+                let number = number(1.0 - decay, kind)?;
+                share.insert(number.f_to_device_(device, kind, true, false)?)
+            }
+        };
+        let _ = average.shallow_clone().f_lerp_tensor_(current, share)?;
     }
     Ok(())
 }

@@ -22,6 +22,7 @@ pub mod ema;
 mod error;
 pub mod files;
 pub mod lora;
+mod number;
 pub mod optimizer;
 pub mod parameters;
 pub mod run;

@@ -36,6 +36,7 @@ use tch::{Device, Kind, Tensor};
 pub use names::LayerNames;
 
 use crate::error::{Error, Fault, Result};
+use crate::number::times;
 use crate::parameters::{Parameters, no_faults};
 
 /// Endings of the names of A and B.
@@ -118,7 +119,7 @@ pub struct Pair {
 impl Pair {
     /// `scale * B A`, `[out, in]`.
     fn update(&self) -> Result<Tensor> {
-        Ok(self.up.f_matmul(&self.down)?.f_mul_scalar(self.scale)?)
+        Ok(times(&self.up.f_matmul(&self.down)?, self.scale)?)
     }
 }
 
@@ -274,7 +275,7 @@ impl Lora {
             x.f_linear(&down, none)?
         };
         if pair.scale != 1.0 {
-            hidden = hidden.f_mul_scalar(pair.scale)?;
+            hidden = times(&hidden, pair.scale)?;
         }
         Ok(output.f_add_(&hidden.f_linear(&pair.up.f_to_kind(kind)?, none)?)?)
     }
@@ -348,7 +349,7 @@ impl Lora {
             let (mut downs, mut ups) = (Vec::new(), Vec::new());
             for Pair { down, up, scale } in pairs {
                 downs.push(down.f_to_kind(kind)?);
-                ups.push(up.f_to_kind(kind)?.f_mul_scalar(*scale)?);
+                ups.push(times(&up.f_to_kind(kind)?, *scale)?);
             }
             let (down, up) = (Tensor::f_cat(&downs, 0)?, Tensor::f_cat(&ups, 1)?);
             Ok((name.clone(), Pair { down, up, scale: 1.0 }))
@@ -367,7 +368,7 @@ impl Lora {
             .pairs()
             .iter()
             .map(|(name, Pair { down, up, scale })| {
-                let up = up.f_mul_scalar(scale * strength)?.f_to_kind(kind)?.f_to_device(device)?;
+                let up = times(up, scale * strength)?.f_to_kind(kind)?.f_to_device(device)?;
                 let down = down.f_detach()?.f_to_kind(kind)?.f_to_device(device)?;
                 Ok((name.clone(), Pair { down, up, scale: 1.0 }))
             })

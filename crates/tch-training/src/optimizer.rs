@@ -7,6 +7,7 @@ use tch::{Kind, Tensor};
 
 use crate::dispatcher::{AdamWStep, Moments, fused_adamw, multiply_all};
 use crate::error::{Error, Result};
+use crate::number::number;
 use crate::parameters::{Parameters, restore};
 
 /// Settings of [`AdamW`]; they may change between steps.
@@ -156,9 +157,10 @@ impl AdamW {
         let norm = Tensor::f_stack(&norms, 0)?.f_norm()?;
 
         if let Some(max) = self.settings.max_gradient_norm {
-            let factor = norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(max)?;
+            let number = |value| number(value, norm.f_kind()?);
+            let factor = norm.f_add(&number(1e-6)?)?.f_reciprocal()?.f_mul(&number(max)?)?;
             let defined: Vec<&Tensor> = gradients.iter().filter(|g| g.defined()).collect();
-            multiply_all(&defined, &factor.f_clamp_max(1.0)?)?;
+            multiply_all(&defined, &factor.f_minimum(&number(1.0)?)?)?;
         }
         for decays in [true, false] {
             let group = self
@@ -208,10 +210,11 @@ fn update<'a>(
     settings: &AdamWSettings,
     decays: bool,
 ) -> Result<()> {
+    let one = number(1.0, Kind::Float)?;
     let slots = group
         .map(|(slot, gradient)| {
             let Slot { parameter, first, second, step, .. } = slot;
-            let _ = step.shallow_clone().f_add_scalar_(1.0)?;
+            let _ = step.shallow_clone().f_add_(&one)?;
             Ok(Moments { parameter, gradient, first, second, step })
         })
         .collect::<Result<Vec<_>>>()?;

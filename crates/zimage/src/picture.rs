@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use decoupled_dmd::arithmetic::{Arithmetic as _, whole_number};
 use tch::{Kind, Tensor};
 use tch_training::files::write_atomically;
 
@@ -17,11 +18,7 @@ pub fn write_grid(path: &Path, images: &Tensor, columns: i64, zoom: i64) -> Resu
     let rows = (count + columns - 1) / columns;
     let (cell_h, cell_w) = (height * zoom + 1, width * zoom + 1);
     let bytes = to_bytes(images, zoom)?;
-    let grid = Tensor::f_full(
-        [3, rows * cell_h - 1, columns * cell_w - 1],
-        255,
-        (Kind::Uint8, tch::Device::Cpu),
-    )?;
+    let grid = white([3, rows * cell_h - 1, columns * cell_w - 1])?;
     for index in 0..count {
         let (row, column) = (index / columns, index % columns);
         let mut cell =
@@ -31,12 +28,18 @@ pub fn write_grid(path: &Path, images: &Tensor, columns: i64, zoom: i64) -> Resu
     save(path, &grid)
 }
 
+/// A page without anything on it.
+fn white(size: [i64; 3]) -> Result<Tensor> {
+    let black = Tensor::f_zeros(size, (Kind::Uint8, tch::Device::Cpu))?;
+    Ok(black.f_add(&whole_number(255)?)?)
+}
+
 /// [-1, 1] to bytes, every pixel `zoom` times as large.
 fn to_bytes(images: &Tensor, zoom: i64) -> Result<Tensor> {
     Ok(images
-        .f_clamp(-1.0, 1.0)?
-        .f_add_scalar(1.0)?
-        .f_mul_scalar(127.5)?
+        .within(-1.0, 1.0)?
+        .plus(1.0)?
+        .times(127.5)?
         .f_round()?
         .f_to_device(tch::Device::Cpu)?
         .f_to_kind(Kind::Uint8)?
@@ -98,8 +101,7 @@ pub fn write_comparison(
     let block_w = cell_w * columns.len() as i64 + if blocks > 1 { 4 * gap } else { 0 };
     let rows = (count + blocks - 1) / blocks;
     let top = letter + 2 * gap;
-    let options = (Kind::Uint8, tch::Device::Cpu);
-    let page = Tensor::f_full([3, top + rows * cell_h, blocks * block_w], 255, options)?;
+    let page = white([3, top + rows * cell_h, blocks * block_w])?;
     for block in 0..blocks {
         for (heading, x) in headings.iter().zip((block * block_w..).step_by(cell_w as usize)) {
             write_text(&page, heading, (gap, x), cell_w - gap, scale)?;

@@ -130,7 +130,7 @@ impl Kernel {
                 .f_sum(None::<Kind>)?
                 .times(2.0)?,
         };
-        squared.at_least(SMALLEST)
+        Ok(squared.at_least(SMALLEST)?)
     }
 
     /// k and its derivative in d^2, at squared distances.

@@ -74,7 +74,7 @@ fn width(c: f64) -> Result<PseudoHuber> {
 impl PseudoHuber {
     /// `sqrt(square + c^2) - c`.
     fn of(self, square: &Tensor) -> Result<Tensor> {
-        square.plus(self.0 * self.0)?.f_sqrt()?.minus(self.0)
+        Ok(square.plus(self.0 * self.0)?.f_sqrt()?.minus(self.0)?)
     }
 }
 

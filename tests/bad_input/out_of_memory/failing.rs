@@ -4,10 +4,9 @@
 
 use std::any::Any;
 use std::cell::Cell;
+use std::error::Error;
 use std::ffi::{c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-
-use decoupled_dmd::Result;
 
 thread_local! {
     /// How many allocations of this thread succeed before one fails; `None` if all do.
@@ -49,17 +48,26 @@ fn failing<T>(count: u64, compute: impl FnOnce() -> T) -> (bool, std::thread::Re
 }
 
 /// Lets each allocation of `compute` fail in turn: it returns libtorch's error each time, and does not panic.
-pub fn each_allocation_may_fail<T>(name: &str, compute: impl Fn() -> Result<T>) {
+pub fn each_allocation_may_fail<T>(name: &str, compute: impl Fn() -> decoupled_dmd::Result<T>) {
+    allocations_may_fail(name, 1, || Ok(compute()?));
+}
+
+/// The same with every so many of the allocations.
+pub fn allocations_may_fail<T>(
+    name: &str,
+    every: usize,
+    mut compute: impl FnMut() -> anyhow::Result<T>,
+) {
     // With several threads, libraries below libtorch take memory too, and do not all look whether they get it.
     tch::set_num_threads(1);
     // Libtorch's own set-up does not count.
     if let Err(error) = compute() {
         panic!("{name}, with all its memory: {error:?}");
     }
-    for count in 0.. {
-        match failing(count, &compute) {
+    for count in (0..).step_by(every) {
+        match failing(count, &mut compute) {
             (true, Ok(Err(error))) => {
-                assert!(is_of_memory(&error), "{name}, allocation {count}: {error:?}");
+                assert!(is_of_memory(&*error), "{name}, allocation {count}: {error:?}");
             }
             (false, Ok(Ok(_))) => {
                 assert!(count > 0, "{name} takes no memory, or not from posix_memalign");
@@ -75,7 +83,7 @@ pub fn each_allocation_may_fail<T>(name: &str, compute: impl Fn() -> Result<T>) 
     }
 }
 
-fn is_of_memory(error: &(dyn std::error::Error + 'static)) -> bool {
+fn is_of_memory(error: &(dyn Error + 'static)) -> bool {
     error.to_string().contains("can't allocate memory") || error.source().is_some_and(is_of_memory)
 }
 
@@ -87,7 +95,7 @@ fn words(panic: &(dyn Any + Send)) -> &str {
 #[test]
 fn a_call_of_tch_that_panics_is_noticed() {
     let x = tch::Tensor::ones([2], (tch::Kind::Float, tch::Device::Cpu));
-    let panics = |compute: &dyn Fn() -> Result<tch::Tensor>| {
+    let panics = |compute: &dyn Fn() -> decoupled_dmd::Result<tch::Tensor>| {
         catch_unwind(AssertUnwindSafe(|| each_allocation_may_fail("a call", compute))).is_err()
     };
     assert!(!panics(&|| Ok(x.f_mul(&x)?)));

@@ -18,15 +18,21 @@ pub(super) fn norm(flat: &Tensor) -> Result<Tensor, TchError> {
     let kind = if flat.f_kind()? == Kind::Double { Kind::Double } else { Kind::Float };
     let length = flat.numel() as i64;
     let rest = length % ROW;
-    let rows = flat.f_narrow(0, 0, length - rest)?.f_view([-1, ROW])?;
-    let rows = rows.f_norm_scalaropt_dim_dtype(2, [1_i64].as_slice(), false, kind)?;
-    let rest = flat.f_narrow(0, length - rest, rest)?.f_norm_scalaropt_dtype(2, Kind::Double)?;
+    let rows = flat.f_narrow(0, 0, length - rest)?.f_view([-1, 1, ROW])?;
+    let rows = matrix_norms(&rows, kind)?;
+    let rest = norm_exactly(&flat.f_narrow(0, length - rest, rest)?)?;
     norm_exactly(&Tensor::f_cat(&[rows.f_to_kind(Kind::Double)?, rest.f_view([1])?], 0)?)
 }
 
 /// The 2-norm in double precision throughout.
 pub(super) fn norm_exactly(tensor: &Tensor) -> Result<Tensor, TchError> {
-    tensor.f_norm_scalaropt_dtype(2, Kind::Double)
+    matrix_norms(&tensor.f_reshape([1, -1])?, Kind::Double)
+}
+
+/// The 2-norms over the last two axes, computed in `kind`. libtorch's norm of vectors takes a number, with which tch's
+/// call panics where libtorch fails.
+fn matrix_norms(matrices: &Tensor, kind: Kind) -> Result<Tensor, TchError> {
+    matrices.f_linalg_norm_ord_str("fro", [-2_i64, -1].as_slice(), false, kind)
 }
 
 /// The norm of all gradients from those of the buckets, on the CPU.

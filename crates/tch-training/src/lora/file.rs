@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 use super::{HALVES, LayerNames, LinearLayer, Lora};
 use crate::error::{Error, Result};
 use crate::files::read_json;
+use crate::number::times;
 use crate::parameters::Parameters;
 use crate::safetensors::{Weights, write_tensors};
 
@@ -27,7 +28,7 @@ impl Lora {
         let _guard = tch::no_grad_guard();
         let mut tensors = Parameters::new();
         for (layer, pair) in self.pairs() {
-            let halves = [pair.down.shallow_clone(), pair.up.f_mul_scalar(pair.scale)?];
+            let halves = [pair.down.shallow_clone(), times(&pair.up, pair.scale)?];
             for (half, tensor) in HALVES.into_iter().zip(halves) {
                 tensors.insert(format!("{prefix}{layer}{half}"), tensor);
             }
@@ -101,7 +102,7 @@ fn read(
                 let what = format!("another rank of {name} than r {rank} in {}", settings.place);
                 return Err(Error::NotSupported { what, found: found.to_string() });
             }
-            *up = up.f_mul_scalar(alpha / rank)?;
+            *up = times(up, alpha / rank)?;
         }
     }
     Lora::from_parameters(layers, &parameters)

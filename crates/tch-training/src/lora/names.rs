@@ -6,6 +6,7 @@ use tch::{Kind, Tensor};
 
 use super::{HALVES, LinearLayer, stem};
 use crate::error::{Fault, Result};
+use crate::number::times;
 use crate::parameters::{Parameters, is_finite, no_faults};
 
 /// Ends of the names of A and of B in files: of peft and diffusers, of kohya, of older diffusers, and of peft with
@@ -163,7 +164,7 @@ impl Renamed {
             let name = format!("{layer}{}", HALVES[1]);
             let rank = |up: &Tensor| up.size().last().copied().filter(|rank| *rank > 0);
             match parameters.get_mut(&name).and_then(|up| Some((rank(up)?, up))) {
-                Some((rank, up)) => *up = up.f_mul(&alpha)?.f_div_scalar(rank)?,
+                Some((rank, up)) => *up = times(&up.f_mul(&alpha)?, 1.0 / rank as f64)?,
                 None => faults.push(Fault::Alpha { layer, half: name }),
             }
         }

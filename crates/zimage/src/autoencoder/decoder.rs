@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, ensure};
+use decoupled_dmd::arithmetic::Arithmetic as _;
 use tch::{Device, Kind, Tensor};
 use tch_training::Parameters;
 use tch_training::parameters::check_shapes;
@@ -58,8 +59,7 @@ impl Decoder {
         let AutoencoderConfig { scaling_factor, .. } = self.config;
         // In the dtype that the network computes in, which may be wider than that of the latents.
         let latents = latents.f_to_kind(self.network.kind())?;
-        self.network
-            .forward(&latents.f_div_scalar(scaling_factor)?.f_add_scalar(self.config.shift())?)
+        self.network.forward(&latents.over(scaling_factor)?.plus(self.config.shift())?)
     }
 
     /// [`Self::decode`] of `part` images at a time, for batches whose activations would not fit into
@@ -137,12 +137,12 @@ impl Autoencoder {
                     noise.size()
                 );
                 let (low, high) = LOG_VARIANCE;
-                let deviation = log_variance.f_clamp(low, high)?.f_mul_scalar(0.5)?.f_exp()?;
+                let deviation = log_variance.within(low, high)?.times(0.5)?.f_exp()?;
                 let noise = noise.f_to_device(mean.device())?.f_to_kind(mean.f_kind()?)?;
                 mean.f_addcmul(&deviation, &noise)?
             }
         };
-        Ok(latents.f_sub_scalar(config.shift())?.f_mul_scalar(config.scaling_factor)?)
+        Ok(latents.minus(config.shift())?.times(config.scaling_factor)?)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Z-Image as the library sees it: the one place where its sign is turned.
 
 use anyhow::{Result, ensure};
+use decoupled_dmd::arithmetic::Arithmetic as _;
 use decoupled_dmd::{Condition, Denoiser, FlowMap, NoisePath, Prediction, RectifiedFlow, Shift};
 use tch::Tensor;
 
@@ -72,7 +73,7 @@ pub(super) fn flow_map<'a>(
     FlowMap::new(
         move |x: &Tensor, from: &Tensor, to: &Tensor, condition: &Condition| -> Result<Tensor> {
             let captions = captions(condition)?;
-            let length = to.f_sub(from)?.f_mul_scalar(LENGTH_SCALE)?;
+            let length = to.f_sub(from)?.times(LENGTH_SCALE)?;
             let length = time_features(&length)?.f_matmul(lengths)?;
             velocity(network, x, from, &marked(captions, &length)?)
         },
@@ -82,7 +83,7 @@ pub(super) fn flow_map<'a>(
 
 /// Captions `[B, L, D]` with a row of a trained table, `[B, D]`, on every token.
 fn marked(captions: &Tensor, row: &Tensor) -> Result<Tensor> {
-    let row = row.f_mul_scalar(STEP_SCALE)?.f_unsqueeze(1)?.f_to_kind(captions.f_kind()?)?;
+    let row = row.times(STEP_SCALE)?.f_unsqueeze(1)?.f_to_kind(captions.f_kind()?)?;
     Ok(captions.f_add(&row)?)
 }
 

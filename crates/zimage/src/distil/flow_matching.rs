@@ -1,6 +1,7 @@
 //! Flow matching: the training loss of the base model.
 
 use anyhow::Result;
+use decoupled_dmd::arithmetic::{Arithmetic as _, counting};
 use decoupled_dmd::{Condition, Renoising, Shift, Uniform};
 use tch::{Kind, Tensor};
 
@@ -22,9 +23,8 @@ pub fn flow_matching_loss<'n>(
 ) -> Result<Tensor> {
     let batch = images.size()[0];
     let options = (Kind::Float, images.device());
-    let u = Tensor::f_arange(batch, options)?
-        .f_add(&Tensor::f_rand([batch], options)?)?
-        .f_div_scalar(batch)?;
+    let u =
+        counting(batch, options)?.f_add(&Tensor::f_rand([batch], options)?)?.over(batch as f64)?;
     let network = network.into();
     let denoiser = denoiser(network, Shift::new(SHIFT)?);
     let time = Renoising::new(Uniform::FULL).at(denoiser.path(), &u, None)?;

@@ -1,6 +1,7 @@
 //! What an update has shown, while it is still on the device.
 
 use anyhow::{Result, ensure};
+use decoupled_dmd::arithmetic::Arithmetic as _;
 use tch::{Device, Kind, Tensor};
 
 use crate::distil::distillation::Record;
@@ -77,7 +78,7 @@ impl Readings {
             }
         }
         for scalar in &mut mean.scalars {
-            scalar.value = scalar.value.f_div_scalar(count)?;
+            scalar.value = scalar.value.over(count)?;
         }
         Ok(mean)
     }

@@ -1,6 +1,7 @@
 //! Captions and a rollout of the student for them.
 
 use anyhow::Result;
+use decoupled_dmd::arithmetic::whole_number;
 use decoupled_dmd::{Condition, Steps, Trajectory};
 use tch::{Kind, Tensor};
 
@@ -36,6 +37,6 @@ impl Rollout<'_> {
         // Not waited for: libtorch reads the indices before it returns.
         let items = Tensor::f_from_slice(&self.captions.items)?;
         let items = items.f_to_device_(steps.device(), Kind::Int64, true, false)?;
-        Ok(Condition::from(vec![cond, steps.f_mul_scalar(self.stride)?, items]))
+        Ok(Condition::from(vec![cond, steps.f_mul(&whole_number(self.stride)?)?, items]))
     }
 }

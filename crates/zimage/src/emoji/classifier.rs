@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use decoupled_dmd::arithmetic::Arithmetic as _;
 use tch::{Device, Kind, Tensor};
 use tch_training::Parameters;
 use tch_training::parameters::{check_shapes, parameter};
@@ -83,7 +84,7 @@ impl Classifier {
                     [_] => Tensor::f_zeros(&shape, options)?,
                     [_, fan_in @ ..] => {
                         let deviation = (2.0 / fan_in.iter().product::<i64>() as f64).sqrt();
-                        Tensor::f_randn(&shape, options)?.f_mul_scalar(deviation)?
+                        Tensor::f_randn(&shape, options)?.times(deviation)?
                     }
                     [] => bail!("{name} has no axis"),
                 };
@@ -190,14 +191,14 @@ impl Classifier {
         let classes = self.classes.f_to_kind(Kind::Float)?;
         Ok(unit_rows(&features)?
             .f_matmul(&unit_rows(&classes)?.f_transpose(0, 1)?)?
-            .f_mul_scalar(SCALE)?)
+            .times(SCALE)?)
     }
 }
 
 /// Rows `[B, F]` at length one; a row of zeros stays zero.
 pub(crate) fn unit_rows(rows: &Tensor) -> Result<Tensor> {
     let lengths = rows.f_square()?.f_sum_dim_intlist(1, true, None)?.f_sqrt()?;
-    Ok(rows.f_div(&lengths.f_clamp_min(1e-12)?)?)
+    Ok(rows.f_div(&lengths.at_least(1e-12)?)?)
 }
 
 fn converted(parameters: &Parameters, kind: Kind, device: Device) -> Result<Parameters> {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use decoupled_dmd::arithmetic::Arithmetic as _;
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 use tch_training::files::read_json;
@@ -79,6 +80,6 @@ fn read_atlas(path: &Path, count: i64) -> Result<Tensor> {
         .f_reshape([rows * COLUMNS, 3, TILE, TILE])?
         .f_narrow(0, 0, count)?
         .f_to_kind(Kind::Float)?
-        .f_div_scalar(127.5)?
-        .f_sub_scalar(1.0)?)
+        .over(127.5)?
+        .minus(1.0)?)
 }

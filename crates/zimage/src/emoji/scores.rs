@@ -1,6 +1,7 @@
 //! Scores of generated pictures.
 
 use anyhow::{Result, ensure};
+use decoupled_dmd::arithmetic::Arithmetic as _;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 use tch_training::parameters::is_finite;
@@ -91,7 +92,7 @@ impl Judge {
             let directions = unit_rows(&features(&self.classifier, chunk)?)?;
             let cosines = directions.f_matmul(&self.directions.f_transpose(0, 1)?)?;
             // As distances, with near ties made exact.
-            let best = cosines.f_amax(1i64, true)?.f_sub_scalar(SAME_COSINE)?;
+            let best = cosines.f_amax(1i64, true)?.minus(SAME_COSINE)?;
             Ok(cosines.f_minimum(&best)?.f_neg()?)
         })
     }
@@ -198,7 +199,7 @@ impl Judge {
 
 /// Images `[B, 3, 32, 32]`, cut off at [-1, 1] as any file would, to `[B, 64]` in float32.
 fn features(classifier: &Classifier, images: &Tensor) -> Result<Tensor> {
-    let images = images.f_to_kind(Kind::Float)?.f_clamp(-1.0, 1.0)?;
+    let images = images.f_to_kind(Kind::Float)?.within(-1.0, 1.0)?;
     Ok(classifier.features(&images)?.f_to_kind(Kind::Float)?)
 }
 
@@ -206,7 +207,7 @@ fn features(classifier: &Classifier, images: &Tensor) -> Result<Tensor> {
 fn shrink(images: &Tensor) -> Result<Tensor> {
     Ok(images
         .f_to_kind(Kind::Float)?
-        .f_clamp(-1.0, 1.0)?
+        .within(-1.0, 1.0)?
         .f_adaptive_avg_pool2d([SMALL_SIDE, SMALL_SIDE])?
         .f_flatten(1, -1)?)
 }
@@ -230,7 +231,7 @@ pub fn frechet_distance(first: &Tensor, second: &Tensor) -> Result<f64> {
     let root = square_root(&first_covariance)?;
     // Similar to S1 S2, hence of the same eigenvalues, but symmetric.
     let product = root.f_matmul(&second_covariance)?.f_matmul(&root)?;
-    let shared = symmetric(&product)?.f_linalg_eigh("L")?.0.f_clamp_min(0.0)?.f_sqrt()?;
+    let shared = symmetric(&product)?.f_linalg_eigh("L")?.0.at_least(0.0)?.f_sqrt()?;
     let trace = first_covariance.f_add(&second_covariance)?.f_trace()?;
     let within = f64::try_from(trace)? - 2.0 * f64::try_from(shared.f_sum(None)?)?;
     // Rounding can leave equal sets slightly below zero.
@@ -245,8 +246,7 @@ fn moments(samples: &Tensor) -> Result<(Tensor, Tensor)> {
     ensure!(is_finite(&samples)?, "a feature is not finite");
     let mean = samples.f_mean_dim(0i64, false, None)?;
     let centred = samples.f_sub(&mean)?;
-    let covariance =
-        centred.f_transpose(0, 1)?.f_matmul(&centred)?.f_div_scalar((count - 1) as f64)?;
+    let covariance = centred.f_transpose(0, 1)?.f_matmul(&centred)?.over((count - 1) as f64)?;
     Ok((mean, covariance))
 }
 
@@ -254,12 +254,12 @@ fn moments(samples: &Tensor) -> Result<(Tensor, Tensor)> {
 fn square_root(matrix: &Tensor) -> Result<Tensor> {
     let (values, vectors) = symmetric(matrix)?.f_linalg_eigh("L")?;
     // Rounding puts the zero eigenvalues of a rank-deficient matrix on both sides of zero.
-    let roots = values.f_clamp_min(0.0)?.f_sqrt()?;
+    let roots = values.at_least(0.0)?.f_sqrt()?;
     Ok(vectors.f_mul(&roots)?.f_matmul(&vectors.f_transpose(0, 1)?)?)
 }
 
 fn symmetric(matrix: &Tensor) -> Result<Tensor> {
-    Ok(matrix.f_add(&matrix.f_transpose(0, 1)?)?.f_mul_scalar(0.5)?)
+    Ok(matrix.f_add(&matrix.f_transpose(0, 1)?)?.times(0.5)?)
 }
 
 /// Mean over images `[N, ..]` of the variance of all values of one.
@@ -291,10 +291,9 @@ pub fn saturation(images: &Tensor) -> Result<f64> {
     let _guard = tch::no_grad_guard();
     let (_, channels, _, _) = images.size4()?;
     ensure!(channels == 3 && images.numel() > 0, "no colours in {:?}", images.size());
-    let colours =
-        images.f_to_kind(Kind::Float)?.f_add_scalar(1.0)?.f_mul_scalar(0.5)?.f_clamp(0.0, 1.0)?;
+    let colours = images.f_to_kind(Kind::Float)?.plus(1.0)?.times(0.5)?.within(0.0, 1.0)?;
     let most = colours.f_amax(1i64, false)?;
     let least = colours.f_amin(1i64, false)?;
-    let ratio = most.f_sub(&least)?.f_div(&most.f_clamp_min(1e-6)?)?;
+    let ratio = most.f_sub(&least)?.f_div(&most.at_least(1e-6)?)?;
     Ok(f64::try_from(ratio.f_mean(Kind::Double)?)?)
 }

@@ -1,6 +1,7 @@
 //! The layers of the transformer.
 
 use anyhow::{Context, Result};
+use decoupled_dmd::arithmetic::{Arithmetic as _, counting, filled};
 use tch::{Device, Kind, Tensor};
 use tch_training::Parameters;
 use tch_training::parameters::parameter;
@@ -82,7 +83,7 @@ impl RmsNorm {
         let normed = x.f_to_kind(Kind::Float)?.f_rms_norm(&width, None::<&Tensor>, self.eps)?;
         let mut scaled = normed.f_to_kind(kind)?.f_mul(&self.weight)?;
         if let Some(scale) = self.scale {
-            scaled = scaled.f_mul_scalar(scale)?;
+            scaled = scaled.times(scale)?;
         }
         Ok(match factor {
             None => scaled,
@@ -94,27 +95,35 @@ impl RmsNorm {
     /// over these are fewest; libtorch's own function takes more on the CPU, where it has no kernel.
     fn gain(&self, x: &Tensor, factor: Option<&Tensor>) -> Result<Tensor> {
         let width = self.weight.size()[0] as f64;
-        let norm = x.f_detach()?.f_norm_scalaropt_dim(2, [-1i64].as_slice(), true)?;
-        let mut mean_square = norm.f_square()?.f_div_scalar(width)?;
+        let norm = row_norms(&x.f_detach()?)?;
+        let mut mean_square = norm.f_square()?.over(width)?;
         if x.requires_grad() {
             // The slope of a square from one of its factors, which is half of it: in one pass, where that of
             // libtorch's norm takes three. The bracket is exactly zero.
             let half = x.f_mul(&x.f_detach()?)?;
             let half = half.f_sum_dim_intlist([-1i64].as_slice(), true, None::<Kind>)?;
             let bracket = half.f_sub(&half.f_detach()?)?;
-            mean_square = mean_square.f_add(&bracket.f_mul_scalar(2.0 / width)?)?;
+            mean_square = mean_square.f_add(&bracket.times(2.0 / width)?)?;
         }
-        let inverse = mean_square.f_add_scalar(self.eps)?.f_rsqrt()?;
+        let inverse = mean_square.plus(self.eps)?.f_rsqrt()?;
         // As a product of a column and a row, whose gradients read what they sum and write nothing.
         let mut row = self.weight.f_unsqueeze(0)?;
         if let Some(scale) = self.scale {
-            row = row.f_mul_scalar(scale)?;
+            row = row.times(scale)?;
         }
         Ok(match factor {
             None => inverse.f_matmul(&row)?,
             Some(factor) => inverse.f_matmul(&row.f_mul(factor)?)?,
         })
     }
+}
+
+/// The 2-norm over the last axis, which stays with length one: that of matrices of one row, since libtorch's norm of
+/// vectors takes a number, with which tch's call panics where libtorch fails.
+fn row_norms(x: &Tensor) -> Result<Tensor> {
+    let rows = x.f_unsqueeze(-2)?;
+    let axes = [-2i64, -1];
+    Ok(rows.f_linalg_norm_ord_str("fro", axes.as_slice(), true, None::<Kind>)?.f_squeeze_dim(-2)?)
 }
 
 /// Sinusoidal time features and the MLP over them.
@@ -136,7 +145,7 @@ impl TimeEmbedder {
 
     /// `t` `[B]` to `[B, E]`.
     pub(crate) fn forward(&self, t: &Tensor, role: Role<'_>) -> Result<Tensor> {
-        let features = time_features(&t.f_to_kind(Kind::Float)?.f_mul_scalar(self.scale)?)?;
+        let features = time_features(&t.f_to_kind(Kind::Float)?.times(self.scale)?)?;
         let hidden = self.first.forward(&features.f_to_kind(self.first.kind())?, role)?.f_silu()?;
         self.second.forward(&hidden, role)
     }
@@ -149,9 +158,9 @@ impl TimeEmbedder {
 /// If `tau` is not one-dimensional.
 pub fn time_features(tau: &Tensor) -> Result<Tensor> {
     let half = TIME_FEATURES / 2;
-    let frequencies = Tensor::f_arange(half, (Kind::Float, tau.device()))?
-        .f_mul_scalar(-(10_000f64.ln()))?
-        .f_div_scalar(half)?
+    let frequencies = counting(half, (Kind::Float, tau.device()))?
+        .times(-(10_000f64.ln()))?
+        .over(half as f64)?
         .f_exp()?;
     let angles = tau.f_unsqueeze(1)?.f_mul(&frequencies)?;
     Ok(Tensor::f_cat(&[angles.f_cos()?, angles.f_sin()?], 1)?)
@@ -221,7 +230,8 @@ fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>) -
     if query.device() == Device::Cpu && key.size()[2] <= SHORT_SEQUENCE {
         let mut scores = query.f_matmul(&key.f_transpose(2, 3)?)?;
         if let Some(mask) = mask {
-            scores = scores.f_masked_fill(&mask.f_logical_not()?, f64::NEG_INFINITY)?;
+            let never = filled(&[], f64::NEG_INFINITY, (scores.f_kind()?, Device::Cpu))?;
+            scores = scores.f_masked_fill_tensor(&mask.f_logical_not()?, &never)?;
         }
         return Ok(scores.f_softmax(-1, query.f_kind()?)?.f_matmul(value)?);
     }
@@ -316,7 +326,7 @@ impl Block {
         // Order: scale and gate of attention, scale and gate of the feed-forward; no shifts.
         let parts = modulation.forward(time, role)?.f_unsqueeze(1)?.f_chunk(4, 2)?;
         let scale_gate = |i: usize| -> Result<(Tensor, Tensor)> {
-            Ok((parts[i].f_add_scalar(1.0)?, parts[i + 1].f_tanh()?))
+            Ok((parts[i].plus(1.0)?, parts[i + 1].f_tanh()?))
         };
         let x = residual(x, rows, &self.attention_norms, Some(scale_gate(0)?), attend)?;
         residual(&x, rows, &self.feed_forward_norms, Some(scale_gate(2)?), feed)

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use decoupled_dmd::arithmetic::Arithmetic as _;
 use tch::{Device, Kind, Tensor};
 use tch_training::files::write_json;
 use tch_training::lora::LayerNames;
@@ -120,7 +121,7 @@ pub(super) fn check_weights(folder: &Path, config: &Config) -> Result<()> {
 fn initial_value(name: &str, shape: &[i64], device: Device) -> Result<Tensor> {
     let options = (Kind::Float, device);
     if name.ends_with("pad_token") {
-        return Ok(Tensor::f_randn(shape, options)?.f_mul_scalar(0.02)?);
+        return Ok(Tensor::f_randn(shape, options)?.times(0.02)?);
     }
     let starts_at_zero = name.contains("adaLN_modulation") || name.contains("all_final_layer");
     Ok(match shape {

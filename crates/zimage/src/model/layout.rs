@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use anyhow::{Result, ensure};
+use decoupled_dmd::arithmetic::counting;
 use tch::{Device, Kind, Tensor};
 
 use crate::model::grid::{Grid, padded};
@@ -163,5 +164,5 @@ pub(crate) fn longest(lengths: &[i64]) -> i64 {
 fn own_tokens(lengths: &[i64], length: i64, device: Device) -> Result<Tensor> {
     // Not waited for: libtorch reads the lengths before it returns.
     let lengths = Tensor::f_from_slice(lengths)?.f_to_device_(device, Kind::Int64, true, false)?;
-    Ok(Tensor::f_arange(length, (Kind::Int64, device))?.f_lt_tensor(&lengths.f_unsqueeze(1)?)?)
+    Ok(counting(length, (Kind::Int64, device))?.f_lt_tensor(&lengths.f_unsqueeze(1)?)?)
 }

@@ -1,6 +1,7 @@
 //! Weights in 8 bits: whole numbers from -127 to 127, and a scale for each row.
 
 use anyhow::{Result, ensure};
+use decoupled_dmd::arithmetic::{Arithmetic as _, filled};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 use tch_training::Parameters;
@@ -99,9 +100,11 @@ fn quantize(name: String, tensor: Tensor) -> tch_training::Result<Vec<(String, T
     let wide = tensor.f_to_kind(Kind::Float)?;
     let largest = wide.f_abs()?.f_amax([-1i64].as_slice(), true)?;
     // A row of zeros has scale one. Half a step of bfloat16 up, so that rounding does not go down.
-    let scale = largest.f_mul_scalar((1.0 + 0.5f64.powi(8)) / LARGEST)?;
-    let scale = scale.f_masked_fill(&scale.f_eq(0.0)?, 1.0)?.f_to_kind(Kind::BFloat16)?;
+    let scale = largest.times((1.0 + 0.5f64.powi(8)) / LARGEST)?;
+    let one = filled(&[], 1.0, (Kind::Float, scale.device()))?;
+    let scale =
+        scale.f_masked_fill_tensor(&scale.f_logical_not()?, &one)?.f_to_kind(Kind::BFloat16)?;
     let numbers =
-        wide.f_div(&scale)?.f_round()?.f_clamp(-LARGEST, LARGEST)?.f_to_kind(Kind::Int8)?;
+        wide.f_div(&scale)?.f_round()?.within(-LARGEST, LARGEST)?.f_to_kind(Kind::Int8)?;
     Ok(vec![(scale_of(layer), scale), (name, numbers)])
 }

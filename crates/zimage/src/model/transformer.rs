@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use anyhow::{Context, Result, bail, ensure};
+use decoupled_dmd::arithmetic::Arithmetic as _;
 use tch::{Device, Kind, Tensor};
 use tch_training::Parameters;
 use tch_training::lora::Lora;
@@ -413,7 +414,7 @@ impl ZImageTransformer {
 
     /// `[B, N, D]` to patches `[B, N, p * p * C]`.
     fn final_layer(&self, stream: &Tensor, time: &Tensor, role: Role<'_>) -> Result<Tensor> {
-        let scale = self.final_modulation.forward(&time.f_silu()?, role)?.f_add_scalar(1.0)?;
+        let scale = self.final_modulation.forward(&time.f_silu()?, role)?.plus(1.0)?;
         let none = None::<&Tensor>;
         let normed = stream.f_layer_norm([self.config.dim], none, none, FINAL_NORM_EPS, true)?;
         self.final_linear.forward(&normed.f_mul(&scale.f_unsqueeze(1)?)?, role)

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use decoupled_dmd::arithmetic::{Arithmetic as _, counting, filled};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 use tch_training::Parameters;
@@ -247,10 +248,11 @@ struct Rotary {
 impl Rotary {
     fn new(config: &Qwen3Config, length: i64, kind: Kind, device: Device) -> Result<Self> {
         let options = (Kind::Float, device);
-        let exponents = Tensor::f_arange_start_step(0, config.head_dim, 2, options)?
-            .f_div_scalar(config.head_dim)?;
-        let frequencies = Tensor::f_pow_scalar(config.theta()?, &exponents)?.f_reciprocal()?;
-        let angles = Tensor::f_arange(length, options)?.f_unsqueeze(1)?.f_mul(&frequencies)?;
+        let exponents =
+            counting(config.head_dim / 2, options)?.times(2.0)?.over(config.head_dim as f64)?;
+        let theta = filled(&[], config.theta()?, options)?;
+        let frequencies = theta.f_pow(&exponents)?.f_reciprocal()?;
+        let angles = counting(length, options)?.f_unsqueeze(1)?.f_mul(&frequencies)?;
         let angles = Tensor::f_cat(&[&angles, &angles], 1)?;
         Ok(Self {
             cosines: angles.f_cos()?.f_to_kind(kind)?,

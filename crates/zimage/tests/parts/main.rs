@@ -8,6 +8,8 @@ mod hostile;
 mod lora;
 mod metrics;
 mod model;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod out_of_memory;
 mod pictures;
 mod progress;
 mod tape;

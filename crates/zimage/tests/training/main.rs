@@ -5,6 +5,11 @@ mod alarms;
 #[path = "../common/mod.rs"]
 mod common;
 mod distillation;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[path = "../memory_plan/live_bytes.rs"]
+mod live_bytes;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod long_run;
 mod pairs;
 mod processes;
 mod resume;

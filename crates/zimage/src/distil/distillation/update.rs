@@ -1,6 +1,7 @@
 //! The updates of a distillation.
 
 use anyhow::{Context, Result, ensure};
+use decoupled_dmd::arithmetic::Arithmetic as _;
 use decoupled_dmd::{Batch, Denoiser, FewStepGrid, Sampler};
 use tch::{Kind, Tensor};
 use tch_training::Tape;
@@ -21,7 +22,7 @@ const WARM_UP: u64 = 500_000_000;
 
 /// What one part adds to the mean over `parts`.
 fn share(loss: Tensor, parts: usize) -> Result<Tensor> {
-    Ok(if parts > 1 { loss.f_div_scalar(parts as f64)? } else { loss })
+    Ok(if parts > 1 { loss.over(parts as f64)? } else { loss })
 }
 
 /// The sum of losses, if there are any.
@@ -81,7 +82,7 @@ impl<T: Terms> Distillation<'_, T> {
                         sum = sum.f_add(&Tensor::f_stack(&[double(loss)?, double(norm)?], 0)?)?;
                     }
                 }
-                let mean = sum.f_div_scalar(self.recipe.fake_updates.max(1) as f64)?;
+                let mean = sum.over(self.recipe.fake_updates.max(1) as f64)?;
                 readings.push("fake", &mean.f_select(0, 0)?)?;
                 if observe {
                     readings.push("fake_gradient", &mean.f_select(0, 1)?)?;
