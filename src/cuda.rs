@@ -1,6 +1,6 @@
 //! The CUDA half of libtorch, which the linker leaves out of a Rust program.
 
-use std::ffi::{CString, OsString};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use tch::Device;
@@ -85,7 +85,7 @@ fn libtorch_folder() -> Option<PathBuf> {
 #[cfg(unix)]
 #[allow(unsafe_code)]
 fn open(library: OsString) -> Result<(), String> {
-    use std::ffi::{CStr, c_char, c_int, c_void};
+    use std::ffi::{CStr, CString, c_char, c_int, c_void};
     use std::os::unix::ffi::OsStringExt;
 
     const RTLD_NOW: c_int = 2;

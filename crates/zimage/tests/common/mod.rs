@@ -2,6 +2,7 @@
 #![allow(dead_code, unused_imports, reason = "each test program uses a part")]
 
 pub mod narrow;
+pub mod readers;
 pub mod small_model;
 pub mod small_pipeline;
 #[path = "../../../../tests/common/tensors.rs"]
