@@ -203,7 +203,7 @@ fn one_draw_for_several_groups_is_refused() -> Result<()> {
     let _guard = seeded(2);
     let teacher = teacher()?;
     let terms = || Drawing { groups: 2, ..Drawing::new(Draws::Same) };
-    let error = trained(terms(), &teacher).err().expect("a refusal");
+    let error = trained(terms(), &teacher).expect_err("a refusal");
     assert!(format!("{error:#}").contains("number of draws"), "{error:#}");
     let plain = Drawing { groups: 2, ..Drawing::new(Draws::Default) };
     assert!(trained(plain, &teacher).is_ok());

@@ -70,21 +70,19 @@ impl<T: Terms> Distillation<'_, T> {
         let roll_out = |steps| self.roll_out(&captions, steps, self.update);
         let rollouts = self.rollout_steps().map(roll_out).transpose()?.unwrap_or_default();
         let mut readings = self.train_student(&captions, &rollouts, observe)?;
-        if !rollouts.is_empty() {
-            if self.fake.is_some() {
-                // Loss and norm of the gradient.
-                let mut sum = Tensor::f_zeros([2], (Kind::Double, self.teacher.device()))?;
-                for _ in 0..self.recipe.fake_updates {
-                    if let Some((loss, norm)) = self.train_fake(&rollouts, &mut readings)? {
-                        let double = |tensor: Tensor| tensor.f_detach()?.f_to_kind(Kind::Double);
-                        sum = sum.f_add(&Tensor::f_stack(&[double(loss)?, double(norm)?], 0)?)?;
-                    }
+        if self.fake.is_some() && !rollouts.is_empty() {
+            // Loss and norm of the gradient.
+            let mut sum = Tensor::f_zeros([2], (Kind::Double, self.teacher.device()))?;
+            for _ in 0..self.recipe.fake_updates {
+                if let Some((loss, norm)) = self.train_fake(&rollouts, &mut readings)? {
+                    let double = |tensor: Tensor| tensor.f_detach()?.f_to_kind(Kind::Double);
+                    sum = sum.f_add(&Tensor::f_stack(&[double(loss)?, double(norm)?], 0)?)?;
                 }
-                let mean = sum.f_div_scalar(self.recipe.fake_updates.max(1) as f64)?;
-                readings.push("fake", &mean.f_select(0, 0)?)?;
-                if observe {
-                    readings.push("fake_gradient", &mean.f_select(0, 1)?)?;
-                }
+            }
+            let mean = sum.f_div_scalar(self.recipe.fake_updates.max(1) as f64)?;
+            readings.push("fake", &mean.f_select(0, 0)?)?;
+            if observe {
+                readings.push("fake_gradient", &mean.f_select(0, 1)?)?;
             }
         }
         readings.extend(self.train_terms(&captions, &rollouts)?);
