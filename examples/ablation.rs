@@ -18,15 +18,14 @@ use std::process::ExitCode;
 use ablation::arm::Arm;
 use ablation::bench::Bench;
 use ablation::experiments::{self, Experiment};
+use ablation::pairs::{PairSets, PairSource};
 use ablation::report;
 use ablation::results::{MOST_SEEDS, Results};
 use ablation::run::{run, write_reference};
 use ablation::training::Material;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use decoupled_dmd::{Guidance, Transition};
 use tch::Kind;
-use zimage::distil::{PairSettings, Pairs, Sampling};
 use zimage::emoji::{Classifier, EmojiData, Judge};
 use zimage::failure::described;
 use zimage::model::Pipeline;
@@ -34,11 +33,6 @@ use zimage::model::Pipeline;
 /// The documents with placeholders in place of numbers.
 const REPRODUCTION: &str = include_str!("ablation/reproduction.md");
 const TERMS: &str = include_str!("ablation/terms.md");
-
-/// Pairs of noise and sample for arms that regress, and how the teacher makes them.
-const PAIRS: usize = 256;
-const PAIR_STEPS: usize = 25;
-const PAIR_GUIDANCE: f64 = 3.0;
 
 /// Runs experiments on the paper's claims.
 #[derive(Debug, Parser)]
@@ -141,32 +135,17 @@ fn work(options: &Options) -> Result<()> {
     let prompts = data.vocabulary.encode_prompts(&teacher.transformer, captions)?;
     let classifier = Classifier::load("assets/classifier".as_ref(), Kind::Float, device)?;
     let items = data.indices(false);
-    let pairs = |steps: usize, count: usize| {
+    let size = {
         let (_, channels, height, width) = data.images.size4()?;
-        let settings = PairSettings {
-            items: items
-                .iter()
-                .copied()
-                .step_by((items.len() / count).max(1))
-                .take(count)
-                .collect(),
-            size: [channels, height, width],
-            sampling: Sampling {
-                steps,
-                guidance: Guidance::new(PAIR_GUIDANCE)?,
-                transition: Transition::Ddim,
-            },
-            shift: teacher.shift,
-            seed: 0,
-        };
-        let folder = format!("runs/ablation-pairs-{count}");
-        Pairs::make(folder.as_ref(), &teacher.transformer, &prompts, &settings)
+        [channels, height, width]
     };
-    let has_pairs = experiments.iter().flat_map(|experiment| &experiment.arms).any(Arm::has_pairs);
-    let (steps, count) = if options.quick { (2, 4) } else { (PAIR_STEPS, PAIRS) };
+    let experiments = adapted_experiments(experiments, options);
+    let arms = experiments.iter().flat_map(|experiment| &experiment.arms);
+    let settings = |source: PairSource| source.settings(&items, size, teacher.shift);
+    let pairs = PairSets::make(arms, "runs".as_ref(), &teacher.transformer, &prompts, settings)?;
     let material = Material {
         classifier: &classifier,
-        pairs: has_pairs.then(|| pairs(steps, count)).transpose()?,
+        pairs,
         teacher: &teacher.transformer,
         shift: teacher.shift,
         prompts: &prompts,
@@ -188,7 +167,7 @@ fn work(options: &Options) -> Result<()> {
     for seed in 0..most {
         for experiment in experiments.iter().filter(|experiment| seed < seeds(experiment)) {
             for arm in &experiment.arms {
-                run(&results, &out, &adapted(arm.clone(), options), seed, &material, &bench)?;
+                run(&results, &out, arm, seed, &material, &bench)?;
             }
         }
     }
@@ -200,13 +179,16 @@ fn work(options: &Options) -> Result<()> {
 
 /// The document from all result files that are there.
 fn write_report(options: &Options, results: &Path, document: &Path, figures: &Path) -> Result<()> {
-    let mut experiments = experiments::all()?;
+    let results = Results::load(results, adapted_experiments(experiments::all()?, options))?;
+    report::write(REPRODUCTION, document, figures, &results)?;
+    report::write(TERMS, &document.with_file_name("terms.md"), figures, &results)
+}
+
+fn adapted_experiments(mut experiments: Vec<Experiment>, options: &Options) -> Vec<Experiment> {
     for experiment in &mut experiments {
         experiment.arms = experiment.arms.drain(..).map(|arm| adapted(arm, options)).collect();
     }
-    let results = Results::load(results, experiments)?;
-    report::write(REPRODUCTION, document, figures, &results)?;
-    report::write(TERMS, &document.with_file_name("terms.md"), figures, &results)
+    experiments
 }
 
 fn adapted(arm: Arm, options: &Options) -> Arm {

@@ -35,9 +35,12 @@ const EVALUATION_SEED: i64 = 20_261_130;
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Options {
-    /// Seeds, from 0
+    /// Seeds
     #[arg(long, default_value_t = 1)]
     seeds: u64,
+    /// The first of the seeds
+    #[arg(long, default_value_t = 0)]
+    first_seed: u64,
     /// Updates of each student
     #[arg(long, default_value_t = 100)]
     updates: u64,
@@ -96,7 +99,7 @@ fn main() -> Result<()> {
         ("held out", Wanted::new(data.indices(true), &data.images)?),
     ];
     println!("seed  student          thumbnails  alignment  Fréchet  control error  spread");
-    for seed in 0..seeds {
+    for seed in (options.first_seed..).take(seeds as usize) {
         let is_chosen = |arm: &Arm| options.student.as_ref().is_none_or(|name| name == arm.name());
         for arm in Arm::ALL.into_iter().filter(is_chosen) {
             let student = Student::train(&material, arm, seed, &known.controls, updates)?;

@@ -1,9 +1,12 @@
 //! One arm of an experiment: everything that a run depends on but its seed.
 
 use decoupled_dmd::{
-    AboveStudent, Divergence, FlowRule, Renoising, Shift, Tangent, Times, Transition, Uniform,
+    AboveStudent, Augmentation, Divergence, FlowRule, Renoising, Shift, Tangent, Times, Transition,
+    Uniform,
 };
 use serde::{Deserialize, Serialize};
+
+use super::pairs::PairSource;
 
 /// The times to which a term re-noises the samples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -78,6 +81,16 @@ pub enum OnData {
     MeanFlow { rule: FlowRule },
     /// One step from the noise of a pair to the guided teacher's sample.
     Regression(RegressionDistance),
+    /// A critic tells what the student predicts between noise and sample of a pair from the sample: the critic in
+    /// the teacher's space of ADP.
+    AdversarialPairs,
+}
+
+impl OnData {
+    /// Whether pairs of noise and the teacher's sample are needed.
+    pub fn has_pairs(self) -> bool {
+        matches!(self, Self::Regression(_) | Self::AdversarialPairs)
+    }
 }
 
 /// How neighbours on the teacher's ODE are compared.
@@ -120,6 +133,15 @@ pub struct Arm {
     pub coupled: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_data: Option<OnData>,
+    /// How the pairs of losses that need them are made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pairs: Option<PairSource>,
+    /// What both sides of a regression go through before they are compared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub augmentation: Option<Augmentation>,
+    /// Objective and fake score look at samples inside the segments of the rollout, as in TDM.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub in_segments: bool,
     /// Distribution matching off the student's rollout besides, as in CDM.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub off_trajectory: bool,
@@ -162,6 +184,9 @@ impl Arm {
             regularizers: Vec::new(),
             coupled: false,
             on_data: None,
+            pairs: None,
+            augmentation: None,
+            in_segments: false,
             off_trajectory: false,
             first_stage: None,
             trained: Vec::new(),
@@ -200,6 +225,7 @@ impl Arm {
     #[must_use]
     pub fn on_data(mut self, loss: OnData) -> Self {
         self.on_data = Some(loss);
+        self.pairs = loss.has_pairs().then_some(PairSource::ALL_ARMS);
         self
     }
 
@@ -252,7 +278,7 @@ impl Arm {
                     | R::Divergence(_)
             )
         };
-        self.regularizers.iter().any(matches)
+        self.on_data == Some(OnData::AdversarialPairs) || self.regularizers.iter().any(matches)
     }
 
     /// Whether the critic tells the teacher's steps from the fake score's.
@@ -260,11 +286,6 @@ impl Arm {
         use Regularization as R;
         let matches = |term: &R| matches!(term, R::AdversarialDistributionMatching { .. });
         self.regularizers.iter().any(matches)
-    }
-
-    /// Whether pairs of noise and the teacher's sample are needed.
-    pub fn has_pairs(&self) -> bool {
-        matches!(self.on_data, Some(OnData::Regression(_)))
     }
 
     /// Forwards of a network on one sample for an update of the student, on average; a forward with its backward
@@ -277,6 +298,8 @@ impl Arm {
             Some(OnData::Consistency { .. } | OnData::MeanFlow { .. }) => 7.0,
             // The pairs are made before.
             Some(OnData::Regression(_)) => 3.0,
+            // The student, the critic's word on it, one more prediction, the critic on that and on the samples.
+            Some(OnData::AdversarialPairs) => 3.0 + 2.0 + 1.0 + 6.0,
             None => 0.0,
         };
         // Teacher, fake score and critic; the backward to x counts as much as a forward.
@@ -323,6 +346,7 @@ impl Arm {
         self.with(|arm| {
             arm.updates = 2;
             arm.first_stage = arm.first_stage.map(|_| 1);
+            arm.pairs = arm.pairs.map(|_| PairSource::QUICK);
             arm.batch = 4;
             arm.fake_updates = 1;
             arm.fake_warmup = 1;

@@ -1,7 +1,9 @@
 //! The experiments by name, and their arms. An arm that serves several experiments is run once.
 
 use anyhow::Result;
-use decoupled_dmd::{Divergence, FlowRule, Shift, Tangent, Times, Transition, Uniform};
+use decoupled_dmd::{
+    Augmentation, Divergence, FlowRule, Shift, Tangent, Times, Transition, Uniform,
+};
 
 use super::arm::{
     Arm, ConsistencyForm, OnData, RegressionDistance, Regularization, RenoisingTimes,
@@ -45,7 +47,7 @@ pub fn all() -> Result<Vec<Experiment>> {
         experiment("adversarial", 1, adversarial()),
         experiment("engine-8", 1, vec![ca_only(8), dm_only(8), hybrid(8)]),
         experiment("trajectories", 3, trajectories()),
-        experiment("terms", 3, terms()),
+        experiment("terms", 3, terms()?),
     ])
 }
 
@@ -182,7 +184,7 @@ fn trajectories() -> Vec<Arm> {
 }
 
 /// Terms of other papers, each as its own student of one and four steps.
-fn terms() -> Vec<Arm> {
+fn terms() -> Result<Vec<Arm>> {
     use Regularization as R;
     let arm = |name: &str| {
         Arm::new(name, 4).with(|arm| {
@@ -197,9 +199,16 @@ fn terms() -> Vec<Arm> {
     let ca = |name: &str| arm(name).engine(RenoisingTimes::ABOVE_STUDENT);
     let gan = R::Adversarial { weight: ADVERSARIAL };
     let perceptual = OnData::Regression(RegressionDistance::Perceptual);
-    vec![
+    let augmentation = Augmentation::new().geometric().cutout(0.5)?;
+    let adm =
+        |name: &str| arm(name).regularizer(R::AdversarialDistributionMatching { weight: 1.0 });
+    let coupled = |name: &str| arm(name).engine(RenoisingTimes::FULL).regularizer(DM).coupled();
+    Ok(vec![
         one_step("regression").on_data(OnData::Regression(RegressionDistance::Squared)),
         one_step("regression-perceptual").on_data(perceptual),
+        one_step("regression-augmented")
+            .on_data(perceptual)
+            .with(|arm| arm.augmentation = Some(augmentation)),
         one_step("diffusion2gan").on_data(perceptual).regularizer(gan),
         arm("d2o").regularizer(gan).with(|arm| {
             // A sixth of the parameters, by count.
@@ -207,11 +216,17 @@ fn terms() -> Vec<Arm> {
                 .map(str::to_owned)
                 .to_vec();
         }),
-        arm("adm").regularizer(R::AdversarialDistributionMatching { weight: 1.0 }),
+        adm("adm"),
+        // As many updates as give about the forwards of `adm` in all.
+        adm("adm-after-adp").on_data(OnData::AdversarialPairs).with(|arm| {
+            (arm.updates, arm.first_stage) = (51, Some(20));
+        }),
         ca("f-distill").regularizer(R::Divergence(Divergence::JensenShannon)),
         arm("sid").regularizer(R::ScoreIdentity { alpha: 1.0 }),
         ca("ca-reward").regularizer(R::Reward { weight: REWARD }),
         ca("hybrid-four-one").regularizer(DM),
         ca("cdm").regularizer(DM).with(|arm| arm.off_trajectory = true),
-    ]
+        coupled("coupled-four-one"),
+        coupled("tdm").with(|arm| arm.in_segments = true),
+    ])
 }

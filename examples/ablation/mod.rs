@@ -6,6 +6,8 @@ pub mod bench;
 pub mod critic;
 pub mod experiments;
 pub mod on_data;
+pub mod on_rollout;
+pub mod pairs;
 pub mod plots;
 pub mod record;
 pub mod report;

@@ -2,14 +2,14 @@
 
 use anyhow::{Context, Result};
 use decoupled_dmd::{
-    Batch, Consistency, Distance, FlowRule, Group, Guidance, MeanFlow, Objective, PairedRegression,
-    Perceptual, PostShift, Renoising, Uniform,
+    Adversarial, Batch, Condition, Consistency, Distance, FlowRule, GanLoss, Group, Guidance,
+    MeanFlow, Objective, PairedRegression, Perceptual, PostShift, Power, Renoising, Uniform,
 };
 use tch::{Kind, Tensor};
 use zimage::distil::{Captions, Networks, Readings};
 
-use super::arm::{Arm, ConsistencyForm, OnData, RegressionDistance};
-use super::training::Material;
+use super::arm::{ConsistencyForm, OnData, RegressionDistance};
+use super::training::{ArmTerms, Material};
 
 /// Times before the shift at which pictures are noised, off the clean end, where consistency has no direction.
 const NOISED: (f64, f64) = (0.0, 0.98);
@@ -20,12 +20,12 @@ const NOISED: (f64, f64) = (0.0, 0.98);
 /// If a setting is out of range, or a network fails.
 pub fn loss(
     loss: OnData,
-    arm: &Arm,
+    terms: &ArmTerms<'_>,
     update: u64,
-    material: &Material<'_>,
     networks: &Networks<'_>,
     captions: &Captions,
 ) -> Result<(Tensor, Readings)> {
+    let arm = terms.arm();
     let guidance = Guidance::new(arm.guidance)?;
     match loss {
         OnData::Consistency { form, weight } => {
@@ -35,7 +35,8 @@ pub fn loss(
             consistency_loss(consistency, weight, networks, captions)
         }
         OnData::MeanFlow { rule } => mean_flow_loss(rule, guidance, networks, captions),
-        OnData::Regression(distance) => regression_loss(distance, arm.batch, material, networks),
+        OnData::Regression(distance) => regression_loss(distance, terms, networks),
+        OnData::AdversarialPairs => adversarial_loss_on_pairs(terms, networks),
     }
 }
 
@@ -95,20 +96,23 @@ fn mean_flow_loss(
 
 fn regression_loss(
     distance: RegressionDistance,
-    batch: usize,
-    material: &Material<'_>,
+    terms: &ArmTerms<'_>,
     networks: &Networks<'_>,
 ) -> Result<(Tensor, Readings)> {
-    let pairs = material.pairs.as_ref().context("regression needs pairs")?;
-    let pair = pairs.draw(batch, material.teacher.device())?;
+    let (arm, material) = (terms.arm(), terms.material());
+    let pair = material.pairs.of(arm)?.draw(arm.batch, material.teacher.device())?;
     let (cond, _) = material.prompts.conditions(&pair.items)?;
-    let start = PostShift::all(0.0, batch as i64, (Kind::Float, pair.noise.device()))?;
+    let start = PostShift::all(0.0, arm.batch as i64, (Kind::Float, pair.noise.device()))?;
     let x = networks.student.denoise(&pair.noise, &start, &cond)?;
     let distance = match distance {
         RegressionDistance::Squared => Distance::Squared,
         RegressionDistance::Perceptual => Distance::Perceptual(perceptual(material)?),
     };
-    let loss = PairedRegression::new(distance).between(&x, &pair.samples)?;
+    let mut regression = PairedRegression::new(distance);
+    if let Some(augmentation) = arm.augmentation {
+        regression = regression.augmented(augmentation);
+    }
+    let loss = regression.between(&x, &pair.samples)?;
     let mut readings = Readings::default();
     readings.push("regression_loss", &loss)?;
     Ok((loss, readings))
@@ -121,4 +125,59 @@ fn perceptual<'a>(material: &Material<'a>) -> Result<Perceptual<'a>> {
     let weights = classifier.channels().map(|channels| Tensor::f_ones([channels], options));
     let weights = weights.collect::<Result<Vec<_>, _>>()?;
     Ok(Perceptual::new(move |x: &Tensor| classifier.activations(x), weights)?)
+}
+
+/// Predictions of the student between noise and sample of pairs, with its graph, as ADP has them: at the third powers
+/// of even numbers, which gather at the noise.
+struct BetweenPairs {
+    x: Tensor,
+    /// The samples of the pairs.
+    ends: Tensor,
+    cond: Condition,
+}
+
+impl BetweenPairs {
+    fn draw(terms: &ArmTerms<'_>, networks: &Networks<'_>) -> Result<Self> {
+        let (arm, material) = (terms.arm(), terms.material());
+        let pair = material.pairs.of(arm)?.draw(arm.batch, material.teacher.device())?;
+        let (cond, _) = material.prompts.conditions(&pair.items)?;
+        let path = networks.teacher.path();
+        let time = Renoising::new(Power::new(3.0)?).draw(path, &pair.samples, None)?;
+        let input = path.renoise(&pair.samples, &time, &pair.noise)?;
+        let x = networks.student.denoise(&input, &time, &cond)?;
+        Ok(Self { x, ends: pair.samples, cond })
+    }
+
+    fn batch(&self) -> Result<Batch<'_>> {
+        Ok(Batch::new(&self.x, &self.cond)?.with_real(&self.ends)?)
+    }
+}
+
+fn hinge<'t>(terms: &'t ArmTerms<'_>) -> Result<Adversarial<'t>> {
+    Ok(terms.adversarial()?.gan_loss(GanLoss::Hinge))
+}
+
+fn adversarial_loss_on_pairs(
+    terms: &ArmTerms<'_>,
+    networks: &Networks<'_>,
+) -> Result<(Tensor, Readings)> {
+    let made = BetweenPairs::draw(terms, networks)?;
+    let group = Group::new(Renoising::new(Uniform::FULL)).regularizer("adp", 1.0, hinge(terms)?);
+    let objective = Objective::new(networks.teacher.clone()).with(group);
+    let evaluation = objective.evaluate(&made.batch()?)?;
+    let mut readings = Readings::default();
+    readings.push("adp", &evaluation.loss)?;
+    Ok((evaluation.loss, readings))
+}
+
+/// The critic's loss on new pairs.
+///
+/// # Errors
+/// If the arm has no pairs or no critic, or a network fails.
+pub fn critic_loss_on_pairs(terms: &ArmTerms<'_>, networks: &Networks<'_>) -> Result<Tensor> {
+    let made = {
+        let _guard = tch::no_grad_guard();
+        BetweenPairs::draw(terms, networks)?
+    };
+    Ok(hinge(terms)?.critic_loss(&made.batch()?)?)
 }

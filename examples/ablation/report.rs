@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `{{value ARM FIELD}}` | mean over seeds, with its 95 % interval |
 //! | `{{forwards ARM}}` | forwards of an update of the student, on one sample |
-//! | `{{at ARM UPDATE FIELD}}` | the same at one update, for what is measured at each |
+//! | `{{at ARM UPDATE FIELD}}` | the same at one update, for what is measured at each, also in so many steps |
 //! | `{{seen ARM TIME WHO}}` | last drift of `sample`, `fake` or `teacher` before an observer at this time |
 //! | `{{paired ONE TWO FIELD}}` | mean difference of the two over common seeds, with its interval |
 //! | `{{verdict ONE TWO FIELD}}` | whether that interval leaves out zero, and on which side |
@@ -21,7 +21,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::bench::Measurement;
 use super::plots;
@@ -132,6 +132,7 @@ impl Report<'_> {
     }
 
     fn teacher(&self, which: &str, field: Field) -> Result<String> {
+        ensure!(!matches!(field, Field::AtSteps(..)), "the steps of the teacher come first");
         let reference = &self.results.reference;
         let measurement: &Measurement = match which {
             "guided" => &reference.guided,
@@ -146,9 +147,11 @@ impl Report<'_> {
 
     fn measured(&self, measurement: &Measurement, field: Field) -> Result<f64> {
         Ok(match field {
-            Field::Alignment => 100.0 * measurement.alignment,
-            Field::Frechet => measurement.frechet_distance,
-            Field::Drift => self.results.drift(measurement.variance),
+            Field::Alignment | Field::AtSteps(_, Score::Alignment) => 100.0 * measurement.alignment,
+            Field::Frechet | Field::AtSteps(_, Score::Frechet) => measurement.frechet_distance,
+            Field::Drift | Field::AtSteps(_, Score::Drift) => {
+                self.results.drift(measurement.variance)
+            }
             Field::Saturation => measurement.saturation,
             _ => bail!("not a field of one measurement"),
         })
@@ -158,7 +161,13 @@ impl Report<'_> {
         let points = self.results.runs(arm)?.iter().flat_map(|run| &run.points);
         let values = points
             .filter(|point| point.update == update)
-            .map(|point| self.measured(&point.measurement, field))
+            .map(|point| {
+                let measurement = match field {
+                    Field::AtSteps(steps, _) => point.at_steps.get(&steps),
+                    _ => Some(&point.measurement),
+                };
+                self.measured(measurement.context("not measured at these steps")?, field)
+            })
             .collect::<Result<Vec<_>>>()?;
         Ok(shown(Interval::of(&values), field, field.is_signed()))
     }

@@ -3,23 +3,25 @@
 use anyhow::{Context, Result, ensure};
 use decoupled_dmd::{
     Adversarial, AdversarialDistributionMatching, Batch, CfgAugmentation, Condition, Denoiser,
-    DistributionMatching, FewStepGrid, Group, Guidance, Kernel, MaximumMeanDiscrepancy,
-    MeanVariance, NoisePath, Normalizer, Objective, Probe, RectifiedFlow, Renoising, Reward,
-    Sampler, Schedule, ScoreIdentity, Shift, Statistics, TimeDistribution, Uniform,
+    DistributionMatching, Draw, Group, Guidance, Kernel, MaximumMeanDiscrepancy, MeanVariance,
+    NoisePath, Normalizer, Objective, Probe, RectifiedFlow, Renoising, Reward, Schedule,
+    ScoreIdentity, Shift, Statistics, Steps, Uniform,
 };
-use tch::{Kind, Tensor};
+use tch::Tensor;
 use tch_training::Parameters;
 use tch_training::seed::begin;
 use zimage::ZImageTransformer;
 use zimage::distil::{
-    Captions, Decay, Distillation, Networks, Pairs, Processes, Prompts, Readings, Recipe, Record,
-    Rollout, Stream, Terms, denoiser, embedded_optimizer,
+    Captions, Decay, Distillation, Networks, Processes, Prompts, Readings, Recipe, Record, Rollout,
+    Stream, Terms, denoiser, embedded_optimizer,
 };
 use zimage::emoji::Classifier;
 
 use super::arm::{Arm, OnData, Regularization, RenoisingTimes};
 use super::critic::Critic;
 use super::on_data;
+use super::on_rollout::{off_trajectory, segment_draw};
+use super::pairs::PairSets;
 
 /// Side of the pictures that the maximum mean discrepancy compares.
 const SMALL_SIDE: i64 = 8;
@@ -27,9 +29,6 @@ const SMALL_SIDE: i64 = 8;
 /// The last time before the shift from which adversarial distribution matching takes its step of 1/64 in the time
 /// that the network sees, at a shift of 1.6 or more.
 const LAST_STEP: f64 = 0.99;
-
-/// The times before the shift of CDM's points off the rollout.
-const OFF_TRAJECTORY: (f64, f64) = (0.02, 0.98);
 
 /// What all arms share.
 #[derive(Debug)]
@@ -44,7 +43,7 @@ pub struct Material<'a> {
     /// What rewards and perceptual distances are taken from.
     pub classifier: &'a Classifier,
     /// Noise and the guided teacher's samples, for arms that regress.
-    pub pairs: Option<Pairs>,
+    pub pairs: PairSets,
 }
 
 impl Material<'_> {
@@ -102,13 +101,14 @@ pub fn training<'a>(arm: &'a Arm, seed: u64, material: &'a Material<'a>) -> Resu
 
 /// The names that result files give to what an update has shown: losses end in `_loss`, and the sum is left out.
 pub fn named(record: Record) -> Record {
-    const LOSSES: [&str; 11] = [
+    const LOSSES: [&str; 12] = [
         "ca",
         "dm",
         "mean_variance",
         "mmd",
         "gan",
         "adm",
+        "adp",
         "sid",
         "reward",
         "consistency",
@@ -152,6 +152,42 @@ impl<'a> ArmTerms<'a> {
         self.arm
     }
 
+    /// What all arms share.
+    pub fn material(&self) -> &Material<'a> {
+        self.material
+    }
+
+    /// Whether the stage on data alone has been before an update.
+    fn is_past_data(&self, update: u64) -> bool {
+        self.arm.first_stage.is_some_and(|updates| update >= updates)
+    }
+
+    /// The critic's loss on what the student has made in an update, where it has something to compare.
+    fn critic_loss(
+        &self,
+        update: u64,
+        networks: &Networks<'_>,
+        captions: &Captions,
+        rollout: Option<&Rollout<'_>>,
+    ) -> Result<Option<Tensor>> {
+        let Some(rollout) = rollout else {
+            let is_adp = self.arm.on_data == Some(OnData::AdversarialPairs);
+            let is_adp = is_adp && !self.is_past_data(update);
+            return is_adp.then(|| on_data::critic_loss_on_pairs(self, networks)).transpose();
+        };
+        let steps = rollout.trajectory.draw_steps()?;
+        let x = rollout.trajectory.samples_at(&steps)?;
+        let cond = rollout.cond_at(&steps)?;
+        let batch = Batch::new(&x, &cond)?.with_null(&captions.null);
+        Ok(Some(match networks.dm.filter(|_| self.arm.matches_adversarially()) {
+            Some(dm) => self.adversarial_matching(dm)?.critic_loss(&batch)?,
+            None => {
+                let real = captions.real.as_ref().context("the critic lacks real pictures")?;
+                self.adversarial()?.critic_loss(&batch.with_real(real)?)?
+            }
+        }))
+    }
+
     /// Adversarial distribution matching over `dm`.
     fn adversarial_matching<'o>(
         &'o self,
@@ -169,7 +205,11 @@ impl<'a> ArmTerms<'a> {
         Ok(likelihoods.f_gather(1, &cond[2].f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?)
     }
 
-    fn adversarial(&self) -> Result<Adversarial<'_>> {
+    /// A critic's game at all times.
+    ///
+    /// # Errors
+    /// If the arm has no critic.
+    pub fn adversarial(&self) -> Result<Adversarial<'_>> {
         let path = RectifiedFlow.shifted(self.material.shift);
         Ok(Adversarial::new(path, self.logits()?))
     }
@@ -253,6 +293,11 @@ impl Terms for ArmTerms<'_> {
         Ok(objective)
     }
 
+    fn draw(&self, rollout: &Rollout<'_>, steps: &Steps) -> Result<Option<Draw>> {
+        let draw = || segment_draw(self.material.shift, &rollout.trajectory, steps);
+        self.arm.in_segments.then(draw).transpose()
+    }
+
     fn rollout_steps(&self, update: u64, _most: usize) -> Option<usize> {
         let since = update.checked_sub(self.arm.first_stage.unwrap_or(0))?;
         let steps = &self.arm.steps;
@@ -270,11 +315,12 @@ impl Terms for ArmTerms<'_> {
         captions: &Captions,
         rollout: Option<&Rollout<'_>>,
     ) -> Result<Vec<(Tensor, Readings)>> {
-        let is_over = self.arm.first_stage.is_some_and(|updates| update >= updates);
-        let on_data =
-            self.arm.on_data.filter(|_| !is_over).map(|loss| {
-                on_data::loss(loss, self.arm, update, self.material, networks, captions)
-            });
+        let is_over = self.is_past_data(update);
+        let on_data = self
+            .arm
+            .on_data
+            .filter(|_| !is_over)
+            .map(|loss| on_data::loss(loss, self, update, networks, captions));
         let off_rollout = rollout
             .filter(|_| self.arm.off_trajectory)
             .map(|rollout| off_trajectory(self.arm, networks, rollout));
@@ -296,27 +342,18 @@ impl Terms for ArmTerms<'_> {
 
     fn train(
         &mut self,
-        rollout: &Rollout<'_>,
-        dm: Option<&DistributionMatching<'_>>,
+        update: u64,
+        networks: &Networks<'_>,
+        captions: &Captions,
+        rollout: Option<&Rollout<'_>>,
     ) -> Result<Readings> {
         if self.critic.is_none() {
             return Ok(Readings::default());
         }
-        let loss = {
-            let steps = rollout.trajectory.draw_steps()?;
-            let x = rollout.trajectory.samples_at(&steps)?;
-            let cond = rollout.cond_at(&steps)?;
-            let batch = Batch::new(&x, &cond)?.with_null(&rollout.captions.null);
-            match dm.filter(|_| self.arm.matches_adversarially()) {
-                Some(dm) => self.adversarial_matching(dm)?.critic_loss(&batch)?,
-                None => {
-                    let real = rollout.captions.real.as_ref();
-                    let real = real.context("the critic lacks real pictures")?;
-                    self.adversarial()?.critic_loss(&batch.with_real(real)?)?
-                }
-            }
+        let loss = self.critic_loss(update, networks, captions, rollout)?;
+        let (Some(critic), Some(loss)) = (&mut self.critic, loss) else {
+            return Ok(Readings::default());
         };
-        let Some(critic) = &mut self.critic else { return Ok(Readings::default()) };
         let _norm = critic.trainer.descend(&loss, None, Processes::default())?;
         let mut readings = Readings::default();
         readings.push("critic", &loss)?;
@@ -326,34 +363,4 @@ impl Terms for ArmTerms<'_> {
     fn state(&self) -> Parameters {
         self.critic.iter().flat_map(|critic| critic.trainer.state()).collect()
     }
-}
-
-/// Distribution matching without the engine off the student's rollout, as in CDM: one more evaluation of the student at
-/// a point of the line that a prediction of its rollout draws through its input.
-fn off_trajectory(
-    arm: &Arm,
-    networks: &Networks<'_>,
-    rollout: &Rollout<'_>,
-) -> Result<(Tensor, Readings)> {
-    let dm = networks.dm.context("distribution matching off the rollout needs a fake score")?;
-    let Rollout { trajectory, captions, .. } = rollout;
-    let grid = FewStepGrid::even(trajectory.steps() as usize)?;
-    let sampler = Sampler::new(&networks.student, grid, arm.transition);
-    let steps = trajectory.draw_steps()?;
-    let from = {
-        let _guard = tch::no_grad_guard();
-        sampler.simulate_on(trajectory, &captions.cond, &steps)?
-    };
-    let (low, high) = OFF_TRAJECTORY;
-    let options = (Kind::Float, from.x.device());
-    let times =
-        Uniform::new(low, high)?.times(&Tensor::f_rand([arm.batch as i64], options)?, None)?;
-    let made = sampler.simulate_off_trajectory(&from, &captions.cond, &times)?;
-    let cond = rollout.cond_at(&steps)?;
-    let batch = Batch::of(&made, &cond)?;
-    let group = Group::new(Renoising::new(Uniform::FULL)).regularizer("dm", 1.0, dm);
-    let evaluation = Objective::new(networks.teacher.clone()).with(group).evaluate(&batch)?;
-    let mut readings = Readings::default();
-    readings.push("off_trajectory_loss", &evaluation.loss)?;
-    Ok((evaluation.loss, readings))
 }

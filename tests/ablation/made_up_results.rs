@@ -32,7 +32,7 @@ pub fn made_up() -> Result<(TempDir, Results)> {
             let point = |update, alignment| Point {
                 update,
                 measurement: measurement(alignment, 1.0),
-                at_steps: BTreeMap::new(),
+                at_steps: [(2, measurement(0.5 * alignment, 1.0))].into(),
                 diagnostics: BTreeMap::new(),
                 observations: vec![Observation { time: 0.5, sample: 2.0, fake: 8.0, teacher: 1.0 }],
                 change_spectrum: vec![1.0, 2.0, 1.0],

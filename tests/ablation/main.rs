@@ -6,12 +6,14 @@ mod ablation;
 #[path = "../../crates/zimage/tests/common/mod.rs"]
 mod common;
 mod made_up_results;
+mod stages;
 mod statistics;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use ablation::arm::{Arm, OnData, Regularization, RenoisingTimes};
 use ablation::bench::Bench;
+use ablation::pairs::{PairSets, PairSource};
 use ablation::record::{Reference, RunRecord, reference_path, run_path};
 use ablation::results::Field;
 use ablation::run::{run, write_reference};
@@ -21,14 +23,14 @@ use anyhow::Result;
 use common::tiny::{prompts, teacher};
 use common::{gradient, max_difference, seeded, wave, worse};
 use decoupled_dmd::{
-    Batch, Condition, DistributionMatching, Draw, Guidance, PreShift, Schedule, Shift, Transition,
+    Batch, Condition, DistributionMatching, Draw, Guidance, PreShift, Schedule, Shift,
 };
 use made_up_results::made_up;
 use tch::{Device, Kind, Tensor};
 use tch_training::files::read_json;
 use tempfile::tempdir;
 use zimage::ZImageTransformer;
-use zimage::distil::{PairSettings, Pairs, Prompts, Sampling, Terms, denoiser};
+use zimage::distil::{Prompts, Terms, denoiser};
 use zimage::emoji::{Classifier, EmojiData, Judge, mean_variance};
 
 const DM: Regularization = Regularization::DistributionMatching(RenoisingTimes::FULL);
@@ -40,7 +42,7 @@ fn material<'a>(
 ) -> Result<Material<'a>> {
     Ok(Material {
         classifier,
-        pairs: Some(pairs(teacher, prompts)?),
+        pairs: pairs(teacher, prompts)?,
         teacher,
         shift: Shift::new(3.0)?,
         prompts,
@@ -49,19 +51,14 @@ fn material<'a>(
     })
 }
 
-fn pairs(teacher: &ZImageTransformer, prompts: &Prompts) -> Result<Pairs> {
-    let settings = PairSettings {
-        items: vec![0, 1, 2],
-        size: [3, 16, 16],
-        sampling: Sampling {
-            steps: 2,
-            guidance: Guidance::new(3.0)?,
-            transition: Transition::Ddim,
-        },
-        shift: Shift::new(3.0)?,
-        seed: 0,
+/// Those of the arms, for a smoke test.
+fn pairs(teacher: &ZImageTransformer, prompts: &Prompts) -> Result<PairSets> {
+    let arm = Arm::new("any", 1).on_data(OnData::AdversarialPairs).quick();
+    let settings = |source: PairSource| {
+        assert_eq!(source, PairSource::QUICK);
+        source.settings(&[0, 1, 2], [3, 16, 16], Shift::new(3.0)?)
     };
-    Pairs::make(tempdir()?.path(), teacher, prompts, &settings)
+    PairSets::make([&arm].into_iter(), tempdir()?.path(), teacher, prompts, settings)
 }
 
 fn classifier() -> Result<Classifier> {
@@ -119,6 +116,7 @@ fn every_arm_trains_and_says_what_its_terms_do() -> Result<()> {
                 OnData::Consistency { .. } => "consistency_loss",
                 OnData::MeanFlow { .. } => "mean_flow_loss",
                 OnData::Regression(_) => "regression_loss",
+                OnData::AdversarialPairs => "adp_loss",
             };
             assert!(has(name), "{} lacks {name}: {record:?}", arm.name);
         }
@@ -245,7 +243,7 @@ fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
         items,
         images,
         classifier: &classifier,
-        pairs: None,
+        pairs: PairSets::default(),
     };
     let judge = || -> Result<Judge> {
         let classifier = Classifier::load("assets/classifier".as_ref(), Kind::Float, Device::Cpu)?;
@@ -278,10 +276,13 @@ fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
     let before = std::fs::metadata(&path)?.modified()?;
     run(folder, folder, &arm, 0, &material, &bench)?;
     assert_eq!(std::fs::metadata(&path)?.modified()?, before);
-    // A result of other settings is refused.
-    let other = arm.clone().with(|arm| arm.student_learning_rate *= 2.0);
-    let error = run(folder, folder, &other, 0, &material, &bench).unwrap_err().to_string();
-    assert!(error.contains("ca-seed0.json was made with other settings"), "{error}");
+    // A result of other settings is refused, and one of other pairs.
+    let slower = arm.clone().with(|arm| arm.student_learning_rate *= 2.0);
+    let paired = arm.clone().with(|arm| arm.pairs = Some(PairSource::QUICK));
+    for other in [slower, paired] {
+        let error = run(folder, folder, &other, 0, &material, &bench).unwrap_err().to_string();
+        assert!(error.contains("ca-seed0.json was made with other settings"), "{error}");
+    }
 
     // Captions for choosing and captions for reporting do not meet.
     let selection = Bench::new(judge()?, &material, &data, 6, true)?;
@@ -303,7 +304,7 @@ fn the_report_takes_its_numbers_from_the_files() -> Result<()> {
     let (folder, results) = made_up()?;
     let document = folder.path().join("document.md");
     let figures = folder.path().join("figures");
-    let template = "{{value one fine-power}} {{at one 0 drift}} {{seen two 0.5 fake}} a {{value one alignment}} b {{value one drift}} c \
+    let template = "{{value one fine-power}} {{at one 0 drift}} {{at one 40 frechet@2}} {{seen two 0.5 fake}} a {{value one alignment}} b {{value one drift}} c \
                     {{paired two one alignment}} d {{verdict two one alignment}} e \
                     {{teacher guided frechet}} f {{runs}}\n{{table pair}}{{curves pair}}\
                     {{strips pair}} {{picture one-seen}} \
@@ -314,7 +315,7 @@ fn the_report_takes_its_numbers_from_the_files() -> Result<()> {
     let text = std::fs::read_to_string(&document)?;
     // The half width is 12.7062 times half the distance of two values.
     for part in [
-        "25.0 ± 0.0 -0.69 ± 0.00 +1.39 ± 0.00 a 55.0 ± 63.5 b -0.69 ± 0.00 c +11.0 ± 12.7 d not told apart over 2 seeds",
+        "25.0 ± 0.0 -0.69 ± 0.00 0.069 ± 0.079 +1.39 ± 0.00 a 55.0 ± 63.5 b -0.69 ± 0.00 c +11.0 ± 12.7 d not told apart over 2 seeds",
         "e 0.250 f 4 runs of 2 arms; not finished",
         "one (pair: 2 of 3)",
         "| two | 2 | 66.0 ± 76.2 |",
@@ -335,6 +336,9 @@ fn the_report_takes_its_numbers_from_the_files() -> Result<()> {
         ("{{value three alignment}}", "there is no arm three"),
         ("{{table nothing}}", "there is no experiment nothing"),
         ("{{at one 0 dm-cos}}", "not a field of one measurement"),
+        ("{{at one 0 diversity@2}}", "not a field of one measurement"),
+        ("{{at one 0 frechet@3}}", "not measured at these steps"),
+        ("{{teacher guided frechet@2}}", "the steps of the teacher come first"),
         ("{{seen one 0.5 student}}", "expected sample, fake or teacher"),
         ("{{nonsense}}", "not a placeholder"),
         ("{{when pair}}", "has no {{end}}"),

@@ -1,7 +1,9 @@
 //! The fake score: a denoiser of the student's samples, trained beside it.
 
 use anyhow::Result;
-use decoupled_dmd::{Batch, Denoiser, DistributionMatching, Shift};
+use decoupled_dmd::{
+    Batch, Denoiser, DistributionMatching, Draw, Renoising, Shift, Steps, Uniform,
+};
 use tch::{Kind, Tensor};
 use tch_training::lora::LoraSettings;
 use tch_training::{AdamWSettings, Tape};
@@ -51,21 +53,27 @@ impl FakeScore {
         DistributionMatching::new(self.denoiser(base, shift))
     }
 
-    /// The loss on the samples of a rollout, made with `tape` if there is one.
+    /// The loss on the samples of a rollout, made with `tape` if there is one, at what `draw` gives for their steps,
+    /// or at all times with fresh noise where it gives nothing; see [`Terms::draw`](super::Terms::draw).
     ///
     /// # Errors
-    /// If libtorch fails.
+    /// If `draw` or libtorch fails.
     pub fn loss(
         &self,
         base: &ZImageTransformer,
         rollout: &Rollout<'_>,
         shift: Shift,
         tape: Option<&Tape>,
+        draw: impl FnOnce(&Steps) -> Result<Option<Draw>>,
     ) -> Result<Tensor> {
         let steps = rollout.trajectory.draw_steps()?;
         let x = rollout.trajectory.samples_at(&steps)?;
         let network = self.trainer.weights.training(base, tape);
         let dm = DistributionMatching::new(fake_denoiser(network, &self.steps, shift));
-        Ok(dm.denoising_loss(&Batch::new(&x, &rollout.cond_at(&steps)?)?)?)
+        let cond = rollout.cond_at(&steps)?;
+        let batch = Batch::new(&x, &cond)?;
+        let Some(Draw { u, noise }) = draw(&steps)? else { return Ok(dm.denoising_loss(&batch)?) };
+        let time = Renoising::new(Uniform::FULL).at(dm.fake().path(), &u, None)?;
+        Ok(dm.denoising_loss_at(&batch, &time, &noise)?)
     }
 }

@@ -2,7 +2,8 @@
 
 use anyhow::{Context, Result};
 use decoupled_dmd::{
-    Denoiser, DistributionMatching, FlowMap, Guidance, Objective, Schedule, Shift, Shifts,
+    Denoiser, DistributionMatching, Draw, FlowMap, Guidance, Objective, Schedule, Shift, Shifts,
+    Steps,
 };
 use tch::Tensor;
 use tch_training::Parameters;
@@ -35,6 +36,18 @@ pub trait Terms {
         teacher: Denoiser<'o>,
         dm: Option<&'o DistributionMatching<'o>>,
     ) -> Result<Objective<'o>>;
+
+    /// The draw at which samples of a rollout, each at its step of `steps`, are noised again: by the one group of the
+    /// objective in an update of the student, and anew in each update of the fake score. `u` are times before the
+    /// shift there. A device is waited for once for each draw, whose numbers are checked. `None` by default: every
+    /// group of the objective draws for itself, and the fake score at all times.
+    ///
+    /// # Errors
+    /// If libtorch fails. An update fails where a draw meets an objective of several groups.
+    fn draw(&self, rollout: &Rollout<'_>, steps: &Steps) -> Result<Option<Draw>> {
+        let _ = (rollout, steps);
+        Ok(None)
+    }
 
     /// Steps of the student's rollout at an update, a divisor of `most`, those of the recipe; `None` where the
     /// student is trained on data alone.
@@ -84,17 +97,19 @@ pub trait Terms {
         true
     }
 
-    /// One update of the networks of the terms, at the end of an update of the student; names and losses. `dm` is
-    /// as in [`Self::objective`].
+    /// One update of the networks of the terms, at the end of an update of the student; names and losses. The
+    /// arguments are those of [`Self::more_losses`], after what the update has changed but for the rollout.
     ///
     /// # Errors
     /// If libtorch fails.
     fn train(
         &mut self,
-        rollout: &Rollout<'_>,
-        dm: Option<&DistributionMatching<'_>>,
+        update: u64,
+        networks: &Networks<'_>,
+        captions: &Captions,
+        rollout: Option<&Rollout<'_>>,
     ) -> Result<Readings> {
-        let _ = (rollout, dm);
+        let _ = (update, networks, captions, rollout);
         Ok(Readings::default())
     }
 

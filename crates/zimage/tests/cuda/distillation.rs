@@ -1,11 +1,13 @@
 //! Updates of a distillation, which wait for the device once each.
 
 use anyhow::Result;
-use decoupled_dmd::Shift;
+use decoupled_dmd::{
+    Denoiser, DistributionMatching, Draw, Group, Objective, Renoising, Shift, Steps, Uniform,
+};
 use tch::{Device, Kind, Tensor};
 use tch_training::lora::LoraSettings;
 use zimage::Role;
-use zimage::distil::{Distillation, Preset, Recipe, Record};
+use zimage::distil::{Distillation, Preset, Recipe, Record, Rollout, Terms};
 use zimage::emoji::Vocabulary;
 use zimage::model::BLOCK_LINEARS;
 
@@ -102,5 +104,48 @@ fn adapters_in_bfloat16() {
     compare("adapters in bfloat16 with checkpointing", BFLOAT16, |on| {
         let recipe = recipe(2);
         train(on, Kind::BFloat16, Recipe { adapter: adapter(0.0), checkpointing: true, ..recipe })
+    });
+}
+
+/// Distribution matching at draws that the terms give.
+struct Given;
+
+impl Terms for Given {
+    fn objective<'o>(
+        &'o self,
+        teacher: Denoiser<'o>,
+        dm: Option<&'o DistributionMatching<'o>>,
+    ) -> Result<Objective<'o>> {
+        let group = Group::new(Renoising::new(Uniform::FULL));
+        Ok(Objective::new(teacher).with(group.regularizer("dm", 1.0, dm.expect("a fake score"))))
+    }
+
+    fn draw(&self, rollout: &Rollout<'_>, steps: &Steps) -> Result<Option<Draw>> {
+        let (input, start) = rollout.trajectory.inputs_at(steps)?;
+        let u = start.tensor().f_add(&start.tensor().f_rand_like()?.f_mul_scalar(0.2)?)?;
+        Ok(Some(Draw { u, noise: input.f_randn_like()? }))
+    }
+}
+
+#[test]
+fn given_draws() {
+    const FAKE_UPDATES: usize = 2;
+    compare("given draws", FLOAT32, |on| -> Result<Vec<Tensor>> {
+        let teacher = teacher(on, Kind::Float)?;
+        let vocabulary = Vocabulary::load(&workspace("assets/emoji"))?;
+        let prompts = vocabulary.encode_prompts(&teacher, ["google cat face"].into_iter())?;
+        let recipe = recipe(FAKE_UPDATES as u64);
+        let mut distillation =
+            Distillation::with_terms(recipe, &teacher, &prompts, &[0], SIZE, Given)?;
+        distillation.warm_up()?;
+        let _first = distillation.step(true)?;
+        // Each draw is looked at, the student's and those of the fake score.
+        let waiting = 1 + 1 + FAKE_UPDATES;
+        let record = waits(on, "an update", waiting, || distillation.step(true))?;
+        let numbers: Vec<f64> = record.iter().map(|(_, value)| *value).collect();
+        let student = distillation.student_weights().role.parameters();
+        let mut results = vec![Tensor::from_slice(&numbers).to_device(on)];
+        results.extend(student.into_iter().map(|(_, tensor)| tensor.detach()));
+        Ok(drawn(results))
     });
 }

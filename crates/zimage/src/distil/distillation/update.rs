@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use decoupled_dmd::arithmetic::Arithmetic as _;
-use decoupled_dmd::{Batch, Denoiser, FewStepGrid, Sampler};
+use decoupled_dmd::{Batch, Denoiser, FewStepGrid, Sampler, Steps};
 use tch::{Kind, Tensor};
 use tch_training::Tape;
 use tch_training::ema::update_average;
@@ -72,27 +72,22 @@ impl<T: Terms> Distillation<'_, T> {
         let roll_out = |steps| self.roll_out(&captions, steps, self.update);
         let rollouts = self.rollout_steps().map(roll_out).transpose()?.unwrap_or_default();
         let mut readings = self.train_student(&captions, &rollouts, observe)?;
-        if !rollouts.is_empty() {
-            if self.fake.is_some() {
-                // Loss and norm of the gradient.
-                let mut sum = Tensor::f_zeros([2], (Kind::Double, self.teacher.device()))?;
-                for _ in 0..self.recipe.fake_updates {
-                    if let Some((loss, norm)) = self.train_fake(&rollouts, &mut readings)? {
-                        let double = |tensor: Tensor| tensor.f_detach()?.f_to_kind(Kind::Double);
-                        sum = sum.f_add(&Tensor::f_stack(&[double(loss)?, double(norm)?], 0)?)?;
-                    }
-                }
-                let mean = sum.over(self.recipe.fake_updates.max(1) as f64)?;
-                readings.push("fake", &mean.f_select(0, 0)?)?;
-                if observe {
-                    readings.push("fake_gradient", &mean.f_select(0, 1)?)?;
+        if self.fake.is_some() && !rollouts.is_empty() {
+            // Loss and norm of the gradient.
+            let mut sum = Tensor::f_zeros([2], (Kind::Double, self.teacher.device()))?;
+            for _ in 0..self.recipe.fake_updates {
+                if let Some((loss, norm)) = self.train_fake(&rollouts, &mut readings)? {
+                    let double = |tensor: Tensor| tensor.f_detach()?.f_to_kind(Kind::Double);
+                    sum = sum.f_add(&Tensor::f_stack(&[double(loss)?, double(norm)?], 0)?)?;
                 }
             }
-            let (base, shift) = (self.teacher, self.recipe.shift);
-            let dm = self.fake.as_ref().map(|fake| fake.matching(base, shift));
-            // Terms that have something to train here take whole batches.
-            readings.extend(self.terms.train(&rollouts[0], dm.as_ref())?);
+            let mean = sum.over(self.recipe.fake_updates.max(1) as f64)?;
+            readings.push("fake", &mean.f_select(0, 0)?)?;
+            if observe {
+                readings.push("fake_gradient", &mean.f_select(0, 1)?)?;
+            }
         }
+        readings.extend(self.train_terms(&captions, &rollouts)?);
         self.update += 1;
         let current = self.student.parameters();
         update_average(&self.average.parameters(), &current, self.recipe.ema, self.update)?;
@@ -196,7 +191,10 @@ impl<T: Terms> Distillation<'_, T> {
         if let Some(real) = &captions.real {
             batch = batch.with_real(real)?;
         }
-        let evaluation = objective.evaluate(&batch)?;
+        let evaluation = match self.terms.draw(rollout, &steps)? {
+            Some(draw) => objective.evaluate_at(&batch, vec![draw])?,
+            None => objective.evaluate(&batch)?,
+        };
         let mut readings = Readings::default();
         readings.observe(evaluation.scalars()?)?;
         if let Some(diagnostics) = evaluation.diagnostics.filter(|_| self.data_variance.is_some()) {
@@ -218,13 +216,27 @@ impl<T: Terms> Distillation<'_, T> {
         let mut losses = Vec::with_capacity(rollouts.len());
         for rollout in rollouts {
             let tape = self.recipe.tape();
-            let loss = share(fake.loss(base, rollout, shift, tape.as_ref())?, rollouts.len())?;
+            let draw = |steps: &Steps| self.terms.draw(rollout, steps);
+            let loss = fake.loss(base, rollout, shift, tape.as_ref(), draw)?;
+            let loss = share(loss, rollouts.len())?;
             fake.trainer.accumulate(&loss, tape.as_ref())?;
             losses.push(loss.f_detach()?);
         }
         let norm = fake.trainer.step(self.processes)?;
         readings.push_norm("fake score", &norm)?;
         Ok(sum(losses)?.map(|loss| (loss, norm)))
+    }
+
+    /// One update of the networks of the terms.
+    fn train_terms(&mut self, captions: &[Captions], rollouts: &[Rollout<'_>]) -> Result<Readings> {
+        // Terms that have something to train here take whole batches.
+        let Some(captions) = captions.first() else { return Ok(Readings::default()) };
+        let (base, shift) = (self.teacher, self.recipe.shift);
+        let (student, flow_map) = self.student.training(base, None, shift);
+        let dm = self.fake.as_ref().map(|fake| fake.matching(base, shift));
+        let networks =
+            Networks { teacher: denoiser(base, shift), student, flow_map, dm: dm.as_ref() };
+        self.terms.train(self.update, &networks, captions, rollouts.first())
     }
 
     /// Fresh captions, for each part of the batch.
