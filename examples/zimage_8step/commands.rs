@@ -12,7 +12,8 @@ use zimage::autoencoder::AutoencoderConfig;
 use zimage::device::set_threads;
 use zimage::distil::run as released;
 use zimage::distil::{
-    ADAPTER, Ending, FinishedRun, Preset, Recipe, Start, export_comfyui, own_device,
+    ADAPTER, Ending, FinishedRun, Preset, Recipe, Start, exchanged, export_comfyui, memory_plan,
+    own_device,
 };
 use zimage::emoji::run as embedded;
 use zimage::failure::{is_other_run, is_out_of_memory};
@@ -112,7 +113,7 @@ fn plan(options: &Options) -> Result<()> {
     recipe.batch = whole / processes;
     let sizes = options.sizes();
     let kept = (options.kind(), options.base);
-    let plan = released::plan(&options.checkpoint, &config, &recipe, &sizes, kept)?;
+    let plan = memory_plan(&options.checkpoint, &config, &recipe, &sizes, kept)?;
     println!(
         "Training at {} pixels, {} samples at once, prompts of up to {MAX_TOKENS} tokens:\n{plan}",
         sizes.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or "),
@@ -123,7 +124,7 @@ fn plan(options: &Options) -> Result<()> {
         println!("On top, {}: at most {:.3} GB", path.display(), size as f64 / 1e9);
     }
     if processes > 1 {
-        let bytes = released::exchanged(&plan, &config, &recipe);
+        let bytes = exchanged(&plan, &config, &recipe);
         let sent = 2.0 * (processes - 1) as f64 / processes as f64 * bytes as f64;
         println!(
             "That is one of {processes} processes, {whole} samples in all. Each averages gradients of {:.3} GB in an \

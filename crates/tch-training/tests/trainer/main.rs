@@ -3,6 +3,7 @@
 mod checkpointing;
 mod common;
 mod lora;
+mod lora_files;
 mod optimizer;
 mod run;
 mod safetensors;

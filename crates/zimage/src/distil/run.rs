@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use decoupled_dmd::{Guidance, Transition};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -20,6 +20,7 @@ use crate::distil::curves::write_curves;
 use crate::distil::distillation::{Distillation, Record};
 use crate::distil::model_card::write_model_card;
 use crate::distil::picture_size::PictureSize;
+use crate::distil::plan::{check_kind, latents};
 use crate::distil::processes::Processes;
 use crate::distil::prompts::Prompts;
 use crate::distil::recipe::Recipe;
@@ -30,11 +31,9 @@ use crate::distil::saved_student::{
 };
 use crate::distil::training_loop::{Ending, Intervals, Outcome, Preview, train_student};
 use crate::distil::weights::{Network, RoleWeights};
-use crate::model::{
-    ADAPTER_NAMES, Checkpoint, Config, MemoryPlan, Role, Storage, TrainingSetup, ZImageTransformer,
-};
+use crate::model::{ADAPTER_NAMES, Checkpoint, Role, ZImageTransformer};
 use crate::picture::{Sheet, write_comparison, write_grid};
-use crate::text::{FeatureCache, MAX_TOKENS, Prompt, TextEncoder, read_prompts};
+use crate::text::{FeatureCache, Prompt, TextEncoder, read_prompts};
 
 /// Size of the pictures where nothing else is said.
 pub const SIZE: PictureSize = PictureSize::square(1024);
@@ -50,68 +49,6 @@ const MOST_PICTURED: usize = 16;
 const TEACHER_STEPS: usize = 50;
 /// Shift of the guidance-distilled Z-Image-Turbo; the base model's is 6.
 const TURBO_SHIFT: f64 = 3.0;
-
-/// The memory that a training would take, from the shape of the transformer alone: nothing else of the
-/// `checkpoint` need be there.
-///
-/// # Errors
-/// If the recipe, a size of the pictures or the dtype does not fit, or there is no size.
-pub fn plan(
-    checkpoint: &Path,
-    config: &Config,
-    recipe: &Recipe,
-    sizes: &[PictureSize],
-    (kind, storage): (Kind, Storage),
-) -> Result<MemoryPlan> {
-    recipe.check_adapter(config)?;
-    recipe.check_storage(storage)?;
-    let batch = i64::try_from(recipe.part()?).context("the batch")?;
-    let (first, all) = latents(sizes, checkpoint, config)?;
-    // What is drawn in the largest takes the most.
-    let area = |[_, height, width]: &[i64; 3]| height * width;
-    let [_, height, width] = all.into_iter().max_by_key(area).unwrap_or(first);
-    check_kind(kind, recipe)?;
-    MemoryPlan::new(&TrainingSetup {
-        config,
-        size: (height, width),
-        caption: MAX_TOKENS as i64,
-        batch,
-        kind,
-        storage,
-        lora: recipe.adapter.as_ref(),
-        fake_lora: recipe.fake_adapter.as_ref(),
-        checkpointing: recipe.checkpointing,
-        encodes_captions: false,
-        ema: true,
-    })
-}
-
-/// The sizes of the latents of pictures: of the first, and of all.
-fn latents(
-    sizes: &[PictureSize],
-    checkpoint: &Path,
-    config: &Config,
-) -> Result<([i64; 3], Vec<[i64; 3]>)> {
-    let all = sizes.iter().map(|size| size.latents(checkpoint, config));
-    let all = all.collect::<Result<Vec<_>>>()?;
-    Ok((*all.first().context("there is no size of pictures")?, all))
-}
-
-/// The bytes of the gradients that a process gives away in an update of the student, with those of the fake score
-/// that go with it: at most, for what has no gradient is not exchanged.
-pub fn exchanged(plan: &MemoryPlan, config: &Config, recipe: &Recipe) -> u64 {
-    let steps = recipe.steps as u64 * config.dim as u64 * 4;
-    let [student, fake] = plan.gradients;
-    student.saturating_add((fake + steps).saturating_mul(recipe.fake_updates))
-}
-
-fn check_kind(kind: Kind, recipe: &Recipe) -> Result<()> {
-    ensure!(
-        kind == Kind::Float || recipe.adapter.is_some(),
-        "whole copies are trained in float32, found {kind:?}: choose float32, or adapters of some rank"
-    );
-    Ok(())
-}
 
 /// A training of a released model, beside its recipe.
 #[derive(Clone, Debug)]
