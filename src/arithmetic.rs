@@ -63,11 +63,10 @@ pub fn filled(size: &[i64], value: f64, options: (Kind, Device)) -> Result<Tenso
 /// The whole numbers from 0 to `length - 1`, `[length]`.
 ///
 /// # Errors
-/// If libtorch fails.
+/// If the length is negative, or libtorch fails.
 pub fn counting(length: i64, (kind, device): (Kind, Device)) -> Result<Tensor> {
-    let numbers: Vec<i64> = (0..length).collect();
-    // Not waited for: libtorch reads the numbers before it returns.
-    Tensor::f_from_slice(&numbers)?.f_to_kind(kind)?.f_to_device_(device, kind, true, false)
+    let from_one = Tensor::f_ones([length], (Kind::Int64, device))?.f_cumsum(0, None::<Kind>)?;
+    from_one.f_sub(&whole_number(1)?)?.f_to_kind(kind)
 }
 
 /// Arithmetic of a floating-point tensor and a number; the result of all but a comparison has the tensor's type. The
@@ -272,6 +271,7 @@ mod tests {
             assert!(counting(5, options)?.equal(&Tensor::arange(5, options)));
         }
         assert_eq!(counting(0, options)?.size(), [0]);
+        assert!(counting(-1, options).is_err() && counting(i64::MAX, options).is_err());
         Ok(())
     }
 }

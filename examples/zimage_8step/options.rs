@@ -214,7 +214,7 @@ pub struct Options {
     pub checkpointing: Option<bool>,
 
     /// File in UTF-8 with a prompt a line to train on: text, or in a .jsonl file objects with "prompt" and, if
-    /// wanted, "negative"; needed
+    /// wanted, "negative" or "negative_prompt"; needed
     #[arg(long, value_name = "FILE", help_heading = "Released checkpoints")]
     pub prompt_file: Option<PathBuf>,
     /// What the teacher is guided away from, where a prompt has no "negative" of its own; nothing by default

@@ -80,7 +80,7 @@ fn what_comfyui_has_no_place_for_is_refused() -> Result<()> {
     fs::write(&earlier, "")?;
     let error = message(run(&options(&place, &[])?), "another patch size");
     assert!(error.contains("patch size 2, found [4]"), "{error}");
-    assert!(earlier.exists());
+    assert!(earlier.exists() && !place.out().join("comfyui.partial").exists());
 
     for (more, complaint) in
         [(&["--updates", "3"][..], "--updates"), (&["--sample", "x"], "--sample")]

@@ -138,10 +138,18 @@ fn what_is_wrong_with_data_is_named() -> Result<()> {
         fs::write(path, lines)?;
     }
     let error = message(read_prompts(&text), "JSON in a text");
-    assert!(error.contains("line 1 is a prompt in JSON") && error.contains(".jsonl"), "{error}");
+    assert!(error.contains("line 1 is an object of JSON") && error.contains(".jsonl"), "{error}");
     assert_eq!(read_prompts(&json)?[0].negative.as_deref(), Some("a dog"));
     fs::write(&text, "{a red|a blue} fox\n")?;
     assert_eq!(read_prompts(&text)?[0].text, "{a red|a blue} fox");
+    fs::write(&text, r#"["a red fox"]"#)?;
+    assert_eq!(read_prompts(&text)?[0].text, r#"["a red fox"]"#);
+    fs::write(&json, r#"["a red fox"]"#)?;
+    assert!(message(read_prompts(&json), "an array").contains("an object with a text"));
+    fs::write(&text, r#"{"caption": "A cat"}"#)?;
+    assert!(message(read_prompts(&text), "another object").contains("an object of JSON"));
+    fs::write(&json, r#"{"prompt": "a", "negative": "b", "negative_prompt": "c"}"#)?;
+    assert_eq!(read_prompts(&json)?[0].negative.as_deref(), Some("b"));
 
     for size in ["23", "24x", "x24", "24x24x24", "many", "0", "24,0"] {
         let size = parsed(&place, &["--prompt-file", &prompts, "--size", size]);

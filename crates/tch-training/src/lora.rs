@@ -300,16 +300,19 @@ impl Lora {
         Ok(Self { pairs: Rc::new(pairs), dropout: 0.0 })
     }
 
-    /// What no element of an update exceeds: the largest `scale * rank * max |A| * max |B|` of the pairs. It is 0 for
-    /// an adapter that changes nothing, and may be infinite or NaN where tensors are not finite.
+    /// What no element of an update exceeds: the largest over the pairs of `scale * sum_r max |A_r| max |B_r|` with the
+    /// rows of A and the columns of B. It may be infinite or NaN where tensors are not finite.
     ///
     /// # Errors
     /// [`Error::Torch`] if libtorch fails.
     pub fn bound(&self) -> Result<f64> {
-        let largest = |tensor: &Tensor| f64::try_from(&tensor.f_detach()?.f_abs()?.f_max()?);
+        let _guard = tch::no_grad_guard();
+        let largest = |tensor: &Tensor, over: i64| {
+            tensor.f_to_kind(Kind::Double)?.f_abs()?.f_amax([over].as_slice(), false)
+        };
         let bounds = self.pairs().values().map(|Pair { down, up, scale }| {
-            let rank = down.size().first().copied().unwrap_or_default() as f64;
-            Ok(scale.abs() * rank * largest(down)? * largest(up)?)
+            let sum = largest(down, 1)?.f_mul(&largest(up, 0)?)?.f_sum(Kind::Double)?;
+            Ok(scale.abs() * f64::try_from(&sum)?)
         });
         // NaN is kept, which `f64::max` drops.
         let larger =
@@ -323,7 +326,7 @@ impl Lora {
     /// [`Error::Torch`] if it cannot be allocated.
     pub fn duplicate(&self) -> Result<Self> {
         let _guard = tch::no_grad_guard();
-        let copy = |tensor: &Tensor| Ok::<_, tch::TchError>(tensor.f_detach()?.copy());
+        let copy = Tensor::f_detach_copy;
         let pairs = self
             .pairs
             .iter()

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
+use super::names::ALPHA;
 use super::{HALVES, LayerNames, LinearLayer, Lora};
 use crate::error::{Error, Result};
 use crate::files::read_json;
@@ -20,7 +21,8 @@ const PEFT: (&str, &str) = ("base_model.model.", "adapter_config.json");
 
 impl Lora {
     /// Writes the adapter as `{prefix}{layer}.lora_A.weight` and `.lora_B.weight` with the scale folded into B,
-    /// which all programs that know the names load alike. diffusers calls a transformer `transformer.`.
+    /// which all programs that know the names load alike. diffusers calls a transformer `transformer.`; peft, with
+    /// `base_model.model.`, wants its settings in a file beside this.
     ///
     /// # Errors
     /// As [`write_tensors`].
@@ -38,7 +40,7 @@ impl Lora {
 
     /// Reads an adapter for a model with these linear `layers`, in float32 and with a scale of 1: what
     /// [`Self::save`] writes, what diffusers writes, with its settings in the metadata or not, what peft writes, with
-    /// its settings in [`Self::settings_file`], and what other programs write under the `names`. The scale is
+    /// its settings in a file beside it ([`Self::settings_file`]), and what other programs write under the `names`. The scale is
     /// alpha / rank of the settings, or where a layer has an alpha of its own, else 1; both at once are refused.
     ///
     /// # Errors
@@ -56,10 +58,23 @@ impl Lora {
             .map_err(|error| error.inside(format!("reading the adapter {}", path.display())))
     }
 
-    /// The file `adapter_config.json` beside an adapter, where peft leaves the alpha and rank of its own.
-    pub fn settings_file(path: &Path) -> PathBuf {
-        path.with_file_name(PEFT.1)
+    /// The file `adapter_config.json` beside an adapter, where peft leaves alpha and rank, if [`Self::load`] reads it:
+    /// for the names of peft. It must be there, unless the layers have alphas of their own.
+    ///
+    /// # Errors
+    /// As [`Weights::open_file`].
+    pub fn settings_file(path: &Path) -> Result<Option<PathBuf>> {
+        settings_file(path, &Weights::open_file(path)?)
     }
+}
+
+fn settings_file(path: &Path, weights: &Weights) -> Result<Option<PathBuf>> {
+    let names: Vec<String> = weights.all()?.into_keys().collect();
+    let is_of_peft = names.iter().any(|name| name.starts_with(PEFT.0));
+    let has_alphas = names.iter().any(|name| name.ends_with(ALPHA));
+    let file = path.with_file_name(PEFT.1);
+    let is_read = is_of_peft && weights.metadata(METADATA).is_none();
+    Ok((is_read && (file.exists() || !has_alphas)).then_some(file))
 }
 
 fn read(
@@ -69,26 +84,24 @@ fn read(
     device: Device,
 ) -> Result<Lora> {
     let weights = Weights::open_file(path)?;
-    let tensors = weights.all()?;
-    let is_of_peft = tensors.keys().any(|name| name.starts_with(PEFT.0));
+    let file = settings_file(path, &weights)?;
     let prepare = |tensor: &Tensor| Ok(tensor.f_to_device(device)?.f_to_kind(Kind::Float)?);
-    let renamed = names.rename(tensors, layers, prepare)?;
+    let renamed = names.rename(weights.all()?, layers, prepare)?;
     let has_alphas = !renamed.alphas.is_empty();
     let mut parameters = renamed.fold_alphas()?;
-    let settings = match weights.metadata(METADATA) {
-        Some(text) => {
+    let settings = match (weights.metadata(METADATA), file) {
+        (Some(text), _) => {
             let place = format!("the metadata {METADATA}");
             let settings = serde_json::from_str(text)
                 .map_err(|source| Error::Json { place: place.clone(), source })?;
             let prefix = names.prefixes.first().copied().unwrap_or_default();
             Some(Settings { settings, prefix, place })
         }
-        None if is_of_peft && !has_alphas => {
-            let file = Lora::settings_file(path);
+        (None, Some(file)) => {
             let place = file.display().to_string();
             Some(Settings { settings: read_json(&file)?, prefix: "", place })
         }
-        None => None,
+        (None, None) => None,
     };
     if let Some(settings) = settings {
         if has_alphas {
@@ -124,10 +137,26 @@ impl Settings<'_> {
 
     /// lora_alpha and r.
     fn alpha_and_rank(&self) -> Result<(f64, f64)> {
-        for name in ["rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"] {
+        for name in [
+            "rank_pattern",
+            "alpha_pattern",
+            "use_rslora",
+            "use_dora",
+            "fan_in_fan_out",
+            "layer_replication",
+            "init_lora_weights",
+            "peft_type",
+        ] {
             let is_off = match self.get(name) {
                 Value::Null | Value::Bool(false) => true,
                 Value::Object(patterns) => patterns.is_empty(),
+                // Other ways to begin, such as "pissa", belong to other weights than the model's.
+                Value::Bool(true) => name == "init_lora_weights",
+                Value::String(value) => match name {
+                    "init_lora_weights" => ["gaussian", "eva", "orthogonal"].contains(&&value[..]),
+                    "peft_type" => value == "LORA",
+                    _ => false,
+                },
                 _ => false,
             };
             if !is_off {

@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 
 use super::{HALVES, LinearLayer, stem};
 use crate::error::{Fault, Result};
-use crate::number::times;
+use crate::number::number;
 use crate::parameters::{Parameters, is_finite, no_faults};
 
 /// Ends of the names of A and of B in files: of peft and diffusers, of kohya, of older diffusers, and of peft with
@@ -16,7 +16,7 @@ const ENDS: [[&str; 4]; 2] = [
     [HALVES[1], ".lora_up.weight", ".lora.up.weight", ".lora_B.default.weight"],
 ];
 /// The end of the name of a pair's alpha.
-const ALPHA: &str = ".alpha";
+pub(super) const ALPHA: &str = ".alpha";
 
 /// What files of adapters call the linear layers of a model, besides the model's own names for them. Every name may
 /// have underscores in place of its dots, as kohya writes them.
@@ -48,8 +48,9 @@ impl LayerNames<'_> {
         let mut renamed = Renamed { parameters: Parameters::new(), alphas: BTreeMap::new() };
         let mut faults = Vec::new();
         for (name, tensor) in tensors {
-            if !tensor.is_floating_point() {
-                let found = tensor.f_kind()?;
+            let found = tensor.f_kind()?;
+            // An alpha may be a whole number.
+            if !tensor.is_floating_point() && !name.ends_with(ALPHA) {
                 faults.push(Fault::Kind { name, expected: Kind::Float, found });
                 continue;
             }
@@ -142,8 +143,8 @@ impl Renamed {
                 Part::Half(half) => {
                     let own = match half {
                         _ if stacked.len() == 1 => tensor.shallow_clone(),
-                        0 => tensor.copy(),
-                        _ => tensor.f_narrow(0, start, *own_rows)?.copy(),
+                        0 => tensor.f_detach_copy()?,
+                        _ => tensor.f_narrow(0, start, *own_rows)?.f_detach_copy()?,
                     };
                     self.parameters.insert(format!("{layer}{}", HALVES[half]), own)
                 }
@@ -164,7 +165,9 @@ impl Renamed {
             let name = format!("{layer}{}", HALVES[1]);
             let rank = |up: &Tensor| up.size().last().copied().filter(|rank| *rank > 0);
             match parameters.get_mut(&name).and_then(|up| Some((rank(up)?, up))) {
-                Some((rank, up)) => *up = times(&up.f_mul(&alpha)?, 1.0 / rank as f64)?,
+                Some((rank, up)) => {
+                    *up = up.f_mul(&alpha)?.f_div(&number(rank as f64, up.f_kind()?)?)?
+                }
                 None => faults.push(Fault::Alpha { layer, half: name }),
             }
         }

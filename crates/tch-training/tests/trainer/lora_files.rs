@@ -115,12 +115,18 @@ fn the_scale_of_an_adapter_of_peft_is_in_the_file_beside_it() -> Result<()> {
     let refused = || chain(&load().unwrap_err());
     assert!(refused().contains("adapter_config.json"), "{}", refused());
 
-    let settings = |text: &str| std::fs::write(Lora::settings_file(&path), text);
-    settings(r#"{ "peft_type": "LORA", "r": 2, "lora_alpha": 16, "rank_pattern": {} }"#)?;
+    let beside = folder.path().join("adapter_config.json");
+    assert_eq!(Lora::settings_file(&path)?, Some(beside.clone()));
+    let settings = |text: &str| std::fs::write(&beside, text);
+    settings(
+        r#"{ "peft_type": "LORA", "r": 2, "lora_alpha": 16, "rank_pattern": {}, "init_lora_weights": true }"#,
+    )?;
     assert_eq!(load()?.pair("blocks.0.in").ok_or("a pair")?.up.detach(), &up * 8.0);
     for (text, part) in [
         (r#"{ "r": 4, "lora_alpha": 16 }"#, "another rank"),
         (r#"{ "r": 2 }"#, "lora_alpha"),
+        (r#"{ "r": 2, "lora_alpha": 16, "init_lora_weights": "pissa" }"#, "init_lora_weights"),
+        (r#"{ "r": 2, "lora_alpha": 16, "peft_type": "LOHA" }"#, "peft_type"),
         (r#"{ "r": 2, "lora_alpha": 16, "use_rslora": true }"#, "use_rslora"),
         (r#"{ "r": 2, "lora_alpha": 16, "alpha_pattern": { "in": 4 } }"#, "alpha_pattern"),
         ("{", "adapter_config.json"),
@@ -129,9 +135,13 @@ fn the_scale_of_an_adapter_of_peft_is_in_the_file_beside_it() -> Result<()> {
         assert!(refused().contains(part), "{text}: {}", refused());
     }
 
-    // An alpha of the layer's own needs no settings.
-    drop(tensors.insert("base_model.model.blocks.0.in.alpha".to_owned(), Tensor::from(4f32)));
+    // An alpha of the layer's own, a whole number too, needs no settings, and is not said twice.
+    drop(tensors.insert("base_model.model.blocks.0.in.alpha".to_owned(), Tensor::from(4i64)));
     write_tensors(&path, &tensors)?;
+    settings(r#"{ "r": 2, "lora_alpha": 16 }"#)?;
+    assert!(refused().contains("again in tensors of alpha"), "{}", refused());
+    std::fs::remove_file(&beside)?;
+    assert_eq!(Lora::settings_file(&path)?, None);
     assert_eq!(load()?.pair("blocks.0.in").ok_or("a pair")?.up.detach(), &up * 2.0);
     Ok(())
 }

@@ -19,6 +19,7 @@ const PREFIX: &str = "diffusion_model.";
 
 /// The folder in that of a student.
 pub(super) const COMFYUI: &str = "comfyui";
+const PARTIAL: &str = "comfyui.partial";
 
 /// Writes what there is of a student's folder for ComfyUI, into the folders `loras/` and `diffusion_models/` of its
 /// `comfyui/`: the adapter as one file, and the whole transformer as one file. Returns their paths.
@@ -27,6 +28,14 @@ pub(super) const COMFYUI: &str = "comfyui";
 /// If the folder holds neither, the transformer has another patch size than 2, or a file cannot be read or written; an
 /// earlier export is still there then.
 pub fn export_comfyui(student: &Path) -> Result<Vec<PathBuf>> {
+    let partial = student.join(PARTIAL);
+    let written = export(student, &partial);
+    remove(&partial, |path| fs::remove_dir_all(path))?;
+    written
+}
+
+/// Writes the files into `partial` first, which becomes `comfyui/` when all are there.
+fn export(student: &Path, partial: &Path) -> Result<Vec<PathBuf>> {
     let name = match SavedRecipe::read(student)? {
         Some(saved) => format!("zimage_{}step.safetensors", saved.recipe.steps),
         None => "zimage_student.safetensors".to_owned(),
@@ -37,8 +46,8 @@ pub fn export_comfyui(student: &Path) -> Result<Vec<PathBuf>> {
         "{} is no student: it holds neither {ADAPTER} nor transformer/",
         student.display()
     );
-    let (folder, partial) = (student.join(COMFYUI), student.join(format!("{COMFYUI}.partial")));
-    remove(&partial, |path| fs::remove_dir_all(path))?;
+    let folder = student.join(COMFYUI);
+    remove(partial, |path| fs::remove_dir_all(path))?;
     let mut written = Vec::new();
     let mut write = |part: &str, tensors: &Parameters| -> Result<()> {
         create_folder(&partial.join(part))?;
@@ -63,7 +72,7 @@ pub fn export_comfyui(student: &Path) -> Result<Vec<PathBuf>> {
         write("loras", &renamed.collect())?;
     }
     remove(&folder, |path| fs::remove_dir_all(path))?;
-    fs::rename(&partial, &folder).with_context(|| format!("renaming to {}", folder.display()))?;
+    fs::rename(partial, &folder).with_context(|| format!("renaming to {}", folder.display()))?;
     Ok(written)
 }
 

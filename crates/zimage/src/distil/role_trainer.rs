@@ -50,8 +50,8 @@ impl RoleTrainer {
             .into_iter()
             .filter(|(name, _)| is_trained(name))
             .chain(more)
-            .map(|(name, tensor)| (name, tensor.set_requires_grad(true)))
-            .collect::<Vec<_>>();
+            .map(|(name, tensor)| Ok((name, tensor.f_set_requires_grad(true)?)))
+            .collect::<Result<Vec<_>>>()?;
         ensure!(!trainable.is_empty(), "no parameter would be trained");
         Ok(Self { weights, optimizer: AdamW::new(trainable, settings)? })
     }

@@ -79,7 +79,6 @@ pub fn save_student(
         );
     }
     create_folder(folder)?;
-    remove(&folder.join(COMFYUI), |path| fs::remove_dir_all(path))?;
     write_json(&folder.join(RECIPE), saved)?;
     let transformer = match weights {
         RoleWeights::Copy(model) => {
@@ -92,7 +91,7 @@ pub fn save_student(
             let lora = joined.as_ref().unwrap_or(lora);
             lora.save(&folder.join(ADAPTER), ADAPTER_PREFIX)?;
             let Some(base) = merged else {
-                for part in ["transformer", "scheduler"] {
+                for part in ["transformer", "scheduler", COMFYUI] {
                     remove(&folder.join(part), |path| fs::remove_dir_all(path))?;
                 }
                 remove(&folder.join(INDEX), |path| fs::remove_file(path))?;
@@ -115,7 +114,8 @@ pub fn save_student(
             transformer
         }
     };
-    Pipeline { transformer, shift: teacher.shift }.save(folder)
+    Pipeline { transformer, shift: teacher.shift }.save(folder)?;
+    remove(&folder.join(COMFYUI), |path| fs::remove_dir_all(path))
 }
 
 /// Removes what is there by `remove`.

@@ -49,8 +49,7 @@ impl Student {
     /// # Errors
     /// If libtorch cannot allocate it.
     pub(super) fn duplicate(&self) -> Result<StudentWeights> {
-        let copy = |table: &Tensor| Ok::<_, anyhow::Error>(table.f_detach()?.copy());
-        let lengths = self.lengths.as_ref().map(copy).transpose()?;
+        let lengths = self.lengths.as_ref().map(Tensor::f_detach_copy).transpose()?;
         Ok(StudentWeights { role: self.trainer.weights.duplicate()?, lengths })
     }
 

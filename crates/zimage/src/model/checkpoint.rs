@@ -186,16 +186,16 @@ impl Checkpoint {
         Ok(hash.hex())
     }
 
-    /// [`fingerprint`] of the file of the adapter, and of [`Lora::settings_file`] if there is one, with its strength.
+    /// [`fingerprint`] of the file of the adapter, and of [`Lora::settings_file`], with its strength.
     ///
     /// # Errors
     /// If a file cannot be read.
     pub fn fingerprint_of_adapter(&self) -> Result<Option<String>> {
         let of = |AdapterFile { path, strength }: &AdapterFile| {
-            let settings = Some(Lora::settings_file(path)).filter(|path| path.exists());
+            let settings = Lora::settings_file(path)?;
             let settings = settings.map(|path| fingerprint(&path)).transpose()?;
             let settings = settings.map_or(String::new(), |hash| format!(" with settings {hash}"));
-            Ok(format!("{}{settings} at strength {strength:?}", fingerprint(path)?))
+            Ok(format!("{}{settings} at strength {strength}", fingerprint(path)?))
         };
         self.adapter.as_ref().map(of).transpose()
     }

@@ -171,7 +171,7 @@ impl ZImageTransformer {
     pub fn duplicate(&self) -> Result<Self> {
         let _guard = tch::no_grad_guard();
         ensure!(!self.is_quantized(), "of a model in 8 bits there are no whole copies to train");
-        let mut copy = self.map(|tensor| Ok(tensor.f_detach()?.copy()))?;
+        let mut copy = self.map(|tensor| Ok(tensor.f_detach_copy()?))?;
         if let Some(adapter) = copy.adapter.take() {
             let parameters = adapter.merged(&copy.parameters, copy.device())?;
             copy = Self::from_parameters(copy.config, parameters)?;

@@ -6,25 +6,33 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 /// A prompt, and what its pictures should not be.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Prompt {
     /// What is drawn.
-    #[serde(rename = "prompt")]
     pub text: String,
     /// The condition of the null branch, where it is not that of the other prompts.
-    #[serde(default, alias = "negative_prompt")]
     pub negative: Option<String>,
 }
 
+/// A prompt in JSON.
+#[derive(Deserialize)]
+struct Line {
+    prompt: String,
+    negative: Option<String>,
+    /// The other name of `negative`.
+    negative_prompt: Option<String>,
+}
+
 /// The prompts of a file in UTF-8, one a line: text, or in a file whose name ends with `.jsonl` objects with
-/// `prompt` and, if wanted, `negative` or `negative_prompt`, whose other fields are not looked at. Space around them is dropped, and so
+/// `prompt` and, if wanted, `negative`, or else `negative_prompt`, whose other fields are not looked at. Space around them is dropped, and so
 /// are blank lines and whatever occurred before.
 ///
 /// # Errors
-/// If the file cannot be read, is not UTF-8, holds no prompt, or a line is not such an object, or is one in a file of
-/// text; the line is named.
+/// If the file cannot be read, is not UTF-8, holds no prompt, or a line is not such an object, or is an object of JSON in a
+/// file of text; the line is named.
 pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
     let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
     let text = match std::str::from_utf8(&bytes) {
@@ -45,8 +53,8 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
             parse(line).with_context(|| format!("{}: line {number}", path.display()))?
         } else {
             ensure!(
-                parse(line).is_err(),
-                "{}: line {number} is a prompt in JSON: a file of such lines ends with .jsonl",
+                serde_json::from_str::<Map<String, Value>>(line).is_err(),
+                "{}: line {number} is an object of JSON: a file of such lines ends with .jsonl",
                 path.display()
             );
             Prompt { text: line.to_owned(), negative: None }
@@ -60,9 +68,13 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
 }
 
 fn parse(line: &str) -> Result<Prompt> {
-    let Prompt { text, negative } = serde_json::from_str(line)
-        .context("an object with a text as its \"prompt\" is expected")?;
-    let text = text.trim().to_owned();
+    const EXPECTED: &str = "an object with a text as its \"prompt\" is expected";
+    // Through an object, as an array of texts would do for the fields in order.
+    let object: Map<String, Value> = serde_json::from_str(line).context(EXPECTED)?;
+    let Line { prompt, negative, negative_prompt } =
+        serde_json::from_value(object.into()).context(EXPECTED)?;
+    let text = prompt.trim().to_owned();
     ensure!(!text.is_empty(), "its prompt is empty");
-    Ok(Prompt { text, negative: negative.map(|negative| negative.trim().to_owned()) })
+    let negative = negative.or(negative_prompt).map(|negative| negative.trim().to_owned());
+    Ok(Prompt { text, negative })
 }

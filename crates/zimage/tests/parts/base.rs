@@ -123,7 +123,7 @@ fn adapters_of_other_programs_are_read() -> Result<()> {
         files.push(tensors);
     }
     // Of peft, beside its file; the others have no such settings.
-    std::fs::write(Lora::settings_file(&path), r#"{ "r": 3, "lora_alpha": 3 }"#)?;
+    std::fs::write(path.with_file_name("adapter_config.json"), r#"{ "r": 3, "lora_alpha": 3 }"#)?;
     let mut kohya = Parameters::new();
     let mut comfy = Parameters::new();
     for layer in &plain {

@@ -53,6 +53,7 @@ fn passes_of_the_transformer() -> Result<()> {
         allocations_may_fail(name, every, || passes(&model, &lora, &inputs));
     }
     let whole = model(Kind::Float)?;
+    fails("a copy of a model", || whole.duplicate());
     fails("8 bits of a model", || whole.stored(Storage::Int8));
     Ok(())
 }
@@ -78,6 +79,7 @@ fn adapters_averages_and_the_optimizer() -> Result<()> {
     });
     fails("a bound", || Ok(lora.bound()?));
     let copy = lora.duplicate()?;
+    fails("a copy", || Ok(lora.duplicate()?));
     fails("an average", || Ok(update_average(&copy.parameters(), &lora.parameters(), 0.9, 100)?));
     let settings = AdamWSettings { max_gradient_norm: Some(0.1), ..AdamWSettings::default() };
     let mut optimizer = AdamW::new(lora.parameters(), settings)?;
@@ -110,7 +112,9 @@ fn updates_of_a_distillation() -> Result<()> {
     for (name, rank) in [("whole copies", None), ("adapters", Some(2))] {
         recipe.adapter = rank.map(|rank| LoraSettings { rank, ..LoraSettings::on(BLOCK_LINEARS) });
         recipe.checkpointing = rank.is_some();
+        // What it is made of: copies of the teacher, or adapters; moments, and an average.
         let new = || Distillation::new(recipe.clone(), &teacher, &prompts, &[0, 1, 2], [3, 16, 16]);
+        allocations_may_fail(&format!("networks of {name}"), 7, || new().map(drop));
         let mut distillation = new()?;
         distillation.warm_up()?;
         allocations_may_fail(&format!("an update of {name}"), EVERY, || {

@@ -14,7 +14,7 @@ use zimage::distil::{
 };
 
 use super::common::tiny::{prompts, teacher};
-use super::common::{max_difference, seeded};
+use super::common::{max_difference, seeded, worse};
 
 /// Of one sample.
 const SIZE: [i64; 3] = [3, 16, 16];
@@ -159,7 +159,7 @@ fn trained(terms: Drawing, teacher: &ZImageTransformer) -> Result<(Vec<Record>, 
 
 fn largest_difference(one: &[Tensor], other: &[Tensor]) -> f64 {
     assert_eq!(one.len(), other.len());
-    one.iter().zip(other).map(|(a, b)| max_difference(a, b)).fold(0.0, f64::max)
+    one.iter().zip(other).map(|(a, b)| max_difference(a, b)).fold(0.0, worse)
 }
 
 #[test]

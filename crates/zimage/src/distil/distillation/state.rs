@@ -56,14 +56,19 @@ impl<T: Terms> Distillation<'_, T> {
     /// recipe; nothing is changed then.
     pub fn load_state(&mut self, state: &Parameters) -> Result<MadeBy> {
         let (warmed, update) = (count(state, WARMED)?, count(state, UPDATES)?);
-        let (planned, wanted) = (count(state, PLANNED)?, self.recipe.updates);
+        let or = |name, otherwise| {
+            if state.contains_key(name) { count(state, name) } else { Ok(otherwise) }
+        };
+        let wanted = self.recipe.updates;
+        let planned = or(PLANNED, wanted)?;
         ensure!(
             update <= wanted,
             "the run has made {update} updates, of {planned}, and {wanted} are asked for: it cannot go back"
         );
-        let processes = if state.contains_key(PROCESSES) { count(state, PROCESSES)? } else { 1 };
+        let processes = or(PROCESSES, 1)?;
         let without = |state: Parameters| -> Parameters {
-            state.into_iter().filter(|(name, _)| name != PROCESSES).collect()
+            let is_kept = |name: &str| ![PROCESSES, PLANNED].contains(&name);
+            state.into_iter().filter(|(name, _)| is_kept(name)).collect()
         };
         let copy = state.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
         restore(&without(self.state()), &without(copy.collect()))?;
