@@ -51,6 +51,10 @@ pub enum Regularization {
     MaximumMeanDiscrepancy {
         weight: f64,
     },
+    /// The same against a normal distribution with the mean and covariance of the training pictures.
+    DiscrepancyToPrior {
+        weight: f64,
+    },
     /// A critic that starts as a copy of the teacher, against the real pictures of the batch.
     Adversarial {
         weight: f64,

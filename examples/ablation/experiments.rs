@@ -224,6 +224,7 @@ fn terms() -> Result<Vec<Arm>> {
         ca("f-distill").regularizer(R::Divergence(Divergence::JensenShannon)),
         arm("sid").regularizer(R::ScoreIdentity { alpha: 1.0 }),
         ca("ca-reward").regularizer(R::Reward { weight: REWARD }),
+        ca("ca-mmd-prior").regularizer(R::DiscrepancyToPrior { weight: DISCREPANCY }),
         ca("hybrid-four-one").regularizer(DM),
         ca("cdm").regularizer(DM).with(|arm| arm.off_trajectory = true),
         coupled("coupled-four-one"),

@@ -9,6 +9,7 @@ pub mod on_data;
 pub mod on_rollout;
 pub mod pairs;
 pub mod plots;
+pub mod prior;
 pub mod record;
 pub mod report;
 pub mod results;

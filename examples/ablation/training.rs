@@ -22,9 +22,7 @@ use super::critic::Critic;
 use super::on_data;
 use super::on_rollout::{off_trajectory, segment_draw};
 use super::pairs::PairSets;
-
-/// Side of the pictures that the maximum mean discrepancy compares.
-const SMALL_SIDE: i64 = 8;
+use super::prior::{GaussianPrior, small};
 
 /// The last time before the shift from which adversarial distribution matching takes its step of 1/64 in the time
 /// that the network sees, at a shift of 1.6 or more.
@@ -132,6 +130,7 @@ pub struct ArmTerms<'a> {
     arm: &'a Arm,
     material: &'a Material<'a>,
     critic: Option<Critic>,
+    prior: Option<GaussianPrior>,
 }
 
 impl<'a> ArmTerms<'a> {
@@ -144,7 +143,12 @@ impl<'a> ArmTerms<'a> {
         begin(seed, Stream::Critic);
         let settings = embedded_optimizer(arm.fake_learning_rate);
         let critic = || Critic::new(material.teacher, settings);
-        Ok(Self { arm, material, critic: arm.has_critic().then(critic).transpose()? })
+        let critic = arm.has_critic().then(critic).transpose()?;
+        let is_prior =
+            |term: &Regularization| matches!(term, Regularization::DiscrepancyToPrior { .. });
+        let prior = || GaussianPrior::of(&material.pictures(&material.items)?);
+        let prior = arm.regularizers.iter().any(is_prior).then(prior).transpose()?;
+        Ok(Self { arm, material, critic, prior })
     }
 
     /// The arm.
@@ -256,8 +260,13 @@ impl Terms for ArmTerms<'_> {
                     other.regularizer("mean_variance", weight, moments(Statistics::PerChannel)?)
                 }
                 (Regularization::MaximumMeanDiscrepancy { weight }, _) => {
-                    let small = |x: &Tensor| x.f_adaptive_avg_pool2d([SMALL_SIDE, SMALL_SIDE]);
                     let mmd = MaximumMeanDiscrepancy::new(Kernel::gaussian())?.features(small);
+                    other.regularizer("mmd", weight, mmd)
+                }
+                (Regularization::DiscrepancyToPrior { weight }, _) => {
+                    let prior = self.prior.as_ref().context("a prior is made for it")?;
+                    let mmd = MaximumMeanDiscrepancy::new(Kernel::gaussian())?.features(small);
+                    let mmd = mmd.prior(|like: &Tensor| prior.sample(like));
                     other.regularizer("mmd", weight, mmd)
                 }
                 (Regularization::Adversarial { weight }, _) => {

@@ -102,7 +102,8 @@ fn every_arm_trains_and_says_what_its_terms_do() -> Result<()> {
                 Regularization::DistributionMatching(_) => "dm_loss",
                 Regularization::MeanVariance { .. }
                 | Regularization::ChannelMeanVariance { .. } => "mean_variance_loss",
-                Regularization::MaximumMeanDiscrepancy { .. } => "mmd_loss",
+                Regularization::MaximumMeanDiscrepancy { .. }
+                | Regularization::DiscrepancyToPrior { .. } => "mmd_loss",
                 Regularization::Adversarial { .. } => "gan_loss",
                 Regularization::AdversarialDistributionMatching { .. } => "adm_loss",
                 Regularization::Divergence(_) => "dm_loss",

@@ -15,6 +15,7 @@ use super::ablation::arm::{Arm, OnData, RegressionDistance};
 use super::ablation::experiments;
 use super::ablation::on_rollout::segment_draw;
 use super::ablation::pairs::PairSource;
+use super::ablation::prior::{GaussianPrior, small};
 use super::ablation::training::{named, training};
 use super::common::tiny::{prompts, teacher};
 use super::common::{max_difference, seeded, wave, worse};
@@ -150,5 +151,28 @@ fn a_draw_inside_a_segment_starts_from_the_next_input_of_the_rollout() -> Result
         let expected = at_mid * kept + fresh.narrow(0, 0, 1) * added;
         assert!(max_difference(&found, &expected) < 1e-4, "step {step}");
     }
+    Ok(())
+}
+
+/// Of the real pictures the prior knows the moments, and nothing else.
+#[test]
+fn a_prior_has_the_moments_of_the_pictures() -> Result<()> {
+    let _guard = seeded(4);
+    let images = wave(&[40, 3, 16, 16], 0.3, Kind::Float) + wave(&[40, 1, 1, 1], 1.0, Kind::Float);
+    let rows = small(&images)?.flatten(1, -1).to_kind(Kind::Double);
+    let samples = GaussianPrior::of(&images)?
+        .sample(&Tensor::zeros([20_000, 192], (Kind::Double, Device::Cpu)))?;
+    let moments = |rows: &Tensor| {
+        let mean = rows.mean_dim(0i64, false, None::<Kind>);
+        let centred = rows - &mean;
+        (mean, centred.tr().matmul(&centred) / (rows.size()[0] - 1) as f64)
+    };
+    let ((mean, covariance), (found_mean, found_covariance)) = (moments(&rows), moments(&samples));
+    let scale = covariance.diagonal(0, 0, 1).max().double_value(&[]);
+    // Five standard errors of 20,000 samples.
+    assert!(max_difference(&mean, &found_mean) < 5.0 * (scale / 20_000.0).sqrt());
+    assert!(
+        max_difference(&covariance, &found_covariance) < 5.0 * scale * (2.0f64 / 20_000.0).sqrt()
+    );
     Ok(())
 }
