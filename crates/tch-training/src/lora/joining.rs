@@ -14,7 +14,7 @@ impl Lora {
     /// the model is, and in the model's dtype on `device`. The other tensors are shared.
     ///
     /// # Errors
-    /// [`Error::Tensors`] if a layer is not among the parameters or its pair is for another shape.
+    /// [`Error::Tensors`](crate::Error::Tensors) if a layer is not among the parameters or its pair is for another shape.
     pub fn merged(&self, parameters: &Parameters, device: Device) -> Result<Parameters> {
         let _guard = tch::no_grad_guard();
         let handle = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.shallow_clone());
@@ -46,7 +46,7 @@ impl Lora {
     /// apart is the better student.
     ///
     /// # Errors
-    /// [`Error::Torch`] if the shapes of the two do not fit.
+    /// [`Error::Torch`](crate::Error::Torch) if the shapes of the two do not fit.
     pub fn kept_by_merge(&self, parameters: &Parameters, merged: &Parameters) -> Result<f64> {
         let _guard = tch::no_grad_guard();
         let (mut kept, mut all) = (0.0, 0.0);
@@ -68,7 +68,7 @@ impl Lora {
     /// sum of their ranks. Scales are folded into B, and there is no dropout.
     ///
     /// # Errors
-    /// [`Error::Torch`] if the pairs of a layer do not fit, or a tensor cannot be allocated.
+    /// [`Error::Torch`](crate::Error::Torch) if the pairs of a layer do not fit, or a tensor cannot be allocated.
     pub fn joined(&self, other: &Self) -> Result<Self> {
         let _guard = tch::no_grad_guard();
         let names: BTreeSet<&String> = self.pairs().keys().chain(other.pairs().keys()).collect();
