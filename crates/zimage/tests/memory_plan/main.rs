@@ -214,6 +214,8 @@ fn released(lora: Option<&LoraSettings>, size: i64, checkpointing: bool) -> Resu
 /// Counts of the released model, worked out from its table of parameters.
 #[test]
 fn weights_and_moments_of_the_released_model_are_exact() -> Result<()> {
+    // The others count the bytes of this process.
+    let _guard = seeded(1);
     let lora = LoraSettings::on(BLOCK_LINEARS);
     let plan = released(Some(&lora), 1024, false)?;
     // Rank 64 on four square layers and three of the feed-forward, in 34 blocks.
@@ -238,6 +240,8 @@ fn weights_and_moments_of_the_released_model_are_exact() -> Result<()> {
 /// Two adapters fit on one GPU of 80 GB where two copies of the model do not.
 #[test]
 fn the_released_model_fits_with_adapters_alone() -> Result<()> {
+    // The others count the bytes of this process.
+    let _guard = seeded(1);
     let lora = LoraSettings::on(BLOCK_LINEARS);
     let total = |plan: MemoryPlan| plan.total() as f64 / 1e9;
     let (kept, recomputed) =
@@ -253,6 +257,8 @@ fn the_released_model_fits_with_adapters_alone() -> Result<()> {
 /// float32 copies, ours the copies alone, which is six streams less.
 #[test]
 fn a_real_block_keeps_what_the_reference_keeps_but_for_its_norms() -> Result<()> {
+    // The others count the bytes of this process.
+    let _guard = seeded(1);
     let config = Config { n_layers: 1, n_refiner_layers: 0, ..Config::default() };
     let lora = LoraSettings::on(BLOCK_LINEARS);
     let frozen = LoraSettings { targets: vec!["all_x_embedder.2-1".into()], ..lora.clone() };
@@ -316,6 +322,8 @@ fn a_real_block_is_predicted_within_a_tenth() -> Result<()> {
 
 #[test]
 fn setups_are_checked() -> Result<()> {
+    // The others count the bytes of this process.
+    let _guard = seeded(1);
     let (config, lora) = (config(), LoraSettings::on(BLOCK_LINEARS));
     let setup = || TrainingSetup {
         config: &config,
