@@ -40,8 +40,9 @@ impl Lora {
 
     /// Reads an adapter for a model with these linear `layers`, in float32 and with a scale of 1: what
     /// [`Self::save`] writes, what diffusers writes, with its settings in the metadata or not, what peft writes, with
-    /// its settings in a file beside it ([`Self::settings_file`]), and what other programs write under the `names`. The scale is
-    /// alpha / rank of the settings, or where a layer has an alpha of its own, else 1; both at once are refused.
+    /// its settings in a file beside it ([`Self::settings_file`]), and what other programs write under the `names`.
+    /// The scale is alpha / rank of the settings, or where a layer has an alpha of its own, else 1; both at once are
+    /// refused.
     ///
     /// # Errors
     /// With an [`Error::In`] around them that names the file: as [`Weights::open_file`] and
@@ -64,17 +65,18 @@ impl Lora {
     /// # Errors
     /// As [`Weights::open_file`].
     pub fn settings_file(path: &Path) -> Result<Option<PathBuf>> {
-        settings_file(path, &Weights::open_file(path)?)
+        Ok(settings_file(path, &Weights::open_file(path)?))
     }
 }
 
-fn settings_file(path: &Path, weights: &Weights) -> Result<Option<PathBuf>> {
-    let names: Vec<String> = weights.all()?.into_keys().collect();
-    let is_of_peft = names.iter().any(|name| name.starts_with(PEFT.0));
-    let has_alphas = names.iter().any(|name| name.ends_with(ALPHA));
+/// By the names in the header alone.
+fn settings_file(path: &Path, weights: &Weights) -> Option<PathBuf> {
+    let names = || weights.shapes().map(|(name, _)| name);
+    let is_of_peft = names().any(|name| name.starts_with(PEFT.0));
+    let has_alphas = names().any(|name| name.ends_with(ALPHA));
     let file = path.with_file_name(PEFT.1);
     let is_read = is_of_peft && weights.metadata(METADATA).is_none();
-    Ok((is_read && (file.exists() || !has_alphas)).then_some(file))
+    (is_read && (file.exists() || !has_alphas)).then_some(file)
 }
 
 fn read(
@@ -84,7 +86,7 @@ fn read(
     device: Device,
 ) -> Result<Lora> {
     let weights = Weights::open_file(path)?;
-    let file = settings_file(path, &weights)?;
+    let file = settings_file(path, &weights);
     let prepare = |tensor: &Tensor| Ok(tensor.f_to_device(device)?.f_to_kind(Kind::Float)?);
     let renamed = names.rename(weights.all()?, layers, prepare)?;
     let has_alphas = !renamed.alphas.is_empty();
