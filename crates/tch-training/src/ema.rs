@@ -8,8 +8,8 @@ use crate::parameters::no_faults;
 
 /// Moves the tensors of `average` towards those of `current`, which are the same in name and order:
 /// `average <- d average + (1 - d) current` with `d = min(decay, (1 + step) / (10 + step))`, so that the start
-/// is soon forgotten. `step` counts from 1, `decay` is in [0, 1). The type of an average rounds `1 - d`: keep averages in
-/// float32 or wider.
+/// is soon forgotten. `step` counts from 1, `decay` is in [0, 1). The type of an average rounds `1 - d`: keep averages
+/// in float32 or wider.
 ///
 /// ```
 /// use tch::{Device, Kind, Tensor};

@@ -14,7 +14,8 @@ impl Lora {
     /// the model is, and in the model's dtype on `device`. The other tensors are shared.
     ///
     /// # Errors
-    /// [`Error::Tensors`](crate::Error::Tensors) if a layer is not among the parameters or its pair is for another shape.
+    /// [`Error::Tensors`](crate::Error::Tensors) if a layer is not among the parameters or its pair is for another
+    /// shape.
     pub fn merged(&self, parameters: &Parameters, device: Device) -> Result<Parameters> {
         let _guard = tch::no_grad_guard();
         let handle = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.shallow_clone());
@@ -42,8 +43,8 @@ impl Lora {
 
     /// The share of the update that a merge has kept, from the parameters before and those that [`Self::merged`] made
     /// of them: the projection of what rounding to their type leaves of it on the update, over the update. It is 1 in
-    /// float32. In bfloat16 a weight that is hundreds of times as large as its update swallows it: below about 0.9 the adapter
-    /// apart is the better student.
+    /// float32. In bfloat16 a weight that is hundreds of times as large as its update swallows it: below about 0.9 the
+    /// adapter apart is the better student.
     ///
     /// # Errors
     /// [`Error::Torch`](crate::Error::Torch) if the shapes of the two do not fit.

@@ -40,8 +40,8 @@ pub trait Terms {
     /// The draw at which samples of a rollout, each at its step of `steps`, are noised again: by the one group of the
     /// objective in an update of the student, and anew in each update of the fake score. `u` are times before the
     /// shift: that group draws from all times ([`Uniform::FULL`](decoupled_dmd::Uniform::FULL)), with the shift of the
-    /// path, or the two would be looked at at other times. A device is waited for once for each draw, whose numbers are checked. `None` by default: every
-    /// group of the objective draws for itself, and the fake score at all times.
+    /// path, or the two would be looked at at other times. A device is waited for once for each draw, whose numbers are
+    /// checked. `None` by default: every group of the objective draws for itself, and the fake score at all times.
     ///
     /// # Errors
     /// If libtorch fails. An update fails where a draw meets an objective of several groups.

@@ -27,12 +27,12 @@ struct Line {
 }
 
 /// The prompts of a file in UTF-8, one a line: text, or in a file whose name ends with `.jsonl` objects with
-/// `prompt` and, if wanted, `negative`, or else `negative_prompt`, whose other fields are not looked at. Space around them is dropped, and so
-/// are blank lines and whatever occurred before.
+/// `prompt` and, if wanted, `negative`, or else `negative_prompt`, whose other fields are not looked at. Space around
+/// them is dropped, and so are blank lines and whatever occurred before.
 ///
 /// # Errors
-/// If the file cannot be read, is not UTF-8, holds no prompt, or a line is not such an object, or is an object of JSON in a
-/// file of text; the line is named.
+/// If the file cannot be read, is not UTF-8, holds no prompt, or a line is not such an object, or is an object of JSON
+/// in a file of text; the line is named.
 pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
     let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
     let text = match std::str::from_utf8(&bytes) {
