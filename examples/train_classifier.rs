@@ -133,7 +133,7 @@ fn train(arguments: &Arguments, data: &EmojiData) -> Result<Classifier> {
         };
         let loss =
             logits.f_cross_entropy_loss(&targets, None::<&Tensor>, Reduction::Mean, -100, 0.0)?;
-        optimizer.zero_grad();
+        optimizer.zero_grad()?;
         loss.f_backward()?;
         let _ = optimizer.step()?;
 

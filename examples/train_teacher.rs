@@ -211,7 +211,7 @@ impl<'a> Trainer<'a> {
         } else {
             flow_matching_loss(&self.model, &images, &captions)?
         };
-        self.optimizer.zero_grad();
+        self.optimizer.zero_grad()?;
         loss.f_backward()?;
         let norm = self.optimizer.step()?;
         self.step += 1;

@@ -144,7 +144,7 @@ impl Trained {
     }
 
     fn descend(&mut self, loss: &Tensor) -> Result<()> {
-        self.optimizer.zero_grad();
+        self.optimizer.zero_grad()?;
         loss.f_backward()?;
         let _norm = self.optimizer.step()?;
         Ok(())

@@ -92,6 +92,17 @@ pub(crate) fn multiply_all(tensors: &[&Tensor], factor: &Tensor) -> Result<()> {
     call(c"aten::_foreach_mul_", c"Tensor", &mut stack)
 }
 
+/// `aten::_foreach_zero_`: sets every tensor to zero in place.
+///
+/// # Errors
+/// [`Error::Torch`] if libtorch refuses a tensor.
+pub(crate) fn zero_all<'a>(tensors: impl ExactSizeIterator<Item = &'a Tensor>) -> Result<()> {
+    if tensors.len() == 0 {
+        return Ok(());
+    }
+    call(c"aten::_foreach_zero_", c"", &mut [tensor_list(tensors)?])
+}
+
 /// `aten::_backward`: adds to the `grad` of every leaf that `output` depends on, from the gradient in
 /// `output`, or from 1 if it is a scalar. With [`Graph::Kept`], the graph can be passed again.
 ///

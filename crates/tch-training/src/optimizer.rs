@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::dispatcher::{AdamWStep, Moments, fused_adamw, multiply_all};
+use crate::dispatcher::{AdamWStep, Moments, fused_adamw, multiply_all, zero_all};
 use crate::error::{Error, Result};
 use crate::number::number;
 use crate::parameters::{Parameters, restore};
@@ -65,6 +65,7 @@ struct Slot {
     parameter: Tensor,
     first: Tensor,
     second: Tensor,
+    /// An element of the optimizer's step counts.
     step: Tensor,
 }
 
@@ -90,7 +91,7 @@ impl Slot {
 /// let parameters = || vec![("weight".to_owned(), weight.shallow_clone())];
 /// let mut optimizer = AdamW::new(parameters(), AdamWSettings::default())?;
 /// for _ in 0..3 {
-///     optimizer.zero_grad();
+///     optimizer.zero_grad()?;
 ///     weight.f_square()?.f_sum(Kind::Float)?.f_backward()?;
 ///     let _norm = optimizer.step()?;
 /// }
@@ -107,6 +108,37 @@ pub struct AdamW {
     /// What the next step goes by.
     pub settings: AdamWSettings,
     slots: Vec<Slot>,
+    steps: Steps,
+}
+
+/// The step counts of all slots, in one tensor: one addition counts a step of all that have a gradient.
+#[derive(Debug)]
+struct Steps {
+    counts: Tensor,
+    /// What the next step adds: 1 where there is a gradient.
+    increments: Tensor,
+    /// Which slots had a gradient when the increments were made.
+    with_gradient: Vec<bool>,
+}
+
+impl Steps {
+    fn new(slots: usize, device: Device) -> Result<Self> {
+        let counts = Tensor::f_zeros([slots as i64], (Kind::Float, device))?;
+        Ok(Self { increments: counts.f_ones_like()?, counts, with_gradient: vec![true; slots] })
+    }
+
+    /// Counts a step of the slots whose gradient is defined. Where these are those of the step before, the device is
+    /// not waited for.
+    fn count(&mut self, gradients: &[Tensor]) -> Result<()> {
+        let with_gradient: Vec<bool> = gradients.iter().map(Tensor::defined).collect();
+        if with_gradient != self.with_gradient {
+            let increments: Vec<f32> = with_gradient.iter().copied().map(f32::from).collect();
+            self.increments.f_copy_(&Tensor::f_from_slice(&increments)?)?;
+            self.with_gradient = with_gradient;
+        }
+        let _ = self.counts.f_add_(&self.increments)?;
+        Ok(())
+    }
 }
 
 impl AdamW {
@@ -122,16 +154,18 @@ impl AdamW {
             return Err(Error::SameName { name: name.clone() });
         }
         let _guard = tch::no_grad_guard();
-        let slots = parameters
-            .into_iter()
-            .map(|(name, parameter)| {
+        let device = parameters.first().map_or(Device::Cpu, |(_, parameter)| parameter.device());
+        let steps = Steps::new(parameters.len(), device)?;
+        let slots = (0..)
+            .zip(parameters)
+            .map(|(index, (name, parameter))| {
                 let first = parameter.f_zeros_like()?;
                 let second = parameter.f_zeros_like()?;
-                let step = Tensor::f_zeros([1i64; 0], (Kind::Float, parameter.device()))?;
+                let step = steps.counts.f_select(0, index)?;
                 Ok(Slot { name, parameter, first, second, step })
             })
             .collect::<Result<_>>()?;
-        Ok(Self { settings, slots })
+        Ok(Self { settings, slots, steps })
     }
 
     /// Updates every parameter that has a gradient. Returns the gradient's norm before clipping as a
@@ -162,6 +196,7 @@ impl AdamW {
             let defined: Vec<&Tensor> = gradients.iter().filter(|g| g.defined()).collect();
             multiply_all(&defined, &factor.f_minimum(&number(1.0)?)?)?;
         }
+        self.steps.count(&gradients)?;
         for decays in [true, false] {
             let group = self
                 .slots
@@ -173,11 +208,16 @@ impl AdamW {
         Ok(norm)
     }
 
-    /// Forgets all gradients.
-    pub fn zero_grad(&mut self) {
-        for slot in &mut self.slots {
-            slot.parameter.zero_grad();
-        }
+    /// Sets all gradients to zero.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if libtorch fails.
+    pub fn zero_grad(&mut self) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        let gradients = self.slots.iter().map(|slot| Ok(slot.parameter.f_grad()?));
+        let mut gradients = gradients.collect::<Result<Vec<_>>>()?;
+        gradients.retain(Tensor::defined);
+        zero_all(gradients.iter())
     }
 
     /// The parameters by name; storage is shared with the optimizer.
@@ -210,14 +250,15 @@ fn update<'a>(
     settings: &AdamWSettings,
     decays: bool,
 ) -> Result<()> {
-    let one = number(1.0, Kind::Float)?;
-    let slots = group
-        .map(|(slot, gradient)| {
-            let Slot { parameter, first, second, step, .. } = slot;
-            let _ = step.shallow_clone().f_add_(&one)?;
-            Ok(Moments { parameter, gradient, first, second, step })
+    let slots: Vec<_> = group
+        .map(|(Slot { parameter, first, second, step, .. }, gradient)| Moments {
+            parameter,
+            gradient,
+            first,
+            second,
+            step,
         })
-        .collect::<Result<Vec<_>>>()?;
+        .collect();
     let AdamWSettings { learning_rate, betas, eps, weight_decay, .. } = *settings;
     let weight_decay = if decays { weight_decay } else { 0.0 };
     fused_adamw(&slots, AdamWStep { learning_rate, betas, weight_decay, eps })

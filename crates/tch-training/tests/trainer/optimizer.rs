@@ -42,7 +42,7 @@ fn run(
     steps: std::ops::Range<usize>,
 ) -> Result<()> {
     for step in steps {
-        optimizer.zero_grad();
+        optimizer.zero_grad()?;
         loss(parameters, step).backward();
         let _ = optimizer.step()?;
     }
@@ -123,7 +123,7 @@ fn adamw_agrees_with_libtorch() -> Result<()> {
     let theirs = store.root().var_copy("matrix", &ours.detach());
     let mut reference = nn::AdamW { wd: 0.1, ..nn::AdamW::default() }.build(&store, 0.05)?;
     for _ in 0..5 {
-        optimizer.zero_grad();
+        optimizer.zero_grad()?;
         ours.pow_tensor_scalar(4.0).sum(Kind::Double).backward();
         let _ = optimizer.step()?;
         reference.backward_step(&theirs.pow_tensor_scalar(4.0).sum(Kind::Double));
@@ -131,6 +131,32 @@ fn adamw_agrees_with_libtorch() -> Result<()> {
     let difference = f64::try_from((&ours - theirs).abs().max())?;
     // The fused kernel takes the count of steps in float32.
     assert!(difference <= 4.0 * f64::from(f32::EPSILON), "{difference}");
+    Ok(())
+}
+
+/// The vector has no gradient at the first step and one at the second.
+#[test]
+fn steps_are_counted_where_there_is_a_gradient() -> Result<()> {
+    let parameters = leaves();
+    let (matrix, vector) = (&parameters[0].1, &parameters[1].1);
+    let mut optimizer = AdamW::new(handles(&parameters), AdamWSettings::default())?;
+    let counts = |optimizer: &AdamW| {
+        let state = optimizer.state();
+        ["matrix.step", "vector.step"].map(|name| state[name].double_value(&[]))
+    };
+    matrix.square().sum(Kind::Float).backward();
+    let _ = optimizer.step()?;
+    assert_eq!(counts(&optimizer), [1.0, 0.0]);
+    assert_eq!(vector, &wave(&[3]));
+    vector.square().sum(Kind::Float).backward();
+    let _ = optimizer.step()?;
+    assert_eq!(counts(&optimizer), [2.0, 1.0]);
+    assert_ne!(vector, &wave(&[3]));
+
+    optimizer.zero_grad()?;
+    for (name, parameter) in &parameters {
+        assert_eq!(parameter.grad(), parameter.zeros_like(), "{name}");
+    }
     Ok(())
 }
 

@@ -99,7 +99,7 @@ impl RoleTrainer {
         tape: Option<&Tape>,
         processes: Processes<'_>,
     ) -> Result<Tensor> {
-        self.optimizer.zero_grad();
+        self.optimizer.zero_grad()?;
         self.accumulate(loss, tape)?;
         self.step(processes)
     }

@@ -142,7 +142,7 @@ fn parts_of_a_batch_are_one_step() -> Result<()> {
     };
     for _ in 0..2 {
         let expected = whole.descend(&loss(&whole, 0..2)?, None, Processes::default())?;
-        parts.optimizer.zero_grad();
+        parts.optimizer.zero_grad()?;
         for rows in [0..1, 1..2] {
             parts.accumulate(&loss(&parts, rows)?.f_div_scalar(2.0)?, None)?;
         }

@@ -126,7 +126,7 @@ impl<T: Terms> Distillation<'_, T> {
         rollouts: &[Rollout<'_>],
         observe: bool,
     ) -> Result<Readings> {
-        self.student.trainer.optimizer.zero_grad();
+        self.student.trainer.optimizer.zero_grad()?;
         let parts = (0..captions.len()).map(|part| {
             let tape = self.recipe.tape();
             let (loss, readings) =
@@ -212,7 +212,7 @@ impl<T: Terms> Distillation<'_, T> {
     ) -> Result<Option<(Tensor, Tensor)>> {
         let Some(fake) = &mut self.fake else { return Ok(None) };
         let (base, shift) = (self.teacher, self.recipe.shift);
-        fake.trainer.optimizer.zero_grad();
+        fake.trainer.optimizer.zero_grad()?;
         let mut losses = Vec::with_capacity(rollouts.len());
         for rollout in rollouts {
             let tape = self.recipe.tape();
