@@ -269,16 +269,21 @@ def adamw(tensors, variant):
     return run
 
 
-def training_step(batch, steps, assets):
+def training_step(batch, steps, assets, variant="eager"):
     """An update as the default run's: a rollout, student, five times the fake score, moving average.
 
     Guidance and the shift of tau_DM are other numbers there, which cost the same. Diffusers' model takes
-    raw captions, so its caption side runs with every call; the crate's example encodes them once.
+    raw captions, so its caption side runs with every call; the crate's example encodes them once. Compiled are the
+    networks and the losses; the rest stays as it is.
     """
     batch, steps, shift, guidance = int(batch), int(steps), 3.0, 3.0
     teacher, student, fake_score, average = (load(f"{assets}/teacher") for _ in range(4))
     for frozen in (teacher, average):
         frozen.requires_grad_(False)
+    compiled = (lambda function: torch.compile(function)) if variant == "compiled" else (lambda function: function)
+    if variant == "compiled":
+        for model in (teacher, student, fake_score):
+            model.compile()
     settings = {"betas": (0.0, 0.99), "weight_decay": 0.01}
     optimizers = {}
     for model, rate in ((student, 5e-5), (fake_score, 2e-4)):
@@ -309,6 +314,18 @@ def training_step(batch, steps, assets):
         adamw.step()
         return loss.item()
 
+    @compiled
+    def student_loss(x, v_ca, v_dm, fake_v, noised_ca, noised_dm, tau_ca, tau_dm):
+        with torch.no_grad():
+            real, real_null = (clean(noised_ca, v, tau_ca, torch.float64) for v in v_ca.chunk(2))
+            real_dm, fake_dm = (clean(noised_dm, v, tau_dm, torch.float64) for v in (v_dm, fake_v))
+        loss = descend(x, (guidance - 1) * (real - real_null), distance(x, real))
+        return loss + descend(x, real_dm - fake_dm, distance(x, real_dm))
+
+    @compiled
+    def fake_loss(output, noise, x):
+        return torch.mean((output.float() - (noise - x).float()) ** 2)
+
     def run():
         with torch.no_grad():
             images = torch.randn(batch, 3, 32, 32)
@@ -330,19 +347,16 @@ def training_step(batch, steps, assets):
             noised_ca = add_noise(x, torch.randn_like(x), tau_ca)
             noised_dm = add_noise(x, torch.randn_like(x), tau_dm)
             twice = lambda t: torch.cat([t, t])
-            both = velocity(teacher, twice(noised_ca), twice(tau_ca), captions + null)
-            real, real_null = (clean(noised_ca, v, tau_ca, torch.float64) for v in both.chunk(2))
-            real_dm = predict(teacher, noised_dm, tau_dm, captions)
-            fake_dm = predict(fake_score, noised_dm, tau_dm, captions)
-        loss = descend(x, (guidance - 1) * (real - real_null), distance(x, real))
-        loss = loss + descend(x, real_dm - fake_dm, distance(x, real_dm))
-        update(student, loss)
+            v_ca = velocity(teacher, twice(noised_ca), twice(tau_ca), captions + null)
+            v_dm = velocity(teacher, noised_dm, tau_dm, captions)
+            fake_v = velocity(fake_score, noised_dm, tau_dm, captions)
+        update(student, student_loss(x, v_ca, v_dm, fake_v, noised_ca, noised_dm, tau_ca, tau_dm))
         for _ in range(5):
             picks = (torch.randperm(batch) + torch.randint(steps, (1,))) % steps
             x, noise = samples[picks, rows], torch.randn(batch, 3, 32, 32)
             time = shifted(torch.rand(batch))
             output = velocity(fake_score, add_noise(x, noise, time), time, captions)
-            update(fake_score, torch.mean((output.float() - (noise - x).float()) ** 2))
+            update(fake_score, fake_loss(output, noise, x))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 0.05)
         return ()

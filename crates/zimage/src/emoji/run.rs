@@ -1,5 +1,6 @@
 //! Distillation of the small model of this repository, with everything measured against its teacher.
 
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -169,12 +170,18 @@ pub fn train(
         processes.described()
     );
     println!("{}", recipe.described_learning_rate());
-    let start = Instant::now();
     let run = |steps, guidance, transition| Sampling { steps, guidance, transition };
     let teacher_guidance = training.teacher_guidance;
     let guided = run(TEACHER_STEPS, teacher_guidance, Transition::Ddim);
-    let reference = evaluator.generate(&teacher.transformer, guided)?;
-    let mut evaluation_seconds = start.elapsed().as_secs_f64();
+    // The longest part of an evaluation: made when it is first compared with, not whenever a run goes on.
+    let sampled = OnceCell::new();
+    let reference = || -> Result<&Tensor> {
+        if let Some(samples) = sampled.get() {
+            return Ok(samples);
+        }
+        let samples = evaluator.generate(&teacher.transformer, guided)?;
+        Ok(sampled.get_or_init(|| samples))
+    };
 
     let mut distillation = new()?.among(processes)?;
     let few = run(recipe.steps, Guidance::NEUTRAL, recipe.transition);
@@ -182,15 +189,15 @@ pub fn train(
     let student_heading = format!("student {}", recipe.steps);
     let preview = |distillation: &Distillation<'_>| {
         let samples = evaluator.generate(distillation.student(), few)?;
-        let row = evaluator.row("student", few, &samples, &reference)?;
+        let reference = reference()?;
+        let row = evaluator.row("student", few, &samples, reference)?;
         let Scores { alignment, frechet_distance, variance_drift, .. } = row.scores;
         let message = format!(
             "alignment {:.1}%, Fréchet {frechet_distance:.3}, drift {variance_drift:+.3}",
             100.0 * alignment
         );
         let path = out.join(format!("preview-{:06}.png", distillation.updates()));
-        let columns =
-            [(teacher_heading.as_str(), &reference), (student_heading.as_str(), &samples)];
+        let columns = [(teacher_heading.as_str(), reference), (student_heading.as_str(), &samples)];
         write_pictures(&path, &evaluator, &data.items, columns)?;
         let scores = row.scores.named();
         Ok(Preview { message, entry: serde_json::to_value(row)?, scores, picture: Some(path) })
@@ -201,12 +208,14 @@ pub fn train(
     };
 
     let start = Instant::now();
+    println!("Sampling teacher and student on {} captions", evaluator.items().len());
+    let reference = reference()?;
     let plural = |steps| if steps == 1 { "step" } else { "steps" };
     let mut rows = vec![evaluator.row(
         &format!("teacher, {TEACHER_STEPS} steps, guided"),
         guided,
-        &reference,
-        &reference,
+        reference,
+        reference,
     )?];
     let mut add = |name: &str, network: Network<'_>, run: Sampling| -> Result<(Row, Tensor)> {
         let samples = evaluator.generate(network, run)?;
@@ -214,7 +223,7 @@ pub fn train(
             &format!("{name}, {} {}{}", run.steps, plural(run.steps), guided_suffix(run)),
             run,
             &samples,
-            &reference,
+            reference,
         )?;
         rows.push(row.clone());
         Ok((row, samples))
@@ -229,12 +238,12 @@ pub fn train(
             let _ = add("student", distillation.student(), Sampling { steps, ..few })?;
         }
     }
-    evaluation_seconds += start.elapsed().as_secs_f64();
+    let evaluation_seconds = start.elapsed().as_secs_f64();
 
     let summary = Summary::new(&rows[0].scores, &unguided.scores, &student.scores);
     let unguided_heading = format!("teacher {}", recipe.steps);
     let columns = [
-        (teacher_heading.as_str(), &reference),
+        (teacher_heading.as_str(), reference),
         (unguided_heading.as_str(), &unguided_samples),
         (student_heading.as_str(), &student_samples),
     ];
