@@ -82,6 +82,7 @@ pub fn training<'a>(arm: &'a Arm, seed: u64, material: &'a Material<'a>) -> Resu
         adapter: None,
         fake_adapter: None,
         checkpointing: false,
+        skip_nonfinite: 0,
         seed,
     };
     let terms = ArmTerms::new(arm, seed, material)?;

@@ -19,7 +19,7 @@ use zimage::model::{Checkpoint, Storage};
 pub const TEACHER: &str = "assets/teacher";
 
 /// The options that only training looks at.
-const OF_TRAINING: [&str; 36] = [
+const OF_TRAINING: [&str; 37] = [
     "accumulate",
     "negative_prompt",
     "guidance_rescale",
@@ -30,6 +30,7 @@ const OF_TRAINING: [&str; 36] = [
     "classifier",
     "save_every",
     "fresh",
+    "skip_nonfinite",
     "schedule",
     "guidance",
     "dm_shift",
@@ -209,6 +210,10 @@ pub struct Options {
     /// Dropout of the adapters
     #[arg(long, help_heading = "Recipe")]
     pub dropout: Option<f64>,
+    /// Updates that may be left out, in all, since a loss or a gradient is infinite or not a number; the next one
+    /// stops the run. None by default
+    #[arg(long, value_name = "COUNT", help_heading = "Recipe")]
+    pub skip_nonfinite: Option<u64>,
     /// Compute blocks again in the backward pass, which saves memory: true or false
     #[arg(long, help_heading = "Recipe")]
     pub checkpointing: Option<bool>,

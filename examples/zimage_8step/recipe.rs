@@ -72,6 +72,7 @@ impl Options {
         set(&mut recipe.decay, &self.decay);
         set(&mut recipe.ema, &self.ema);
         set(&mut recipe.checkpointing, &self.checkpointing);
+        set(&mut recipe.skip_nonfinite, &self.skip_nonfinite);
         if let Some(rank) = self.rank {
             ensure!(rank >= 0, "--rank must not be negative, found {rank}");
             let default = || LoraSettings::on(BLOCK_LINEARS);
@@ -110,6 +111,7 @@ impl Options {
             ("warmup", 0, recipe.warmup),
             ("batch", 1, recipe.batch as u64),
             ("steps", 1, recipe.steps as u64),
+            ("skip-nonfinite", 0, recipe.skip_nonfinite),
         ] {
             check_count(option, least, value)?;
         }

@@ -44,11 +44,17 @@ pub(crate) struct Moments<'a> {
     pub(crate) step: &'a Tensor,
 }
 
-/// `aten::_fused_adamw_`: updates parameters and moments in place.
+/// `aten::_fused_adamw_`: updates parameters and moments in place, unless `is_bad`, a float32 scalar, is 1.
 ///
 /// # Errors
-/// [`Error::Shape`] if tensors of one parameter differ in shape, [`Error::Torch`] if libtorch refuses them.
-pub(crate) fn fused_adamw(slots: &[Moments<'_>], numbers: AdamWStep) -> Result<()> {
+/// [`Error::Shape`] if tensors of one parameter differ in shape, or `is_bad` is no scalar; [`Error::Torch`] if libtorch
+/// refuses them.
+pub(crate) fn fused_adamw(
+    slots: &[Moments<'_>],
+    numbers: AdamWStep,
+    is_bad: &Tensor,
+) -> Result<()> {
+    same_shape("is_bad", &[], is_bad)?;
     for slot in slots {
         let size = slot.parameter.size();
         same_shape("gradient", &size, slot.gradient)?;
@@ -74,7 +80,7 @@ pub(crate) fn fused_adamw(slots: &[Moments<'_>], numbers: AdamWStep) -> Result<(
         0, // amsgrad
         0, // maximize
         0, // grad_scale: none
-        0, // found_inf: none
+        some(tensor_handle(is_bad)?)?,
     ];
     call(c"aten::_fused_adamw_", c"", &mut stack)
 }

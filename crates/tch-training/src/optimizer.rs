@@ -127,16 +127,16 @@ impl Steps {
         Ok(Self { increments: counts.f_ones_like()?, counts, with_gradient: vec![true; slots] })
     }
 
-    /// Counts a step of the slots whose gradient is defined. Where these are those of the step before, the device is
-    /// not waited for.
-    fn count(&mut self, gradients: &[Tensor]) -> Result<()> {
+    /// Counts `step`, a scalar of 1 or 0, for the slots whose gradient is defined.
+    fn count(&mut self, step: &Tensor, gradients: &[Tensor]) -> Result<()> {
         let with_gradient: Vec<bool> = gradients.iter().map(Tensor::defined).collect();
         if with_gradient != self.with_gradient {
-            let increments: Vec<f32> = with_gradient.iter().copied().map(f32::from).collect();
-            self.increments.f_copy_(&Tensor::f_from_slice(&increments)?)?;
+            let (zero, one) = (step.f_zeros_like()?, step.f_ones_like()?);
+            let increments = with_gradient.iter().map(|counts| if *counts { &one } else { &zero });
+            self.increments = Tensor::f_stack(&increments.collect::<Vec<_>>(), 0)?;
             self.with_gradient = with_gradient;
         }
-        let _ = self.counts.f_add_(&self.increments)?;
+        let _ = self.counts.f_addcmul_(&self.increments, step)?;
         Ok(())
     }
 }
@@ -169,7 +169,8 @@ impl AdamW {
     }
 
     /// Updates every parameter that has a gradient. Returns the gradient's norm before clipping as a
-    /// scalar tensor, so that nothing waits for the device.
+    /// scalar tensor, so that nothing waits for the device. Where that norm is infinite or not a number, nothing is
+    /// updated: parameters, moments and step counts stay as they are.
     ///
     /// # Errors
     /// [`Error::NoGradient`] if no parameter has one, [`Error::OutOfRange`] for a setting.
@@ -196,14 +197,16 @@ impl AdamW {
             let defined: Vec<&Tensor> = gradients.iter().filter(|g| g.defined()).collect();
             multiply_all(&defined, &factor.f_minimum(&number(1.0)?)?)?;
         }
-        self.steps.count(&gradients)?;
+        let is_good = norm.f_isfinite()?;
+        let is_bad = is_good.f_logical_not()?.f_to_kind(Kind::Float)?;
+        self.steps.count(&is_good.f_to_kind(Kind::Float)?, &gradients)?;
         for decays in [true, false] {
             let group = self
                 .slots
                 .iter()
                 .zip(&gradients)
                 .filter(|(slot, gradient)| gradient.defined() && slot.decays() == decays);
-            update(group, &self.settings, decays)?;
+            update(group, &self.settings, decays, &is_bad)?;
         }
         Ok(norm)
     }
@@ -249,6 +252,7 @@ fn update<'a>(
     group: impl Iterator<Item = (&'a Slot, &'a Tensor)>,
     settings: &AdamWSettings,
     decays: bool,
+    is_bad: &Tensor,
 ) -> Result<()> {
     let slots: Vec<_> = group
         .map(|(Slot { parameter, first, second, step, .. }, gradient)| Moments {
@@ -261,5 +265,5 @@ fn update<'a>(
         .collect();
     let AdamWSettings { learning_rate, betas, eps, weight_decay, .. } = *settings;
     let weight_decay = if decays { weight_decay } else { 0.0 };
-    fused_adamw(&slots, AdamWStep { learning_rate, betas, weight_decay, eps })
+    fused_adamw(&slots, AdamWStep { learning_rate, betas, weight_decay, eps }, is_bad)
 }

@@ -160,6 +160,35 @@ fn steps_are_counted_where_there_is_a_gradient() -> Result<()> {
     Ok(())
 }
 
+/// A step along a gradient that is not finite is none, with and without clipping.
+#[test]
+fn a_gradient_that_is_not_finite_changes_nothing() -> Result<()> {
+    for max_gradient_norm in [None, Some(0.5)] {
+        let parameters = leaves();
+        let settings = AdamWSettings { max_gradient_norm, ..AdamWSettings::default() };
+        let mut optimizer = AdamW::new(handles(&parameters), settings)?;
+        run(&parameters, &mut optimizer, 0..3)?;
+        let all = |optimizer: &AdamW| {
+            let tensors = optimizer.state().into_iter().chain(optimizer.parameters());
+            tensors.map(|(name, tensor)| (name, tensor.copy())).collect::<Vec<_>>()
+        };
+        let before = all(&optimizer);
+        for bad in [f64::NAN, f64::INFINITY] {
+            optimizer.zero_grad()?;
+            (loss(&parameters, 3) * bad).backward();
+            let norm = f64::try_from(optimizer.step()?)?;
+            assert!(!norm.is_finite(), "{norm}");
+            assert_eq!(all(&optimizer), before);
+        }
+        // The run goes on as if it had not been there.
+        let straight = leaves();
+        run(&straight, &mut AdamW::new(handles(&straight), settings)?, 0..5)?;
+        run(&parameters, &mut optimizer, 3..5)?;
+        assert_eq!(parameters, straight);
+    }
+    Ok(())
+}
+
 #[test]
 fn settings_names_and_gradients_are_checked() -> Result<()> {
     let nan = f64::NAN;

@@ -48,8 +48,19 @@ pub struct Distillation<'a, T = ScheduledTerms> {
     /// Updates of the fake score before the first of the student, so far.
     warmed: u64,
     update: u64,
-    /// Of the last update, the role with a gradient whose norm is not finite, and that norm.
-    broken: Option<(&'static str, f64)>,
+    /// What was not finite in the last update.
+    fault: Option<Fault>,
+    /// Updates that were left out for that.
+    skipped: u64,
+}
+
+/// A number of an update that is not finite.
+#[derive(Debug)]
+struct Fault {
+    /// Which, and what it is.
+    text: String,
+    /// Whether the update was left out for it.
+    is_skipped: bool,
 }
 
 impl<'a> Distillation<'a> {
@@ -107,7 +118,8 @@ impl<'a, T: Terms> Distillation<'a, T> {
             processes: Processes::default(),
             warmed: 0,
             update: 0,
-            broken: None,
+            fault: None,
+            skipped: 0,
             recipe,
         })
     }
@@ -205,17 +217,43 @@ impl<'a, T: Terms> Distillation<'a, T> {
         self.terms.rollout_steps(self.update, self.recipe.steps)
     }
 
-    /// Refuses weights that the last update has spoilt. The losses show the damage one update later, after
-    /// a spoilt state could have been saved.
+    /// Updates that were left out since a loss or a gradient was not finite.
+    pub fn skipped(&self) -> u64 {
+        self.skipped
+    }
+
+    /// Why the last update was left out, if it was.
+    pub fn skipped_for(&self) -> Option<&str> {
+        self.fault.as_ref().filter(|fault| fault.is_skipped).map(|fault| fault.text.as_str())
+    }
+
+    /// Refuses to go on after an update with a loss or a gradient that is not finite, unless it was left out. No weight
+    /// has taken a step along such a gradient.
     ///
     /// # Errors
-    /// If the norm of a gradient was not finite.
-    pub fn check_gradients(&self) -> Result<()> {
-        match self.broken {
-            Some((role, norm)) => {
-                bail!("training broke down: the norm of the gradient of the {role} is {norm}")
+    /// Says what was not finite.
+    pub fn check_finite(&self) -> Result<()> {
+        match &self.fault {
+            Some(Fault { text, is_skipped: false }) if self.skipped > 0 => {
+                bail!(
+                    "training broke down: {text}, and {} updates were left out before",
+                    self.skipped
+                )
             }
-            None => Ok(()),
+            Some(Fault { text, is_skipped: false }) => bail!("training broke down: {text}"),
+            _ => Ok(()),
         }
+    }
+
+    /// Whether one more update may be left out.
+    fn may_skip(&self) -> bool {
+        self.skipped < self.recipe.skip_nonfinite
+    }
+
+    /// Leaves the update out for a number that is not finite, if the recipe allows for one more.
+    fn judge(&mut self, fault: Option<String>) {
+        let is_skipped = fault.is_some() && self.may_skip();
+        self.skipped += u64::from(is_skipped);
+        self.fault = fault.map(|text| Fault { text, is_skipped });
     }
 }

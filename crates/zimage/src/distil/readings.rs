@@ -89,15 +89,12 @@ impl Readings {
         self.norms.extend(others.norms);
     }
 
-    /// Reads all, and waits for the device once: the record, averaged over the processes, and the role with a
-    /// gradient whose norm is not finite, if there is one, with that norm.
+    /// Reads all, and waits for the device once: the record, averaged over the processes, and a word on the gradient
+    /// or else the number of the record that is not finite, if there is one.
     ///
     /// # Errors
     /// If libtorch fails, the scalars are on several devices, or a process is lost.
-    pub(super) fn read(
-        self,
-        processes: Processes<'_>,
-    ) -> Result<(Record, Option<(&'static str, f64)>)> {
+    pub(super) fn read(self, processes: Processes<'_>) -> Result<(Record, Option<String>)> {
         let norms = self.norms.iter().map(|(_, norm)| norm);
         let values: Vec<&Tensor> =
             self.scalars.iter().map(|scalar| &scalar.value).chain(norms).collect();
@@ -108,11 +105,18 @@ impl Readings {
         let values = Vec::<f64>::try_from(processes.mean(together)?)?;
         let (values, norms) = values.split_at(self.scalars.len());
         let record = self.scalars.into_iter().zip(values);
-        let record = record
+        let record: Record = record
             .filter(|(scalar, value)| value.is_finite() || !scalar.may_be_undefined)
             .map(|(scalar, value)| (scalar.name, *value))
             .collect();
-        let roles = self.norms.iter().map(|(role, _)| *role);
-        Ok((record, roles.zip(norms.iter().copied()).find(|(_, norm)| !norm.is_finite())))
+        let norms = self.norms.iter().zip(norms).find(|(_, norm)| !norm.is_finite());
+        let of_norm = norms
+            .map(|((role, _), norm)| format!("the norm of the gradient of the {role} is {norm}"));
+        let of_record = || {
+            let (name, value) = record.iter().find(|(_, value)| !value.is_finite())?;
+            Some(format!("{name} is {value}"))
+        };
+        let fault = of_norm.or_else(of_record);
+        Ok((record, fault))
     }
 }

@@ -44,6 +44,11 @@ impl Decay {
     }
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
 fn one() -> usize {
     1
 }
@@ -92,6 +97,9 @@ pub struct Recipe {
     pub fake_adapter: Option<LoraSettings>,
     /// Whether blocks are computed again in the backward pass, which saves memory.
     pub checkpointing: bool,
+    /// Updates that may be left out in all since a loss or a gradient is not finite; the next one stops the run.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub skip_nonfinite: u64,
     pub seed: u64,
 }
 
@@ -335,6 +343,7 @@ fn embedded(shift: Shift) -> Result<Recipe> {
         adapter: None,
         fake_adapter: None,
         checkpointing: false,
+        skip_nonfinite: 0,
         seed: 0,
     })
 }
@@ -377,6 +386,7 @@ fn released(shift: Shift, steps: usize) -> Result<Recipe> {
         }),
         fake_adapter: None,
         checkpointing: true,
+        skip_nonfinite: 0,
         seed: 0,
     })
 }

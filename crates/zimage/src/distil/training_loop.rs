@@ -154,6 +154,20 @@ impl<'s> Session<'s> {
         Ok(self.states.save(&distillation.state(), progress)?)
     }
 
+    /// Says that the last update was left out.
+    fn leave_out<T: Terms>(
+        &mut self,
+        why: &str,
+        distillation: &Distillation<'_, T>,
+        bar: &ProgressBar,
+    ) -> Result<()> {
+        let (update, count) = (distillation.updates(), distillation.skipped());
+        let most = distillation.recipe().skip_nonfinite;
+        let text = format!("update {update} was left out, {count} of at most {most}: {why}");
+        bar.suspend(|| eprintln!("warning: {text}"));
+        Ok(self.log.write(&json!({ "update": update, "skipped": why }))?)
+    }
+
     fn observe(&mut self, update: u64, record: Record, bar: &ProgressBar) -> Result<()> {
         let (mut line, seconds) = (serde_json::Map::new(), self.seconds());
         line.insert("update".into(), update.into());
@@ -205,7 +219,10 @@ pub fn train_student<'s, T: Terms>(
         if !distillation.is_warm() {
             bar.set_message("the fake score alone");
             distillation.warm_up()?;
-            distillation.check_gradients()?;
+            distillation.check_finite()?;
+            if let (Some(session), Some(why)) = (&mut session, distillation.skipped_for()) {
+                session.leave_out(why, distillation, &bar)?;
+            }
             if processes.any(interrupt.is_requested())? {
                 save(&mut session, distillation)?;
                 processes.leave_together();
@@ -225,15 +242,13 @@ pub fn train_student<'s, T: Terms>(
             Err(error) if is_breakdown(&error) => return Err(error).with_context(kept),
             stepped => stepped?,
         };
-        distillation.check_gradients().with_context(kept)?;
+        distillation.check_finite().with_context(kept)?;
+        let skipped_for = distillation.skipped_for();
         let of = |name: &str| value(&record, name).unwrap_or(f64::NAN);
-        if let Some((name, value)) = record.iter().find(|(_, value)| !value.is_finite()) {
-            return Err(anyhow!("training broke down: {name} is {value}")).with_context(kept);
-        }
         let guidance = distillation.recipe().guidance;
         // Within an interval, a batch may lie outside.
         let must_guide = !guidance.is_neutral() && guidance.interval().is_none();
-        if of("ca") == 0.0 && must_guide {
+        if of("ca") == 0.0 && must_guide && skipped_for.is_none() {
             return Err(anyhow!(
                 "CFG Augmentation is exactly zero: the teacher answers with and without the caption alike. Are \
                  the features of the captions, or the weights that read them, zero?"
@@ -245,7 +260,9 @@ pub fn train_student<'s, T: Terms>(
         bar.set_message(format!("{left:#} left  CA {ca:.3}  DM {dm:.4}  fake {fake:.3}"));
         bar.inc(1);
         if let Some(session) = &mut session {
-            if observe {
+            if let Some(why) = skipped_for {
+                session.leave_out(why, distillation, &bar)?;
+            } else if observe {
                 session.observe(update, record, &bar)?;
             }
             if is_due(update, intervals.evaluate) {

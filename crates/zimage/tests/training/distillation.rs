@@ -5,7 +5,9 @@ use decoupled_dmd::{Condition, PostShift, Shift};
 use tch::{Device, Kind, Tensor};
 use tch_training::lora::LoraSettings;
 use tempfile::tempdir;
-use zimage::distil::{Distillation, Preset, Processes, Recipe, Record, RoleTrainer, denoiser};
+use zimage::distil::{
+    Distillation, Preset, Processes, Prompts, Recipe, Record, RoleTrainer, denoiser,
+};
 use zimage::emoji::Vocabulary;
 use zimage::failure::{described, is_out_of_memory};
 use zimage::model::{BLOCK_LINEARS, Pipeline, is_caption_side};
@@ -249,6 +251,61 @@ fn errors_are_a_line_without_the_stack_of_libtorch() {
     assert!(!is_out_of_memory(&anyhow::anyhow!("--batch must be at least 1")));
 }
 
+/// One caption of three is not a number. Updates that draw it are left out, as many as are allowed; the others train,
+/// and a run that is restored counts on.
+#[test]
+fn updates_that_are_not_finite_are_left_out_up_to_a_bound() -> Result<()> {
+    let _guard = seeded(11);
+    let teacher = teacher()?;
+    let features = |phase: f64| wave(&[3, 64], phase, Kind::Float);
+    let captions = [features(0.0), features(1.0) * f64::NAN, features(2.0)].map(Ok);
+    let prompts = Prompts::from_features(&teacher, captions, &features(3.0))?;
+    let with = |skip_nonfinite| {
+        let recipe = Recipe { batch: 1, fake_warmup: 0, updates: 12, skip_nonfinite, ..recipe() };
+        Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], SIZE)
+    };
+    let run = |distillation: &mut Distillation<'_>, updates: u64| -> Result<u64> {
+        let mut left_out = 0;
+        for _ in 0..updates {
+            let record = distillation.step(true)?;
+            distillation.check_finite()?;
+            let is_finite = record.iter().all(|(_, value)| value.is_finite());
+            assert_eq!(distillation.skipped_for().is_none(), is_finite, "{record:?}");
+            left_out += u64::from(!is_finite);
+        }
+        Ok(left_out)
+    };
+    let mut straight = with(100)?;
+    let left_out = run(&mut straight, 12)?;
+    println!("{left_out} of 12 updates were left out");
+    assert!((1..12).contains(&left_out) && straight.skipped() == left_out);
+    let student = parameters(straight.student().model)?;
+    let mut moved = 0;
+    for ((name, now), (_, then)) in student.iter().zip(parameters(&teacher)?) {
+        let moves = max_difference(now, &then);
+        assert!(moves.is_finite(), "{name}");
+        moved += usize::from(moves > 0.0);
+    }
+    assert!(moved > 0);
+
+    let (mut first, mut second) = (with(100)?, with(100)?);
+    let before = run(&mut first, 7)?;
+    let _ = second.load_state(&first.state())?;
+    assert_eq!(second.skipped(), before);
+    assert_eq!(run(&mut second, 5)? + before, left_out);
+    for ((name, one), (_, other)) in student.iter().zip(parameters(second.student().model)?) {
+        assert_eq!(max_difference(one, &other), 0.0, "{name}");
+    }
+
+    for most in 0..left_out {
+        let error = run(&mut with(most)?, 12).expect_err("more than are allowed").to_string();
+        assert!(error.contains("training broke down: the norm of the gradient"), "{error}");
+        let counted = format!("{most} updates were left out before");
+        assert!(most == 0 || error.contains(&counted), "{error}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_training_that_breaks_down_says_so() -> Result<()> {
     let _guard = seeded(9);
@@ -257,7 +314,7 @@ fn a_training_that_breaks_down_says_so() -> Result<()> {
     let mut recipe = recipe();
     recipe.student.learning_rate = 1e30;
     let mut distillation = Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], SIZE)?;
-    let mut update = || distillation.step(false).and_then(|_| distillation.check_gradients());
+    let mut update = || distillation.step(false).and_then(|_| distillation.check_finite());
     let error = (0..3).find_map(|_| update().err()).expect("weights beyond bounds");
     assert!(error.to_string().contains("training broke down"), "{error:#}");
     Ok(())

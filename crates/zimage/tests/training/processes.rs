@@ -17,11 +17,11 @@ use tch_training::run::{INTERRUPTED, StateFolder};
 use tch_training::safetensors::{read_tensors, write_tensors};
 use tempfile::{TempDir, tempdir};
 use zimage::distil::{
-    Distillation, Intervals, Outcome, Preset, Preview, Processes, Recipe, seed_of_rank,
+    Distillation, Intervals, Outcome, Preset, Preview, Processes, Prompts, Recipe, seed_of_rank,
     train_student,
 };
 
-use super::common::{float32_bound, relative, seeded, tiny};
+use super::common::{float32_bound, relative, seeded, tiny, wave};
 use super::resume::{PATIENCE, wait, wait_until};
 
 /// Tells [`process`] where to write.
@@ -30,6 +30,8 @@ const OUT: &str = "ZIMAGE_PROCESSES_OUT";
 const ONCE: &str = "ZIMAGE_PROCESSES_ONCE";
 /// The update after which the first process gets a signal.
 const SIGNAL: &str = "ZIMAGE_PROCESSES_SIGNAL";
+/// Makes a caption of the second process not a number, and tells how many updates may be left out.
+const BROKEN: &str = "ZIMAGE_PROCESSES_BROKEN";
 const UPDATES: u64 = 12;
 const SIZE: [i64; 3] = [3, 16, 16];
 
@@ -58,9 +60,16 @@ fn process() -> Result<()> {
     tch::set_num_threads(1);
     let group = ProcessGroup::new(&Launch::from_env()?, &Options::default().timeout(PATIENCE))?;
     let is_once = std::env::var_os(ONCE).is_some();
-    let recipe = if is_once { one_update()? } else { recipe()? };
+    let mut recipe = if is_once { one_update()? } else { recipe()? };
     let teacher = tiny::teacher()?;
-    let prompts = tiny::prompts(&teacher)?;
+    let mut prompts = tiny::prompts(&teacher)?;
+    if let Ok(most) = std::env::var(BROKEN) {
+        recipe.skip_nonfinite = most.parse()?;
+        let factor = if group.rank() == 1 { f64::NAN } else { 1.0 };
+        let features = |phase: f64| wave(&[3, 64], phase, Kind::Float);
+        let captions = [features(0.0), features(1.0) * factor, features(2.0)].map(Ok);
+        prompts = Prompts::from_features(&teacher, captions, &features(3.0))?;
+    }
     let new = Distillation::new(recipe.clone(), &teacher, &prompts, &[0, 1, 2], SIZE)?;
     let mut distillation = new.among(&group)?;
     let result = out.join(format!("result-{}.safetensors", group.rank()));
@@ -279,6 +288,31 @@ fn a_run_goes_on_whatever_becomes_of_a_process() -> Result<()> {
             assert_same(&run.result(rank)?, &result);
         }
     }
+    Ok(())
+}
+
+/// What is not finite on one is left out by all, and the run says whose it was where none may be left out.
+#[test]
+fn all_leave_out_what_is_not_finite_on_one() -> Result<()> {
+    let run = Run::new()?;
+    run.end(2, &[(BROKEN, "100")], 0)?;
+    let state = run.result(0)?;
+    assert_same(&run.result(1)?, &state);
+    let (skipped, updates) = (count(&state, "skipped_updates"), count(&state, "updates"));
+    assert!(updates as u64 == UPDATES && (1..updates).contains(&skipped), "{skipped}");
+    for (name, tensor) in &state {
+        assert!(bool::try_from(tensor.isfinite().all())?, "{name}");
+    }
+    let said = run.errors(0)?;
+    assert!(said.contains(&format!("{skipped} of at most 100: ")), "{said}");
+    assert!(said.contains("gradients of ranks [1] are not"), "{said}");
+
+    let run = Run::new()?;
+    for mut rank in run.start(2, &[(BROKEN, "0")])? {
+        assert!(!wait(&mut rank)?.success(), "it went on");
+    }
+    let said = run.errors(0)?;
+    assert!(said.contains("gradients of ranks [1] are not"), "{said}");
     Ok(())
 }
 

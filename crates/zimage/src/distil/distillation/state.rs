@@ -14,6 +14,8 @@ const WARMED: &str = "fake_warmup_updates";
 const UPDATES: &str = "updates";
 /// Updates in all, which decide where the learning rate falls.
 const PLANNED: &str = "planned_updates";
+/// Updates that were left out.
+const SKIPPED: &str = "skipped_updates";
 /// The number of processes that a state was made by, where there were several.
 const PROCESSES: &str = "processes";
 
@@ -44,6 +46,7 @@ impl<T: Terms> Distillation<'_, T> {
                 (WARMED.to_owned(), count(self.warmed)),
                 (UPDATES.to_owned(), count(self.update)),
                 (PLANNED.to_owned(), count(self.recipe.updates)),
+                (SKIPPED.to_owned(), count(self.skipped)),
             ])
             .chain(processes)
             .collect()
@@ -65,14 +68,14 @@ impl<T: Terms> Distillation<'_, T> {
             update <= wanted,
             "the run has made {update} updates, of {planned}, and {wanted} are asked for: it cannot go back"
         );
-        let processes = or(PROCESSES, 1)?;
+        let (processes, skipped) = (or(PROCESSES, 1)?, or(SKIPPED, 0)?);
         let without = |state: Parameters| -> Parameters {
-            let is_kept = |name: &str| ![PROCESSES, PLANNED].contains(&name);
+            let is_kept = |name: &str| ![PROCESSES, PLANNED, SKIPPED].contains(&name);
             state.into_iter().filter(|(name, _)| is_kept(name)).collect()
         };
         let copy = state.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
         restore(&without(self.state()), &without(copy.collect()))?;
-        (self.warmed, self.update) = (warmed, update);
+        (self.warmed, self.update, self.skipped) = (warmed, update, skipped);
         Ok(MadeBy { processes, updates: planned })
     }
 
@@ -84,6 +87,7 @@ impl<T: Terms> Distillation<'_, T> {
         let state = self.state();
         self.processes.share(state.values())?;
         (self.warmed, self.update) = (count(&state, WARMED)?, count(&state, UPDATES)?);
+        self.skipped = count(&state, SKIPPED)?;
         Ok(())
     }
 }
