@@ -18,6 +18,7 @@ use tch::{Device, Kind, Tensor};
 use tch_training::AdamWSettings;
 use tch_training::files::create_folder;
 use tch_training::lora::LoraSettings;
+use tch_training::parameters::is_finite;
 use tch_training::seed::begin;
 use zimage::device::set_threads;
 use zimage::distil::{
@@ -99,7 +100,8 @@ fn finetune(data: &EmojiData, path: &Path, arguments: &Arguments) -> Result<()> 
         let captions = picks.iter().zip(chances).map(caption).collect::<Result<Vec<_>>>()?;
         let images = exchanged(&data.images.f_index_select(0, &Tensor::f_from_slice(&picks)?)?)?;
         let loss = flow_matching_loss(trainer.weights.training(&base, None), &images, &captions)?;
-        let _ = trainer.descend(&loss, None, Processes::default())?;
+        let norm = trainer.descend(&loss, None, Processes::default())?;
+        ensure!(is_finite(&norm)?, "the gradient is not finite at step {step}");
         sum += f64::try_from(&loss.f_detach()?)?;
         if (step + 1).is_multiple_of(25) {
             println!("step {}  loss {:.4}", step + 1, sum / 25.0);

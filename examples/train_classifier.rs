@@ -14,6 +14,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use tch::{Device, Kind, Reduction, Tensor};
+use tch_training::parameters::is_finite;
 use tch_training::seed::begin;
 use tch_training::{AdamW, AdamWSettings};
 use zimage::device::set_threads;
@@ -135,7 +136,8 @@ fn train(arguments: &Arguments, data: &EmojiData) -> Result<Classifier> {
             logits.f_cross_entropy_loss(&targets, None::<&Tensor>, Reduction::Mean, -100, 0.0)?;
         optimizer.zero_grad()?;
         loss.f_backward()?;
-        let _ = optimizer.step()?;
+        let norm = optimizer.step()?;
+        ensure!(is_finite(&norm)?, "the gradient is not finite at step {step}");
 
         let right = logits.f_argmax(1, false)?.f_eq_tensor(&targets)?.f_mean(Kind::Double)?;
         sums[0] += f64::try_from(&loss.f_detach()?)?;

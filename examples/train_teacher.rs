@@ -242,7 +242,9 @@ impl<'a> Trainer<'a> {
             for (sum, value) in sums.iter_mut().zip([loss, norm]) {
                 *sum += f64::try_from(&value)?;
             }
-            ensure!(sums[0].is_finite(), "the loss is not finite at step {}", self.step);
+            for (what, sum) in ["the loss", "the gradient"].into_iter().zip(sums) {
+                ensure!(sum.is_finite(), "{what} is not finite at step {}", self.step);
+            }
             if self.step.is_multiple_of(REPORT_EVERY) {
                 let count = (self.step - since) as f64;
                 let pace = start.elapsed().as_secs_f64() / count;

@@ -142,9 +142,10 @@ pub fn run(
         }
         while !training.is_warm() {
             training.warm_up()?;
+            training.check_finite()?;
         }
         let record = named(training.step(true)?);
-        if record.iter().any(|(_, value)| !value.is_finite()) {
+        if training.check_finite().is_err() {
             broken_after = Some(training.updates());
             break;
         }

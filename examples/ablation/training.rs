@@ -364,8 +364,9 @@ impl Terms for ArmTerms<'_> {
         let (Some(critic), Some(loss)) = (&mut self.critic, loss) else {
             return Ok(Readings::default());
         };
-        let _norm = critic.trainer.descend(&loss, None, Processes::default())?;
+        let norm = critic.trainer.descend(&loss, None, Processes::default())?;
         let mut readings = Readings::default();
+        readings.push_norm("critic", &norm)?;
         readings.push("critic", &loss)?;
         Ok(readings)
     }

@@ -1,6 +1,6 @@
 //! A one-step student that sees a control, and its training.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use decoupled_dmd::{
     Batch, Condition, Denoiser, DistributionMatching, FewStepGrid, Group, NoisePath, Objective,
     Prediction, RectifiedFlow, Renoising, Reward, Sampler, Shift, Transition, Uniform,
@@ -8,6 +8,7 @@ use decoupled_dmd::{
 use tch::{Device, Kind, Tensor};
 use tch_training::AdamW;
 use tch_training::ema::update_average;
+use tch_training::parameters::is_finite;
 use tch_training::seed::begin;
 use zimage::ZImageTransformer;
 use zimage::distil::{Network, RoleWeights, Stream, denoiser, embedded_optimizer};
@@ -146,7 +147,8 @@ impl Trained {
     fn descend(&mut self, loss: &Tensor) -> Result<()> {
         self.optimizer.zero_grad()?;
         loss.f_backward()?;
-        let _norm = self.optimizer.step()?;
+        let norm = self.optimizer.step()?;
+        ensure!(is_finite(&norm)?, "the gradient is not finite");
         Ok(())
     }
 

@@ -211,7 +211,7 @@ pub struct Options {
     #[arg(long, help_heading = "Recipe")]
     pub dropout: Option<f64>,
     /// Updates that may be left out, in all, since a loss or a gradient is infinite or not a number; the next one
-    /// stops the run. None by default
+    /// stops the run. 0 by default
     #[arg(long, value_name = "COUNT", help_heading = "Recipe")]
     pub skip_nonfinite: Option<u64>,
     /// Compute blocks again in the backward pass, which saves memory: true or false

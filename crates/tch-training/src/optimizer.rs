@@ -170,7 +170,8 @@ impl AdamW {
 
     /// Updates every parameter that has a gradient. Returns the gradient's norm before clipping as a
     /// scalar tensor, so that nothing waits for the device. Where that norm is infinite or not a number, nothing is
-    /// updated: parameters, moments and step counts stay as they are.
+    /// updated: parameters, moments and step counts stay as they are. So weights stay finite in a training that is
+    /// broken: look at the norm.
     ///
     /// # Errors
     /// [`Error::NoGradient`] if no parameter has one, [`Error::OutOfRange`] for a setting.

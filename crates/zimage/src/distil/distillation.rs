@@ -10,6 +10,7 @@ use crate::distil::fake_score::FakeScore;
 use crate::distil::processes::Processes;
 use crate::distil::prompts::{Buckets, Prompts};
 use crate::distil::recipe::Recipe;
+use crate::distil::role_trainer::RoleTrainer;
 use crate::distil::stream::Stream;
 use crate::distil::student::{Student, StudentWeights};
 use crate::distil::terms::{ScheduledTerms, Terms};
@@ -228,32 +229,30 @@ impl<'a, T: Terms> Distillation<'a, T> {
     }
 
     /// Refuses to go on after an update with a loss or a gradient that is not finite, unless it was left out. No weight
-    /// has taken a step along such a gradient.
+    /// takes a step along such a gradient in any case; the other steps of the update stay.
     ///
     /// # Errors
     /// Says what was not finite.
     pub fn check_finite(&self) -> Result<()> {
-        match &self.fault {
-            Some(Fault { text, is_skipped: false }) if self.skipped > 0 => {
-                bail!(
-                    "training broke down: {text}, and {} updates were left out before",
-                    self.skipped
-                )
+        match (&self.fault, self.skipped) {
+            (Some(Fault { text, is_skipped: false }), 0) => bail!("training broke down: {text}"),
+            (Some(Fault { text, is_skipped: false }), skipped) => {
+                bail!("training broke down: {text}; left out before: {skipped}")
             }
-            Some(Fault { text, is_skipped: false }) => bail!("training broke down: {text}"),
             _ => Ok(()),
         }
     }
 
-    /// Whether one more update may be left out.
-    fn may_skip(&self) -> bool {
-        self.skipped < self.recipe.skip_nonfinite
-    }
-
     /// Leaves the update out for a number that is not finite, if the recipe allows for one more.
     fn judge(&mut self, fault: Option<String>) {
-        let is_skipped = fault.is_some() && self.may_skip();
+        let fake = self.fake.as_mut().map(|fake| &mut fake.trainer);
+        let trainers = [Some(&mut self.student.trainer), fake].into_iter().flatten();
+        let blame = trainers.filter_map(RoleTrainer::take_blame).last();
+        let is_skipped = fault.is_some() && self.skipped < self.recipe.skip_nonfinite;
         self.skipped += u64::from(is_skipped);
-        self.fault = fault.map(|text| Fault { text, is_skipped });
+        self.fault = fault.map(|text| {
+            let blame = blame.map_or_else(String::new, |blame| format!(" ({blame})"));
+            Fault { text: text + &blame, is_skipped }
+        });
     }
 }

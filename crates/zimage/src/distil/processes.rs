@@ -156,7 +156,7 @@ pub fn seed_of_rank(run: u64, rank: usize) -> u64 {
     }
 }
 
-/// Whether training broke down: a gradient that is not finite, as all processes have agreed.
+/// Whether a gradient is not finite, as all processes have agreed.
 pub(super) fn is_breakdown(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(Error::NotFinite { .. }))
 }

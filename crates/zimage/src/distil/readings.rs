@@ -47,11 +47,12 @@ impl Readings {
         Ok(())
     }
 
-    /// Adds the norm of the gradient of a role, which is no part of the record.
+    /// Adds the norm of the gradient of a role, which is no part of the record: where it is not finite, the update is
+    /// left out, or training ends.
     ///
     /// # Errors
     /// If libtorch fails.
-    pub(super) fn push_norm(&mut self, role: &'static str, norm: &Tensor) -> Result<()> {
+    pub fn push_norm(&mut self, role: &'static str, norm: &Tensor) -> Result<()> {
         self.norms.push((role, norm.f_to_kind(Kind::Double)?));
         Ok(())
     }
@@ -90,7 +91,7 @@ impl Readings {
     }
 
     /// Reads all, and waits for the device once: the record, averaged over the processes, and a word on the gradient
-    /// or else the number of the record that is not finite, if there is one.
+    /// whose norm is not finite, if there is one.
     ///
     /// # Errors
     /// If libtorch fails, the scalars are on several devices, or a process is lost.
@@ -110,13 +111,8 @@ impl Readings {
             .map(|(scalar, value)| (scalar.name, *value))
             .collect();
         let norms = self.norms.iter().zip(norms).find(|(_, norm)| !norm.is_finite());
-        let of_norm = norms
+        let fault = norms
             .map(|((role, _), norm)| format!("the norm of the gradient of the {role} is {norm}"));
-        let of_record = || {
-            let (name, value) = record.iter().find(|(_, value)| !value.is_finite())?;
-            Some(format!("{name} is {value}"))
-        };
-        let fault = of_norm.or_else(of_record);
         Ok((record, fault))
     }
 }

@@ -7,7 +7,7 @@ use tch_training::parameters::prefixed;
 use tch_training::seed::draw_seed;
 use tch_training::{AdamW, AdamWSettings, Tape};
 
-use crate::distil::processes::Processes;
+use crate::distil::processes::{Processes, is_breakdown};
 use crate::distil::weights::RoleWeights;
 use crate::model::ZImageTransformer;
 
@@ -16,6 +16,8 @@ use crate::model::ZImageTransformer;
 pub struct RoleTrainer {
     pub weights: RoleWeights,
     pub optimizer: AdamW,
+    /// What several processes have said of a gradient that is not finite.
+    blame: Option<String>,
 }
 
 impl RoleTrainer {
@@ -53,7 +55,7 @@ impl RoleTrainer {
             .map(|(name, tensor)| Ok((name, tensor.f_set_requires_grad(true)?)))
             .collect::<Result<Vec<_>>>()?;
         ensure!(!trainable.is_empty(), "no parameter would be trained");
-        Ok(Self { weights, optimizer: AdamW::new(trainable, settings)? })
+        Ok(Self { weights, optimizer: AdamW::new(trainable, settings)?, blame: None })
     }
 
     /// The trained parameters and the optimizer's moments; storage is shared.
@@ -80,13 +82,23 @@ impl RoleTrainer {
     }
 
     /// Descends along the gradient that was accumulated; returns its norm. Several processes descend
-    /// along the mean of their gradients, which is clipped as one process would clip it.
+    /// along the mean of their gradients, which is clipped as one process would clip it. A gradient that is not finite
+    /// moves nothing, on any process, and shows in the norm.
     ///
     /// # Errors
-    /// If there is no gradient; of several processes if the gradient of one is not finite, or one is lost.
+    /// If there is no gradient; of several processes if one is lost.
     pub fn step(&mut self, processes: Processes<'_>) -> Result<Tensor> {
-        processes.average_gradients(&self.optimizer)?;
+        match processes.average_gradients(&self.optimizer) {
+            // All hold the mean, which is not finite.
+            Err(error) if is_breakdown(&error) => self.blame = Some(format!("{error:#}")),
+            outcome => outcome?,
+        }
         Ok(self.optimizer.step()?)
+    }
+
+    /// What several processes have said of a gradient that is not finite since this was last asked.
+    pub(super) fn take_blame(&mut self) -> Option<String> {
+        self.blame.take()
     }
 
     /// Forgets all gradients, then [`Self::accumulate`] of one loss and [`Self::step`].

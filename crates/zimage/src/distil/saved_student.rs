@@ -163,7 +163,7 @@ struct ReportedRecipe {
 }
 
 /// Where the state of the run in the folder `out` is kept; finds a run of the same `identity`: the recipe, and
-/// whatever else decides the numbers, but for the number of updates. One that is finished goes on if more updates
+/// whatever else decides the numbers, but for the number of updates and of those that may be left out. One that is finished goes on if more updates
 /// are asked for.
 ///
 /// # Errors
@@ -176,7 +176,7 @@ pub fn open_states(
 ) -> Result<(StateFolder, Lock)> {
     let mut identity = json!({ "recipe": recipe, "beside": beside });
     if let Some(recipe) = identity["recipe"].as_object_mut() {
-        let _ = recipe.remove("updates");
+        recipe.retain(|name, _| !["updates", "skip_nonfinite"].contains(&name.as_str()));
     }
     let lock = Lock::take(out)?;
     let (folder, report) = (out.join("state"), out.join(REPORT));

@@ -10,7 +10,6 @@ use tch_training::run::{Interrupt, Log, Progress, StateFolder};
 
 use crate::distil::alarms::Alarms;
 use crate::distil::distillation::{Distillation, MadeBy, Record, value};
-use crate::distil::processes::is_breakdown;
 use crate::distil::recipe::Decay;
 use crate::distil::tensorboard::Board;
 use crate::distil::terms::Terms;
@@ -143,7 +142,8 @@ impl<'s> Session<'s> {
         };
         format!(
             "update {update} of the student; {state}. The draws are the same each time: a lower learning rate \
-             of the student or of the fake score, or another seed, leads elsewhere"
+             of the student or of the fake score, or another seed, leads elsewhere, and single updates can be left out \
+             (--skip-nonfinite)"
         )
     }
 
@@ -163,7 +163,11 @@ impl<'s> Session<'s> {
     ) -> Result<()> {
         let (update, count) = (distillation.updates(), distillation.skipped());
         let most = distillation.recipe().skip_nonfinite;
-        let text = format!("update {update} was left out, {count} of at most {most}: {why}");
+        let what = match update {
+            0 => "a warm-up of the fake score".to_owned(),
+            update => format!("update {update}"),
+        };
+        let text = format!("{what} was left out, {count} of at most {most}: {why}");
         bar.suspend(|| eprintln!("warning: {text}"));
         Ok(self.log.write(&json!({ "update": update, "skipped": why }))?)
     }
@@ -238,10 +242,7 @@ pub fn train_student<'s, T: Terms>(
             Some(session) => session.kept(distillation.updates(), out),
             None => format!("update {update} of the student"),
         };
-        let record = match stepped {
-            Err(error) if is_breakdown(&error) => return Err(error).with_context(kept),
-            stepped => stepped?,
-        };
+        let record = stepped?;
         distillation.check_finite().with_context(kept)?;
         let skipped_for = distillation.skipped_for();
         let of = |name: &str| value(&record, name).unwrap_or(f64::NAN);
@@ -285,6 +286,12 @@ pub fn train_student<'s, T: Terms>(
     processes.leave_together();
     interrupt.leave_at_once();
     bar.finish();
+    if session.is_some() && distillation.skipped() > 0 {
+        println!(
+            "Left out since they were not finite: {} of {updates} updates",
+            distillation.skipped()
+        );
+    }
     let Some(session) = session else {
         return Ok(Outcome::Finished { history: History::new(), seconds: 0.0 });
     };

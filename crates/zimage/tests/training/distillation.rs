@@ -300,7 +300,7 @@ fn updates_that_are_not_finite_are_left_out_up_to_a_bound() -> Result<()> {
     for most in 0..left_out {
         let error = run(&mut with(most)?, 12).expect_err("more than are allowed").to_string();
         assert!(error.contains("training broke down: the norm of the gradient"), "{error}");
-        let counted = format!("{most} updates were left out before");
+        let counted = format!("left out before: {most}");
         assert!(most == 0 || error.contains(&counted), "{error}");
     }
     Ok(())

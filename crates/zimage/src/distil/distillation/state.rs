@@ -76,6 +76,7 @@ impl<T: Terms> Distillation<'_, T> {
         let copy = state.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
         restore(&without(self.state()), &without(copy.collect()))?;
         (self.warmed, self.update, self.skipped) = (warmed, update, skipped);
+        self.fault = None;
         Ok(MadeBy { processes, updates: planned })
     }
 

@@ -10,7 +10,6 @@ use tch_training::seed::seed_of;
 
 use super::{Distillation, Record, VARIANCE_DRIFT};
 use crate::distil::adapter::denoiser;
-use crate::distil::processes::is_breakdown;
 use crate::distil::readings::Readings;
 use crate::distil::recipe::Recipe;
 use crate::distil::role_trainer::RoleTrainer;
@@ -40,37 +39,19 @@ impl<T: Terms> Distillation<'_, T> {
     pub fn warm_up(&mut self) -> Result<()> {
         let end = self.warmed.saturating_add(self.recipe.fake_updates.max(1));
         let end = end.min(self.recipe.fake_warmup);
-        let outcome = self.train_fake_alone(end);
-        self.or_skip(outcome)?;
-        self.warmed = end;
-        Ok(())
-    }
-
-    fn train_fake_alone(&mut self, end: u64) -> Result<()> {
         self.begin(Stream::WarmUp(self.warmed));
         let captions = self.draw_captions()?;
         let steps = self.rollout_steps().unwrap_or(self.recipe.steps);
         // Of batches that no update has.
         let rollouts = self.roll_out(&captions, steps, WARM_UP + self.warmed)?;
         let mut readings = Readings::default();
-        for _ in self.warmed..end {
+        while self.warmed < end {
             self.train_fake(&rollouts, &mut readings)?;
+            self.warmed += 1;
         }
         let (_, fault) = readings.read(self.processes)?;
         self.judge(fault);
         Ok(())
-    }
-
-    /// What an update has come to. Where processes have agreed that a gradient is not finite, it is left out, if the
-    /// recipe allows for one more.
-    fn or_skip<R: Default>(&mut self, outcome: Result<R>) -> Result<R> {
-        match outcome {
-            Err(error) if is_breakdown(&error) && self.may_skip() => {
-                self.judge(Some(format!("{error:#}")));
-                Ok(R::default())
-            }
-            outcome => outcome,
-        }
     }
 
     /// One update of the student and those of the other networks that go with it. With `observe`, the
@@ -82,16 +63,8 @@ impl<T: Terms> Distillation<'_, T> {
     ///
     /// # Errors
     /// If libtorch fails. Numbers that are not finite are no error of one process: see
-    /// [`Self::check_finite`]. Of several, if a gradient is not finite on one and the update may not be left out, one is
-    /// lost, or they are not in step.
+    /// [`Self::check_finite`]. Of several, if one is lost, or they are not in step.
     pub fn step(&mut self, observe: bool) -> Result<Record> {
-        let outcome = self.train_all(observe);
-        let record = self.or_skip(outcome)?;
-        self.update += 1;
-        Ok(record)
-    }
-
-    fn train_all(&mut self, observe: bool) -> Result<Record> {
         self.begin(Stream::Update(self.update));
         self.student.trainer.optimizer.settings.learning_rate =
             self.recipe.student.learning_rate * self.learning_rate_factor();
@@ -115,14 +88,19 @@ impl<T: Terms> Distillation<'_, T> {
             }
         }
         readings.extend(self.train_terms(&captions, &rollouts)?);
-        let (current, number) = (self.student.parameters(), self.update + 1);
-        update_average(&self.average.parameters(), &current, self.recipe.ema, number)?;
+        self.update += 1;
+        let current = self.student.parameters();
+        update_average(&self.average.parameters(), &current, self.recipe.ema, self.update)?;
         let (mut record, fault) = readings.read(self.processes)?;
-        self.judge(fault);
         let of_samples = record.iter_mut().find(|(name, _)| name == VARIANCE_DRIFT);
         if let (Some((_, value)), Some(of_data)) = (of_samples, self.data_variance) {
             *value = (*value / of_data).ln();
         }
+        let of_record = || {
+            let (name, value) = record.iter().find(|(_, value)| !value.is_finite())?;
+            Some(format!("{name} is {value}"))
+        };
+        self.judge(fault.or_else(of_record));
         if observe {
             record.extend(self.learning_rates());
         }
