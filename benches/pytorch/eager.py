@@ -280,8 +280,9 @@ def training_step(batch, steps, assets, variant="eager"):
     teacher, student, fake_score, average = (load(f"{assets}/teacher") for _ in range(4))
     for frozen in (teacher, average):
         frozen.requires_grad_(False)
-    compiled = (lambda function: torch.compile(function)) if variant == "compiled" else (lambda function: function)
+    compiled = lambda function: function
     if variant == "compiled":
+        compiled = torch.compile
         for model in (teacher, student, fake_score):
             model.compile()
     settings = {"betas": (0.0, 0.99), "weight_decay": 0.01}

@@ -102,11 +102,11 @@ pub(crate) fn multiply_all(tensors: &[&Tensor], factor: &Tensor) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Torch`] if libtorch refuses a tensor.
-pub(crate) fn zero_all<'a>(tensors: impl ExactSizeIterator<Item = &'a Tensor>) -> Result<()> {
-    if tensors.len() == 0 {
+pub(crate) fn zero_all(tensors: &[&Tensor]) -> Result<()> {
+    if tensors.is_empty() {
         return Ok(());
     }
-    call(c"aten::_foreach_zero_", c"", &mut [tensor_list(tensors)?])
+    call(c"aten::_foreach_zero_", c"", &mut [tensor_list(tensors.iter().copied())?])
 }
 
 /// `aten::_backward`: adds to the `grad` of every leaf that `output` depends on, from the gradient in

@@ -178,24 +178,17 @@ impl AdamW {
     pub fn step(&mut self) -> Result<Tensor> {
         self.settings.check()?;
         let _guard = tch::no_grad_guard();
-        let mut gradients = Vec::with_capacity(self.slots.len());
-        let mut norms = Vec::with_capacity(self.slots.len());
-        for slot in &self.slots {
-            let gradient = slot.parameter.f_grad()?;
-            if gradient.defined() {
-                norms.push(gradient.f_norm()?);
-            }
-            gradients.push(gradient);
-        }
-        if norms.is_empty() {
+        let gradients = self.gradients()?;
+        let defined: Vec<&Tensor> = gradients.iter().filter(|g| g.defined()).collect();
+        if defined.is_empty() {
             return Err(Error::NoGradient);
         }
-        let norm = Tensor::f_stack(&norms, 0)?.f_norm()?;
+        let norms = defined.iter().map(|gradient| Ok(gradient.f_norm()?));
+        let norm = Tensor::f_stack(&norms.collect::<Result<Vec<_>>>()?, 0)?.f_norm()?;
 
         if let Some(max) = self.settings.max_gradient_norm {
             let number = |value| number(value, norm.f_kind()?);
             let factor = norm.f_add(&number(1e-6)?)?.f_reciprocal()?.f_mul(&number(max)?)?;
-            let defined: Vec<&Tensor> = gradients.iter().filter(|g| g.defined()).collect();
             multiply_all(&defined, &factor.f_minimum(&number(1.0)?)?)?;
         }
         let is_good = norm.f_isfinite()?;
@@ -217,11 +210,13 @@ impl AdamW {
     /// # Errors
     /// [`Error::Torch`] if libtorch fails.
     pub fn zero_grad(&mut self) -> Result<()> {
-        let _guard = tch::no_grad_guard();
-        let gradients = self.slots.iter().map(|slot| Ok(slot.parameter.f_grad()?));
-        let mut gradients = gradients.collect::<Result<Vec<_>>>()?;
-        gradients.retain(Tensor::defined);
-        zero_all(gradients.iter())
+        let gradients = self.gradients()?;
+        zero_all(&gradients.iter().filter(|gradient| gradient.defined()).collect::<Vec<_>>())
+    }
+
+    /// The gradient of each slot, undefined where there is none.
+    fn gradients(&self) -> Result<Vec<Tensor>> {
+        self.slots.iter().map(|slot| Ok(slot.parameter.f_grad()?)).collect()
     }
 
     /// The parameters by name; storage is shared with the optimizer.

@@ -63,16 +63,18 @@ impl<'g> Processes<'g> {
         Collective::new(group.world_size(), group.rank(), all_gather).ok()
     }
 
-    /// Replaces the gradients of the parameters of an optimizer by their means.
+    /// Replaces the gradients of the parameters of an optimizer by their means. Where a mean is not finite, all
+    /// processes hold it, and get a word on the ranks whose gradients are not.
     ///
     /// # Errors
-    /// On all processes, if a gradient is not finite on one, a process is lost, or they are not in step.
-    pub(super) fn average_gradients(self, optimizer: &AdamW) -> Result<()> {
-        if let Some(group) = self.0 {
-            let parameters: Vec<Tensor> = optimizer.parameters().into_values().collect();
-            let _averaged = group.average_gradients(&parameters, &Averaging::default())?;
+    /// If a process is lost, or they are not in step.
+    pub(super) fn average_gradients(self, optimizer: &AdamW) -> Result<Option<String>> {
+        let Some(group) = self.0 else { return Ok(None) };
+        let parameters: Vec<Tensor> = optimizer.parameters().into_values().collect();
+        match group.average_gradients(&parameters, &Averaging::default()) {
+            Err(error @ Error::NotFinite { .. }) => Ok(Some(error.to_string())),
+            averaged => averaged.map(|_| None).map_err(Into::into),
         }
-        Ok(())
     }
 
     /// Numbers in float64 on the CPU, averaged.
@@ -154,11 +156,6 @@ pub fn seed_of_rank(run: u64, rank: usize) -> u64 {
         0 => run,
         rank => seed_of(run, Stream::Rank(rank as u64)) as u64,
     }
-}
-
-/// Whether a gradient is not finite, as all processes have agreed.
-pub(super) fn is_breakdown(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(Error::NotFinite { .. }))
 }
 
 /// The device of this process: where `device` is the first GPU, that of its number on the machine.

@@ -7,7 +7,7 @@ use tch_training::parameters::prefixed;
 use tch_training::seed::draw_seed;
 use tch_training::{AdamW, AdamWSettings, Tape};
 
-use crate::distil::processes::{Processes, is_breakdown};
+use crate::distil::processes::Processes;
 use crate::distil::weights::RoleWeights;
 use crate::model::ZImageTransformer;
 
@@ -88,10 +88,8 @@ impl RoleTrainer {
     /// # Errors
     /// If there is no gradient; of several processes if one is lost.
     pub fn step(&mut self, processes: Processes<'_>) -> Result<Tensor> {
-        match processes.average_gradients(&self.optimizer) {
-            // All hold the mean, which is not finite.
-            Err(error) if is_breakdown(&error) => self.blame = Some(format!("{error:#}")),
-            outcome => outcome?,
+        if let Some(blame) = processes.average_gradients(&self.optimizer)? {
+            self.blame = Some(blame);
         }
         Ok(self.optimizer.step()?)
     }

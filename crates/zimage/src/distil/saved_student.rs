@@ -163,8 +163,8 @@ struct ReportedRecipe {
 }
 
 /// Where the state of the run in the folder `out` is kept; finds a run of the same `identity`: the recipe, and
-/// whatever else decides the numbers, but for the number of updates and of those that may be left out. One that is finished goes on if more updates
-/// are asked for.
+/// whatever else decides the numbers, but for the number of updates and of those that may be left out. One that is
+/// finished goes on if more updates are asked for.
 ///
 /// # Errors
 /// If the run there is another one, or one that is still going on; if it should go on and its state is gone;

@@ -236,13 +236,12 @@ pub fn train_student<'s, T: Terms>(
             continue;
         }
         let observe = is_due(distillation.updates() + 1, intervals.observe);
-        let stepped = distillation.step(observe);
+        let record = distillation.step(observe)?;
         let update = distillation.updates();
         let kept = || match &session {
             Some(session) => session.kept(distillation.updates(), out),
             None => format!("update {update} of the student"),
         };
-        let record = stepped?;
         distillation.check_finite().with_context(kept)?;
         let skipped_for = distillation.skipped_for();
         let of = |name: &str| value(&record, name).unwrap_or(f64::NAN);
@@ -286,15 +285,13 @@ pub fn train_student<'s, T: Terms>(
     processes.leave_together();
     interrupt.leave_at_once();
     bar.finish();
-    if session.is_some() && distillation.skipped() > 0 {
-        println!(
-            "Left out since they were not finite: {} of {updates} updates",
-            distillation.skipped()
-        );
-    }
     let Some(session) = session else {
         return Ok(Outcome::Finished { history: History::new(), seconds: 0.0 });
     };
+    let skipped = distillation.skipped();
+    if skipped > 0 {
+        println!("Left out since they were not finite: {skipped} of {updates} updates");
+    }
     if let Some(exchanged) = processes.exchanged(before, updates - start) {
         println!("{exchanged}");
     }

@@ -23,6 +23,14 @@ pub fn teacher() -> Result<ZImageTransformer> {
     Ok(model)
 }
 
+/// Three captions of waves, of which the second is not a number where one is to be `broken`.
+pub fn waves(teacher: &ZImageTransformer, broken: bool) -> Result<Prompts> {
+    let features = |phase: f64| wave(&[3, 64], phase, Kind::Float);
+    let factor = if broken { f64::NAN } else { 1.0 };
+    let captions = [features(0.0), features(1.0) * factor, features(2.0)].map(Ok);
+    Prompts::from_features(teacher, captions, &features(3.0))
+}
+
 /// Three captions, encoded by `teacher`.
 pub fn prompts(teacher: &ZImageTransformer) -> Result<Prompts> {
     let vocabulary = Vocabulary::load(&workspace("assets/emoji"))?;

@@ -5,15 +5,13 @@ use decoupled_dmd::{Condition, PostShift, Shift};
 use tch::{Device, Kind, Tensor};
 use tch_training::lora::LoraSettings;
 use tempfile::tempdir;
-use zimage::distil::{
-    Distillation, Preset, Processes, Prompts, Recipe, Record, RoleTrainer, denoiser,
-};
+use zimage::distil::{Distillation, Preset, Processes, Recipe, Record, RoleTrainer, denoiser};
 use zimage::emoji::Vocabulary;
 use zimage::failure::{described, is_out_of_memory};
 use zimage::model::{BLOCK_LINEARS, Pipeline, is_caption_side};
 use zimage::{Role, ZImageTransformer};
 
-use super::common::tiny::{prompts, teacher};
+use super::common::tiny::{prompts, teacher, waves};
 use super::common::{assert_float64, max_difference, seeded, wave, workspace};
 
 /// Of one sample.
@@ -257,9 +255,7 @@ fn errors_are_a_line_without_the_stack_of_libtorch() {
 fn updates_that_are_not_finite_are_left_out_up_to_a_bound() -> Result<()> {
     let _guard = seeded(11);
     let teacher = teacher()?;
-    let features = |phase: f64| wave(&[3, 64], phase, Kind::Float);
-    let captions = [features(0.0), features(1.0) * f64::NAN, features(2.0)].map(Ok);
-    let prompts = Prompts::from_features(&teacher, captions, &features(3.0))?;
+    let prompts = waves(&teacher, true)?;
     let with = |skip_nonfinite| {
         let recipe = Recipe { batch: 1, fake_warmup: 0, updates: 12, skip_nonfinite, ..recipe() };
         Distillation::new(recipe, &teacher, &prompts, &[0, 1, 2], SIZE)

@@ -28,7 +28,7 @@ fn seconds() -> Result<f64> {
 /// Nothing becomes NaN, and memory stays within a hundredth of what it is after the first thousand updates; the time
 /// of an update is printed. Nothing is learnt here: the rates are the presets' own, on a model that is no model.
 #[test]
-#[ignore = "takes one to two hours: cargo test --release --package zimage --test training long_run -- --ignored --nocapture"]
+#[ignore = "takes one to two hours: cargo test --release --workspace --test training long_run -- --ignored --nocapture"]
 fn presets_run_for_long() -> Result<()> {
     let _guard = seeded(0);
     tch::set_num_threads(1);

@@ -17,11 +17,11 @@ use tch_training::run::{INTERRUPTED, StateFolder};
 use tch_training::safetensors::{read_tensors, write_tensors};
 use tempfile::{TempDir, tempdir};
 use zimage::distil::{
-    Distillation, Intervals, Outcome, Preset, Preview, Processes, Prompts, Recipe, seed_of_rank,
+    Distillation, Intervals, Outcome, Preset, Preview, Processes, Recipe, seed_of_rank,
     train_student,
 };
 
-use super::common::{float32_bound, relative, seeded, tiny, wave};
+use super::common::{float32_bound, relative, seeded, tiny};
 use super::resume::{PATIENCE, wait, wait_until};
 
 /// Tells [`process`] where to write.
@@ -65,10 +65,7 @@ fn process() -> Result<()> {
     let mut prompts = tiny::prompts(&teacher)?;
     if let Ok(most) = std::env::var(BROKEN) {
         recipe.skip_nonfinite = most.parse()?;
-        let factor = if group.rank() == 1 { f64::NAN } else { 1.0 };
-        let features = |phase: f64| wave(&[3, 64], phase, Kind::Float);
-        let captions = [features(0.0), features(1.0) * factor, features(2.0)].map(Ok);
-        prompts = Prompts::from_features(&teacher, captions, &features(3.0))?;
+        prompts = tiny::waves(&teacher, group.rank() == 1)?;
     }
     let new = Distillation::new(recipe.clone(), &teacher, &prompts, &[0, 1, 2], SIZE)?;
     let mut distillation = new.among(&group)?;
@@ -160,6 +157,15 @@ impl Run {
         Ok(read_tensors(&self.out().join(format!("result-{rank}.safetensors")))?)
     }
 
+    /// What so many ranks have come to, which must be the same for all.
+    fn result_of_all(&self, processes: usize) -> Result<Parameters> {
+        let first = self.result(0)?;
+        for rank in 1..processes {
+            assert_same(&self.result(rank)?, &first);
+        }
+        Ok(first)
+    }
+
     /// The tensors of the newest state.
     fn state(&self) -> Result<Parameters> {
         let folder = self.out().join("state").join(format!("{:06}", self.newest()));
@@ -192,8 +198,7 @@ fn assert_same(found: &Parameters, expected: &Parameters) {
 fn gradients_and_numbers_are_those_of_both_processes() -> Result<()> {
     let run = Run::new()?;
     run.end(2, &[(ONCE, "1")], 0)?;
-    let together = run.result(0)?;
-    assert_same(&run.result(1)?, &together);
+    let together = run.result_of_all(2)?;
     assert_eq!(count(&together, "processes"), 2);
     let records = [0, 1].map(|rank| fs::read(run.out().join(format!("result-{rank}.json"))));
     let [record, other] = records;
@@ -239,8 +244,8 @@ fn gradients_and_numbers_are_those_of_both_processes() -> Result<()> {
 fn a_run_goes_on_whatever_becomes_of_a_process() -> Result<()> {
     let expected = Run::new()?;
     expected.end(2, &[], 0)?;
-    assert_same(&expected.result(1)?, &expected.result(0)?);
-    assert_eq!(count(&expected.result(0)?, "updates") as u64, UPDATES);
+    let expected = expected.result_of_all(2)?;
+    assert_eq!(count(&expected, "updates") as u64, UPDATES);
 
     // A signal to one stops both after the same update.
     let run = Run::new()?;
@@ -251,9 +256,7 @@ fn a_run_goes_on_whatever_becomes_of_a_process() -> Result<()> {
         (3..UPDATES as i64).contains(&count(&state, "updates")) && count(&state, "processes") == 2
     );
     run.end(2, &[], 0)?;
-    for rank in [0, 1] {
-        assert_same(&run.result(rank)?, &expected.result(0)?);
-    }
+    assert_same(&run.result_of_all(2)?, &expected);
 
     // Killed, a process takes the other with it, which says so.
     let run = Run::new()?;
@@ -270,7 +273,7 @@ fn a_run_goes_on_whatever_becomes_of_a_process() -> Result<()> {
     assert!(errors.contains("rank 0: "), "{errors}");
     assert!(!run.out().join("result-0.safetensors").exists(), "nothing was left to go on with");
     run.end(2, &[], 0)?;
-    assert_same(&run.result(0)?, &expected.result(0)?);
+    assert_same(&run.result(0)?, &expected);
 
     for (before, after) in [(2, 1), (1, 2)] {
         let run = Run::new()?;
@@ -279,14 +282,11 @@ fn a_run_goes_on_whatever_becomes_of_a_process() -> Result<()> {
         let made_by = found.get("processes").map_or(1, |count| count.int64_value(&[]));
         assert_eq!(made_by, before as i64);
         run.end(after, &[], 0)?;
-        let result = run.result(0)?;
+        let result = run.result_of_all(after)?;
         assert_eq!(count(&result, "updates") as u64, UPDATES);
         let said = run.errors(0)?;
         let expected = format!("which {before} processes made, with {after}");
         assert!(said.contains(&expected), "{said}");
-        for rank in 1..after {
-            assert_same(&run.result(rank)?, &result);
-        }
     }
     Ok(())
 }
@@ -296,8 +296,7 @@ fn a_run_goes_on_whatever_becomes_of_a_process() -> Result<()> {
 fn all_leave_out_what_is_not_finite_on_one() -> Result<()> {
     let run = Run::new()?;
     run.end(2, &[(BROKEN, "100")], 0)?;
-    let state = run.result(0)?;
-    assert_same(&run.result(1)?, &state);
+    let state = run.result_of_all(2)?;
     let (skipped, updates) = (count(&state, "skipped_updates"), count(&state, "updates"));
     assert!(updates as u64 == UPDATES && (1..updates).contains(&skipped), "{skipped}");
     for (name, tensor) in &state {
