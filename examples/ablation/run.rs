@@ -140,16 +140,16 @@ pub fn run(
         if training.updates() == arm.updates {
             break;
         }
-        while !training.is_warm() {
+        while !training.is_warm() && training.check_finite().is_ok() {
             training.warm_up()?;
-            training.check_finite()?;
         }
-        let record = named(training.step(true)?);
+        if training.check_finite().is_ok() {
+            means.add(named(training.step(true)?));
+        }
         if training.check_finite().is_err() {
             broken_after = Some(training.updates());
             break;
         }
-        means.add(record);
     }
     if seed == 0 {
         let columns = strip.len() as i64;

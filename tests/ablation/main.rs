@@ -285,6 +285,15 @@ fn a_run_leaves_one_file_and_is_skipped_then() -> Result<()> {
         assert!(error.contains("ca-seed0.json was made with other settings"), "{error}");
     }
 
+    // A breakdown is a result, and one of the fake score alone is before the first update.
+    let broken = arm.clone().with(|arm| {
+        arm.name = "broken".into();
+        (arm.fake_learning_rate, arm.fake_warmup) = (1e38, 3);
+    });
+    run(folder, folder, &broken, 0, &material, &bench)?;
+    let record: RunRecord = read_json(&run_path(folder, "broken", 0))?;
+    assert_eq!((record.broken_after, record.points.len()), (Some(0), 1));
+
     // Captions for choosing and captions for reporting do not meet.
     let selection = Bench::new(judge()?, &material, &data, 6, true)?;
     let both: BTreeSet<i64> = bench.items().iter().chain(selection.items()).copied().collect();

@@ -80,6 +80,7 @@ fn a_finished_run_goes_on_with_more_updates() -> Result<()> {
     assert!(half != student(&parts)?);
     let read = |place: &Workplace| fs::read_to_string(place.out().join("report.json"));
     assert!(read(&parts)?.contains("\"updates\": 4"));
+    assert!(read(&parts)?.contains("\"skipped\": 0"));
     // The event files too: no update is shown twice.
     let shown = tensorboard::read(&parts.out().join("tensorboard"))?;
     let updates = shown.keys().filter(|(tag, _)| tag == "loss/loss").map(|(_, update)| *update);

@@ -214,7 +214,12 @@ pub fn train(
     write_comparison(&path, &[&many, &few], &columns, &captions, Sheet::LARGE)?;
     println!("Teacher and student side by side in {}", path.display());
     // Last, as it says that the run is finished.
-    let report = json!({ "recipe": recipe, "training_seconds": seconds, "prompts": prompts.len() });
+    let report = json!({
+        "recipe": recipe,
+        "training_seconds": seconds,
+        "skipped": distillation.skipped(),
+        "prompts": prompts.len(),
+    });
     write_json(&out.join(REPORT), &report)?;
     println!("{}", states_stay(out));
     Ok(Ending::Finished)

@@ -1,14 +1,14 @@
 //! A student under training: the weights of its role, and what tells a flow map the length of its jump.
 
 use anyhow::Result;
-use decoupled_dmd::{Denoiser, FlowMap, Shift};
+use decoupled_dmd::{Denoiser, DistributionMatching, FlowMap, Shift};
 use tch::{Kind, Tensor};
 use tch_training::lora::LoraSettings;
 use tch_training::{AdamWSettings, Tape};
 
 use crate::distil::adapter::{denoiser, flow_map};
 use crate::distil::role_trainer::RoleTrainer;
-use crate::distil::terms::Terms;
+use crate::distil::terms::{Networks, Terms};
 use crate::distil::weights::{Network, RoleWeights};
 use crate::model::{TIME_FEATURES, ZImageTransformer};
 
@@ -67,17 +67,22 @@ impl Student {
         predictor(self.trainer.weights.network(base), self.lengths.as_ref(), shift)
     }
 
-    /// The student as it is trained: a predictor of the clean sample, and the flow map if it is one.
-    pub(super) fn training<'a>(
+    /// The networks of an update: the student as it is trained, `teacher`, and distribution matching, if any.
+    pub(super) fn networks<'a>(
         &'a self,
-        base: &'a ZImageTransformer,
+        teacher: &'a ZImageTransformer,
         tape: Option<&'a Tape>,
         shift: Shift,
-    ) -> (Denoiser<'a>, Option<FlowMap<'a>>) {
-        let network = self.trainer.weights.training(base, tape);
+        dm: Option<&'a DistributionMatching<'a>>,
+    ) -> Networks<'a> {
+        let network = self.trainer.weights.training(teacher, tape);
         let lengths = self.lengths.as_ref();
-        let map = lengths.map(|lengths| flow_map(network, lengths, shift));
-        (predictor(network, lengths, shift), map)
+        Networks {
+            teacher: denoiser(teacher, shift),
+            student: predictor(network, lengths, shift),
+            flow_map: lengths.map(|lengths| flow_map(network, lengths, shift)),
+            dm,
+        }
     }
 }
 

@@ -46,7 +46,7 @@ pub enum Outcome {
     Finished {
         /// What was observed.
         history: History,
-        /// Seconds of all sessions.
+        /// Seconds of all sessions, without the looks at the student.
         seconds: f64,
     },
     /// The user stopped it; the state is saved.
@@ -69,6 +69,7 @@ struct Session<'s> {
     board: Board,
     history: History,
     alarms: Alarms,
+    /// When the session would have begun without its looks at the student.
     start: Instant,
     /// Seconds of earlier sessions.
     before: f64,
@@ -266,7 +267,9 @@ pub fn train_student<'s, T: Terms>(
                 session.observe(update, record, &bar)?;
             }
             if is_due(update, intervals.evaluate) {
+                let look = Instant::now();
                 let preview = evaluate(distillation)?;
+                session.start += look.elapsed();
                 bar.suspend(|| println!("update {update}: {}", preview.message));
                 session.log.write(&json!({ "update": update, "student": preview.entry }))?;
                 session.board.preview(update, &preview)?;

@@ -14,6 +14,9 @@ pub struct Report {
     pub recipe: Recipe,
     pub device: String,
     pub threads: i32,
+    /// Updates that were left out since they were not finite.
+    pub skipped: u64,
+    /// Of all sessions, without the looks on the way.
     pub training_seconds: f64,
     pub evaluation_seconds: f64,
     pub captions: usize,

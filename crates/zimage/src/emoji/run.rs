@@ -262,6 +262,7 @@ pub fn train(
         recipe: recipe.clone(),
         device: format!("{device:?}"),
         threads,
+        skipped: distillation.skipped(),
         training_seconds,
         evaluation_seconds,
         captions: evaluator.items().len(),

@@ -9,7 +9,6 @@ use tch_training::ema::update_average;
 use tch_training::seed::seed_of;
 
 use super::{Distillation, Record, VARIANCE_DRIFT};
-use crate::distil::adapter::denoiser;
 use crate::distil::readings::Readings;
 use crate::distil::recipe::Recipe;
 use crate::distil::role_trainer::RoleTrainer;
@@ -156,11 +155,9 @@ impl<T: Terms> Distillation<'_, T> {
         tape: Option<&Tape>,
         observe: bool,
     ) -> Result<(Tensor, Readings)> {
-        let (student, flow_map) = self.student.training(self.teacher, tape, self.recipe.shift);
         let (base, shift) = (self.teacher, self.recipe.shift);
         let dm = self.fake.as_ref().map(|fake| fake.matching(base, shift));
-        let networks =
-            Networks { teacher: denoiser(base, shift), student, flow_map, dm: dm.as_ref() };
+        let networks = self.student.networks(base, tape, shift, dm.as_ref());
         let (mut losses, mut readings) = (Vec::new(), Readings::default());
         let on_rollout = rollout.map(|rollout| self.loss_on_rollout(&networks, rollout, observe));
         let more = self.terms.more_losses(self.update, &networks, captions, rollout)?;
@@ -236,10 +233,8 @@ impl<T: Terms> Distillation<'_, T> {
         // Terms that have something to train here take whole batches.
         let Some(captions) = captions.first() else { return Ok(Readings::default()) };
         let (base, shift) = (self.teacher, self.recipe.shift);
-        let (student, flow_map) = self.student.training(base, None, shift);
         let dm = self.fake.as_ref().map(|fake| fake.matching(base, shift));
-        let networks =
-            Networks { teacher: denoiser(base, shift), student, flow_map, dm: dm.as_ref() };
+        let networks = self.student.networks(base, None, shift, dm.as_ref());
         self.terms.train(self.update, &networks, captions, rollouts.first())
     }
 
