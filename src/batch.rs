@@ -10,7 +10,9 @@ use crate::checks::{
     check_device, check_leading, check_like, check_samples, check_size, check_strided, check_times,
 };
 use crate::error::{Error, Result};
-use crate::numeric::{batch_size, of_one_rank, once, per_sample, widen};
+use crate::numeric::{
+    any_kept, batch_size, finite_where_masked, of_one_rank, once, per_sample, widen,
+};
 use crate::simulation::Simulation;
 use crate::time::{PostShift, PreShift};
 use crate::value::checked;
@@ -184,23 +186,23 @@ impl<'a> Batch<'a> {
     /// `[B]`, one boolean for each sample, or has the axes of `x` with 1 where one value serves an axis: a mask of
     /// the frames of `[B, F, C, H, W]` is `[B, F, 1, 1, 1]`.
     ///
+    /// No term moves a masked element: it sends a gradient of exactly zero to the student, even if its value is NaN
+    /// or infinite; this cannot help where activations inside the student are not finite. Networks see the whole
+    /// sample, with zeros in place of what is not finite and masked; masking attention is their own matter.
+    ///
     /// For engines, Distribution Matching and the loss of the fake score:
-    /// - a masked element gets an update of exactly zero and sends no gradient to the student or the
-    ///   fake score, even if its value is NaN or infinite; this cannot help where activations inside the
-    ///   student are not finite;
     /// - the means of the normaliser and of the diagnostics are over the elements that count;
     /// - losses remain means over *all* elements of the batch, so that the mask of one sample does not
     ///   change the gradient of another. For a mean over the elements that count, multiply the weight of
     ///   the term by their inverse share.
     ///
-    /// Networks see the whole sample; masking attention is their own matter. Regularizers over the
-    /// statistics of whole samples do not see the mask. A custom term can call
-    /// [`Probe::masked`](crate::Probe::masked).
+    /// Regularizers over the statistics of whole samples count masked elements in. A custom term gets the gradient
+    /// right by [`Probe::x`](crate::Probe::x), and its loss by [`Probe::masked`](crate::Probe::masked).
     ///
     /// # Errors
     /// [`Error::Kind`] unless boolean, [`Error::Shape`] if it does not fit `x`, [`Error::Device`] if
     /// it is elsewhere.
-    pub fn with_mask(mut self, mask: &Tensor) -> Result<Self> {
+    pub fn with_mask(self, mask: &Tensor) -> Result<Self> {
         const WHAT: &str = "mask";
         let (size, whole) = (mask.size(), self.x.size());
         let is_per_sample = size == [self.batch_size()];
@@ -216,11 +218,11 @@ impl<'a> Batch<'a> {
         check_device(WHAT, mask, self.x)?;
         let mask = if is_per_sample { per_sample(mask, self.x)? } else { mask.shallow_clone() };
         let mask = mask.f_expand(whole, false)?;
-        self.mask = Some(match self.given {
+        let mask = match self.given {
             Some(given) => mask.f_logical_and(&self.not(given)?)?,
             None => mask,
-        });
-        Ok(self)
+        };
+        Ok(self.masked_by(mask))
     }
 
     /// Adds the frames that are given, such as the first of image-to-video: true, `[B, F]` for samples
@@ -242,12 +244,19 @@ impl<'a> Batch<'a> {
         }
         check_device(WHAT, given, self.x)?;
         let others = self.not(given)?;
-        self.mask = Some(match &self.mask {
+        let mask = match &self.mask {
             Some(mask) => mask.f_logical_and(&others)?,
             None => others,
-        });
+        };
         self.given = Some(given);
-        Ok(self)
+        Ok(self.masked_by(mask))
+    }
+
+    fn masked_by(mut self, mask: Tensor) -> Self {
+        self.mask = Some(mask);
+        // The samples of before would be without it.
+        self.wide = OnceCell::new();
+        self
     }
 
     /// The elements outside the given frames, expanded to the shape of x.
@@ -271,15 +280,27 @@ impl<'a> Batch<'a> {
     }
 
     /// The samples in float32 or wider, with the student's gradient: one copy for all terms, or x
-    /// itself. Gradients of several terms are added up here, before they are rounded to the type of x.
+    /// itself. Gradients of several terms are added up here, before they are rounded to the type of x. No gradient
+    /// passes where the mask leaves an element out, and what is not finite there is zero.
     pub(crate) fn wide(&self) -> Result<&Tensor> {
+        let wide = || -> Result<Tensor> {
+            let x = widen(self.x)?;
+            let Some(mask) = &self.mask else { return Ok(x) };
+            let still = finite_where_masked(&x.f_detach()?, Some(mask))?;
+            Ok(x.f_where_self(mask, &still)?)
+        };
         // The first caller may be under no_grad; the copy must have a graph for the next.
-        once(&self.wide, || tch::with_grad(|| widen(self.x)))
+        once(&self.wide, || tch::with_grad(wide))
     }
 
     /// The mask, boolean and of the shape of x, where given.
     pub fn mask(&self) -> Option<&Tensor> {
         self.mask.as_ref()
+    }
+
+    /// Whether the mask leaves anything of a sample in, `[B]`; `None` without a mask.
+    pub(crate) fn kept_samples(&self) -> Result<Option<Tensor>> {
+        self.mask.as_ref().map(|mask| any_kept(mask, Some(mask))).transpose()
     }
 
     /// The given frames, booleans `[B, F]` or `[B, 1, F]`, where there are any.
@@ -318,7 +339,7 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// [`Error::Missing`] if it was not given.
     pub fn student_input(&self) -> Result<(&'a Tensor, &'a PostShift)> {
-        let missing = Error::Missing { what: "student input", setter: "with_student_input" };
+        let missing = Error::Missing { what: "student input", setter: "Batch::with_student_input" };
         self.student_input.ok_or(missing)
     }
 
@@ -327,7 +348,7 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// [`Error::Missing`] if none was given.
     pub fn null(&self) -> Result<&'a Condition> {
-        self.null.ok_or(Error::Missing { what: "null condition", setter: "with_null" })
+        self.null.ok_or(Error::Missing { what: "null condition", setter: "Batch::with_null" })
     }
 
     /// The targets of the samples, `[B, ..]`.
@@ -335,7 +356,7 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// [`Error::Missing`] if none were given.
     pub fn target(&self) -> Result<&'a Tensor> {
-        self.target.ok_or(Error::Missing { what: "target", setter: "with_target" })
+        self.target.ok_or(Error::Missing { what: "target", setter: "Batch::with_target" })
     }
 
     /// The real samples, `[M, ..]`.
@@ -343,7 +364,7 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// [`Error::Missing`] if none were given.
     pub fn real(&self) -> Result<&'a Tensor> {
-        self.real.ok_or(Error::Missing { what: "real samples", setter: "with_real" })
+        self.real.ok_or(Error::Missing { what: "real samples", setter: "Batch::with_real" })
     }
 
     /// The condition of the real samples: their own where given, else the condition of the samples.

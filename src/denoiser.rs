@@ -1,6 +1,8 @@
 //! Denoisers: networks as predictors of clean samples, the boundary between a user's model and the terms.
 
+use std::cell::Cell;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tch::{Reduction, Tensor};
 
@@ -49,11 +51,32 @@ type PairedNetwork<'a> =
 /// from and distilled.
 #[derive(Clone)]
 pub struct Denoiser<'a> {
+    /// One number for all clones.
+    id: u64,
     path: Rc<dyn NoisePath + 'a>,
     prediction: Prediction,
     network: Rc<Network<'a>>,
     paired: Option<Rc<PairedNetwork<'a>>>,
     tangent: Option<Rc<TangentNetwork<'a>>>,
+}
+
+/// The teacher that a term was found to fit, so that it is checked once for each and not at every evaluation.
+#[derive(Debug, Default)]
+pub(crate) struct FitsTeacher(Cell<Option<u64>>);
+
+impl FitsTeacher {
+    /// Runs `check` unless `teacher` is the one that passed it last.
+    pub(crate) fn check(
+        &self,
+        teacher: &Denoiser<'_>,
+        check: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        if self.0.get() != Some(teacher.id) {
+            check()?;
+            self.0.set(Some(teacher.id));
+        }
+        Ok(())
+    }
 }
 
 impl<'a> Denoiser<'a> {
@@ -63,7 +86,9 @@ impl<'a> Denoiser<'a> {
         prediction: Prediction,
         network: impl Fn(&Tensor, &Tensor, &Condition) -> O + 'a,
     ) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
             path: Rc::new(path),
             prediction,
             network: Rc::new(move |x, t, cond| network(x, t, cond).into_result()),

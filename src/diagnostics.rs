@@ -11,7 +11,7 @@ pub use term::{ScoreDiagnostics, TermDiagnostics};
 use crate::arithmetic::Arithmetic;
 use crate::batch::Batch;
 use crate::error::Result;
-use crate::numeric::{masked, masked_mean, per_sample, widen};
+use crate::numeric::{any_kept, masked, masked_mean, per_sample, widen};
 use crate::value::{checked, is_positive};
 
 /// The diagnostics of one evaluation, from what it computed anyway: no network runs for them.
@@ -236,15 +236,4 @@ fn spread(x: &Tensor, mask: Option<&Tensor>, finite: &Tensor) -> Result<Tensor> 
 /// Whether all elements of a sample are finite, `[B]`.
 fn all_finite(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.f_isfinite()?.f_flatten(1, -1)?.f_all_dim(1, false)?)
-}
-
-/// Whether the mask leaves a sample any element, `[B]`.
-pub(crate) fn any_kept(like: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-    Ok(match mask {
-        Some(mask) => mask.f_flatten(1, -1)?.f_any_dim(1, false)?,
-        None => {
-            let batch: Vec<i64> = like.size().into_iter().take(1).collect();
-            Tensor::f_ones(batch, (Kind::Bool, like.device()))?
-        }
-    })
 }

@@ -56,12 +56,12 @@ pub enum Error {
         /// The number given.
         value: f64,
     },
-    /// A term needs something that the batch does not carry.
-    #[error("the batch has no {what}: add it with Batch::{setter}")]
+    /// A term needs something that it was not given, of the batch mostly.
+    #[error("there is no {what}: add it with {setter}")]
     Missing {
-        /// The missing part of the batch.
+        /// What is missing.
         what: &'static str,
-        /// The method of [`Batch`](crate::Batch) that provides it.
+        /// The method that provides it, such as `Batch::with_null`.
         setter: &'static str,
     },
     /// A closure cut the graph between the samples and its result: the loss would train nothing.
@@ -71,7 +71,9 @@ pub enum Error {
         what: &'static str,
     },
     /// An exact derivative was asked of a network without a closure for it.
-    #[error("the network has no tangent: add it with Denoiser::tangent, or take a difference")]
+    #[error(
+        "the network has no tangent: add it with the method `tangent` of its Denoiser or FlowMap, or take a difference"
+    )]
     NoTangent,
     /// A derivative in time was asked of a path that has none.
     #[error(

@@ -129,6 +129,17 @@ pub(crate) fn finite_where_masked(tensor: &Tensor, mask: Option<&Tensor>) -> Res
     }
 }
 
+/// Whether the mask leaves a sample any element, `[B]`.
+pub(crate) fn any_kept(like: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    Ok(match mask {
+        Some(mask) => mask.f_flatten(1, -1)?.f_any_dim(1, false)?,
+        None => {
+            let batch: Vec<i64> = like.size().into_iter().take(1).collect();
+            Tensor::f_ones(batch, (Kind::Bool, like.device()))?
+        }
+    })
+}
+
 /// [`sample_mean`] over the elements at which `mask` is true; 0 for a sample without any.
 pub(crate) fn masked_mean(tensor: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     let Some(mask) = mask else { return sample_mean(tensor) };

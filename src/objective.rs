@@ -10,6 +10,7 @@ use crate::denoiser::Denoiser;
 use crate::diagnostics::{Diagnostics, Role, read_together};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::gradient::surrogate;
 use crate::normalizer::Normalizer;
 use crate::numeric::noise_like;
 use crate::probe::Probe;
@@ -52,7 +53,8 @@ impl<'a> Group<'a> {
     }
 
     /// Adds an engine. `name` appears in the evaluation and in errors; `weight` scales its loss and
-    /// must be finite, which the evaluation checks.
+    /// must be finite, which the evaluation checks. A term of weight 0 is off: an evaluation neither computes it nor
+    /// has its value, and needs nothing for it. Its network still has its [own loss](Objective::own_losses).
     #[must_use]
     pub fn engine(self, name: impl Into<String>, weight: f64, engine: impl Engine + 'a) -> Self {
         self.term(name, weight, Role::Engine, Form::Direction(Box::new(engine)))
@@ -125,7 +127,7 @@ pub struct Draw {
 pub struct Evaluation {
     /// The weighted sum of all terms, a scalar with a graph back to x.
     pub loss: Tensor,
-    /// The value of each term before its weight, without a graph.
+    /// The value of each term before its weight, without a graph; those of weight 0 are not computed.
     pub terms: Vec<(String, Tensor)>,
     /// The diagnostics; `None` unless [`Objective::observed`] was called.
     pub diagnostics: Option<Diagnostics>,
@@ -189,7 +191,7 @@ impl<'a> Objective<'a> {
         self
     }
 
-    /// Changes the weight of the term that was added as `name`.
+    /// Changes the weight of the term that was added as `name`; 0 turns it off.
     ///
     /// # Errors
     /// [`Error::NoTerm`] if there is no such term, [`Error::OutOfRange`] unless `weight` is finite.
@@ -254,9 +256,11 @@ impl<'a> Objective<'a> {
     }
 
     /// The loss on a batch for given draws, one for each group in order. Two numbers of each `u` are
-    /// read from their device. A term with an [`Augmentation`](crate::Augmentation) still draws that;
-    /// [`Adversarial::generator_loss_at`](crate::Adversarial::generator_loss_at) and
-    /// [`PairedRegression::between_at`](crate::PairedRegression::between_at) take it.
+    /// read from their device. A term with an [`Augmentation`](crate::Augmentation) still draws that, and
+    /// [`MaximumMeanDiscrepancy`](crate::MaximumMeanDiscrepancy) its prior or its orders;
+    /// [`Adversarial::generator_loss_at`](crate::Adversarial::generator_loss_at),
+    /// [`PairedRegression::between_at`](crate::PairedRegression::between_at) and
+    /// [`MaximumMeanDiscrepancy::between`](crate::MaximumMeanDiscrepancy::between) take what is drawn.
     ///
     /// # Errors
     /// As [`evaluate`](Self::evaluate); [`Error::OutOfRange`] if the draws are not as many as the
@@ -276,6 +280,7 @@ impl<'a> Objective<'a> {
     fn evaluate_with(&self, batch: &Batch<'_>, draws: Vec<Draw>) -> Result<Evaluation> {
         let mut total: Option<Tensor> = None;
         let mut terms = Vec::new();
+        let mut names: Vec<&str> = Vec::new();
         let mut diagnostics = if self.observed { Some(Diagnostics::of(batch)?) } else { None };
         for (group, Draw { u, noise }) in self.groups.iter().zip(draws) {
             let path = self.teacher.path();
@@ -291,8 +296,12 @@ impl<'a> Objective<'a> {
             for term in &group.terms {
                 let Term { name, weight, .. } = term;
                 check_weight(*weight).map_err(|error| error.in_term(name))?;
-                if terms.iter().any(|(other, _)| other == name) {
+                if names.contains(&name.as_str()) {
                     return Err(Error::SameName { name: name.clone() });
+                }
+                names.push(name);
+                if *weight == 0.0 {
+                    continue;
                 }
                 let loss = term.loss(&probe).map_err(|error| error.in_term(name))?;
                 let weighted = loss.times(*weight)?;
@@ -308,11 +317,12 @@ impl<'a> Objective<'a> {
                 }
             }
         }
-        let loss = total.ok_or(Error::OutOfRange {
-            what: "number of terms",
-            requirement: "at least 1",
-            value: 0.0,
-        })?;
+        checked("number of terms", "at least 1", names.len() as f64, !names.is_empty())?;
+        let loss = match total {
+            Some(total) => total,
+            // Every term is off.
+            None => surrogate(batch.wide()?, &batch.wide()?.f_zeros_like()?)?,
+        };
         Ok(Evaluation { loss, terms, diagnostics })
     }
 

@@ -82,12 +82,16 @@ impl ModelOutput {
 
     /// Classifier-free guidance of two outputs of one network at one noised sample, this one with the
     /// condition: `null + alpha (this - null)`, rescaled and within an interval as the [`Guidance`] says.
-    /// The clean sample is affine in the output, so the outputs are combined.
+    /// The clean sample is affine in the output, so the outputs are combined; of two networks that predict different
+    /// quantities, the clean samples are.
     ///
     /// # Errors
     /// [`Error::OutOfRange`](crate::Error::OutOfRange) for a rescaled guidance where axis 1, whose norm it takes, has
     /// the frames.
     pub fn guided(&self, null: &Self, guidance: Guidance) -> Result<Self> {
+        if self.prediction != null.prediction {
+            return self.as_sample()?.guided(&null.as_sample()?, guidance);
+        }
         let mut output = null.output.toward(&self.output, guidance.get())?;
         if guidance.is_rescaled() {
             let requirement = "not 1, the axis of the channels, for a rescaled guidance";
@@ -104,15 +108,25 @@ impl ModelOutput {
                 .f_logical_and(&time.f_le_tensor(&number(high, time)?)?)?;
             output = output.f_where_self(&per_sample(&inside, &self.output)?, &self.output)?;
         }
-        Ok(Self {
-            prediction: self.prediction,
+        Ok(self.with_output(self.prediction, output))
+    }
+
+    /// The same prediction, as one of the clean sample.
+    fn as_sample(&self) -> Result<Self> {
+        Ok(self.with_output(Prediction::Sample, self.sample()?.shallow_clone()))
+    }
+
+    /// Another output at the same noised sample.
+    fn with_output(&self, prediction: Prediction, output: Tensor) -> Self {
+        Self {
+            prediction,
             at: self.at.shallow_clone(),
             noised: self.noised.shallow_clone(),
             output,
             time: self.time.shallow_clone(),
             sample: OnceCell::new(),
             is_straight: self.is_straight,
-        })
+        }
     }
 
     /// x0-hat of this output less x0-hat of `other` at the same noised sample.

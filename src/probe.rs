@@ -124,7 +124,8 @@ impl<'a> Probe<'a> {
 
     /// The samples `[B, ..]` in float32 or wider, carrying the student's gradient. Terms that share a
     /// batch share this copy of a half-precision x: their gradients are added up in float32 and rounded
-    /// once.
+    /// once. Where the batch's [`mask`](Batch::with_mask) leaves an element out, no gradient passes, and what is not
+    /// finite is zero.
     pub fn x(&self) -> &'a Tensor {
         self.x
     }
@@ -293,7 +294,7 @@ impl<'a> Probe<'a> {
         check_like("direction", direction, self.x)?;
         let direction = self.masked(direction)?;
         self.record(|term| term.set_direction(&direction))?;
-        surrogate(&self.masked(self.x)?, &direction)
+        surrogate(self.x, &direction)
     }
 
     /// Records how the score of a fake prediction compares with the teacher's, if diagnostics are taken;

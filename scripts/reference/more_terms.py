@@ -45,6 +45,11 @@ def kept(tensor, mask):
     return tensor if mask is None else torch.where(mask, tensor, torch.zeros(()))
 
 
+def still(x, mask):
+    """x, without a gradient where the mask leaves an element out."""
+    return x if mask is None else torch.where(mask, x, x.detach())
+
+
 class Look:
     """Teacher and fake score at one time, as functions of the noised samples."""
 
@@ -81,7 +86,8 @@ class Look:
 
 
 def score_identity(case, path, form, alpha=1.0, normalised=False, mask=None):
-    look, x = Look(path, alpha), X.clone().requires_grad_()
+    look, leaf = Look(path, alpha), X.clone().requires_grad_()
+    x = still(leaf, mask)
     x_t = look.noised(x)
     real, fake = look.teacher(x_t), look.fake(x_t)
     delta = real - fake
@@ -101,7 +107,7 @@ def score_identity(case, path, form, alpha=1.0, normalised=False, mask=None):
         length = (delta.flatten(1).square().sum(1) + number**2).sqrt()
         value = ((delta * rest).flatten(1).sum(1) / length).sum() / x.numel()
         product = (delta * rest) / length.reshape(-1, 1, 1, 1)
-    record(case, value, scale=product.abs().mean(), x=x)
+    record(case, value, scale=product.abs().mean(), x=leaf)
 
 
 def critic(x, t, w1, u, w2):
@@ -195,14 +201,14 @@ def distances():
         "absolute": lambda d, x: d.abs().mean(),
         "pseudo_huber": lambda d, x: ((d**2 + c**2).sqrt() - c).mean(),
         "pseudo_huber_of_samples": lambda d, x: ((d.flatten(1).square().sum(1) + c**2).sqrt() - c).mean(),
-        "perceptual": lambda d, x: perceptual(x, target),
+        "perceptual": lambda d, x: perceptual(x, (x - d).detach()),
     }
     for name, f in cases.items():
         for which, mask in {"": None, **MASKS}.items():
-            if which == "" or name != "perceptual":
-                x = X.clone().requires_grad_()
-                value = f(kept(x - target, mask), x)
-                record(f"paired/{name}/{which or 'whole'}", value, scale=value, x=x)
+            leaf = X.clone().requires_grad_()
+            x = still(leaf, mask)
+            value = f(kept(x - target, mask), x)
+            record(f"paired/{name}/{which or 'whole'}", value, scale=value, x=leaf)
 
 
 def mmd(a, b, kernel, unbiased):
@@ -246,7 +252,10 @@ def discrepancies():
 
 def reward(mask, which):
     x = X.clone().requires_grad_()
-    value = -(torch.tanh(kept(x, mask)) * COND).flatten(1).sum(1).square().mean()
+    scores = (torch.tanh(still(x, mask)) * COND).flatten(1).sum(1).square()
+    if mask is not None:
+        scores = kept(scores, mask.flatten(1).any(1))
+    value = -scores.mean()
     record(f"reward/{which}", value, scale=value, x=x)
 
 
@@ -271,7 +280,8 @@ def every_case():
     distances()
     discrepancies()
     reward(None, "whole")
-    reward(MASKS["elements"], "elements")
+    for which, mask in MASKS.items():
+        reward(mask, which)
     return dict(OUT)
 
 

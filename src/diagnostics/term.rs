@@ -2,11 +2,11 @@
 
 use tch::{Kind, Tensor};
 
-use super::{PerSample, any_kept};
+use super::PerSample;
 use crate::arithmetic::Arithmetic;
 use crate::error::Result;
 use crate::normalizer::Distance;
-use crate::numeric::{compute_kind, masked_mean, per_sample, sample_mean};
+use crate::numeric::{any_kept, compute_kind, masked_mean, per_sample, sample_mean};
 
 /// The diagnostics of one term of an objective at its probe.
 #[derive(Debug)]

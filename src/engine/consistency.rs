@@ -3,18 +3,18 @@
 mod derivatives;
 mod tangent;
 
-use std::cell::{Cell, OnceCell};
+use std::cell::Cell;
 
 pub use tangent::Tangent;
 use tch::Tensor;
 
 use crate::arithmetic::{Arithmetic, number};
 use crate::checks::check_per_sample;
-use crate::denoiser::Denoiser;
+use crate::denoiser::{Denoiser, FitsTeacher};
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::guidance::Guidance;
-use crate::numeric::{once, per_sample, slope};
+use crate::numeric::{per_sample, slope};
 use crate::output::ModelOutput;
 use crate::path::{NoiseAngle, NoisePath, check_same_path};
 use crate::probe::Probe;
@@ -101,8 +101,8 @@ pub struct Consistency<'a> {
     kappa: Option<f64>,
     data_std: Positive,
     warmup: Cell<f64>,
-    /// Set once the student was found to live on the teacher's path, and the path to be fit.
-    is_fit: OnceCell<()>,
+    /// Whose path the student was found to live on, and the path to be fit.
+    fits: FitsTeacher,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -154,7 +154,7 @@ impl<'a> Consistency<'a> {
             kappa,
             data_std: Positive::ONE,
             warmup: Cell::new(1.0),
-            is_fit: OnceCell::new(),
+            fits: FitsTeacher::default(),
         }
     }
 
@@ -207,7 +207,7 @@ impl<'a> Consistency<'a> {
         batch.check_none_given()?;
         check_per_sample("time of the student input", time.tensor(), input)?;
         let teacher = probe.teacher();
-        once(&self.is_fit, || self.check_paths(teacher.path()))?;
+        self.fits.check(teacher, || self.check_paths(teacher.path()))?;
         let clean = teacher.predict_guided(input, time, batch, self.guidance)?.into_sample()?;
         let noise = teacher.path().implied_noise(input, &clean, time)?;
         Ok(Point { input, time, own: probe.x().f_detach()?, teacher: clean, noise })

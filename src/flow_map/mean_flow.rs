@@ -222,8 +222,9 @@ impl<'a> MeanFlow<'a> {
     }
 
     /// Draws t and r, `[B]` each after the shift, with libtorch's global generator.
-    fn draw(&self, x: &Tensor) -> Result<(PostShift, PostShift)> {
-        let draw = || self.times.0.times(&unit_uniform(x)?, None);
+    fn draw(&self, batch: &Batch<'_>) -> Result<(PostShift, PostShift)> {
+        let x = batch.x();
+        let draw = || self.times.0.times(&unit_uniform(x)?, batch.student_time());
         let (one, two) = (draw()?, draw()?);
         let (least, most) = (one.range().0.min(two.range().0), one.range().1.max(two.range().1));
         let least = if self.from_noise { 0.0 } else { least };
@@ -245,7 +246,7 @@ impl<'a> MeanFlow<'a> {
     /// # Errors
     /// As those of this type.
     pub fn evaluate(&self, batch: &Batch<'_>) -> Result<MeanFlowEvaluation> {
-        let (from, to) = self.draw(batch.x())?;
+        let (from, to) = self.draw(batch)?;
         self.evaluate_with(batch, &noise_like(batch.x())?, &from, &to)
     }
 

@@ -9,17 +9,17 @@ pub use critic::CriticDraw;
 pub use critic_evaluation::CriticEvaluation;
 pub use critic_heads::CriticHeads;
 pub use gan_loss::{CriticPenalty, GanLoss};
-use std::cell::OnceCell;
 
 use tch::{Kind, Tensor, no_grad_guard};
 
 use crate::augmentation::{Augmentation, AugmentationDraw};
 use crate::batch::{Batch, Condition};
 use crate::checks::{check_per_sample, check_size};
+use crate::denoiser::FitsTeacher;
 use crate::error::Result;
 use crate::gradient::gradient_only_in;
 use crate::network::IntoOutput;
-use crate::numeric::{once, per_sample, sample_mean, widen_like};
+use crate::numeric::{per_sample, sample_mean, widen_like};
 use crate::path::{NoisePath, check_same_path};
 use crate::probe::Probe;
 use crate::regularizer::Regularizer;
@@ -124,8 +124,8 @@ pub struct Adversarial<'a> {
     mismatched: f64,
     weight: Option<Box<Weight<'a>>>,
     augmentation: Option<Augmentation>,
-    /// Set once the path of the critic was compared with the teacher's.
-    shares_path: OnceCell<()>,
+    /// Whose path was found to be that of the critic.
+    fits: FitsTeacher,
 }
 
 impl<'a> Adversarial<'a> {
@@ -144,7 +144,7 @@ impl<'a> Adversarial<'a> {
             mismatched: 0.0,
             weight: None,
             augmentation: None,
-            shares_path: OnceCell::new(),
+            fits: FitsTeacher::default(),
         }
     }
 
@@ -235,7 +235,7 @@ impl<'a> Adversarial<'a> {
         checked("share of mismatched samples", requirement, share, share <= 0.0)?;
         let augmented = f64::from(u8::from(self.augmentation.is_some()));
         checked("augmentation of the critic", requirement, augmented, augmented <= 0.0)?;
-        once(&self.shares_path, || check_same_path(&*self.path, probe.teacher().path()))?;
+        self.check_path(probe)?;
         let _no_grad = no_grad_guard();
         let tau = probe.tau_of_samples()?;
         let logits = self.critic.logits(probe.noised(), tau, probe.batch().cond())?;
@@ -253,7 +253,7 @@ impl<'a> Adversarial<'a> {
         augmentation: Option<&AugmentationDraw>,
     ) -> Result<Tensor> {
         let (batch, tau) = (probe.batch(), probe.tau_of_samples()?);
-        once(&self.shares_path, || check_same_path(&*self.path, probe.teacher().path()))?;
+        self.check_path(probe)?;
         self.check_form()?;
         gradient_only_in("critic logits", probe.x(), |x| {
             let noised = self.path.renoise(&changed(x, augmentation)?, tau, probe.noise())?;
@@ -269,6 +269,11 @@ impl<'a> Adversarial<'a> {
             })?;
             self.average(&each, tau)
         })
+    }
+
+    fn check_path(&self, probe: &Probe<'_>) -> Result<()> {
+        let teacher = probe.teacher();
+        self.fits.check(teacher, || check_same_path(&*self.path, teacher.path()))
     }
 
     /// The relativistic form compares pairs, which the options for unpaired samples would tear apart.

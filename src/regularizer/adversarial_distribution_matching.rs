@@ -1,7 +1,5 @@
 //! Adversarial distribution matching (ADM): a critic tells the teacher's step from the fake score's.
 
-use std::cell::OnceCell;
-
 use tch::{Tensor, no_grad_guard};
 
 use crate::batch::{Batch, Condition};
@@ -11,8 +9,7 @@ use crate::error::Result;
 use crate::gradient::gradient_only_in;
 use crate::guidance::Guidance;
 use crate::network::IntoOutput;
-use crate::numeric::{noise_like, once};
-use crate::path::check_same_path;
+use crate::numeric::noise_like;
 use crate::probe::Probe;
 use crate::regularizer::critic::Critic;
 use crate::regularizer::{DistributionMatching, GanLoss, Regularizer};
@@ -93,8 +90,6 @@ pub struct AdversarialDistributionMatching<'a> {
     gan_loss: GanLoss,
     renoising: Option<Renoising<'a>>,
     is_fake_detached: bool,
-    /// Set once both networks were found to live on one path.
-    shares_path: OnceCell<()>,
 }
 
 impl<'a> AdversarialDistributionMatching<'a> {
@@ -113,7 +108,6 @@ impl<'a> AdversarialDistributionMatching<'a> {
             gan_loss: GanLoss::Hinge,
             renoising: None,
             is_fake_detached: false,
-            shares_path: OnceCell::new(),
         }
     }
 
@@ -194,7 +188,7 @@ impl<'a> AdversarialDistributionMatching<'a> {
 
     /// t', checked.
     fn target_time(&self, time: &PostShift) -> Result<PostShift> {
-        once(&self.shares_path, || check_same_path(self.dm.fake().path(), self.teacher.path()))?;
+        self.dm.check_path(&self.teacher)?;
         let to = time.moved(self.step)?;
         if self.is_fake_detached {
             let end = to.range().1;
@@ -243,7 +237,7 @@ impl<'a> AdversarialDistributionMatching<'a> {
 
 impl Regularizer for AdversarialDistributionMatching<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        self.dm.check_path(probe)?;
+        self.dm.check_path(probe.teacher())?;
         let (batch, time) = (probe.batch(), probe.tau_of_samples()?);
         let to = self.target_time(time)?;
         gradient_only_in("critic logits", probe.x(), |x| {

@@ -1,16 +1,14 @@
 //! Distribution Matching (DM): the teacher's score against the score of the student's samples.
 
-use std::cell::OnceCell;
-
 use tch::{Tensor, no_grad_guard};
 
 use crate::arithmetic::Arithmetic;
 use crate::batch::Batch;
 use crate::checks::check_per_sample;
-use crate::denoiser::Denoiser;
+use crate::denoiser::{Denoiser, FitsTeacher};
 use crate::error::Result;
 use crate::network::IntoOutput;
-use crate::numeric::{masked, mean, noise_like, once, per_sample, sample_mean, widen_like};
+use crate::numeric::{masked, mean, noise_like, per_sample, sample_mean, widen_like};
 use crate::path::check_same_path;
 use crate::probe::Probe;
 use crate::regularizer::{Divergence, Regularizer};
@@ -52,7 +50,7 @@ type LogRatio<'a> = dyn Fn(&Probe<'_>) -> Result<Tensor> + 'a;
 ///
 /// # Errors
 /// [`Error::OutOfRange`](crate::Error::OutOfRange) if the fake is on another path than the teacher,
-/// checked on the first evaluation, or times may be at a singular end of a
+/// checked on the first evaluation with each teacher, or times may be at a singular end of a
 /// [`Prediction`](crate::Prediction); errors of the networks.
 ///
 /// # Example
@@ -69,8 +67,8 @@ pub struct DistributionMatching<'a> {
     renoising: Renoising<'a>,
     weighting: Weighting,
     divergence: Option<(Divergence, Box<LogRatio<'a>>)>,
-    /// Set once the path of the fake score was compared with the teacher's.
-    shares_path: OnceCell<()>,
+    /// Whose path was found to be that of the fake score.
+    fits: FitsTeacher,
 }
 
 impl<'a> DistributionMatching<'a> {
@@ -84,7 +82,7 @@ impl<'a> DistributionMatching<'a> {
             renoising,
             weighting: Weighting::UNIFORM,
             divergence: None,
-            shares_path: OnceCell::new(),
+            fits: FitsTeacher::default(),
         }
     }
 
@@ -136,10 +134,9 @@ impl<'a> DistributionMatching<'a> {
         &self.fake
     }
 
-    /// Refuses a fake score on another path than the teacher's, on the first call.
-    pub(crate) fn check_path(&self, probe: &Probe<'_>) -> Result<()> {
-        let (fake, teacher) = (self.fake.path(), probe.teacher().path());
-        once(&self.shares_path, || check_same_path(fake, teacher)).map(|_| ())
+    /// Refuses a fake score on another path than that of `teacher`, once for each teacher.
+    pub(crate) fn check_path(&self, teacher: &Denoiser<'_>) -> Result<()> {
+        self.fits.check(teacher, || check_same_path(self.fake.path(), teacher.path()))
     }
 
     /// The direction `(x0_cond - x0_fake) / n`, `[B, ..]`, without a graph.
@@ -148,7 +145,7 @@ impl<'a> DistributionMatching<'a> {
     /// As the term.
     pub fn direction(&self, probe: &Probe<'_>) -> Result<Tensor> {
         let _no_grad = no_grad_guard();
-        self.check_path(probe)?;
+        self.check_path(probe.teacher())?;
         let real = probe.teacher_output()?;
         let fake = self.fake.predict(probe.noised(), probe.tau(), probe.batch().cond())?;
         probe.observe_scores(|| {

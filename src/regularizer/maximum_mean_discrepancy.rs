@@ -155,18 +155,23 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
     fn target(
         &self,
         (vectors, whole): (&Tensor, &Tensor),
-        real: Option<&Tensor>,
+        others: Option<&Tensor>,
         processes: Option<&Collective<'_>>,
     ) -> Result<Tensor> {
         let _no_grad = no_grad_guard();
-        let target = match (&self.against, real) {
-            (Against::Prior(samples), _) => {
-                let drawn = samples(&vectors.f_detach()?)?;
-                check_samples("samples of the prior", &drawn, 2)?;
-                check_device("samples of the prior", &drawn, vectors)?;
-                widen_like(&drawn, vectors)?.f_to_kind(vectors.f_kind()?)?
+        let as_vectors = |what, samples: &Tensor| -> Result<Tensor> {
+            check_samples(what, samples, 2)?;
+            check_device(what, samples, vectors)?;
+            Ok(widen_like(samples, vectors)?.f_to_kind(vectors.f_kind()?)?)
+        };
+        let target = match (&self.against, others) {
+            (Against::Prior(samples), None) => {
+                as_vectors("samples of the prior", &samples(&vectors.f_detach()?)?)?
             }
-            (Against::Independent, _) => {
+            (Against::Prior(_) | Against::Independent, Some(drawn)) => {
+                as_vectors("vectors to compare with", &drawn.f_detach()?)?
+            }
+            (Against::Independent, None) => {
                 // Gathered as the vectors were: one order on all processes.
                 let order = Tensor::f_rand(vectors.size(), (Kind::Double, vectors.device()))?;
                 let order = gather(processes, &order)?.f_argsort(0, false)?;
@@ -174,7 +179,7 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
             }
             (Against::Real, Some(real)) => self.vectors(&widen_like(real, vectors)?)?,
             (Against::Real, None) => {
-                return Err(Error::Missing { what: "real samples", setter: "with_real" });
+                return Err(Error::Missing { what: "real samples", setter: "Batch::with_real" });
             }
         };
         let mut width = vectors.size();
@@ -185,22 +190,24 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         gather(processes, &target.f_to_kind(vectors.f_kind()?)?)
     }
 
-    /// The discrepancy between samples x `[m, ..]` and real samples `[n, ..]`, a scalar,
-    /// differentiable in x.
+    /// The discrepancy between samples x `[m, ..]` and others `[n, ..]`, a scalar, differentiable in x. The others
+    /// are real samples; where the term draws what it compares with, from a [`prior`](Self::prior) or for
+    /// [`independence`](Self::independence), they are vectors `[n, D]` in the space of the features, taken as they are.
+    /// Nothing is drawn here.
     ///
     /// # Errors
     /// As the term.
-    pub fn between(&self, x: &Tensor, real: &Tensor) -> Result<Tensor> {
+    pub fn between(&self, x: &Tensor, others: &Tensor) -> Result<Tensor> {
         check_samples("x", x, 2)?;
-        check_samples("real samples", real, 2)?;
-        check_device("real samples", real, x)?;
-        self.discrepancy(x, Some(real), None)
+        check_samples("real samples", others, 2)?;
+        check_device("real samples", others, x)?;
+        self.discrepancy(x, Some(others), None)
     }
 
     fn discrepancy(
         &self,
         x: &Tensor,
-        real: Option<&Tensor>,
+        others: Option<&Tensor>,
         processes: Option<&Collective<'_>>,
     ) -> Result<Tensor> {
         check_samples("x", x, 2)?;
@@ -215,7 +222,7 @@ impl<'a> MaximumMeanDiscrepancy<'a> {
         gradient_only_in("features", x, |x| {
             let part = self.vectors(&widen(x)?)?;
             let vectors = gather(processes, &part)?;
-            let target = self.target((&part, &vectors), real, processes)?;
+            let target = self.target((&part, &vectors), others, processes)?;
             several("number of samples", batch_size(&vectors))?;
             several("number of real samples", batch_size(&target))?;
             let (value, slope) = {

@@ -43,7 +43,7 @@ use crate::value::{checked, is_finite};
 ///
 /// # Shapes
 /// x and target `[B, ..]` to a scalar in float32 or wider. Elements that the mask leaves out count as
-/// equal to their targets, but for [`Distance::Perceptual`], whose features see whole samples.
+/// equal to their targets; features see whole samples, those of the target with x there.
 ///
 /// # Forwards
 /// None; features of x and of the target for [`Distance::Perceptual`]. **Gradients** end in x: the target and
@@ -143,8 +143,14 @@ impl<'a> PairedRegression<'a> {
 
 impl Regularizer for PairedRegression<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        let target = probe.batch().target()?;
-        let (x, target) = (probe.masked(probe.x())?, probe.masked(target)?);
-        self.between(&x, &target)
+        let (x, target) = (probe.x(), probe.batch().target()?);
+        match probe.batch().mask() {
+            Some(mask) => {
+                // Equal where the mask leaves an element out.
+                let target = widen_like(target, x)?.f_where_self(mask, &x.f_detach()?)?;
+                self.between(x, &target)
+            }
+            None => self.between(x, target),
+        }
     }
 }

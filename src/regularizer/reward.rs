@@ -37,7 +37,8 @@ type Score<'a> = dyn Fn(&Tensor, &Condition) -> Result<Tensor> + 'a;
 /// for every size of sample is divided by the number of elements of one.
 ///
 /// # Shapes
-/// x `[B, ..]` to a scalar in float32 or wider; the score is `[B]`.
+/// x `[B, ..]` to a scalar in float32 or wider; the score is `[B]`. It sees whole samples, also where a mask leaves a
+/// part of one out; a sample that is left out as a whole counts as a score of 0.
 ///
 /// # Forwards
 /// Score: one, and its backward to x. **Gradients** end in x: parameters of the score receive none.
@@ -69,10 +70,10 @@ impl Regularizer for Reward<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
         let batch = probe.batch();
         gradient_only_in("score", probe.x(), |x| {
-            let score = (self.0)(&masked(x, batch.mask())?, batch.cond())?;
+            let score = (self.0)(x, batch.cond())?;
             check_size("score", &score, &[batch.batch_size()])?;
             check_device("score", &score, x)?;
-            let score = widen(&score)?;
+            let score = masked(&widen(&score)?, batch.kept_samples()?.as_ref())?;
             probe.observe("score", || Ok(score.shallow_clone()))?;
             Ok(score.f_mean(None::<Kind>)?.f_neg()?)
         })

@@ -112,7 +112,7 @@ impl<'a> ScoreIdentity<'a> {
 
 impl Regularizer for ScoreIdentity<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
-        self.dm.check_path(probe)?;
+        self.dm.check_path(probe.teacher())?;
         gradient_only_in("clean predictions", probe.x(), |x| {
             let (real, fake) = self.predictions(probe, x)?;
             probe.observe_scores(|| Ok((real.f_detach()?, fake.f_detach()?)))?;

@@ -69,7 +69,7 @@ impl AboveStudent {
 
 impl TimeDistribution for AboveStudent {
     fn times(&self, u: &Tensor, student: Option<&PreShift>) -> Result<PreShift> {
-        let missing = Error::Missing { what: "student time", setter: "with_student_time" };
+        let missing = Error::Missing { what: "student time", setter: "Batch::with_student_time" };
         let student = student.ok_or(missing)?;
         // A draw for each sample may meet a time for each frame, and the other way round.
         let (u, student_time) = of_one_rank(&widen(u)?, &widen(student.tensor())?)?;

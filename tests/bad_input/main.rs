@@ -48,12 +48,9 @@ fn a_batch_checks_what_it_is_given() -> Result<()> {
     assert!(is_shape(batch()?.with_student_time(&time), "student time"));
 
     let missing = batch()?.null().unwrap_err();
-    assert_eq!(
-        missing.to_string(),
-        "the batch has no null condition: add it with Batch::with_null"
-    );
+    assert_eq!(missing.to_string(), "there is no null condition: add it with Batch::with_null");
     let missing = batch()?.real().unwrap_err();
-    assert!(matches!(missing, Error::Missing { what: "real samples", setter: "with_real" }));
+    assert!(matches!(missing, Error::Missing { what: "real samples", setter: "Batch::with_real" }));
     Ok(())
 }
 

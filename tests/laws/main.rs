@@ -5,6 +5,7 @@ mod common;
 mod conformance;
 mod diagnostics;
 mod frames;
+mod left_out;
 mod networks;
 mod own_consistency;
 mod processes;

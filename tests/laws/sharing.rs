@@ -232,6 +232,9 @@ fn a_failing_term_is_named() -> Result<()> {
     let error = objective.evaluate(&Batch::new(&x, &cond)?.with_student_time(&time)?).unwrap_err();
     let Error::Term { name, source } = error else { panic!("{error}") };
     assert_eq!(name, "ca");
-    assert!(matches!(*source, Error::Missing { what: "null condition", setter: "with_null" }));
+    assert!(matches!(
+        *source,
+        Error::Missing { what: "null condition", setter: "Batch::with_null" }
+    ));
     Ok(())
 }

@@ -198,14 +198,13 @@ impl<'r> Inputs<'r> {
             ("pseudo_huber_of_samples", Distance::pseudo_huber_of_samples(0.25)?),
             ("perceptual", Distance::Perceptual(Perceptual::new(layers, weights.into())?)),
         ] {
-            let is_whole = shown == "perceptual";
             let term = PairedRegression::new(distance);
             check(
                 &format!("paired/{shown}/whole"),
                 &term,
                 &self.batch(None)?.with_target(&target)?,
             )?;
-            for mask in MASKS.into_iter().filter(|_| !is_whole) {
+            for mask in MASKS {
                 let batch = self.batch(Some(mask))?.with_target(&target)?;
                 check(&format!("paired/{shown}/{mask}"), &term, &batch)?;
             }
@@ -214,7 +213,9 @@ impl<'r> Inputs<'r> {
             (x.tanh() * &c[0]).flatten(1, -1).sum_dim_intlist(1, false, None).square()
         });
         check("reward/whole", &reward, &self.batch(None)?)?;
-        check("reward/elements", &reward, &self.batch(Some("elements"))?)
+        MASKS.into_iter().try_for_each(|mask| {
+            check(&format!("reward/{mask}"), &reward, &self.batch(Some(mask))?)
+        })
     }
 
     fn of_many_samples(&self) -> Result<()> {

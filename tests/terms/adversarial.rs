@@ -237,7 +237,7 @@ fn bad_input_is_named() -> Result<()> {
     let gan = || Adversarial::new(RectifiedFlow, plain);
     let noise = wave(&SHAPE, 5.0, Kind::Double);
     let missing = |result: Result<Tensor>| {
-        matches!(result, Err(Error::Missing { what: "real samples", setter: "with_real" }))
+        matches!(result, Err(Error::Missing { what: "real samples", setter: "Batch::with_real" }))
     };
     let alone = Batch::new(&x, &cond)?;
     assert!(loss_of(&gan(), &alone).is_ok());

@@ -180,6 +180,27 @@ fn a_prior_is_compared_as_real_samples_are() -> Result<()> {
     Ok(())
 }
 
+/// What a term would draw is given to it, and nothing is drawn then.
+#[test]
+fn a_prior_and_orders_may_be_given() -> Result<()> {
+    let _guard = seeded(7);
+    let pooled = |x: &Tensor| x.flatten(1, -1).narrow(1, 0, 2).tanh();
+    let term = || -> Result<_> {
+        let kernel = Kernel::Gaussian { bandwidth: Bandwidth::Fixed(2.5), scales: vec![1.0] };
+        MaximumMeanDiscrepancy::new(kernel)
+    };
+    let (x, drawn) = (wave(&[6, 3], 0.4, Kind::Double), wave(&[5, 2], 2.0, Kind::Double));
+    let expected = term()?.between(&pooled(&x), &drawn)?;
+    let prior = term()?.features(pooled).prior(|_: &Tensor| -> Tensor { unreachable!("given") });
+    let independent = term()?.features(pooled).independence();
+    for term in [prior, independent] {
+        assert!(term.between(&x, &drawn)?.equal(&expected));
+        let refused = term.between(&x, &wave(&[5, 3], 2.0, Kind::Double)).unwrap_err();
+        assert!(matches!(refused, Error::Shape { .. }), "{refused}");
+    }
+    Ok(())
+}
+
 /// Gaussian closed forms with k = exp(-d^2 / b): a prior N(0, I), and dependence of two coordinates.
 #[test]
 fn gaussians_have_their_closed_forms() -> Result<()> {

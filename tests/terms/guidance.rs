@@ -79,3 +79,32 @@ fn a_sampler_asks_the_null_branch_only_where_guidance_acts() -> Result<()> {
     }
     Ok(())
 }
+
+/// Auto-guidance by a weak model of another prediction: what is guided is the clean sample.
+#[test]
+fn outputs_of_two_predictions_are_guided_by_their_clean_samples() -> Result<()> {
+    let (x, time) = (wave(&[2, 3, 2, 2], 0.4, Kind::Double), Tensor::from_slice(&[0.3, 0.6]));
+    let level: Tensor = 1.0 - &time;
+    let level = level.view([2, 1, 1, 1]);
+    let time = PostShift::new(time)?;
+    // One and the same weak model, x0 = sin x, and a strong one.
+    let as_sample = Denoiser::new(
+        RectifiedFlow,
+        Prediction::Sample,
+        |x: &Tensor, _: &Tensor, _: &Condition| x.sin(),
+    );
+    let of_flow = |x: &Tensor, _: &Tensor, _: &Condition| -> Tensor { (x - x.sin()) / &level };
+    let as_flow = Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, of_flow);
+    let forwards = Cell::new(0);
+    let (strong, cond) = (teacher(&forwards), Condition::from(Tensor::from(0.7)));
+    let guided = |strong: &Denoiser<'_>, weak: &Denoiser<'_>, guidance| -> Result<Tensor> {
+        let strong = strong.predict(&x, &time, &cond)?;
+        strong.guided(&weak.predict(&x, &time, &cond)?, guidance)?.into_sample()
+    };
+    let guidance = Guidance::new(3.0)?;
+    let expected = guided(&strong, &as_flow, guidance)?;
+    assert!(max_difference(&guided(&strong, &as_sample, guidance)?, &expected) < 1e-14);
+    let same = guided(&as_flow, &as_sample, guidance.rescaled())?;
+    assert!(max_difference(&same, &x.sin()) < 1e-14);
+    Ok(())
+}

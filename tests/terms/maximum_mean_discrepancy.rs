@@ -267,7 +267,7 @@ fn bad_input_is_named() -> Result<()> {
     let plain = term(&Kernel::gaussian(), Estimator::Unbiased);
     assert!(matches!(
         loss_of(&plain, &Batch::new(&x, &cond)?),
-        Err(Error::Missing { what: "real samples", setter: "with_real" })
+        Err(Error::Missing { what: "real samples", setter: "Batch::with_real" })
     ));
     let one = x.narrow(0, 0, 1);
     for (x, y, argument) in [(&one, &x, "number of samples"), (&x, &one, "number of real samples")]

@@ -84,7 +84,7 @@ fn a_network_that_cannot_be_trained_is_named() -> Result<()> {
     let error = objective.own_losses(&Batch::new(&x, &cond)?).unwrap_err();
     let Error::Term { name, source } = error else { panic!("{error}") };
     assert_eq!(name, "gan");
-    assert!(matches!(*source, Error::Missing { what: "real samples", setter: "with_real" }));
+    assert!(matches!(*source, Error::Missing { what: "real samples", setter: "Batch::with_real" }));
     Ok(())
 }
 

@@ -160,7 +160,7 @@ fn bad_input_is_named() -> Result<()> {
     let (x, cond) = (wave(&[2, 3, 4, 4], 0.3, Kind::Double), condition());
     let plain = PairedRegression::new(Distance::Squared);
     let missing = loss_of(&plain, &Batch::new(&x, &cond)?).unwrap_err();
-    assert!(matches!(missing, Error::Missing { what: "target", setter: "with_target" }));
+    assert!(matches!(missing, Error::Missing { what: "target", setter: "Batch::with_target" }));
     let small = wave(&[2, 3], 0.3, Kind::Double);
     assert!(matches!(
         Batch::new(&x, &cond)?.with_target(&small),

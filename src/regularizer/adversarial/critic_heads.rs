@@ -220,10 +220,13 @@ impl Head {
         const WHAT: &str = "embedding of the critic";
         match (&self.projection, embedding) {
             (None, None) => Ok(None),
-            (Some(_), None) => Err(Error::Missing { what: WHAT, setter: "logits_given" }),
-            (None, Some(_)) => {
-                Err(Error::Missing { what: "projection of the embedding", setter: "conditioned" })
+            (Some(_), None) => {
+                Err(Error::Missing { what: WHAT, setter: "CriticHeads::logits_given" })
             }
+            (None, Some(_)) => Err(Error::Missing {
+                what: "projection of the embedding",
+                setter: "CriticHeads::conditioned",
+            }),
             (Some(projection), Some(embedding)) => {
                 let numbers = projection.size().get(1).copied().unwrap_or(1);
                 check_size(WHAT, embedding, &[batch_size(features), numbers])?;

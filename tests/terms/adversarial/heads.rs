@@ -57,7 +57,7 @@ fn an_embedding_is_read_by_its_projection_on_the_pooled_features() -> Result<()>
     let heads = CriticHeads::new(&root, &[4, 6], width)?;
     let before = heads.logits(&features)?;
     let missing = heads.logits_given(&features, &embedding);
-    assert!(matches!(missing, Err(Error::Missing { what, setter: "conditioned" })
+    assert!(matches!(missing, Err(Error::Missing { what, setter: "CriticHeads::conditioned" })
         if what == "projection of the embedding"));
     let heads = heads.conditioned(&root, size)?;
     assert!(heads.logits_given(&features, &embedding)?.equal(&before), "it starts without it");
@@ -98,7 +98,7 @@ fn an_embedding_is_read_by_its_projection_on_the_pooled_features() -> Result<()>
 
     let missing = heads.logits(&features);
     assert!(matches!(missing, Err(Error::Missing { what: "embedding of the critic", setter })
-        if setter == "logits_given"));
+        if setter == "CriticHeads::logits_given"));
     for shape in [&[3i64, 4][..], &[2, 5], &[3]] {
         let found =
             heads.logits_given(&features, &Tensor::zeros(shape, (Kind::Float, Device::Cpu)));

@@ -97,7 +97,10 @@ fn bad_input_is_named() -> Result<()> {
     let timed = Batch::new(&x, &cond)?.with_real(&real)?.with_student_time(&student)?;
     assert!(value(&gan.penalty_loss(&timed, PENALTIES[0])?) > 0.0);
     let missing = gan.penalty_loss(&Batch::new(&x, &cond)?, PENALTIES[0]);
-    assert!(matches!(missing, Err(Error::Missing { what: "real samples", setter: "with_real" })));
+    assert!(matches!(
+        missing,
+        Err(Error::Missing { what: "real samples", setter: "Batch::with_real" })
+    ));
     let bad = gan.penalty_loss(&batch, CriticPenalty::R1 { gamma: f64::NAN });
     assert!(matches!(bad, Err(Error::OutOfRange { what: "gamma of R1", .. })));
     let (five, three) = (wave(&[5, 4], 5.0, Kind::Double), wave(&SHAPE, 5.0, Kind::Double));
