@@ -67,7 +67,7 @@ impl<'a> Collective<'a> {
         checked("rank", "below the number of processes", rank as f64, rank < processes)?;
         let all_gather = Box::new(move |part: &Tensor| {
             all_gather(part).into_result().map_err(|error| match error {
-                Error::Network(source) => Error::Collective(source),
+                Error::Network { source, .. } => Error::Collective(source),
                 error => error,
             })
         });

@@ -153,7 +153,7 @@ impl Diagnostics {
     /// Everything as named numbers, for a log: `x_std`, `not_finite`, and for terms called `ca` and
     /// `dm` `ca_update_rms`, `dm_cos`, `dm_n`, `dm_n_min`, `dm_share_on_floor`, `dm_to_ca`,
     /// `ca_dm_cos`, its `_std`, `_min` and `_max`, and so on, the mean over the samples at which each is
-    /// defined. A number that is undefined, or not finite, is left out.
+    /// defined, the geometric one of `dm_error_ratio`. A number that is undefined, or not finite, is left out.
     ///
     /// It reads all of them at once, so that a GPU is waited for once.
     ///

@@ -112,12 +112,27 @@ pub enum Error {
     #[error("the exchange between processes failed")]
     Collective(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// A network closure returned an error.
-    #[error("the network failed")]
-    Network(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("the {what} failed")]
+    Network {
+        /// Which: the teacher, the fake score, the student, the critic, or just a network.
+        what: &'static str,
+        /// What it returned; an error of libtorch as [`Error::Torch`].
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// Libtorch refused an operation.
     #[error("libtorch: {}", first_line(.0))]
-    Torch(#[from] TchError),
+    Torch(TchError),
 }
+
+// No source of the error: a chain would say the same twice, with the stack.
+impl From<TchError> for Error {
+    fn from(error: TchError) -> Self {
+        Self::Torch(error)
+    }
+}
+
+/// A closure of which nothing more is known.
+pub(crate) const NETWORK: &str = "network";
 
 /// `Result` with the crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -137,6 +152,14 @@ fn first_line(error: &TchError) -> String {
 impl Error {
     pub(crate) fn shape(what: &'static str, expected: impl Into<String>, found: &[i64]) -> Self {
         Self::Shape { what, expected: expected.into(), found: found.to_vec() }
+    }
+
+    /// Says whose closure failed, unless that is known.
+    pub(crate) fn of(self, what: &'static str) -> Self {
+        match self {
+            Self::Network { what: NETWORK, source } => Self::Network { what, source },
+            other => other,
+        }
     }
 
     pub(crate) fn in_term(self, name: &str) -> Self {

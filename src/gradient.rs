@@ -93,7 +93,7 @@ pub fn gradient_only_in(
 }
 
 /// Whether autograd records what is computed: not under no_grad.
-fn is_recording() -> Result<bool> {
+pub(crate) fn is_recording() -> Result<bool> {
     let leaf = Tensor::f_zeros([0i64], (Kind::Float, Device::Cpu))?.f_set_requires_grad(true)?;
     Ok(leaf.f_neg()?.requires_grad())
 }

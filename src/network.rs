@@ -1,8 +1,8 @@
 //! Return types of network closures.
 
-use tch::Tensor;
+use tch::{TchError, Tensor};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, NETWORK, Result};
 
 /// The return type of a network closure: a value, or a `Result` with any error.
 pub trait IntoOutput<T> {
@@ -33,6 +33,10 @@ impl IntoOutput<(Tensor, Tensor)> for (Tensor, Tensor) {
 
 impl<T, E: Into<Box<dyn std::error::Error + Send + Sync>>> IntoOutput<T> for Result<T, E> {
     fn into_result(self) -> Result<T> {
-        self.map_err(|error| Error::Network(error.into()))
+        self.map_err(|error| {
+            let source = error.into().downcast::<TchError>();
+            let source = source.map_or_else(|other| other, |error| Error::Torch(*error).into());
+            Error::Network { what: NETWORK, source }
+        })
     }
 }

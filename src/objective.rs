@@ -10,7 +10,7 @@ use crate::denoiser::Denoiser;
 use crate::diagnostics::{Diagnostics, Role, read_together};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::gradient::surrogate;
+use crate::gradient::{is_recording, surrogate};
 use crate::normalizer::Normalizer;
 use crate::numeric::noise_like;
 use crate::probe::Probe;
@@ -216,7 +216,8 @@ impl<'a> Objective<'a> {
     }
 
     /// Takes [`Diagnostics`] in every [`Evaluation`]. They cost a few elementwise operations, no
-    /// network forward, and the memory of the directions until they are dropped.
+    /// network forward, and the memory of the directions until they are dropped. The update of a term that is a loss
+    /// is its gradient: a backward pass from the loss to the samples, short of the student.
     #[must_use]
     pub fn observed(mut self) -> Self {
         self.observed = true;
@@ -365,6 +366,11 @@ impl Term<'_> {
                 let loss = term.loss(probe)?;
                 // Another shape would broadcast over the sum, and fail in `backward` without a name.
                 check_size("loss", &loss, &[])?;
+                // Beside other terms a loss without a graph would train nothing in silence.
+                if !loss.requires_grad() && probe.x().requires_grad() && is_recording()? {
+                    return Err(Error::NoGradient { what: "loss" });
+                }
+                probe.observe_update(&loss)?;
                 Ok(loss)
             }
         }

@@ -4,6 +4,7 @@ use std::cell::{OnceCell, RefCell};
 
 use tch::{Tensor, no_grad_guard};
 
+use crate::arithmetic::Arithmetic;
 use crate::batch::Batch;
 use crate::checks::{check_like, check_numbers, check_per_sample, check_times};
 use crate::collective::{Collective, gather};
@@ -209,18 +210,22 @@ impl<'a> Probe<'a> {
         let null = self.batch.null()?;
         let _no_grad = no_grad_guard();
         if self.cond.get().is_none() && self.null.get().is_none() {
-            let pair =
-                self.teacher.predict_pair(&self.noised, &self.tau, self.batch.cond(), null)?;
+            let pair = self.teacher.predict_pair(&self.noised, &self.tau, self.batch.cond(), null);
+            let pair = pair.map_err(|error| error.of("teacher"))?;
             return Ok((self.cond.get_or_init(|| pair.0), self.null.get_or_init(|| pair.1)));
         }
-        let null = once(&self.null, || self.teacher.predict(&self.noised, &self.tau, null))?;
+        let null = once(&self.null, || {
+            let output = self.teacher.predict(&self.noised, &self.tau, null);
+            output.map_err(|error| error.of("teacher"))
+        })?;
         Ok((self.cond_alone()?, null))
     }
 
     fn cond_alone(&self) -> Result<&ModelOutput> {
         once(&self.cond, || {
             let _no_grad = no_grad_guard();
-            self.teacher.predict(&self.noised, &self.tau, self.batch.cond())
+            let output = self.teacher.predict(&self.noised, &self.tau, self.batch.cond());
+            output.map_err(|error| error.of("teacher"))
         })
     }
 
@@ -295,6 +300,20 @@ impl<'a> Probe<'a> {
         let direction = self.masked(direction)?;
         self.record(|term| term.set_direction(&direction))?;
         surrogate(self.x, &direction)
+    }
+
+    /// Records the update that a `loss` makes, if diagnostics are taken and the term has recorded none: the direction of
+    /// which the loss would be the surrogate, `- numel` times its gradient in x.
+    pub(crate) fn observe_update(&self, loss: &Tensor) -> Result<()> {
+        let Some(diagnostics) = &self.diagnostics else { return Ok(()) };
+        let is_known = diagnostics.borrow().direction.is_some();
+        if is_known || !(loss.requires_grad() && self.x.requires_grad()) {
+            return Ok(());
+        }
+        let gradients = Tensor::f_run_backward(&[loss], &[self.x], true, false)?;
+        let Some(gradient) = gradients.into_iter().find(Tensor::defined) else { return Ok(()) };
+        let update = gradient.times(-(self.x.numel() as f64))?;
+        self.record(|term| term.set_direction(&self.masked(&update)?))
     }
 
     /// Records how the score of a fake prediction compares with the teacher's, if diagnostics are taken;

@@ -33,17 +33,17 @@ pub enum Transition {
 /// start of the path, such as `sigma_max eps` on [`Edm`](crate::Edm).
 #[derive(Debug)]
 pub struct Sampler<'a> {
-    denoiser: &'a Denoiser<'a>,
+    denoiser: Denoiser<'a>,
     grid: FewStepGrid,
     transition: Transition,
     guidance: Option<(Guidance, &'a Condition)>,
 }
 
 impl<'a> Sampler<'a> {
-    /// Runs `denoiser` over `grid`.
+    /// Runs `denoiser`, of which it keeps a clone, over `grid`.
     #[must_use]
-    pub fn new(denoiser: &'a Denoiser<'a>, grid: FewStepGrid, transition: Transition) -> Self {
-        Self { denoiser, grid, transition, guidance: None }
+    pub fn new(denoiser: &Denoiser<'a>, grid: FewStepGrid, transition: Transition) -> Self {
+        Self { denoiser: denoiser.clone(), grid, transition, guidance: None }
     }
 
     /// Adds classifier-free guidance against the condition `null`, such as an encoded empty or negative

@@ -15,8 +15,9 @@ pub struct TermDiagnostics {
     /// The post-shift time tau of each sample at the term's probe, `[B]`, to bin the other numbers by; per frame where
     /// frames have times of their own, while the other numbers stay those of samples.
     pub tau: Tensor,
-    /// rms(d), the size of the update: direction after the normaliser, before the weight. Terms
-    /// without a direction (a plain loss) have none.
+    /// rms(d), the size of the update: direction after the normaliser, before the weight. That of a plain loss is
+    /// the direction of which it would be the surrogate, `- numel` times its gradient in x: so the updates of all terms
+    /// compare. `None` where nothing has a gradient.
     pub update_rms: Option<PerSample>,
     /// n, the normaliser after its guard; `None` where the term did not use one. A trend to zero
     /// means collapse, or times close to the clean end. The mean over the frames for
@@ -117,7 +118,9 @@ impl TermDiagnostics {
             push("rel_gap", rel_gap.mean_tensor()?);
             push("cos", cos.mean_tensor()?);
             push("mag_ratio", mag_ratio.mean_tensor()?);
-            push("error_ratio", error_ratio.mean_tensor()?);
+            // A few errors near zero in the denominator would carry the mean of the ratios.
+            let logarithm = error_ratio.map(|ratio| Ok(ratio.f_log()?))?;
+            push("error_ratio", logarithm.mean_tensor()?.f_exp()?);
         }
         if let Some(rms) = &self.update_rms {
             push("update_rms", rms.mean_tensor()?);

@@ -27,7 +27,8 @@ impl<'a> Critic<'a> {
     /// [`Error::Shape`] unless the logits start with B and are not empty, [`Error::Kind`] unless they are of a
     /// floating-point type; errors of the closure.
     pub(crate) fn logits(&self, x: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
-        let logits = (self.0)(x, &time.for_network(x)?, cond)?;
+        let logits =
+            (self.0)(x, &time.for_network(x)?, cond).map_err(|error| error.of("critic"))?;
         let batch = batch_size(x);
         if batch_size(&logits) != batch || logits.numel() == 0 {
             return Err(Error::shape("critic logits", format!("[{batch}, K]"), &logits.size()));

@@ -147,7 +147,8 @@ impl<'a> DistributionMatching<'a> {
         let _no_grad = no_grad_guard();
         self.check_path(probe.teacher())?;
         let real = probe.teacher_output()?;
-        let fake = self.fake.predict(probe.noised(), probe.tau(), probe.batch().cond())?;
+        let fake = self.fake.predict(probe.noised(), probe.tau(), probe.batch().cond());
+        let fake = fake.map_err(|error| error.of("fake score"))?;
         probe.observe_scores(|| {
             Ok((real.sample()?.shallow_clone(), fake.sample()?.shallow_clone()))
         })?;
@@ -206,7 +207,8 @@ impl<'a> DistributionMatching<'a> {
     /// The weighted squares `[B, ..]`, zero where the batch's mask leaves an element out.
     fn error_at(&self, batch: &Batch<'_>, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
         let (mask, time) = (batch.mask(), batch.keep_given(time)?);
-        let mut error = self.fake.denoising_error(batch.x(), &time, noise, batch.cond(), mask)?;
+        let error = self.fake.denoising_error(batch.x(), &time, noise, batch.cond(), mask);
+        let mut error = error.map_err(|error| error.of("fake score"))?;
         let at = self.fake.path().coefficients(&time)?;
         if let Some(factor) = self.weighting.factor(self.fake.prediction(), &at)? {
             // Paths return float64; the error stays in its type.

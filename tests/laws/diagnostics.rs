@@ -1,6 +1,7 @@
 //! Diagnostics: values by hand, undefined numbers, samples that are not finite, observations of custom terms.
 
 mod graphs;
+mod updates;
 
 use decoupled_dmd::{
     Batch, CfgAugmentation, Condition, Denoiser, Diagnostics, DistributionMatching, Draw, Error,

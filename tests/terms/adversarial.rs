@@ -260,7 +260,7 @@ fn bad_input_is_named() -> Result<()> {
     let failing = |x: &Tensor, _: &Tensor, _: &Condition| x.f_view([-7]);
     assert!(matches!(
         loss_of(&Adversarial::new(RectifiedFlow, failing), &batch),
-        Err(Error::Network(_))
+        Err(Error::Network { .. })
     ));
 
     let refused = |penalty, argument: &str| {

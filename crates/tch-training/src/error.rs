@@ -19,7 +19,7 @@ pub type BoxedError = Box<dyn std::error::Error + Send + Sync>;
 pub enum Error {
     /// Libtorch refused an operation.
     #[error("libtorch: {}", first_line(.0))]
-    Torch(#[from] TchError),
+    Torch(TchError),
     /// The system refused an operation on a file or folder.
     #[error("{action} {}", path.display())]
     File {
@@ -166,6 +166,13 @@ pub enum Error {
     /// The system refused to pass on Ctrl-C.
     #[error("listening for Ctrl-C and SIGTERM")]
     Signals(#[source] io::Error),
+}
+
+// No source of the error: a chain would say the same twice, with the stack.
+impl From<TchError> for Error {
+    fn from(error: TchError) -> Self {
+        Self::Torch(error)
+    }
 }
 
 /// `Result` with the crate's [`Error`].

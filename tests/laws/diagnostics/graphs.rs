@@ -88,9 +88,9 @@ fn nothing_that_is_kept_has_a_graph() -> Result<()> {
         let evaluation = objective.evaluate_at(&batch, vec![draw])?;
         assert!(evaluation.loss.requires_grad());
         let all = tensors(&evaluation.diagnostics.expect("observed"));
-        // Of the samples 6; of three directions 3 x 2, their cosines 9 x 2; n and on_guard of two
+        // Of the samples 6; of six updates 6 x 2, their cosines 36 x 2; n and on_guard of two
         // terms 4 x 2; scores 3 x 2; a tau each; logit, loss and root.
-        assert_eq!(all.len(), 6 + 6 + 18 + 8 + 6 + 6 + 3);
+        assert_eq!(all.len(), 6 + 12 + 72 + 8 + 6 + 6 + 3);
         for (name, tensor) in all {
             assert!(!tensor.requires_grad(), "{name}");
         }
