@@ -23,9 +23,16 @@ use tch_c10d::Launch;
 use zimage::distil::Preset;
 use zimage::failure::described;
 
+const EXAMPLES: &str = "\
+Of your own prompts, on one GPU:
+  zimage_8step --checkpoint Z-Image --prompt-file prompts.txt --plan       says what it takes
+  zimage_8step --checkpoint Z-Image --prompt-file prompts.txt --out mine   trains the student in mine/student
+  zimage_8step --checkpoint Z-Image --out mine --sample \"a red fox\"       makes a picture with it
+docs/zimage.md leads through them.";
+
 /// The command line of this process, or a message about what is wrong with it, after which the process ends.
 fn from_command_line() -> Result<Options> {
-    let command = Options::command().after_help(Preset::table()?);
+    let command = Options::command().after_help(format!("{}\n{EXAMPLES}", Preset::table()?));
     Ok(Options::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit()))
 }
 

@@ -40,11 +40,9 @@ pub fn run(options: &Options, launch: &Launch) -> Result<ExitCode> {
     );
     // A student of the embedded model is sampled without its teacher.
     let is_needed = options.sample.is_none() || options.checkpoint != Path::new(TEACHER);
-    ensure!(
-        options.checkpoint.is_dir() || !is_needed,
-        "--checkpoint {}: there is no such folder",
-        options.checkpoint.display()
-    );
+    if is_needed {
+        check_folder(&options.checkpoint)?;
+    }
     let is_released = Checkpoint::is_released(&options.checkpoint);
     if options.plan {
         return plan(options).map(|()| ExitCode::SUCCESS);
@@ -59,6 +57,30 @@ pub fn run(options: &Options, launch: &Launch) -> Result<ExitCode> {
         None => return train_embedded(options, device, launch),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses a teacher that is not there, and says where it comes from.
+fn check_folder(checkpoint: &Path) -> Result<()> {
+    if checkpoint.is_dir() {
+        return Ok(());
+    }
+    let folder = checkpoint.display();
+    if checkpoint == Path::new(TEACHER) {
+        bail!(
+            "there is no {folder} here, the teacher unless --checkpoint names another: run in the root of the \
+             repository, or name one"
+        );
+    }
+    // As in Tongyi-MAI/Z-Image.
+    let is_of_hub = checkpoint.is_relative() && checkpoint.iter().count() == 2;
+    let hint = if is_of_hub {
+        format!(
+            ". A model of the Hugging Face Hub is downloaded first: hf download {folder} --local-dir {folder}"
+        )
+    } else {
+        String::new()
+    };
+    bail!("--checkpoint {folder}: there is no such folder{hint}")
 }
 
 /// What the user can do about an error, where that is known.

@@ -143,7 +143,8 @@ pub struct Options {
     /// zimage-8step for a checkpoint with a text encoder
     #[arg(long, value_parser = by_name::<Preset>, help_heading = "Recipe")]
     pub preset: Option<Preset>,
-    /// Steps of the student, in training and in sampling
+    /// Steps of the student, in training and in sampling. The rest of the recipe stays: for 4 and 2 steps there are
+    /// presets of their own
     #[arg(long, help_heading = "Recipe")]
     pub steps: Option<usize>,
     /// Where engine and regularizer look at the samples: coupled-shared, decoupled-full,
@@ -334,7 +335,7 @@ impl Options {
         let folder = self.student.clone().unwrap_or_else(|| self.out.join("student"));
         ensure!(
             folder.exists(),
-            "there is no student in {}: run without --sample first, or name one with --student",
+            "there is no student in {}: train one first, or name one with --student",
             folder.display()
         );
         Ok(folder)

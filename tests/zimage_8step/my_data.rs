@@ -5,6 +5,7 @@ use std::fs;
 use anyhow::{Result, ensure};
 use serde_json::Value;
 use tch_training::safetensors::read_tensors;
+use zimage::model::Storage;
 use zimage::text::read_prompts;
 
 use super::common::max_difference;
@@ -127,9 +128,11 @@ fn what_is_wrong_with_data_is_named() -> Result<()> {
         let error = message(recipe(&options), "a recipe");
         assert!(error.contains(part), "{error}");
     }
-    let smaller = recipe(&parsed(&place, &["--rank", "8", "--fake-rank", "4"])?)?.cautions();
+    let smaller =
+        recipe(&parsed(&place, &["--rank", "8", "--fake-rank", "4"])?)?.cautions(Storage::Full, 1);
     assert!(smaller.iter().any(|text| text.contains("rank 4 and the student 8")), "{smaller:?}");
-    let larger = recipe(&parsed(&place, &["--rank", "8", "--fake-rank", "16"])?)?.cautions();
+    let larger =
+        recipe(&parsed(&place, &["--rank", "8", "--fake-rank", "16"])?)?.cautions(Storage::Full, 1);
     assert!(larger.is_empty(), "{larger:?}");
     // JSON under the name of a text is no prompt, and another spelling of the negative one.
     let lines = r#"{"prompt": "A cat", "negative_prompt": "a dog"}"#;

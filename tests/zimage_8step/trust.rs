@@ -9,6 +9,7 @@ use tch::Tensor;
 use tch_training::Parameters;
 use tch_training::safetensors::{read_tensors, write_tensors};
 use zimage::distil::{ADAPTER, Preset, Start, open_states};
+use zimage::model::Storage;
 
 use super::commands::way_on;
 use super::common::small_pipeline::Workplace;
@@ -186,12 +187,17 @@ fn schedulers_of_other_grids_are_refused() -> Result<()> {
 #[test]
 fn a_recipe_that_trains_nothing_says_so() -> Result<()> {
     let place = Workplace::new()?;
-    let cautions = |more: &[&str]| -> Result<Vec<String>> {
+    let cautions_on = |more: &[&str], storage, processes| -> Result<Vec<String>> {
         let recipe =
             parsed(&place, more)?.recipe(Preset::ZImage8Step, decoupled_dmd::Shift::NONE)?;
-        Ok(recipe.cautions())
+        Ok(recipe.cautions(storage, processes))
     };
-    assert!(cautions(&[])?.is_empty());
+    let cautions = |more: &[&str]| cautions_on(more, Storage::Full, 1);
+    assert!(cautions(&[])?.is_empty() && cautions_on(&[], Storage::Int8, 2)?.is_empty());
+    let whole = cautions_on(&["--checkpointing", "false"], Storage::Int8, 1)?;
+    assert!(whole.len() == 1 && whole[0].contains("more than the base takes"), "{whole:?}");
+    let alone = cautions_on(&["--batch", "8", "--accumulate", "2"], Storage::Full, 4)?;
+    assert!(alone.len() == 1 && alone[0].contains("one sample"), "{alone:?}");
     for (option, value, expected) in [
         ("--updates", "100", "the student will hardly move"),
         ("--fake-updates", "0", "distribution matching stays zero"),
@@ -202,6 +208,21 @@ fn a_recipe_that_trains_nothing_says_so() -> Result<()> {
         assert!(caution.contains(expected), "{caution}");
     }
     assert!(Guidance::NEUTRAL.is_neutral());
+    Ok(())
+}
+
+#[test]
+fn a_teacher_that_is_not_there_says_where_it_comes_from() -> Result<()> {
+    let place = Workplace::new()?;
+    for (checkpoint, expected) in [
+        ("Tongyi-MAI/Z-Image", "hf download Tongyi-MAI/Z-Image --local-dir Tongyi-MAI/Z-Image"),
+        ("./nowhere/of/mine", "--checkpoint ./nowhere/of/mine: there is no such folder"),
+    ] {
+        let mut options = parsed(&place, &[])?;
+        options.checkpoint = checkpoint.into();
+        let error = message(run(&options), checkpoint);
+        assert!(error.ends_with(expected), "{error}");
+    }
     Ok(())
 }
 

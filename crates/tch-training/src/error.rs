@@ -155,8 +155,8 @@ pub enum Error {
         /// The version there.
         found: String,
     },
-    /// The unfinished run in a folder is another one.
-    #[error("the unfinished run in {} is another one: {}", folder.display(), listed(.differences))]
+    /// The run in a folder is another one.
+    #[error("the run in {} is another one: {}", folder.display(), listed(.differences))]
     OtherRun {
         /// The folder.
         folder: PathBuf,

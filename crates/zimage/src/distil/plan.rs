@@ -68,7 +68,7 @@ pub fn exchanged(plan: &MemoryPlan, config: &Config, recipe: &Recipe) -> u64 {
 pub(super) fn check_kind(kind: Kind, recipe: &Recipe) -> Result<()> {
     ensure!(
         kind == Kind::Float || recipe.adapter.is_some(),
-        "whole copies are trained in float32, found {kind:?}: choose float32, or adapters of some rank"
+        "whole copies are trained in float32, found {kind:?}: give --float32, or a --rank for adapters"
     );
     Ok(())
 }

@@ -77,15 +77,15 @@ impl<'g> Processes<'g> {
         }
     }
 
-    /// Numbers in float64 on the CPU, averaged.
+    /// The numbers `[M]` of each of the N processes, `[N, M]`, those of the first before the others.
     ///
     /// # Errors
     /// If a process is lost, or they are not in step.
-    pub(super) fn mean(self, mut numbers: Tensor) -> Result<Tensor> {
-        if let Some(group) = self.0 {
-            group.all_reduce(&mut numbers, Reduce::Mean)?;
-        }
-        Ok(numbers)
+    pub(super) fn stack(self, numbers: &Tensor) -> Result<Tensor> {
+        Ok(match self.0 {
+            Some(group) => group.all_gather(numbers)?,
+            None => numbers.f_unsqueeze(0)?,
+        })
     }
 
     /// Whether something is so on any process.

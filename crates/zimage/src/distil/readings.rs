@@ -24,6 +24,26 @@ struct Scalar {
     may_be_undefined: bool,
 }
 
+impl Scalar {
+    /// One number of those of parts or processes `[N]`: the least of what ends in `_min`, the largest of what ends in
+    /// `_max`, else the mean. Of observations those that are not finite take no part.
+    fn joined(&self, values: &Tensor) -> Result<Tensor> {
+        let defined = if self.may_be_undefined {
+            values.f_isfinite()?
+        } else {
+            values.f_ones_like()?.f_to_kind(Kind::Bool)?
+        };
+        let or = |number: f64| -> Result<Tensor> {
+            Ok(values.f_where_self(&defined, &values.f_zeros_like()?.plus(number)?)?)
+        };
+        Ok(match self.name.rsplit('_').next() {
+            Some("min") => or(f64::INFINITY)?.f_min()?,
+            Some("max") => or(f64::NEG_INFINITY)?.f_max()?,
+            _ => or(0.0)?.f_sum(Kind::Double)?.f_div(&defined.f_sum(Kind::Double)?)?,
+        })
+    }
+}
+
 impl Readings {
     /// Adds a number that is part of the record whatever it is, such as a loss.
     ///
@@ -57,31 +77,34 @@ impl Readings {
         Ok(())
     }
 
-    /// The mean of each number over the parts of a batch, which have the same.
+    /// The parts of a batch, which have shown the same numbers, as one: see [`joined`].
     ///
     /// # Errors
     /// If they have not, or libtorch fails.
-    pub(super) fn mean(parts: Vec<Self>) -> Result<Self> {
-        let count = parts.len() as f64;
-        let mut parts = parts.into_iter();
-        let mut mean = parts.next().unwrap_or_default();
-        if count <= 1.0 {
-            return Ok(mean);
-        }
+    pub(super) fn join(parts: Vec<Self>) -> Result<Self> {
+        let mut values: Vec<Vec<Tensor>> = Vec::new();
+        let mut all: Option<Self> = None;
         for part in parts {
-            ensure!(
-                part.scalars.len() == mean.scalars.len() && part.norms.is_empty(),
-                "the parts of a batch have shown different numbers"
-            );
-            for (sum, scalar) in mean.scalars.iter_mut().zip(part.scalars) {
-                ensure!(sum.name == scalar.name, "{} and {} are of two", sum.name, scalar.name);
-                sum.value = sum.value.f_add(&scalar.value)?;
+            let names = |of: &Self| of.scalars.iter().map(|s| s.name.clone()).collect::<Vec<_>>();
+            ensure!(part.norms.is_empty(), "norms are of whole batches");
+            if let Some(first) = &all {
+                let (found, expected) = (names(&part), names(first));
+                ensure!(
+                    found == expected,
+                    "parts of a batch have shown {expected:?} and {found:?}"
+                );
+            }
+            values.push(part.scalars.iter().map(|scalar| scalar.value.shallow_clone()).collect());
+            all.get_or_insert(part);
+        }
+        let mut all = all.unwrap_or_default();
+        if values.len() > 1 {
+            for (place, scalar) in all.scalars.iter_mut().enumerate() {
+                let values: Vec<&Tensor> = values.iter().map(|part| &part[place]).collect();
+                scalar.value = scalar.joined(&Tensor::f_stack(&values, 0)?)?;
             }
         }
-        for scalar in &mut mean.scalars {
-            scalar.value = scalar.value.over(count)?;
-        }
-        Ok(mean)
+        Ok(all)
     }
 
     /// Adds what others hold.
@@ -90,7 +113,7 @@ impl Readings {
         self.norms.extend(others.norms);
     }
 
-    /// Reads all, and waits for the device once: the record, averaged over the processes, and a word on the gradient
+    /// Reads all, and waits for the device once: the record of all processes together, and a word on the gradient
     /// whose norm is not finite, if there is one.
     ///
     /// # Errors
@@ -103,16 +126,51 @@ impl Readings {
             return Ok((Record::new(), None));
         }
         let together = Tensor::f_stack(&values, 0)?.f_to_device(Device::Cpu)?;
-        let values = Vec::<f64>::try_from(processes.mean(together)?)?;
-        let (values, norms) = values.split_at(self.scalars.len());
-        let record = self.scalars.into_iter().zip(values);
-        let record: Record = record
-            .filter(|(scalar, value)| value.is_finite() || !scalar.may_be_undefined)
-            .map(|(scalar, value)| (scalar.name, *value))
-            .collect();
+        // [N, scalars and norms], the same on all processes.
+        let together = processes.stack(&together)?;
+        let count = self.scalars.len() as i64;
+        let norms = together.f_narrow(1, count, together.size()[1] - count)?;
+        let norms = Vec::<f64>::try_from(norms.f_mean_dim(&[0i64][..], false, None::<Kind>)?)?;
+        let mut record = Record::new();
+        for (place, scalar) in self.scalars.into_iter().enumerate() {
+            let value = scalar.joined(&together.f_select(1, place as i64)?)?.f_double_value(&[])?;
+            if value.is_finite() || !scalar.may_be_undefined {
+                record.push((scalar.name, value));
+            }
+        }
         let norms = self.norms.iter().zip(norms).find(|(_, norm)| !norm.is_finite());
         let fault = norms
             .map(|((role, _), norm)| format!("the norm of the gradient of the {role} is {norm}"));
         Ok((record, fault))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_joined_by_what_their_numbers_are() -> Result<()> {
+        let part = |loss: f64, [cos, least, most]: [f64; 3]| -> Result<Readings> {
+            let mut readings = Readings::default();
+            readings.push("loss", &Tensor::from(loss))?;
+            let numbers = [("cos", cos), ("cos_min", least), ("cos_max", most)];
+            readings.observe(numbers.map(|(name, number)| (name.into(), Tensor::from(number))))?;
+            Ok(readings)
+        };
+        let undefined = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
+        let read = |parts| Readings::join(parts)?.read(Processes::default());
+        let some =
+            vec![part(1.0, [0.5, 0.1, 0.7])?, part(2.0, [0.3, 0.2, 0.9])?, part(6.0, undefined)?];
+        let (record, fault) = read(some)?;
+        let expected = [("loss", 3.0), ("cos", 0.4), ("cos_min", 0.1), ("cos_max", 0.9)];
+        assert_eq!(record, expected.map(|(name, number)| (name.to_owned(), number)));
+        assert!(fault.is_none());
+        // A loss is never left out, and what no part has is no number.
+        let (record, _) = read(vec![part(1.0, undefined)?, part(f64::NAN, undefined)?])?;
+        assert!(record.len() == 1 && record[0].1.is_nan());
+        let other = Readings::default();
+        assert!(Readings::join(vec![part(1.0, undefined)?, other]).is_err());
+        Ok(())
     }
 }

@@ -104,9 +104,24 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// Settings that are valid and train little or nothing, a sentence each.
-    pub fn cautions(&self) -> Vec<String> {
+    /// Settings that are valid and train little or nothing, or cost what they were to save, a sentence each; for a
+    /// teacher kept as `storage` says and so many processes.
+    pub fn cautions(&self, storage: Storage, processes: usize) -> Vec<String> {
         let mut cautions = Vec::new();
+        if storage != Storage::Full && !self.checkpointing {
+            cautions.push(
+                "without checkpointing the backward pass keeps what is made of the 8 bits, more than the base takes \
+                 in bfloat16 (--plan says how much)"
+                    .to_owned(),
+            );
+        }
+        if self.batch == self.accumulate * processes {
+            cautions.push(
+                "every part of a batch is one sample: x_spread, and with it the alarm of samples that become alike, \
+                 needs two in a part"
+                    .to_owned(),
+            );
+        }
         if self.updates <= self.warmup {
             cautions.push(format!(
                 "{} updates are not more than the {} of the warm-up: the learning rate never reaches its value, \
@@ -139,8 +154,8 @@ impl Recipe {
     }
 
     /// Prints [`Self::cautions`] as warnings on standard error.
-    pub(crate) fn print_cautions(&self) {
-        for caution in self.cautions() {
+    pub(crate) fn print_cautions(&self, storage: Storage, processes: usize) {
+        for caution in self.cautions(storage, processes) {
             eprintln!("warning: {caution}");
         }
     }

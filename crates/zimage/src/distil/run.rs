@@ -113,7 +113,7 @@ pub fn train(
         );
     }
     if processes.is_first() {
-        recipe.print_cautions();
+        recipe.print_cautions(checkpoint.storage(), processes.count());
         let trained =
             pictured.iter().filter(|shown| prompts.iter().any(|of| of.text == shown.text)).count();
         if training.preview_prompts.is_some() && trained > 0 {

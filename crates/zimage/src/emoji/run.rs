@@ -151,7 +151,7 @@ pub fn train(
             Outcome::Interrupted => Ending::Interrupted(distillation.updates()),
         });
     }
-    recipe.print_cautions();
+    recipe.print_cautions(checkpoint.storage(), processes.count());
     create_folder(out)?;
     let fingerprint_of_teacher = checkpoint.fingerprint()?;
     let beside = json!({

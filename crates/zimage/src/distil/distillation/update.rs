@@ -138,7 +138,7 @@ impl<T: Terms> Distillation<'_, T> {
             self.student.trainer.accumulate(&share, tape.as_ref())?;
             Ok(readings)
         });
-        let mut readings = Readings::mean(parts.collect::<Result<_>>()?)?;
+        let mut readings = Readings::join(parts.collect::<Result<_>>()?)?;
         let norm = self.student.trainer.step(self.processes)?;
         readings.push_norm("student", &norm)?;
         if observe {
