@@ -156,7 +156,7 @@ pub struct ScoreDiagnostics {
     /// rms(u_fake) / rms(u_real). Away from 1: the fake is mis-scaled.
     pub mag_ratio: PerSample,
     /// rms(x0_fake - x) / rms(x0_real - x), the errors of fake score and teacher on the student's noised samples. Below
-    /// 1: the fake score knows these samples better, as it must. 1: it is frozen, or lags. Above 1: it is broken.
+    /// 1: the fake score knows these samples better, as it must. 1: it is frozen, or lags. Far above 1: it is broken.
     pub error_ratio: PerSample,
 }
 
