@@ -163,7 +163,7 @@ impl Diagnostics {
         let _no_grad = no_grad_guard();
         let mut named = Vec::new();
         self.named(&mut named)?;
-        read_together(named)
+        read_together(named, 0)
     }
 
     /// Appends everything as named scalars in float64, NaN or infinite where undefined.
@@ -201,11 +201,16 @@ impl Diagnostics {
     }
 }
 
-/// Named scalars in float64 as numbers, read in one go, without the numbers that are not finite.
-pub(crate) fn read_together(named: Vec<(String, Tensor)>) -> Result<Vec<(String, f64)>> {
+/// Named scalars in float64 as numbers, read in one go; without those that are not finite, but for the first `always`.
+pub(crate) fn read_together(
+    named: Vec<(String, Tensor)>,
+    always: usize,
+) -> Result<Vec<(String, f64)>> {
     let (names, tensors): (Vec<_>, Vec<_>) = named.into_iter().unzip();
     let values = Vec::<f64>::try_from(Tensor::f_stack(&tensors, 0)?)?;
-    Ok(names.into_iter().zip(values).filter(|(_, value)| value.is_finite()).collect())
+    let read = names.into_iter().zip(values).enumerate();
+    let kept = read.filter(|(place, (_, value))| *place < always || value.is_finite());
+    Ok(kept.map(|(_, read)| read).collect())
 }
 
 /// The ratio of the mean sizes of two directions, a scalar in float64; NaN or infinite where undefined.

@@ -135,13 +135,13 @@ pub struct Evaluation {
 
 impl Evaluation {
     /// The loss as `loss`, each term under its name, and all diagnostics, as numbers for a log; names as
-    /// in [`Diagnostics::report`]. A number that is undefined, or not finite, is left out. All are read
-    /// together, so that a GPU is waited for once.
+    /// in [`Diagnostics::report`]. A diagnostic that is undefined, or not finite, is left out; the loss and the terms
+    /// are always there, NaN if they are. All are read together, so that a GPU is waited for once.
     ///
     /// # Errors
     /// [`Error::Torch`] if libtorch fails.
     pub fn report(&self) -> Result<Vec<(String, f64)>> {
-        read_together(self.scalars()?)
+        read_together(self.scalars()?, self.terms.len().saturating_add(1))
     }
 
     /// What [`report`](Self::report) reads, as scalar tensors in float64 without a graph, NaN or infinite where

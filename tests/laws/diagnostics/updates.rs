@@ -72,3 +72,20 @@ fn a_loss_without_a_way_to_the_samples_is_refused() -> Result<()> {
     assert!(objective.evaluate(&Batch::new(&x, &cond)?).is_ok());
     Ok(())
 }
+
+#[test]
+fn a_loss_that_is_not_finite_is_in_the_report() -> Result<()> {
+    let x = wave(&SHAPE, 0.3, Kind::Double).set_requires_grad(true);
+    let cond = Condition::none();
+    let broken = regularizer_fn(|probe| Ok(probe.x().f_mean(None)? * f64::NAN));
+    let objective = Objective::new(gaussian_teacher(1.0))
+        .observed()
+        .with(Group::new(Renoising::new(Uniform::FULL)).regularizer("broken", 1.0, broken));
+    let _guard = seeded(6);
+    let report = objective.evaluate(&Batch::new(&x, &cond)?)?.report()?;
+    let of = |name| report.iter().find(|(of, _)| of == name).map(|(_, value)| *value);
+    assert!(of("loss").is_some_and(f64::is_nan) && of("broken").is_some_and(f64::is_nan));
+    assert!(of("x_std").is_some_and(f64::is_finite) && of("broken_update_rms").is_none());
+    assert!(of("not_finite").is_some_and(|share| share == 1.0));
+    Ok(())
+}
