@@ -298,8 +298,11 @@ impl<'a> Batch<'a> {
         self.mask.as_ref()
     }
 
-    /// Whether the mask leaves anything of a sample in, `[B]`; `None` without a mask.
-    pub(crate) fn kept_samples(&self) -> Result<Option<Tensor>> {
+    /// Whether the mask leaves anything of a sample in, booleans `[B]`; `None` without a mask.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if libtorch fails.
+    pub fn kept_samples(&self) -> Result<Option<Tensor>> {
         self.mask.as_ref().map(|mask| any_kept(mask, Some(mask))).transpose()
     }
 
