@@ -322,6 +322,15 @@ impl<'a> Batch<'a> {
         self.x
     }
 
+    /// The samples as data for a network that is trained on them, `[B, ..]`: without a graph, and with zeros in place
+    /// of what is not finite where the [`mask`](Self::with_mask) leaves an element out.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if libtorch fails.
+    pub fn as_data(&self) -> Result<Tensor> {
+        finite_where_masked(&self.x.f_detach()?, self.mask())
+    }
+
     /// The condition of the samples.
     pub fn cond(&self) -> &'a Condition {
         self.cond

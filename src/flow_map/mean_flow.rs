@@ -277,7 +277,7 @@ impl<'a> MeanFlow<'a> {
         to: &PostShift,
     ) -> Result<MeanFlowEvaluation> {
         batch.check_none_given()?;
-        let x = batch.x().f_detach()?;
+        let x = batch.as_data()?;
         let input = self.teacher.path().renoise(&x, from, noise)?;
         let velocity = self.map.velocity(&input, from, to, batch.cond())?;
         let target = {

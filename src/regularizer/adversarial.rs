@@ -63,8 +63,8 @@ type Weight<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
 /// times the critic is untrained.
 ///
 /// # Shapes
-/// x and real samples `[B, ..]`, as many of one as of the other, to a scalar in float32 or wider. The mask of
-/// the batch is not looked at: the critic sees whole samples.
+/// x and real samples `[B, ..]`, as many of one as of the other, to a scalar in float32 or wider. The critic sees whole
+/// samples, also those that a mask leaves out, and is trained on them; no gradient reaches what is left out.
 ///
 /// # Forwards
 /// Generator: critic 1, and its backward to x; 2 in the relativistic form. Critic: 2, one more with the

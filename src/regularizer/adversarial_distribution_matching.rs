@@ -178,7 +178,7 @@ impl<'a> AdversarialDistributionMatching<'a> {
         let to = self.target_time(time)?;
         let (real, fake) = {
             let _no_grad = no_grad_guard();
-            let noised = self.teacher.path().renoise(&batch.x().f_detach()?, time, noise)?;
+            let noised = self.teacher.path().renoise(&batch.as_data()?, time, noise)?;
             let real = self.teachers_step(batch, &noised, time, &to)?;
             (real, self.fakes_step(batch, &noised, time, &to)?)
         };

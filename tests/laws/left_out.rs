@@ -2,10 +2,10 @@
 
 use decoupled_dmd::{
     Adversarial, AdversarialDistributionMatching, Batch, CfgAugmentation, Condition, Consistency,
-    Denoiser, Distance, DistributionMatching, Draw, Error, Group, Guidance, Kernel,
-    MaximumMeanDiscrepancy, MeanVariance, NoisePath, Objective, PairedRegression, Perceptual,
-    PostShift, PreShift, Prediction, RectifiedFlow, Renoising, Result, Reward, ScoreIdentity,
-    Shift, Uniform,
+    Denoiser, Distance, DistributionMatching, Draw, Error, FlowMap, FlowRule, Group, Guidance,
+    Kernel, MaximumMeanDiscrepancy, MeanFlow, MeanVariance, NoisePath, Objective, PairedRegression,
+    Perceptual, PostShift, PreShift, Prediction, RectifiedFlow, Renoising, Result, Reward,
+    ScoreIdentity, Shift, Uniform,
 };
 use tch::{IndexOp, Kind, Tensor};
 
@@ -129,6 +129,42 @@ fn no_term_moves_a_masked_element_or_is_spoilt_by_its_value() -> Result<()> {
             assert!(values(&gradient).iter().all(|value| value.is_finite()), "{what}: {gradient}");
             assert!(values(&gradient.i((0, 1))).iter().all(|value| *value == 0.0), "{what}");
             assert!(values(&gradient.i((0, 2))).iter().all(|value| *value != 0.0), "{what}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_not_finite_and_masked_spoils_no_network_that_is_trained() -> Result<()> {
+    let _guard = seeded(4);
+    let setting = setting()?;
+    let weight = Tensor::from(0.4).set_requires_grad(true);
+    let learned = || {
+        let network = |x: &Tensor, _: &Tensor, c: &Condition| {
+            (x * &weight + x.mean_dim([1i64].as_slice(), true, None) + &c[0]).tanh()
+        };
+        Denoiser::new(RectifiedFlow, Prediction::FlowVelocity, network)
+    };
+    let judge = |x: &Tensor, t: &Tensor, c: &Condition| critic(&(x * &weight), t, c);
+    let map = FlowMap::new(|x: &Tensor, _: &Tensor, _: &Tensor, c: &Condition| {
+        (x * &weight + x.mean_dim([1i64].as_slice(), true, None) + &c[0]).tanh()
+    });
+    let dm = DistributionMatching::new(learned());
+    let adm = AdversarialDistributionMatching::new(&dm, flow(0.7), judge);
+    let gan = Adversarial::new(RectifiedFlow, judge);
+    let flow_map = MeanFlow::new(map, flow(0.7))?.rule(FlowRule::Fraction { share: 0.5 })?;
+    for filling in [f64::NAN, f64::INFINITY] {
+        let (x, mask) = with_a_hole(filling);
+        let batch = setting.batch(&x)?.with_mask(&mask)?;
+        for (name, loss) in [
+            ("fake score", dm.denoising_loss(&batch)?),
+            ("critic", gan.critic_loss(&batch)?),
+            ("critic of ADM", adm.critic_loss(&batch)?),
+            ("flow map", flow_map.evaluate(&batch)?.loss),
+        ] {
+            let gradient = value(&gradient(&loss, &weight));
+            assert!(value(&loss).is_finite() && gradient.is_finite(), "{name} beside {filling}");
+            assert!(gradient != 0.0, "{name}");
         }
     }
     Ok(())

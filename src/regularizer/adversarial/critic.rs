@@ -130,7 +130,7 @@ impl Adversarial<'_> {
         let renoise = |x: &Tensor, time: &PostShift, noise: &Tensor| {
             self.renoise(&changed(&x.f_detach()?, augmentation.as_ref())?, time, noise)
         };
-        let fake = renoise(batch.x(), time, noise)?;
+        let fake = renoise(&batch.as_data()?, time, noise)?;
         let clean = paired_real(batch)?;
         let real = renoise(&clean, real_time, real_noise)?;
         let fake_logits = self.critic.logits(&fake, time, batch.cond())?;
