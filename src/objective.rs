@@ -54,7 +54,8 @@ impl<'a> Group<'a> {
 
     /// Adds an engine. `name` appears in the evaluation and in errors; `weight` scales its loss and
     /// must be finite, which the evaluation checks. A term of weight 0 is off: an evaluation neither computes it nor
-    /// has its value, and needs nothing for it. Its network still has its [own loss](Objective::own_losses).
+    /// has its value, and needs nothing for it; nor is a probe made for a group of such terms. Its network still has its
+    /// [own loss](Objective::own_losses).
     #[must_use]
     pub fn engine(self, name: impl Into<String>, weight: f64, engine: impl Engine + 'a) -> Self {
         self.term(name, weight, Role::Engine, Form::Direction(Box::new(engine)))
@@ -144,8 +145,9 @@ impl Evaluation {
         read_together(self.scalars()?, self.terms.len().saturating_add(1))
     }
 
-    /// What [`report`](Self::report) reads, as scalar tensors in float64 without a graph, NaN or infinite where
-    /// undefined. No device is waited for: a loop can read them together with numbers of its own.
+    /// What [`report`](Self::report) reads, the loss, the terms and the diagnostics in this order, as scalar tensors in
+    /// float64 without a graph, NaN or infinite where undefined. No device is waited for: a loop can read them together
+    /// with numbers of its own.
     ///
     /// # Errors
     /// [`Error::Torch`] if libtorch fails.
@@ -281,9 +283,12 @@ impl<'a> Objective<'a> {
     fn evaluate_with(&self, batch: &Batch<'_>, draws: Vec<Draw>) -> Result<Evaluation> {
         let mut total: Option<Tensor> = None;
         let mut terms = Vec::new();
-        let mut names: Vec<&str> = Vec::new();
+        self.check_terms()?;
         let mut diagnostics = if self.observed { Some(Diagnostics::of(batch)?) } else { None };
         for (group, Draw { u, noise }) in self.groups.iter().zip(draws) {
+            if !group.terms.iter().any(Term::is_on) {
+                continue;
+            }
             let path = self.teacher.path();
             let tau = group.renoising.times(path, &u, batch.student_time())?;
             let mut probe =
@@ -294,16 +299,8 @@ impl<'a> Objective<'a> {
             if self.observed {
                 probe = probe.observed();
             }
-            for term in &group.terms {
+            for term in group.terms.iter().filter(|term| term.is_on()) {
                 let Term { name, weight, .. } = term;
-                check_weight(*weight).map_err(|error| error.in_term(name))?;
-                if names.contains(&name.as_str()) {
-                    return Err(Error::SameName { name: name.clone() });
-                }
-                names.push(name);
-                if *weight == 0.0 {
-                    continue;
-                }
                 let loss = term.loss(&probe).map_err(|error| error.in_term(name))?;
                 let weighted = loss.times(*weight)?;
                 total = Some(match total {
@@ -318,13 +315,25 @@ impl<'a> Objective<'a> {
                 }
             }
         }
-        checked("number of terms", "at least 1", names.len() as f64, !names.is_empty())?;
         let loss = match total {
             Some(total) => total,
             // Every term is off.
             None => surrogate(batch.wide()?, &batch.wide()?.f_zeros_like()?)?,
         };
         Ok(Evaluation { loss, terms, diagnostics })
+    }
+
+    /// Refuses an objective without terms, terms of one name, and weights that are not finite.
+    fn check_terms(&self) -> Result<()> {
+        let mut names: Vec<&str> = Vec::new();
+        for Term { name, weight, .. } in self.groups.iter().flat_map(|group| &group.terms) {
+            check_weight(*weight).map_err(|error| error.in_term(name))?;
+            if names.contains(&name.as_str()) {
+                return Err(Error::SameName { name: name.clone() });
+            }
+            names.push(name);
+        }
+        checked("number of terms", "at least 1", names.len() as f64, !names.is_empty()).map(|_| ())
     }
 
     /// The losses of the regularizers' own networks, by the name of the term. A regularizer that is lent to two
@@ -353,6 +362,10 @@ fn check_weight(weight: f64) -> Result<f64> {
 }
 
 impl Term<'_> {
+    fn is_on(&self) -> bool {
+        self.weight != 0.0
+    }
+
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
         match &self.form {
             Form::Direction(term) => {

@@ -1,11 +1,11 @@
 //! What a mask, given frames or a weight of 0 leaves out: no term trains on it, and it spoils nothing.
 
 use decoupled_dmd::{
-    Adversarial, AdversarialDistributionMatching, Batch, CfgAugmentation, Condition, Consistency,
-    Denoiser, Distance, DistributionMatching, Draw, Error, FlowMap, FlowRule, Group, Guidance,
-    Kernel, MaximumMeanDiscrepancy, MeanFlow, MeanVariance, NoisePath, Objective, PairedRegression,
-    Perceptual, PostShift, PreShift, Prediction, RectifiedFlow, Renoising, Result, Reward,
-    ScoreIdentity, Shift, Uniform,
+    AboveStudent, Adversarial, AdversarialDistributionMatching, Batch, CfgAugmentation, Condition,
+    Consistency, Denoiser, Distance, DistributionMatching, Draw, Error, FlowMap, FlowRule, Group,
+    Guidance, Kernel, MaximumMeanDiscrepancy, MeanFlow, MeanVariance, NoisePath, Objective,
+    PairedRegression, Perceptual, PostShift, PreShift, Prediction, RectifiedFlow, Renoising,
+    Result, Reward, ScoreIdentity, Shift, Uniform,
 };
 use tch::{IndexOp, Kind, Tensor};
 
@@ -231,15 +231,22 @@ fn a_term_of_weight_zero_is_off() -> Result<()> {
     // The batch has no real samples, which the critic's game would need in its relativistic form.
     let gan = gan.gan_loss(decoupled_dmd::GanLoss::Relativistic);
     let alone = Objective::new(flow(0.7)).with(group().engine("ca", 1.0, &ca));
+    // Nor has it the student's times, which a group needs that draws above them.
+    let above = Group::new(Renoising::new(AboveStudent::FULL));
     let mut both = Objective::new(flow(0.7)).observed().with(
         group()
             .engine("ca", 1.0, &ca)
             .engine_loss("reward", 0.0, &nothing)
             .regularizer("gan", 0.0, &gan),
     );
+    let with_another = Objective::new(flow(0.7))
+        .with(group().engine("ca", 1.0, &ca))
+        .with(above.engine("above", 0.0, &ca));
     let expected = alone.evaluate_at(&batch, vec![draw()])?;
     let found = both.evaluate_at(&batch, vec![draw()])?;
     assert!(found.loss.equal(&expected.loss));
+    let another = with_another.evaluate_at(&batch, vec![draw(), draw()])?;
+    assert!(another.loss.equal(&expected.loss));
     assert!(gradient(&found.loss, &x).equal(&gradient(&expected.loss, &x)));
     assert_eq!(found.terms.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["ca"]);
     assert_eq!(found.diagnostics.map(|all| all.terms.len()), Some(1));

@@ -197,7 +197,12 @@ impl<T: Terms> Distillation<'_, T> {
             None => objective.evaluate(&batch)?,
         };
         let mut readings = Readings::default();
-        readings.observe(evaluation.scalars()?)?;
+        let mut scalars = evaluation.scalars()?;
+        let diagnostics = scalars.split_off(1 + evaluation.terms.len());
+        for (name, value) in scalars {
+            readings.push(name, &value)?;
+        }
+        readings.observe(diagnostics)?;
         if let Some(diagnostics) = evaluation.diagnostics.filter(|_| self.data_variance.is_some()) {
             let variance = diagnostics.mean_variance()?;
             readings.observe([(VARIANCE_DRIFT.to_owned(), variance)])?;
