@@ -197,12 +197,13 @@ impl<'a> Batch<'a> {
     ///   the term by their inverse share.
     ///
     /// Regularizers over the statistics of whole samples count masked elements in. A custom term gets the gradient
-    /// right by [`Probe::x`](crate::Probe::x), and its loss by [`Probe::masked`](crate::Probe::masked).
+    /// right by [`Probe::x`](crate::Probe::x), its loss by [`Probe::masked`](crate::Probe::masked) or
+    /// [`kept_samples`](Self::kept_samples), and a network of its own what it may see by [`as_data`](Self::as_data).
     ///
     /// # Errors
     /// [`Error::Kind`] unless boolean, [`Error::Shape`] if it does not fit `x`, [`Error::Device`] if
     /// it is elsewhere.
-    pub fn with_mask(self, mask: &Tensor) -> Result<Self> {
+    pub fn with_mask(mut self, mask: &Tensor) -> Result<Self> {
         const WHAT: &str = "mask";
         let (size, whole) = (mask.size(), self.x.size());
         let is_per_sample = size == [self.batch_size()];
@@ -218,11 +219,11 @@ impl<'a> Batch<'a> {
         check_device(WHAT, mask, self.x)?;
         let mask = if is_per_sample { per_sample(mask, self.x)? } else { mask.shallow_clone() };
         let mask = mask.f_expand(whole, false)?;
-        let mask = match self.given {
+        self.mask = Some(match self.given {
             Some(given) => mask.f_logical_and(&self.not(given)?)?,
             None => mask,
-        };
-        Ok(self.masked_by(mask))
+        });
+        Ok(self)
     }
 
     /// Adds the frames that are given, such as the first of image-to-video: true, `[B, F]` for samples
@@ -244,19 +245,12 @@ impl<'a> Batch<'a> {
         }
         check_device(WHAT, given, self.x)?;
         let others = self.not(given)?;
-        let mask = match &self.mask {
+        self.mask = Some(match &self.mask {
             Some(mask) => mask.f_logical_and(&others)?,
             None => others,
-        };
+        });
         self.given = Some(given);
-        Ok(self.masked_by(mask))
-    }
-
-    fn masked_by(mut self, mask: Tensor) -> Self {
-        self.mask = Some(mask);
-        // The samples of before would be without it.
-        self.wide = OnceCell::new();
-        self
+        Ok(self)
     }
 
     /// The elements outside the given frames, expanded to the shape of x.
@@ -280,17 +274,20 @@ impl<'a> Batch<'a> {
     }
 
     /// The samples in float32 or wider, with the student's gradient: one copy for all terms, or x
-    /// itself. Gradients of several terms are added up here, before they are rounded to the type of x. No gradient
-    /// passes where the mask leaves an element out, and what is not finite there is zero.
-    pub(crate) fn wide(&self) -> Result<&Tensor> {
-        let wide = || -> Result<Tensor> {
-            let x = widen(self.x)?;
-            let Some(mask) = &self.mask else { return Ok(x) };
-            let still = finite_where_masked(&x.f_detach()?, Some(mask))?;
-            Ok(x.f_where_self(mask, &still)?)
-        };
+    /// itself. Gradients of several terms are added up here, before they are rounded to the type of x.
+    fn wide(&self) -> Result<&Tensor> {
         // The first caller may be under no_grad; the copy must have a graph for the next.
-        once(&self.wide, || tch::with_grad(wide))
+        once(&self.wide, || tch::with_grad(|| widen(self.x)))
+    }
+
+    /// The samples that a probe shows its terms: in float32 or wider, with the student's gradient, but for what the mask
+    /// leaves out: no gradient passes there, and what is not finite is zero. Made anew at each call, since a backward
+    /// pass frees the graph of the selection.
+    pub(crate) fn trained(&self) -> Result<Tensor> {
+        let x = self.wide()?;
+        let Some(mask) = &self.mask else { return Ok(x.shallow_clone()) };
+        let still = finite_where_masked(&x.f_detach()?, Some(mask))?;
+        tch::with_grad(|| Ok(x.f_where_self(mask, &still)?))
     }
 
     /// The mask, boolean and of the shape of x, where given.

@@ -14,7 +14,8 @@ use crate::error::Result;
 use crate::numeric::{any_kept, masked, masked_mean, per_sample, widen};
 use crate::value::{checked, is_positive};
 
-/// The diagnostics of one evaluation, from what it computed anyway: no network runs for them.
+/// The diagnostics of one evaluation, from what it computed anyway: no network runs forward for them, and a term that is a
+/// loss is propagated back to the samples.
 ///
 /// [`Objective::observed`](crate::Objective::observed) asks for them; without it they cost nothing.
 /// All are taken without a graph, per sample (over the elements that the mask does not leave out), and stay

@@ -114,7 +114,7 @@ pub enum Error {
     /// A network closure returned an error.
     #[error("the {what} failed")]
     Network {
-        /// Which: the teacher, the fake score, the student, the critic, or just a network.
+        /// Which: the teacher, the fake score, the student, the critic, the score of a reward, or just a network.
         what: &'static str,
         /// What it returned; an error of libtorch as [`Error::Torch`].
         source: Box<dyn std::error::Error + Send + Sync>,

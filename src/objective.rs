@@ -318,7 +318,10 @@ impl<'a> Objective<'a> {
         let loss = match total {
             Some(total) => total,
             // Every term is off.
-            None => surrogate(batch.wide()?, &batch.wide()?.f_zeros_like()?)?,
+            None => {
+                let x = batch.trained()?;
+                surrogate(&x, &x.f_zeros_like()?)?
+            }
         };
         Ok(Evaluation { loss, terms, diagnostics })
     }

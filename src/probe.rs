@@ -25,7 +25,7 @@ use crate::time::PostShift;
 pub struct Probe<'a> {
     teacher: &'a Denoiser<'a>,
     batch: &'a Batch<'a>,
-    x: &'a Tensor,
+    x: Tensor,
     tau: PostShift,
     noise: Tensor,
     noised: Tensor,
@@ -54,8 +54,8 @@ impl<'a> Probe<'a> {
         check_like("noise", &noise, batch.x())?;
         let tau = batch.keep_given(&tau)?;
         let _no_grad = no_grad_guard();
-        let x = batch.wide()?;
-        let noised = teacher.path().renoise(x, &tau, &noise)?;
+        let x = batch.trained()?;
+        let noised = teacher.path().renoise(&x, &tau, &noise)?;
         Ok(Self {
             teacher,
             batch,
@@ -127,8 +127,8 @@ impl<'a> Probe<'a> {
     /// batch share this copy of a half-precision x: their gradients are added up in float32 and rounded
     /// once. Where the batch's [`mask`](Batch::with_mask) leaves an element out, no gradient passes, and what is not
     /// finite is zero.
-    pub fn x(&self) -> &'a Tensor {
-        self.x
+    pub fn x(&self) -> &Tensor {
+        &self.x
     }
 
     /// The teacher, for predictions at other samples than [`noised`](Self::noised).
@@ -152,7 +152,7 @@ impl<'a> Probe<'a> {
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if frames have times of their own.
     pub fn tau_of_samples(&self) -> Result<&PostShift> {
-        check_per_sample("tau of a term over whole samples", self.tau.tensor(), self.x)?;
+        check_per_sample("tau of a term over whole samples", self.tau.tensor(), &self.x)?;
         Ok(&self.tau)
     }
 
@@ -238,7 +238,7 @@ impl<'a> Probe<'a> {
     /// teacher's closure, if its prediction is needed and not known yet.
     pub fn normalize(&self, difference: impl Into<Difference>) -> Result<Tensor> {
         let difference = difference.into();
-        check_like("difference", difference.tensor(), self.x)?;
+        check_like("difference", difference.tensor(), &self.x)?;
         self.masked(&difference.over(self.divisor()?)?)
     }
 
@@ -248,7 +248,7 @@ impl<'a> Probe<'a> {
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) and the like unless `tensor` is like x.
     pub fn masked(&self, tensor: &Tensor) -> Result<Tensor> {
-        check_like("tensor to mask", tensor, self.x)?;
+        check_like("tensor to mask", tensor, &self.x)?;
         masked(tensor, self.batch.mask())
     }
 
@@ -258,7 +258,7 @@ impl<'a> Probe<'a> {
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) and the like unless `tensor` is like x.
     pub fn masked_mean(&self, tensor: &Tensor) -> Result<Tensor> {
-        check_like("tensor to average", tensor, self.x)?;
+        check_like("tensor to average", tensor, &self.x)?;
         masked_mean(tensor, self.batch.mask())
     }
 
@@ -296,10 +296,10 @@ impl<'a> Probe<'a> {
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) and the like unless `direction` is like x.
     pub fn loss_of(&self, direction: &Tensor) -> Result<Tensor> {
-        check_like("direction", direction, self.x)?;
+        check_like("direction", direction, &self.x)?;
         let direction = self.masked(direction)?;
         self.record(|term| term.set_direction(&direction))?;
-        surrogate(self.x, &direction)
+        surrogate(&self.x, &direction)
     }
 
     /// Records the update that a `loss` makes, if diagnostics are taken and the term has recorded none: the direction of
@@ -310,7 +310,7 @@ impl<'a> Probe<'a> {
         if is_known || !(loss.requires_grad() && self.x.requires_grad()) {
             return Ok(());
         }
-        let gradients = Tensor::f_run_backward(&[loss], &[self.x], true, false)?;
+        let gradients = Tensor::f_run_backward(&[loss], &[&self.x], true, false)?;
         let Some(gradient) = gradients.into_iter().find(Tensor::defined) else { return Ok(()) };
         let update = gradient.times(-(self.x.numel() as f64))?;
         self.record(|term| term.set_direction(&self.masked(&update)?))
@@ -332,8 +332,8 @@ impl<'a> Probe<'a> {
         }
         let _no_grad = no_grad_guard();
         let (real, fake) = predictions()?;
-        check_like("teacher's prediction", &real, self.x)?;
-        check_like("fake prediction", &fake, self.x)?;
+        check_like("teacher's prediction", &real, &self.x)?;
+        check_like("fake prediction", &fake, &self.x)?;
         let at = self.teacher.path().coefficients(&self.tau)?.like(&self.noised)?;
         let scale = at.data.f_add(&at.noise)?;
         let flow = |x0: &Tensor| self.noised.f_sub(&x0.f_mul(&scale)?);
@@ -380,7 +380,7 @@ impl<'a> Probe<'a> {
             Reference::Conditional => self.teacher_cond()?,
         };
         let (times, mask) = (self.tau.tensor(), self.batch.mask());
-        self.normalizer.distance(self.x, reference, times, mask, self.processes).map(Some)
+        self.normalizer.distance(&self.x, reference, times, mask, self.processes).map(Some)
     }
 }
 

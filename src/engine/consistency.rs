@@ -14,7 +14,7 @@ use crate::denoiser::{Denoiser, FitsTeacher};
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::guidance::Guidance;
-use crate::numeric::{per_sample, slope};
+use crate::numeric::{finite_where_masked, per_sample, slope};
 use crate::output::ModelOutput;
 use crate::path::{NoiseAngle, NoisePath, check_same_path};
 use crate::probe::Probe;
@@ -113,7 +113,7 @@ enum Form {
 
 /// What the terms of the direction are made of, at the student's input.
 struct Point<'p> {
-    input: &'p Tensor,
+    input: Tensor,
     time: &'p PostShift,
     /// The student's prediction, detached.
     own: Tensor,
@@ -204,13 +204,14 @@ impl<'a> Consistency<'a> {
     fn point<'p>(&self, probe: &'p Probe<'_>) -> Result<Point<'p>> {
         let batch = probe.batch();
         let (input, time) = batch.student_input()?;
+        let input = finite_where_masked(input, batch.mask())?;
         batch.check_none_given()?;
-        check_per_sample("time of the student input", time.tensor(), input)?;
+        check_per_sample("time of the student input", time.tensor(), &input)?;
         let teacher = probe.teacher();
         self.fits.check(teacher, || self.check_paths(teacher.path()))?;
-        let clean = teacher.predict_guided(input, time, batch, self.guidance);
+        let clean = teacher.predict_guided(&input, time, batch, self.guidance);
         let clean = clean.map_err(|error| error.of("teacher"))?.into_sample()?;
-        let noise = teacher.path().implied_noise(input, &clean, time)?;
+        let noise = teacher.path().implied_noise(&input, &clean, time)?;
         Ok(Point { input, time, own: probe.x().f_detach()?, teacher: clean, noise })
     }
 
@@ -304,7 +305,7 @@ impl<'a> Consistency<'a> {
             Tangent::Exact => tangent::exact(
                 &self.student,
                 probe,
-                (point.input, point.time),
+                (&point.input, point.time),
                 (&point.teacher, &point.noise),
                 self.data_std.get(),
             ),

@@ -352,7 +352,8 @@ impl<'a> MeanFlow<'a> {
     /// The guided teacher's flow velocity, `[B, ..]`.
     fn velocity(&self, batch: &Batch<'_>, x: &Tensor, time: &PostShift) -> Result<Tensor> {
         self.teacher.prediction().check_velocity(self.teacher.path(), time)?;
-        self.teacher.predict_guided(x, time, batch, self.guidance)?.flow_velocity()
+        let output = self.teacher.predict_guided(x, time, batch, self.guidance);
+        output.map_err(|error| error.of("teacher"))?.flow_velocity()
     }
 }
 

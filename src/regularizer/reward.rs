@@ -70,7 +70,7 @@ impl Regularizer for Reward<'_> {
     fn loss(&self, probe: &Probe<'_>) -> Result<Tensor> {
         let batch = probe.batch();
         gradient_only_in("score", probe.x(), |x| {
-            let score = (self.0)(x, batch.cond())?;
+            let score = (self.0)(x, batch.cond()).map_err(|error| error.of("score"))?;
             check_size("score", &score, &[batch.batch_size()])?;
             check_device("score", &score, x)?;
             let score = masked(&widen(&score)?, batch.kept_samples()?.as_ref())?;

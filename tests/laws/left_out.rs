@@ -120,7 +120,10 @@ fn no_term_moves_a_masked_element_or_is_spoilt_by_its_value() -> Result<()> {
     for filling in [0.3, 50.0, f64::NAN, f64::INFINITY] {
         for (name, group) in terms(&dm)? {
             let (x, mask) = with_a_hole(filling);
-            let batch = setting.batch(&x)?.with_mask(&mask)?;
+            let (input, _) = with_a_hole(filling);
+            let input = input.detach();
+            let batch = setting.batch(&x)?.with_student_input(&input, &setting.time)?;
+            let batch = batch.with_mask(&mask)?;
             let objective = Objective::new(flow(0.7)).with(group).observed();
             let evaluation = objective.evaluate_at(&batch, vec![draw()])?;
             let gradient = gradient(&evaluation.loss, &x);
@@ -167,6 +170,38 @@ fn what_is_not_finite_and_masked_spoils_no_network_that_is_trained() -> Result<(
             assert!(gradient != 0.0, "{name}");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn a_masked_batch_is_propagated_from_twice_and_sees_its_samples_change() -> Result<()> {
+    let setting = setting()?;
+    let (x, mask) = with_a_hole(f64::NAN);
+    let batch = setting.batch(&x)?.with_mask(&mask)?;
+    let ca = CfgAugmentation::new(Guidance::new(3.0)?);
+    let reward = Reward::new(|x: &Tensor, _: &Condition| {
+        x.sin().flatten(1, -1).sum_dim_intlist(1, false, None)
+    });
+    let both = [
+        Objective::new(flow(0.7)).with(group().engine("ca", 1.0, &ca)),
+        Objective::new(flow(0.7)).with(group().engine_loss("reward", 1.0, &reward)),
+    ];
+    // Onto one leaf, as where x is cut from the student's graph.
+    for objective in &both {
+        objective.evaluate_at(&batch, vec![draw()])?.loss.backward();
+    }
+    let sum = x.grad().copy();
+    let alone = both
+        .iter()
+        .map(|objective| Ok(gradient(&objective.evaluate_at(&batch, vec![draw()])?.loss, &x)));
+    let alone = alone.collect::<Result<Vec<_>>>()?;
+    assert!(value(&(&alone[0] + &alone[1] - sum).abs().max()) < 1e-15);
+    let before = value(&both[1].evaluate_at(&batch, vec![draw()])?.loss);
+    tch::no_grad(|| {
+        let _ = x.shallow_clone().f_mul_(&Tensor::from(0.5));
+    });
+    let after = value(&both[1].evaluate_at(&batch, vec![draw()])?.loss);
+    assert!((before - after).abs() > 1e-3, "{before} {after}");
     Ok(())
 }
 

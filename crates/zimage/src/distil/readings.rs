@@ -26,7 +26,8 @@ struct Scalar {
 
 impl Scalar {
     /// One number of those of parts or processes `[N]`: the least of what ends in `_min`, the largest of what ends in
-    /// `_max`, else the mean. Of observations those that are not finite take no part.
+    /// `_max`, the geometric mean of what ends in `_error_ratio`, as that of samples, else the mean. Of observations those
+    /// that are not finite take no part.
     fn joined(&self, values: &Tensor) -> Result<Tensor> {
         let defined = if self.may_be_undefined {
             values.f_isfinite()?
@@ -36,10 +37,14 @@ impl Scalar {
         let or = |number: f64| -> Result<Tensor> {
             Ok(values.f_where_self(&defined, &values.f_zeros_like()?.plus(number)?)?)
         };
+        let mean = |values: &Tensor| -> Result<Tensor> {
+            Ok(values.f_sum(Kind::Double)?.f_div(&defined.f_sum(Kind::Double)?)?)
+        };
         Ok(match self.name.rsplit('_').next() {
             Some("min") => or(f64::INFINITY)?.f_min()?,
             Some("max") => or(f64::NEG_INFINITY)?.f_max()?,
-            _ => or(0.0)?.f_sum(Kind::Double)?.f_div(&defined.f_sum(Kind::Double)?)?,
+            _ if self.name.ends_with("_error_ratio") => mean(&or(1.0)?.f_log()?)?.f_exp()?,
+            _ => mean(&or(0.0)?)?,
         })
     }
 }
@@ -154,7 +159,9 @@ mod tests {
         let part = |loss: f64, [cos, least, most]: [f64; 3]| -> Result<Readings> {
             let mut readings = Readings::default();
             readings.push("loss", &Tensor::from(loss))?;
-            let numbers = [("cos", cos), ("cos_min", least), ("cos_max", most)];
+            let ratio = if loss > 5.0 { f64::NAN } else { loss.powi(3) };
+            let numbers =
+                [("cos", cos), ("cos_min", least), ("cos_max", most), ("dm_error_ratio", ratio)];
             readings.observe(numbers.map(|(name, number)| (name.into(), Tensor::from(number))))?;
             Ok(readings)
         };
@@ -163,11 +170,19 @@ mod tests {
         let some =
             vec![part(1.0, [0.5, 0.1, 0.7])?, part(2.0, [0.3, 0.2, 0.9])?, part(6.0, undefined)?];
         let (record, fault) = read(some)?;
-        let expected = [("loss", 3.0), ("cos", 0.4), ("cos_min", 0.1), ("cos_max", 0.9)];
+        // Of 1 and 8.
+        let ratio = 8f64.ln() / 2.0;
+        let expected = [
+            ("loss", 3.0),
+            ("cos", 0.4),
+            ("cos_min", 0.1),
+            ("cos_max", 0.9),
+            ("dm_error_ratio", ratio.exp()),
+        ];
         assert_eq!(record, expected.map(|(name, number)| (name.to_owned(), number)));
         assert!(fault.is_none());
         // A loss is never left out, and what no part has is no number.
-        let (record, _) = read(vec![part(1.0, undefined)?, part(f64::NAN, undefined)?])?;
+        let (record, _) = read(vec![part(9.0, undefined)?, part(f64::NAN, undefined)?])?;
         assert!(record.len() == 1 && record[0].1.is_nan());
         let other = Readings::default();
         assert!(Readings::join(vec![part(1.0, undefined)?, other]).is_err());
