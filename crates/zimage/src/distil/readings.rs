@@ -1,7 +1,6 @@
 //! What an update has shown, while it is still on the device.
 
 use anyhow::{Result, ensure};
-use decoupled_dmd::arithmetic::Arithmetic as _;
 use tch::{Device, Kind, Tensor};
 
 use crate::distil::distillation::Record;
@@ -18,34 +17,32 @@ pub struct Readings {
 #[derive(Debug)]
 struct Scalar {
     name: String,
-    /// In float64, without a graph.
-    value: Tensor,
-    /// Whether the number is left out of the record where it is not finite.
+    /// One of each part of the batch, in float64, without a graph.
+    values: Vec<Tensor>,
+    /// Whether it is an observation, which is left out of the record where it is not finite.
     may_be_undefined: bool,
 }
 
 impl Scalar {
-    /// One number of those of parts or processes `[N]`: the least of what ends in `_min`, the largest of what ends in
-    /// `_max`, the geometric mean of what ends in `_error_ratio`, as that of samples, else the mean. Of observations those
-    /// that are not finite take no part.
-    fn joined(&self, values: &Tensor) -> Result<Tensor> {
-        let defined = if self.may_be_undefined {
-            values.f_isfinite()?
+    /// One number of those of all parts and processes, the mean. Of observations those that are not finite take no part,
+    /// and it is the least of what ends in `_min`, the largest of what ends in `_max`, and the geometric mean of what ends
+    /// in `_error_ratio`, as that of samples.
+    fn joined(&self, mut values: Vec<f64>) -> f64 {
+        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+        if !self.may_be_undefined {
+            return mean(&values);
+        }
+        values.retain(|value| value.is_finite());
+        if self.name.ends_with("_min") {
+            values.into_iter().fold(f64::INFINITY, f64::min)
+        } else if self.name.ends_with("_max") {
+            values.into_iter().fold(f64::NEG_INFINITY, f64::max)
+        } else if self.name.ends_with("_error_ratio") {
+            let logarithms: Vec<f64> = values.into_iter().map(f64::ln).collect();
+            mean(&logarithms).exp()
         } else {
-            values.f_ones_like()?.f_to_kind(Kind::Bool)?
-        };
-        let or = |number: f64| -> Result<Tensor> {
-            Ok(values.f_where_self(&defined, &values.f_zeros_like()?.plus(number)?)?)
-        };
-        let mean = |values: &Tensor| -> Result<Tensor> {
-            Ok(values.f_sum(Kind::Double)?.f_div(&defined.f_sum(Kind::Double)?)?)
-        };
-        Ok(match self.name.rsplit('_').next() {
-            Some("min") => or(f64::INFINITY)?.f_min()?,
-            Some("max") => or(f64::NEG_INFINITY)?.f_max()?,
-            _ if self.name.ends_with("_error_ratio") => mean(&or(1.0)?.f_log()?)?.f_exp()?,
-            _ => mean(&or(0.0)?)?,
-        })
+            mean(&values)
+        }
     }
 }
 
@@ -68,7 +65,7 @@ impl Readings {
 
     fn add(&mut self, name: String, scalar: &Tensor, may_be_undefined: bool) -> Result<()> {
         let value = scalar.f_detach()?.f_to_kind(Kind::Double)?;
-        self.scalars.push(Scalar { name, value, may_be_undefined });
+        self.scalars.push(Scalar { name, values: vec![value], may_be_undefined });
         Ok(())
     }
 
@@ -82,31 +79,21 @@ impl Readings {
         Ok(())
     }
 
-    /// The parts of a batch, which have shown the same numbers, as one: see [`joined`].
+    /// The parts of a batch, which have shown the same numbers, as one.
     ///
     /// # Errors
-    /// If they have not, or libtorch fails.
+    /// If they have not.
     pub(super) fn join(parts: Vec<Self>) -> Result<Self> {
-        let mut values: Vec<Vec<Tensor>> = Vec::new();
-        let mut all: Option<Self> = None;
+        let mut parts = parts.into_iter();
+        let mut all = parts.next().unwrap_or_default();
         for part in parts {
-            let names = |of: &Self| of.scalars.iter().map(|s| s.name.clone()).collect::<Vec<_>>();
-            ensure!(part.norms.is_empty(), "norms are of whole batches");
-            if let Some(first) = &all {
-                let (found, expected) = (names(&part), names(first));
-                ensure!(
-                    found == expected,
-                    "parts of a batch have shown {expected:?} and {found:?}"
-                );
-            }
-            values.push(part.scalars.iter().map(|scalar| scalar.value.shallow_clone()).collect());
-            all.get_or_insert(part);
-        }
-        let mut all = all.unwrap_or_default();
-        if values.len() > 1 {
-            for (place, scalar) in all.scalars.iter_mut().enumerate() {
-                let values: Vec<&Tensor> = values.iter().map(|part| &part[place]).collect();
-                scalar.value = scalar.joined(&Tensor::f_stack(&values, 0)?)?;
+            ensure!(
+                part.scalars.len() == all.scalars.len() && part.norms.is_empty(),
+                "the parts of a batch have shown different numbers"
+            );
+            for (scalar, more) in all.scalars.iter_mut().zip(part.scalars) {
+                ensure!(scalar.name == more.name, "{} and {} are of two", scalar.name, more.name);
+                scalar.values.extend(more.values);
             }
         }
         Ok(all)
@@ -124,28 +111,34 @@ impl Readings {
     /// # Errors
     /// If libtorch fails, the scalars are on several devices, or a process is lost.
     pub(super) fn read(self, processes: Processes<'_>) -> Result<(Record, Option<String>)> {
+        let scalars = self.scalars.iter().flat_map(|scalar| &scalar.values);
         let norms = self.norms.iter().map(|(_, norm)| norm);
-        let values: Vec<&Tensor> =
-            self.scalars.iter().map(|scalar| &scalar.value).chain(norms).collect();
+        let values: Vec<&Tensor> = scalars.chain(norms).collect();
         if values.is_empty() {
             return Ok((Record::new(), None));
         }
         let together = Tensor::f_stack(&values, 0)?.f_to_device(Device::Cpu)?;
-        // [N, scalars and norms], the same on all processes.
-        let together = processes.stack(&together)?;
-        let count = self.scalars.len() as i64;
-        let norms = together.f_narrow(1, count, together.size()[1] - count)?;
-        let norms = Vec::<f64>::try_from(norms.f_mean_dim(&[0i64][..], false, None::<Kind>)?)?;
+        // A row of each process, the same rows on all.
+        let rows = Vec::<Vec<f64>>::try_from(processes.stack(&together)?)?;
+        let mut place = 0;
+        let mut next = |count: usize| -> Vec<f64> {
+            let places = place..place + count;
+            place = places.end;
+            rows.iter().flat_map(|row| &row[places.clone()]).copied().collect()
+        };
         let mut record = Record::new();
-        for (place, scalar) in self.scalars.into_iter().enumerate() {
-            let value = scalar.joined(&together.f_select(1, place as i64)?)?.f_double_value(&[])?;
+        for scalar in self.scalars {
+            let value = scalar.joined(next(scalar.values.len()));
             if value.is_finite() || !scalar.may_be_undefined {
                 record.push((scalar.name, value));
             }
         }
-        let norms = self.norms.iter().zip(norms).find(|(_, norm)| !norm.is_finite());
+        // Gradients are means of all processes: so are their norms.
+        let norms = self.norms.iter().map(|(role, _)| (role, next(1)[0]));
         let fault = norms
-            .map(|((role, _), norm)| format!("the norm of the gradient of the {role} is {norm}"));
+            .filter(|(_, norm)| !norm.is_finite())
+            .map(|(role, norm)| format!("the norm of the gradient of the {role} is {norm}"))
+            .next();
         Ok((record, fault))
     }
 }
