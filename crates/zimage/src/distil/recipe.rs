@@ -1,5 +1,7 @@
 //! The numbers of a distillation, and presets of them with their sources.
 
+mod decay;
+
 use std::fmt::Write as _;
 
 use anyhow::{Result, ensure};
@@ -8,41 +10,9 @@ use serde::{Deserialize, Serialize};
 use tch_training::lora::LoraSettings;
 use tch_training::{AdamWSettings, Tape};
 
+pub use decay::Decay;
+
 use crate::model::{Config, Storage, is_caption_side};
-
-/// How the learning rate of the student falls after its warm-up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Decay {
-    /// It stays, and falls linearly to zero over the last third of the updates, which takes the noise of single
-    /// updates out of the result.
-    #[default]
-    LastThird,
-    /// It falls linearly to zero over all updates.
-    Linear,
-    /// It falls to zero as half a cosine over all updates.
-    Cosine,
-    /// It stays.
-    None,
-}
-
-impl Decay {
-    fn is_default(&self) -> bool {
-        *self == Self::default()
-    }
-
-    /// The share of the learning rate that is left at an update, of so many.
-    pub(super) fn left(self, update: u64, updates: u64) -> f64 {
-        let rest = updates.saturating_sub(update) as f64;
-        let all = updates.max(1) as f64;
-        match self {
-            Self::LastThird => (rest / (updates / 3).max(1) as f64).min(1.0),
-            Self::Linear => rest / all,
-            Self::Cosine => 0.5 - 0.5 * (std::f64::consts::PI * rest / all).cos(),
-            Self::None => 1.0,
-        }
-    }
-}
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
 fn is_zero(count: &u64) -> bool {
