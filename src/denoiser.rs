@@ -8,7 +8,7 @@ use tch::{Reduction, Tensor};
 
 use crate::batch::{Batch, Condition};
 use crate::checks::{check_like, check_samples, check_times};
-use crate::error::{Error, Result};
+use crate::error::{Error, NETWORK, Result};
 use crate::guidance::Guidance;
 use crate::network::IntoOutput;
 use crate::numeric::{finite_where_masked, masked, mean, widen, widen_like};
@@ -53,6 +53,8 @@ type PairedNetwork<'a> =
 pub struct Denoiser<'a> {
     /// One number for all clones.
     id: u64,
+    /// Who it is where its closure fails.
+    role: &'static str,
     path: Rc<dyn NoisePath + 'a>,
     prediction: Prediction,
     network: Rc<Network<'a>>,
@@ -89,6 +91,7 @@ impl<'a> Denoiser<'a> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
+            role: NETWORK,
             path: Rc::new(path),
             prediction,
             network: Rc::new(move |x, t, cond| network(x, t, cond).into_result()),
@@ -179,6 +182,11 @@ impl<'a> Denoiser<'a> {
         Ok(wrapped.paired(both))
     }
 
+    /// The same network, of which errors say that it is the teacher, say.
+    pub(crate) fn in_role(&self, role: &'static str) -> Self {
+        Self { role, ..self.clone() }
+    }
+
     /// The noise path of the network.
     pub fn path(&self) -> &(dyn NoisePath + 'a) {
         &*self.path
@@ -228,8 +236,14 @@ impl<'a> Denoiser<'a> {
         cond: &Condition,
     ) -> Result<ModelOutput> {
         self.check_input(noised, time)?;
-        let output = (self.network)(noised, &time.for_network(noised)?, cond)?;
+        let output = self.run(noised, time, cond)?;
         self.checked(noised, time, &output)
+    }
+
+    /// What the closure returns.
+    fn run(&self, noised: &Tensor, time: &PostShift, cond: &Condition) -> Result<Tensor> {
+        let output = (self.network)(noised, &time.for_network(noised)?, cond);
+        output.map_err(|error| error.of(self.role))
     }
 
     /// The network's raw outputs for two conditions, in one forward where [`paired`](Self::paired) was given.
@@ -247,7 +261,8 @@ impl<'a> Denoiser<'a> {
             return Ok((self.predict(noised, time, one)?, self.predict(noised, time, two)?));
         };
         self.check_input(noised, time)?;
-        let (one, two) = paired(noised, &time.for_network(noised)?, one, two)?;
+        let both = paired(noised, &time.for_network(noised)?, one, two);
+        let (one, two) = both.map_err(|error| error.of(self.role))?;
         Ok((self.checked(noised, time, &one)?, self.checked(noised, time, &two)?))
     }
 
@@ -288,7 +303,8 @@ impl<'a> Denoiser<'a> {
         self.check_input(noised, time)?;
         check_like("velocity", velocity, noised)?;
         let times = time.for_network(noised)?;
-        let (output, tangent) = network(noised, &times, cond, velocity, &times.f_ones_like()?)?;
+        let both = network(noised, &times, cond, velocity, &times.f_ones_like()?);
+        let (output, tangent) = both.map_err(|error| error.of(self.role))?;
         check_like("network output", &output, noised)?;
         check_like("derivative of the network output", &tangent, noised)?;
         Ok((output, tangent))
@@ -337,7 +353,7 @@ impl<'a> Denoiser<'a> {
         let noised = self.path.renoise(&x, time, noise)?;
         let coefficients = self.path.coefficients(time)?.like(&x)?;
         let target = self.prediction.target(&coefficients, &widen(&x)?, &widen_like(noise, &x)?)?;
-        let output = (self.network)(&noised, &time.for_network(&noised)?, cond)?;
+        let output = self.run(&noised, time, cond)?;
         check_like("network output", &output, &noised)?;
         let output = widen_like(&output, &x)?;
         Ok(match mask {

@@ -23,7 +23,7 @@ use crate::time::PostShift;
 /// Terms call for the predictions they need; the teacher runs at most once for each condition, without a
 /// graph. Terms of one [`Group`](crate::Group) get the same probe: that is the meaning of "coupled".
 pub struct Probe<'a> {
-    teacher: &'a Denoiser<'a>,
+    teacher: Denoiser<'a>,
     batch: &'a Batch<'a>,
     x: Tensor,
     tau: PostShift,
@@ -57,7 +57,7 @@ impl<'a> Probe<'a> {
         let x = batch.trained()?;
         let noised = teacher.path().renoise(&x, &tau, &noise)?;
         Ok(Self {
-            teacher,
+            teacher: teacher.in_role("teacher"),
             batch,
             x,
             tau,
@@ -132,8 +132,8 @@ impl<'a> Probe<'a> {
     }
 
     /// The teacher, for predictions at other samples than [`noised`](Self::noised).
-    pub fn teacher(&self) -> &'a Denoiser<'a> {
-        self.teacher
+    pub fn teacher(&self) -> &Denoiser<'a> {
+        &self.teacher
     }
 
     /// The batch behind the samples.
@@ -210,22 +210,18 @@ impl<'a> Probe<'a> {
         let null = self.batch.null()?;
         let _no_grad = no_grad_guard();
         if self.cond.get().is_none() && self.null.get().is_none() {
-            let pair = self.teacher.predict_pair(&self.noised, &self.tau, self.batch.cond(), null);
-            let pair = pair.map_err(|error| error.of("teacher"))?;
+            let pair =
+                self.teacher.predict_pair(&self.noised, &self.tau, self.batch.cond(), null)?;
             return Ok((self.cond.get_or_init(|| pair.0), self.null.get_or_init(|| pair.1)));
         }
-        let null = once(&self.null, || {
-            let output = self.teacher.predict(&self.noised, &self.tau, null);
-            output.map_err(|error| error.of("teacher"))
-        })?;
+        let null = once(&self.null, || self.teacher.predict(&self.noised, &self.tau, null))?;
         Ok((self.cond_alone()?, null))
     }
 
     fn cond_alone(&self) -> Result<&ModelOutput> {
         once(&self.cond, || {
             let _no_grad = no_grad_guard();
-            let output = self.teacher.predict(&self.noised, &self.tau, self.batch.cond());
-            output.map_err(|error| error.of("teacher"))
+            self.teacher.predict(&self.noised, &self.tau, self.batch.cond())
         })
     }
 

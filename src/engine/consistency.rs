@@ -148,7 +148,7 @@ impl<'a> Consistency<'a> {
 
     fn new(student: Denoiser<'a>, form: Form, kappa: Option<f64>) -> Self {
         Self {
-            student,
+            student: student.in_role("student"),
             form,
             guidance: Guidance::NEUTRAL,
             kappa,
@@ -209,8 +209,7 @@ impl<'a> Consistency<'a> {
         check_per_sample("time of the student input", time.tensor(), &input)?;
         let teacher = probe.teacher();
         self.fits.check(teacher, || self.check_paths(teacher.path()))?;
-        let clean = teacher.predict_guided(&input, time, batch, self.guidance);
-        let clean = clean.map_err(|error| error.of("teacher"))?.into_sample()?;
+        let clean = teacher.predict_guided(&input, time, batch, self.guidance)?.into_sample()?;
         let noise = teacher.path().implied_noise(&input, &clean, time)?;
         Ok(Point { input, time, own: probe.x().f_detach()?, teacher: clean, noise })
     }
@@ -227,8 +226,7 @@ impl<'a> Consistency<'a> {
     /// The student's prediction on the teacher's step from the point to time `to`.
     fn at(&self, probe: &Probe<'_>, point: &Point<'_>, to: &PostShift) -> Result<ModelOutput> {
         let neighbour = probe.teacher().path().renoise(&point.teacher, to, &point.noise)?;
-        let output = self.student.predict(&neighbour, to, probe.batch().cond());
-        output.map_err(|error| error.of("student"))
+        self.student.predict(&neighbour, to, probe.batch().cond())
     }
 
     fn discrete_direction(&self, probe: &Probe<'_>, step: f64) -> Result<Tensor> {

@@ -149,7 +149,7 @@ impl<'a> MeanFlow<'a> {
         checked("shift of the teacher's path", "the shift of the flow map", found, same)?;
         Ok(Self {
             map,
-            teacher,
+            teacher: teacher.in_role("teacher"),
             rule: FlowRule::Eulerian(Tangent::Central { step: 1e-3 }),
             guidance: Guidance::NEUTRAL,
             power: 0.0,
@@ -352,8 +352,7 @@ impl<'a> MeanFlow<'a> {
     /// The guided teacher's flow velocity, `[B, ..]`.
     fn velocity(&self, batch: &Batch<'_>, x: &Tensor, time: &PostShift) -> Result<Tensor> {
         self.teacher.prediction().check_velocity(self.teacher.path(), time)?;
-        let output = self.teacher.predict_guided(x, time, batch, self.guidance);
-        output.map_err(|error| error.of("teacher"))?.flow_velocity()
+        self.teacher.predict_guided(x, time, batch, self.guidance)?.flow_velocity()
     }
 }
 

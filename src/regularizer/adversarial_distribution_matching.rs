@@ -101,7 +101,7 @@ impl<'a> AdversarialDistributionMatching<'a> {
     ) -> Self {
         Self {
             dm,
-            teacher,
+            teacher: teacher.in_role("teacher"),
             critic: Critic::new(critic),
             step: 1.0 / 64.0,
             guidance: Guidance::NEUTRAL,
@@ -205,8 +205,8 @@ impl<'a> AdversarialDistributionMatching<'a> {
         time: &PostShift,
         to: &PostShift,
     ) -> Result<Tensor> {
-        let output = self.teacher.predict_guided(noised, time, batch, self.guidance);
-        let clean = output.map_err(|error| error.of("teacher"))?.into_sample()?;
+        let output = self.teacher.predict_guided(noised, time, batch, self.guidance)?;
+        let clean = output.into_sample()?;
         self.advance(noised, &clean, time, to)
     }
 
@@ -217,8 +217,7 @@ impl<'a> AdversarialDistributionMatching<'a> {
         time: &PostShift,
         to: &PostShift,
     ) -> Result<Tensor> {
-        let clean = self.dm.fake().denoise(noised, time, batch.cond());
-        let clean = clean.map_err(|error| error.of("fake score"))?;
+        let clean = self.dm.fake().denoise(noised, time, batch.cond())?;
         let clean = if self.is_fake_detached { clean.f_detach()? } else { clean };
         self.advance(noised, &clean, time, to)
     }

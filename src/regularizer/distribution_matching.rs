@@ -78,7 +78,7 @@ impl<'a> DistributionMatching<'a> {
     pub fn new(fake: Denoiser<'a>) -> Self {
         let renoising = Renoising::new(Uniform::FULL);
         Self {
-            fake,
+            fake: fake.in_role("fake score"),
             renoising,
             weighting: Weighting::UNIFORM,
             divergence: None,
@@ -147,8 +147,7 @@ impl<'a> DistributionMatching<'a> {
         let _no_grad = no_grad_guard();
         self.check_path(probe.teacher())?;
         let real = probe.teacher_output()?;
-        let fake = self.fake.predict(probe.noised(), probe.tau(), probe.batch().cond());
-        let fake = fake.map_err(|error| error.of("fake score"))?;
+        let fake = self.fake.predict(probe.noised(), probe.tau(), probe.batch().cond())?;
         probe.observe_scores(|| {
             Ok((real.sample()?.shallow_clone(), fake.sample()?.shallow_clone()))
         })?;
@@ -207,8 +206,7 @@ impl<'a> DistributionMatching<'a> {
     /// The weighted squares `[B, ..]`, zero where the batch's mask leaves an element out.
     fn error_at(&self, batch: &Batch<'_>, time: &PostShift, noise: &Tensor) -> Result<Tensor> {
         let (mask, time) = (batch.mask(), batch.keep_given(time)?);
-        let error = self.fake.denoising_error(batch.x(), &time, noise, batch.cond(), mask);
-        let mut error = error.map_err(|error| error.of("fake score"))?;
+        let mut error = self.fake.denoising_error(batch.x(), &time, noise, batch.cond(), mask)?;
         let at = self.fake.path().coefficients(&time)?;
         if let Some(factor) = self.weighting.factor(self.fake.prediction(), &at)? {
             // Paths return float64; the error stays in its type.

@@ -105,10 +105,8 @@ impl<'a> ScoreIdentity<'a> {
     fn predictions(&self, probe: &Probe<'_>, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let (batch, tau, teacher) = (probe.batch(), probe.tau(), probe.teacher());
         let noised = teacher.path().renoise(x, tau, probe.noise())?;
-        let real = teacher.predict_guided(&noised, tau, batch, self.guidance);
-        let fake = self.dm.fake().denoise(&noised, tau, batch.cond());
-        let real = real.map_err(|error| error.of("teacher"))?.into_sample()?;
-        Ok((real, fake.map_err(|error| error.of("fake score"))?))
+        let real = teacher.predict_guided(&noised, tau, batch, self.guidance)?.into_sample()?;
+        Ok((real, self.dm.fake().denoise(&noised, tau, batch.cond())?))
     }
 }
 

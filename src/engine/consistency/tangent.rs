@@ -67,8 +67,7 @@ pub(super) fn exact(
     let factor = |values: &Tensor| per_sample(&values.f_to_kind(kind)?, clean);
     let input = input.f_to_kind(kind)?;
     let velocity = clean.f_mul(&factor(&at.data)?)?.f_addcmul(noise, &factor(&at.noise)?)?;
-    let predicted = student.predict_along(&input, time, probe.batch().cond(), &velocity);
-    let (output, tangent) = predicted.map_err(|error| error.of("student"))?;
+    let (output, tangent) = student.predict_along(&input, time, probe.batch().cond(), &velocity)?;
     let slope = input
         .f_mul(&factor(&at.of_input.1)?)?
         .f_addcmul(&velocity, &factor(&at.of_input.0)?)?
